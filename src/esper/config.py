@@ -1,0 +1,171 @@
+"""One typed settings model: a file, ``ESPER_*`` variables and overrides; unknown keys name the nearest one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from esper.errors import ConfigError, nearest
+
+
+class Section(BaseModel):
+    """A frozen group of settings."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Schedule(Section):
+    """When to look for growth."""
+
+    warmup: float = Field(0.05, ge=0, le=1, description="share of the steps before the first decision")
+    stop: float = Field(0.6, gt=0, le=1, description="share of the steps after which no decision is due")
+    plateau: bool = Field(True, description="bring a decision forward when the loss stalls")
+    plateau_window: int = Field(50, ge=4, description="steps over which a stall is judged")
+    patience: int = Field(3, ge=1, description="refused gates in a row after which growth rests")
+    embargo: float = Field(0.03, ge=0, le=1, description="share of the steps a culled site cools down")
+
+
+class Race(Section):
+    """How candidates compete before one of them may touch the model."""
+
+    candidates: int = Field(8, ge=1, description="competitors in a race")
+    steps: int | None = Field(None, ge=1, description="incubation steps; None: 1/100 of the run, within 6 to 200")
+    shadow_every: int = Field(4, ge=1, description="every k-th incubation step learns from the real loss")
+    learning_rate: float | None = Field(None, gt=0, description="of the candidates; None: chosen from the host's")
+    batches: int = Field(4, ge=1, description="recent training batches kept for surveys and for judging the race")
+    examples: int = Field(512, ge=8, description="examples a survey reads at most")
+
+
+class Gate(Section):
+    """Held-out evidence before exposure."""
+
+    false_keep: float = Field(0.05, gt=0, lt=1, description="false-keep budget of a whole run, over all looks")
+    looks: int = Field(16, ge=1, description="looks the budget is shared by")
+    min_gain: float = Field(0.0, ge=0, description="smallest relative decrease of the held-out loss worth keeping")
+
+
+class Blend(Section):
+    """How a winner is let in."""
+
+    ramp: int | None = Field(None, ge=1, description="steps from alpha 0 to 1; None: from the run's length")
+    stabilise: int | None = Field(None, ge=0, description="steps at alpha 1 before judging")
+    evaluate: int | None = Field(None, ge=1, description="steps over which the loss must hold its trend")
+
+
+class Widths(Section):
+    """How much to add at a time."""
+
+    shares: tuple[float, ...] = Field((0.5, 1.0, 2.0), description="arms: multiples of the even share per event")
+    min_units: int = Field(1, ge=1, description="smallest widening")
+
+
+class Budget(Section):
+    """What growth may spend; None is unlimited."""
+
+    parameters: float = Field(4.0, gt=1, description="up to 1000: multiples of the host's; above: a count")
+    growth_events: int = Field(8, ge=0, description="widenings kept")
+    growth_flops: float | None = Field(None, gt=0, description="training FLOPs all growth may cost")
+    model_flops: float | None = Field(None, gt=0, description="forward FLOPs per example of the grown model")
+    wall_seconds: float | None = Field(None, gt=0, description="seconds all growth may take")
+    latency_ms: float | None = Field(None, gt=0, description="forward latency of the grown model on a probe batch")
+
+
+class Telemetry(Section):
+    """What is told to Nissa, and how often."""
+
+    progress_every: int = Field(20, ge=1, description="steps between progress events")
+
+
+class Config(BaseSettings):
+    """All settings; environment variables look like ``ESPER_RACE__CANDIDATES=4``."""
+
+    model_config = SettingsConfigDict(env_prefix="ESPER_", env_nested_delimiter="__", extra="forbid", frozen=True)
+
+    schedule: Schedule = Schedule()
+    race: Race = Race()
+    gate: Gate = Gate()
+    blend: Blend = Blend()
+    widths: Widths = Widths()
+    budget: Budget = Budget()
+    telemetry: Telemetry = Telemetry()
+    bandit: str = Field("ucb", description="how arms are chosen: a name in tamiyo/bandits")
+    new_slot_state: Literal["zeros", "seed", "mean"] = Field(
+        "zeros", description="optimizer state of new units; zeros measured best, see docs/decisions.md"
+    )
+    deterministic: bool = Field(True, description="no clock in any decision")
+
+
+ConfigLike: TypeAlias = Config | Mapping[str, Any] | str | Path | None
+
+
+def load_config(source: ConfigLike = None, **overrides: Any) -> Config:
+    """Read settings from a YAML file, a mapping or a ``Config``.
+
+    Args:
+        source: A path to a YAML file, a mapping of sections, a ``Config``, or None for the defaults.
+        overrides: Sections that replace what the source says.
+
+    Raises:
+        ConfigError: The file cannot be read, a key is unknown (the nearest is named) or a value out of range.
+    """
+    if isinstance(source, Config) and not overrides:
+        return source
+    if isinstance(source, Config):
+        data: dict[str, Any] = source.model_dump()
+    elif source is None:
+        data = {}
+    elif isinstance(source, Mapping):
+        data = dict(source)
+    else:
+        data = read_yaml(Path(source))
+    try:
+        return Config(**{**data, **overrides})
+    except ValidationError as error:
+        raise ConfigError(explain(error, Config)) from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML file whose top level is a mapping.
+
+    Raises:
+        ConfigError: The file is missing, is not YAML or is not a mapping.
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the config {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} holds a {type(data).__name__} at its top level; a mapping of sections is needed")
+    return data
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """Turn pydantic's report into one line per fault, naming the nearest key where one is unknown."""
+    lines = []
+    for fault in error.errors():
+        path = [str(part) for part in fault["loc"]]
+        if fault["type"] == "extra_forbidden":
+            lines.append(f"unknown key {'.'.join(path)!r}; {nearest(path[-1], keys_at(model, path[:-1]))}")
+        else:
+            lines.append(f"{'.'.join(path)}: {fault['msg']} (got {fault.get('input')!r})")
+    return "; ".join(lines)
+
+
+def keys_at(model: type[BaseModel], path: list[str]) -> list[str]:
+    """List the keys a (nested) section knows."""
+    section = model
+    for part in path:
+        annotation = section.model_fields[part].annotation if part in section.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        section = annotation
+    return list(section.model_fields)

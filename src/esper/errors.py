@@ -1,0 +1,89 @@
+"""Every error Esper raises.
+
+EsperError
+├── ConfigError          (ValueError)    a setting is unknown or out of range
+├── RegistryError        (LookupError)   a name is not in its folder
+├── MissingExtraError    (ImportError)   an optional package is needed; the message is its pip line
+├── SiteError            (ValueError)    no place to grow, or a place that cannot
+├── ProbeError           (ValueError)    the held-out batches are empty, one-shot or do not run
+├── LossError            (ValueError)    the loss is not a finite scalar
+├── OptimizerError       (ValueError)    the optimizer does not own the model's parameters
+├── TransitionError      (RuntimeError)  a seed was asked for a move its stage forbids
+├── SurgeryError         (RuntimeError)  a widening could not be carried out; everything was put back
+├── FinishedError        (RuntimeError)  the run is over
+├── StateError           (ValueError)    a saved state does not fit
+│   └── SavedModelError                  a saved folder is damaged or does not fit the model
+└── RunError             (ValueError)    a run folder is missing or damaged
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class EsperError(Exception):
+    """Root of the tree; its message says what was asked, what exists and what to do."""
+
+
+class ConfigError(EsperError, ValueError):
+    """A setting is unknown or out of range."""
+
+
+class RegistryError(EsperError, LookupError):
+    """A name is not in its folder."""
+
+
+class MissingExtraError(EsperError, ImportError):
+    """An optional package is needed."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(f"{purpose} needs {package}; install it with: pip install 'esper-morph[{extra}]'")
+
+
+class SiteError(EsperError, ValueError):
+    """No place to grow, or a place that cannot."""
+
+
+class ProbeError(EsperError, ValueError):
+    """The held-out batches are empty, one-shot or do not run."""
+
+
+class LossError(EsperError, ValueError):
+    """The loss is not a finite scalar."""
+
+
+class OptimizerError(EsperError, ValueError):
+    """The optimizer does not own the model's parameters."""
+
+
+class TransitionError(EsperError, RuntimeError):
+    """A seed was asked for a move its stage forbids."""
+
+
+class SurgeryError(EsperError, RuntimeError):
+    """A widening could not be carried out; everything was put back."""
+
+
+class FinishedError(EsperError, RuntimeError):
+    """The run is over."""
+
+
+class StateError(EsperError, ValueError):
+    """A saved state does not fit."""
+
+
+class SavedModelError(StateError):
+    """A saved folder is damaged or does not fit the model."""
+
+
+class RunError(EsperError, ValueError):
+    """A run folder is missing or damaged."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Say which of ``known`` was probably meant, as the end of an error message."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}known: {', '.join(names) or 'none'}"
