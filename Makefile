@@ -1,0 +1,38 @@
+# demo test lint types layers docs bench ci   (each sets up what it needs, once)
+#   make bench NAME=digits ARGS="--seeds 20"
+#   make setup PYTHON=python3.12 TORCH="torch==2.13.0 --index-url URL"   another interpreter, another build of torch
+.PHONY: setup demo test lint types layers docs bench ci always
+PYTHON ?= python3
+TORCH ?= $(shell grep '^torch==' constraints.txt)
+BIN := .venv/bin
+
+setup: .venv/.dev
+demo: .venv/.demo
+	$(BIN)/esper demo $(ARGS)
+test: .venv/.dev
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(ARGS)
+lint: .venv/.dev
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/typos && $(BIN)/deptry -q src
+layers: .venv/.dev
+	$(BIN)/lint-imports --no-cache
+types: .venv/.dev
+	$(BIN)/pyrefly check
+docs: .venv/.dev
+	$(BIN)/sphinx-build -W --keep-going -q docs docs/_build
+bench: .venv/.bench
+	$(BIN)/esper bench $(NAME) $(ARGS)
+ci:
+	bash .ci/run
+
+# torch comes first and pinned: pulled in by a dependency it could be the build with gigabytes of CUDA.
+.venv/.torch: $(if $(filter command environment,$(origin TORCH)),always)
+	@$(PYTHON) -c 'import sys; sys.exit("Esper needs Python 3.11 or newer: make PYTHON=..." * (sys.version_info < (3, 11)) or 0)'
+	$(PYTHON) -m venv .venv
+	@sed '/^torch==/d' constraints.txt > .venv/constraints.txt
+	$(BIN)/pip install -q -c .venv/constraints.txt $(TORCH)
+	@touch $@
+
+.venv/.%: .venv/.torch pyproject.toml constraints.txt
+	@sed '/^torch==/d' constraints.txt > .venv/constraints.txt
+	$(BIN)/pip install -q -c .venv/constraints.txt -e '.[$*]'
+	@touch $@

@@ -1,0 +1,62 @@
+"""Esper grows a PyTorch model while it trains."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from esper import errors
+
+if TYPE_CHECKING:  # for editors and type checkers; at run time a name is imported when it is first used
+    from esper.config import Config, load_config
+    from esper.kasmina.morphable import MorphableModel, unwrap, wrap
+    from esper.kasmina.summary import summary
+    from esper.tolaria.growth import Growth, grow, plan
+    from esper.tolaria.saving import load_into
+    from esper.tolaria.trainer import Trainer
+
+    __version__: str
+
+__all__ = [
+    "Config",
+    "Growth",
+    "MorphableModel",
+    "Trainer",
+    "__version__",
+    "errors",
+    "grow",
+    "load_config",
+    "load_into",
+    "plan",
+    "summary",
+    "unwrap",
+    "wrap",
+]
+
+# `import esper` must not pay for torch (1.7 s) or pydantic, so each name says where it lives.
+_HOMES = {
+    "Config": "esper.config",
+    "Growth": "esper.tolaria.growth",
+    "MorphableModel": "esper.kasmina.morphable",
+    "Trainer": "esper.tolaria.trainer",
+    "grow": "esper.tolaria.growth",
+    "load_config": "esper.config",
+    "load_into": "esper.tolaria.saving",
+    "plan": "esper.tolaria.growth",
+    "summary": "esper.kasmina.summary",
+    "unwrap": "esper.kasmina.morphable",
+    "wrap": "esper.kasmina.morphable",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return import_module("importlib.metadata").version("esper-morph")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'esper' has no attribute {name!r}; {errors.nearest(name, __all__)}")
+    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
