@@ -1,0 +1,212 @@
+"""Makes the user's own layers wider, in place: the end of a growth, when its branch becomes the model.
+
+Every parameter keeps its identity through ``torch.utils.swap_tensors``, so optimizers and held lists go on
+working. (Assigning ``parameter.data`` would not do: the next backward fails while the user still holds the
+loss, because the graph's gradient accumulator remembers the old shape.) Torch refuses the swap while somebody
+holds a weak reference to the parameter or a graph that has saved it; then a new Parameter takes its place and
+the result says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from esper.contracts import WidenEdit, WidenPlan
+from esper.errors import SurgeryError, nearest
+
+_LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One parameter that became larger: what optimizers need to follow."""
+
+    edit: WidenEdit
+    parameter: nn.Parameter  # in the model now
+    replaced: nn.Parameter | None = None  # what stood there before, where identity could not be kept
+    why: str = ""  # what blocked the swap
+
+    @property
+    def previous(self) -> nn.Parameter:
+        """The object an optimizer knows this parameter by."""
+        return self.parameter if self.replaced is None else self.replaced
+
+
+@dataclass(frozen=True, slots=True)
+class Widened:
+    """A widening that was carried out and can still be taken back; it keeps the old tensors alive."""
+
+    plan: WidenPlan
+    changes: tuple[Change, ...]  # parameters only, in the plan's order
+    _restore: ExitStack = field(repr=False)
+
+    @property
+    def replaced(self) -> tuple[Change, ...]:
+        """The parameters whose identity changed."""
+        return tuple(change for change in self.changes if change.replaced is not None)
+
+    def undo(self) -> None:
+        """Put parameters, gradients, buffers and attributes back, bit for bit and in the old storage.
+
+        Meant for a check that runs under ``torch.no_grad()`` right after the widening, before an optimizer
+        has followed it. A second call does nothing.
+        """
+        self._restore.close()
+
+
+def widen(model: nn.Module, plan: WidenPlan, slices: Mapping[str, Tensor]) -> Widened:
+    """Enlarge the tensors that ``plan`` names and set its attributes.
+
+    The old part of every tensor stays bit for bit and comes first along the axis. Gradients of widened
+    parameters are cleared; ``requires_grad``, hooks, attributes, dtype, device and memory format stay. Either
+    everything is changed or nothing.
+
+    Args:
+        model: Owns every parameter, buffer and module the plan names.
+        plan: What becomes how large.
+        slices: Per edit name the new part: the tensor's shape with ``new - old`` along ``axis``.
+
+    Raises:
+        SurgeryError: The plan or a slice does not fit the model; nothing was changed.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    _refuse_shared(modules, plan)
+    grown = [_extended(modules, edit, slices) for edit in plan.edits]
+    for path, attribute, _ in plan.attributes:
+        if not isinstance(getattr(modules.get(path), attribute, None), int):
+            raise SurgeryError(
+                f"cannot set {attribute!r} of {path!r}: no such number; {nearest(path, modules)}"
+            )
+
+    changes: list[Change] = []
+    with ExitStack() as restore:
+        for edit, tensor in zip(plan.edits, grown, strict=True):
+            path, _, leaf = edit.name.rpartition(".")
+            if leaf in modules[path]._parameters:
+                changes.append(_exchange(modules[path]._parameters, leaf, edit, tensor, restore))
+            else:
+                buffers = modules[path]._buffers
+                restore.callback(buffers.__setitem__, leaf, buffers[leaf])
+                buffers[leaf] = tensor
+        for path, attribute, value in plan.attributes:
+            restore.callback(setattr, modules[path], attribute, getattr(modules[path], attribute))
+            setattr(modules[path], attribute, value)
+        return Widened(plan, tuple(changes), restore.pop_all())
+
+
+def extend(old: Tensor, new: Tensor, axis: int) -> Tensor:
+    """Append ``new`` to ``old`` along ``axis``, in the dtype, device and memory format of ``old``."""
+    joined = torch.cat([old.detach(), new.detach().to(old)], axis)
+    return joined.to(memory_format=_layout(old))  # contiguous() would leave a single channel as it is
+
+
+def _layout(tensor: Tensor) -> torch.memory_format:
+    # By strides, not is_contiguous(): a (C, 1, 3, 3) depthwise weight is contiguous in both formats.
+    last, plain = _LAYOUTS.get(tensor.dim()), torch.empty(tensor.shape, device="meta")
+    if last and tensor.stride() == plain.to(memory_format=last).stride() != plain.stride():
+        return last
+    return torch.contiguous_format
+
+
+def _exchange(
+    table: dict[str, nn.Parameter | None], leaf: str, edit: WidenEdit, tensor: Tensor, restore: ExitStack
+) -> Change:
+    parameter = table[leaf]
+    if parameter is None:
+        raise SurgeryError(f"{edit.name!r} went away while it was widened")
+    old, gradient = parameter.detach(), parameter.grad  # the alias keeps the old storage for undo
+    larger = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
+    try:
+        _swap(parameter, larger)
+    except RuntimeError as blocked:  # torch's own words for a weak reference or a live graph
+        larger.__dict__.update(parameter.__dict__)
+        _arm_hooks(larger, parameter)
+        restore.callback(table.__setitem__, leaf, parameter)
+        table[leaf] = larger
+        return Change(edit, larger, parameter, str(blocked))
+    restore.callback(_put_back, parameter, old, gradient)
+    return Change(edit, parameter)
+
+
+def _swap(parameter: nn.Parameter, content: nn.Parameter) -> None:
+    """Give ``parameter`` the tensor of ``content``; its own attributes and hooks stay with it."""
+    content.__dict__.update(parameter.__dict__)
+    gradient, parameter.grad = parameter.grad, None
+    try:
+        torch.utils.swap_tensors(parameter, content)
+    except RuntimeError:
+        parameter.grad = gradient
+        raise
+    _arm_hooks(parameter, parameter)
+
+
+def _arm_hooks(target: Tensor, source: Tensor) -> None:
+    # A tensor's hook tables hang on the Python object but are armed in the C++ tensor; assigning one arms it.
+    # The tables themselves stay the same, so the handles that users hold can still remove their hooks.
+    if source._backward_hooks is not None:
+        target._backward_hooks = source._backward_hooks
+    if source._post_accumulate_grad_hooks is not None:
+        target._post_accumulate_grad_hooks = source._post_accumulate_grad_hooks
+
+
+def _put_back(parameter: nn.Parameter, old: Tensor, gradient: Tensor | None) -> None:
+    # A fresh Parameter on the old storage: torch has poisoned the gradient accumulator of the swapped-out
+    # tensor, and a user who still holds the last loss keeps that accumulator alive.
+    try:
+        _swap(parameter, nn.Parameter(old, requires_grad=parameter.requires_grad))
+    except RuntimeError:  # the check left a reference behind; without a graph plain assignment is safe
+        parameter.grad = None
+        parameter.data = old
+    parameter.grad = gradient
+
+
+def _extended(modules: Mapping[str, nn.Module], edit: WidenEdit, slices: Mapping[str, Tensor]) -> Tensor:
+    path, _, leaf = edit.name.rpartition(".")
+    owner = modules.get(path)
+    old = None if owner is None else {**owner._buffers, **owner._parameters}.get(leaf)
+    if old is None:
+        raise SurgeryError(
+            f"cannot widen {edit.name!r}: no such tensor; {nearest(edit.name, modules[''].state_dict())}"
+        )
+    if isinstance(old, nn.Parameter) and type(old) is not nn.Parameter:
+        raise SurgeryError(
+            f"cannot widen {edit.name!r}: it is a {type(old).__name__}; only a plain Parameter can be widened"
+        )
+    if not 0 <= edit.axis < old.dim() or old.shape[edit.axis] != edit.old or edit.new <= edit.old:
+        raise SurgeryError(
+            f"cannot widen {edit.name!r} from {edit.old} to {edit.new} along axis {edit.axis}: its shape is "
+            f"{tuple(old.shape)}; plan the widening again on the model as it is now"
+        )
+    if edit.name not in slices:
+        raise SurgeryError(f"no new slice given for {edit.name!r}; given: {', '.join(slices) or 'none'}")
+    wanted = (*old.shape[: edit.axis], edit.new - edit.old, *old.shape[edit.axis + 1 :])
+    if slices[edit.name].shape != wanted:
+        raise SurgeryError(
+            f"the new slice of {edit.name!r} has shape {tuple(slices[edit.name].shape)}; {wanted} is needed"
+        )
+    return extend(old, slices[edit.name], edit.axis)
+
+
+def _refuse_shared(modules: Mapping[str, nn.Module], plan: WidenPlan) -> None:
+    names = [edit.name for edit in plan.edits]
+    if len(set(names)) < len(names):
+        raise SurgeryError(
+            f"the plan for {plan.site!r} names a tensor twice: {', '.join(names)}; plan it as two"
+        )
+    owners: dict[nn.Parameter, set[nn.Module]] = {}  # a module under two names is one owner: no harm
+    aliases: dict[nn.Parameter, list[str]] = {}
+    for path, module in modules.items():
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(parameter, set()).add(module)
+                aliases.setdefault(parameter, []).append(f"{path}.{leaf}".lstrip("."))
+    for parameter, tied in owners.items():
+        if len(tied) > 1 and not set(aliases[parameter]).isdisjoint(names):
+            raise SurgeryError(
+                f"cannot widen a tied parameter: {' and '.join(aliases[parameter])} are one tensor"
+            )
