@@ -1,0 +1,253 @@
+"""Pictures of a run as SVG strings; the one file that imports matplotlib.
+
+Text takes the colour of the page (``currentColor``), so the same picture reads on light and dark;
+lines differ in colour and dash.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from esper.errors import MissingExtraError
+from esper.nissa.history import RunHistory, SeedHistory, Series
+from esper.nissa.palette import BLUE, GREEN, GREY, ORANGE, PURPLE, STAGE_COLOURS, VERMILION
+
+try:
+    import matplotlib as mpl
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter, StrMethodFormatter
+except ImportError:
+    raise MissingExtraError("matplotlib", "report", "drawing a run's pictures") from None
+
+INK = "#010203"  # stands for the page's own text colour until the SVG is written
+LINES = [
+    (BLUE, "-"),
+    (VERMILION, "--"),
+    (GREY, (0, (4, 1.5, 1, 1.5))),
+    (GREEN, ":"),
+    (PURPLE, "-."),
+    (ORANGE, "-"),
+]
+MARKERS = "osD^vP"
+STYLE: dict[str, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "esper",
+    "text.parse_math": False,  # a name may hold a dollar sign
+    "font.family": "sans-serif",
+    "font.size": 10.5,
+    "axes.titlesize": 11.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GREY,
+    "grid.alpha": 0.22,
+    "grid.linewidth": 0.7,
+    "lines.linewidth": 1.8,
+    "legend.frameon": False,
+    "legend.labelcolor": INK,
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One measurement of a benchmark: a mean and the half-widths of its interval, None where it has none."""
+
+    x: float
+    y: float
+    y_error: float | None = None
+    x_error: float | None = None
+    label: str = ""
+
+
+def learning(history: RunHistory, others: Mapping[str, RunHistory] | None = None, name: str = "grown") -> str:
+    """Draw the training loss and the first held-out metric over steps, growth events marked.
+
+    Args:
+        history: The run.
+        others: Runs to compare with (the no-growth twin, the fixed net), by name.
+        name: What to call the run itself.
+    """
+    runs = {name: history, **(others or {})}
+    metric = metric_name(history)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(8.6, 5.2 if metric else 3.0), layout="constrained")
+        axes = figure.subplots(2 if metric else 1, 1, sharex=True, squeeze=False)[:, 0]
+        for (label, run), (colour, dash) in zip(runs.items(), LINES * len(runs), strict=False):
+            _line(axes[0], run.loss, label, colour, dash)
+            if metric:
+                points = Series(
+                    [epoch.step for epoch in run.epochs], [epoch.metrics.get(metric) for epoch in run.epochs]
+                )
+                _line(axes[1], points, label, colour, dash)
+        axes[0].set(title="Training loss", yscale="log" if _positive(runs.values()) else "linear")
+        axes[0].yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        if metric:
+            axes[1].set(title=f"Held-out {metric}")
+        _steps_below(axes[-1])
+        for axis in axes:
+            _mark_growth(axis, history, label=axis is axes[0])
+        if len(runs) > 1:
+            axes[-1].legend(loc="best")
+        return _svg(figure, "Training loss and held-out metric over steps, with growth events")
+
+
+def parameters(
+    history: RunHistory, others: Mapping[str, RunHistory] | None = None, name: str = "grown"
+) -> str:
+    """Draw the number of parameters over steps."""
+    runs = {name: history, **(others or {})}
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(8.6, 2.6), layout="constrained")
+        axis = figure.subplots()
+        for (label, run), (colour, dash) in zip(runs.items(), LINES * len(runs), strict=False):
+            _line(axis, run.parameters, label, colour, dash, drawstyle="steps-post")
+        axis.set(title="Parameters", ylim=(0, None))
+        axis.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        _steps_below(axis)
+        if len(runs) > 1:
+            axis.legend(loc="best")
+        return _svg(figure, "Parameters over steps")
+
+
+def lives(history: RunHistory) -> str:
+    """Draw one row per seed that ever woke: its stages as bands, its alpha as a line over them."""
+    seeds = [seed for seed in history.seeds.values() if seed.spans]
+    with mpl.rc_context({**STYLE, "axes.grid": False, "axes.spines.left": False}):
+        figure = Figure(figsize=(8.6, 0.9 + 0.42 * max(len(seeds), 1)), layout="constrained")
+        axis = figure.subplots()
+        for row, seed in enumerate(seeds):
+            _life(axis, seed, row, history.step)
+        axis.set_yticks(range(len(seeds)), [f"{seed.site}  seed {seed.seed}" for seed in seeds])
+        axis.tick_params(axis="y", length=0)
+        axis.set(xlim=(0, max(history.step, 1)), ylim=(max(len(seeds), 1) - 0.4, -0.6))
+        _steps_below(axis)
+        seen = {span.stage for seed in seeds for span in seed.spans}
+        keys = [stage for stage in STAGE_COLOURS if stage in seen]
+        patches = [
+            mpl.patches.Patch(color=STAGE_COLOURS[stage], label=stage.lower().replace("_", " "))
+            for stage in keys
+        ]
+        if patches:
+            figure.legend(
+                handles=patches, loc="outside upper left", ncols=len(patches), fontsize=9, handlelength=1.2
+            )
+        return _svg(figure, "Stages and alpha of every seed over steps")
+
+
+def tradeoff(
+    series: Mapping[str, Sequence[Point]], *, title: str, x_label: str, y_label: str, log_x: bool = True
+) -> str:
+    """Draw a benchmark: one line of points with error bars per arm, for example accuracy against FLOPs."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7.0, 4.2), layout="constrained")
+        axis = figure.subplots()
+        for index, (label, points) in enumerate(series.items()):
+            colour, dash = LINES[index % len(LINES)]
+            ordered = sorted(points, key=lambda point: point.x)
+            axis.errorbar(
+                [point.x for point in ordered],
+                [point.y for point in ordered],
+                yerr=_errors([point.y_error for point in ordered]),
+                xerr=_errors([point.x_error for point in ordered]),
+                label=label, color=colour, linestyle=dash, marker=MARKERS[index % len(MARKERS)], markersize=6,
+                capsize=3, elinewidth=1.2,
+            )  # fmt: skip
+            for point in ordered:
+                axis.annotate(point.label, (point.x, point.y), (6, 5), textcoords="offset points", fontsize=9)
+        axis.set(title=title, xlabel=x_label, ylabel=y_label, xscale="log" if log_x else "linear")
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axis.xaxis.set_minor_formatter(EngFormatter(sep="") if _decades(series) < 1 else NullFormatter())
+        axis.legend(loc="best")
+        return _svg(figure, title)
+
+
+def metric_name(history: RunHistory) -> str | None:
+    """Pick the metric a picture shows: accuracy where there is one, else the first that was reported."""
+    names = list(dict.fromkeys(name for epoch in history.epochs for name in epoch.metrics))
+    return "accuracy" if "accuracy" in names else names[0] if names else None
+
+
+def _errors(values: list[float | None]) -> list[float] | None:
+    return None if all(value is None for value in values) else [value or 0.0 for value in values]
+
+
+def _decades(series: Mapping[str, Sequence[Point]]) -> float:
+    """Say how many powers of ten the points span: below one, the minor ticks must carry the labels."""
+    xs = [point.x for points in series.values() for point in points if point.x > 0]
+    return math.log10(max(xs) / min(xs)) if xs else 0.0
+
+
+def _line(axis: Axes, series: Series, label: str, colour: str, dash: Any, **more: Any) -> None:
+    values = [float("nan") if value is None else value for value in series.values]
+    axis.plot(series.steps, values, label=label, color=colour, linestyle=dash, **more)
+
+
+def _steps_below(axis: Axes) -> None:
+    axis.set_xlabel("step")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _mark_growth(axis: Axes, history: RunHistory, *, label: bool) -> None:
+    for decision in history.decisions.values():
+        step = decision.widened_at
+        if decision.widened is None or step is None:
+            continue
+        units = decision.widened["units"]
+        axis.axvline(step, color=GREEN, linewidth=1.2, alpha=0.8, zorder=0)
+        if label:
+            axis.annotate(
+                f"+{units} {decision.site}", (step, 1.0), (3, -2), xycoords=("data", "axes fraction"),
+                textcoords="offset points", rotation=90, va="top", ha="left", fontsize=8.5,
+            )  # fmt: skip
+
+
+def _life(axis: Axes, seed: SeedHistory, row: int, last_step: int) -> None:
+    for span in seed.spans:
+        if span.stage not in STAGE_COLOURS:
+            continue
+        end = last_step if span.end is None else span.end
+        width = max(end - span.start, last_step / 400)  # a stage of no steps stays visible
+        axis.broken_barh(
+            [(span.start, width)], (row - 0.38, 0.76), color=STAGE_COLOURS[span.stage], alpha=0.75, lw=0
+        )
+    heights = [
+        row + 0.36 - 0.72 * value if value is not None else float("nan") for value in seed.alpha.values
+    ]
+    open_end = seed.stage in ("GRAFTING", "STABILISING", "EVALUATING", "FOSSILISED")
+    end = last_step if open_end else seed.spans[-1].start  # alpha holds until it is told otherwise
+    axis.plot(
+        [*seed.alpha.steps, end], [*heights, *heights[-1:]], color=INK, linewidth=1.4
+    ) if heights else None
+
+
+def _positive(runs: Iterable[RunHistory]) -> bool:
+    """Tell whether a log axis can show every loss."""
+    values = [
+        value for run in runs for value in run.loss.values if value is not None and math.isfinite(value)
+    ]
+    return bool(values) and min(values) > 0
+
+
+def _svg(figure: Figure, title: str) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(
+        r'<g id="[^"]*">', "<g>", svg
+    )  # several pictures share one page, and ids must be unique there
+    head, body = svg.split(">", 1)
+    alone = "<style>svg:root{color:#1f2328}@media(prefers-color-scheme:dark){svg:root{color:#e6e6e6}}</style>"
+    return f'{head} role="img"><title>{escape(title)}</title>{alone}{body}'

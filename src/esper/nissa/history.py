@@ -1,0 +1,288 @@
+"""What a run's events amount to: one fold, read by the live view, the report and ``esper why``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from esper.contracts import Event, Refusal, Stage
+from esper.nissa.journal import number
+
+
+@dataclass(slots=True)
+class Series:
+    """A quantity over steps; None is "not measured"."""
+
+    steps: list[int] = field(default_factory=list)
+    values: list[float | None] = field(default_factory=list)
+
+    def add(self, step: int, value: Any) -> None:
+        """Append a point."""
+        self.steps.append(step)
+        self.values.append(number(value))
+
+    @property
+    def last(self) -> float | None:
+        """The newest value."""
+        return self.values[-1] if self.values else None
+
+
+@dataclass(slots=True)
+class Span:
+    """A seed's time in one stage; ``end`` is None while it is there."""
+
+    stage: str
+    start: int
+    end: int | None
+    reason: str
+
+
+@dataclass(slots=True)
+class SeedHistory:
+    """The life of one seed."""
+
+    seed: str
+    site: str
+    spans: list[Span] = field(default_factory=list)
+    alpha: Series = field(default_factory=Series)
+
+    @property
+    def stage(self) -> str:
+        """Where the seed is now."""
+        return self.spans[-1].stage if self.spans else "DORMANT"
+
+
+@dataclass(slots=True)
+class DecisionHistory:
+    """One decision with everything that led to it and came of it, joined by its id."""
+
+    id: int
+    step: int
+    survey: list[Mapping[str, Any]] = field(default_factory=list)
+    chosen: Mapping[str, Any] = field(default_factory=dict)  # the decision event; empty while only surveyed
+    race: Mapping[str, Any] | None = None
+    looks: list[Mapping[str, Any]] = field(default_factory=list)  # of the gate, in order
+    outcome: Mapping[str, Any] | None = None
+    widened: Mapping[str, Any] | None = None
+    widened_at: int | None = None  # step
+    decided_at: int | None = None  # step of the outcome
+
+    @property
+    def action(self) -> str | None:
+        """``widen`` or ``nothing``; None while only surveyed."""
+        return self.chosen.get("action")
+
+    @property
+    def site(self) -> str | None:
+        """Where it acts; None for nothing."""
+        return self.chosen.get("site")
+
+    @property
+    def kept(self) -> bool | None:
+        """Whether the growth stayed; None while it is being judged, or where there was none."""
+        return None if self.outcome is None else bool(self.outcome["kept"])
+
+    @property
+    def verdict(self) -> str:
+        """One word for tables."""
+        if self.action != "widen":
+            return "waited" if self.action else "surveyed"
+        return {True: "kept", False: "refused", None: "open"}[self.kept]
+
+
+@dataclass(slots=True)
+class Epoch:
+    """Metrics at the end of an epoch."""
+
+    epoch: int
+    step: int
+    metrics: dict[str, float | None]
+
+
+@dataclass(slots=True)
+class RunHistory:
+    """A run so far; ``add`` folds one more event into it.
+
+    A run that was resumed starts again at an earlier step: what the journal holds beyond that step did not
+    become part of the run, and is left out.
+    """
+
+    started: Mapping[str, Any] = field(default_factory=dict)  # data of run_started
+    finished: Mapping[str, Any] | None = None  # data of run_finished
+    step: int = 0
+    seconds: float | None = None
+    loss: Series = field(default_factory=Series)
+    parameters: Series = field(default_factory=Series)
+    training_flops: Series = field(default_factory=Series)
+    growth_flops: Series = field(default_factory=Series)
+    epochs: list[Epoch] = field(default_factory=list)
+    seeds: dict[tuple[str, str], SeedHistory] = field(default_factory=dict)  # by site and seed
+    decisions: dict[int, DecisionHistory] = field(default_factory=dict)
+    faults: list[Event] = field(default_factory=list)
+    fallbacks: list[Event] = field(default_factory=list)
+    warnings: list[Event] = field(default_factory=list)
+    _events: list[Event] = field(default_factory=list, repr=False)
+
+    def add(self, event: Event) -> None:
+        """Fold one event in."""
+        if event.kind == "run_started" and self._events:
+            self._rewind(event.step)
+        self._events.append(event)
+        self.step = event.step
+        _FOLDS[event.kind](self, event)
+
+    def _rewind(self, step: int) -> None:
+        """Forget what a resumed run will do again; at step 0 it is a new run in an old folder."""
+        kept = [event for event in self._events if event.step <= step and event.kind != "run_finished"]
+        earlier = fold(kept if step else ())
+        for item in fields(self):
+            setattr(self, item.name, getattr(earlier, item.name))
+
+    @property
+    def grown(self) -> list[DecisionHistory]:
+        """Decisions whose growth was kept, in order."""
+        return [decision for decision in self.decisions.values() if decision.kept]
+
+    @property
+    def refused(self) -> list[Refusal]:
+        """Places where nothing can grow, and why."""
+        return [Refusal(item["place"], item["reason"]) for item in self.started.get("refused", ())]
+
+    @property
+    def widths(self) -> dict[str, tuple[int, int]]:
+        """Units before and now, by site."""
+        before = {site["name"]: int(site["width"]) for site in self.started.get("sites", ())}
+        now = dict(before)
+        for decision in self.decisions.values():
+            if decision.widened is not None:
+                site = decision.widened["site"]
+                now[site] = now.get(site, 0) + int(decision.widened["units"])
+        return {site: (width, now[site]) for site, width in before.items()}
+
+    @property
+    def totals(self) -> dict[str, Any]:
+        """The run in a few numbers, for headlines and programs; None is "not known"."""
+        end: Mapping[str, Any] = self.finished or {}
+        return {
+            "model": self.started.get("model"),
+            "finished": self.finished is not None,
+            "steps": self.step,
+            "parameters_before": self.started.get("parameters"),
+            "parameters_after": self.parameters.last,
+            "flops_before": self.started.get("flops"),  # forward, per example
+            "flops_after": end.get("flops"),
+            "training_flops": self.training_flops.last,
+            "growth_flops": self.growth_flops.last,
+            "seconds": self.seconds,
+            "metrics": self.epochs[-1].metrics if self.epochs else {},
+            "decisions": len(self.decisions),
+            "kept": len(self.grown),
+            "grown": [
+                {"site": site, "before": before, "after": after}
+                for site, (before, after) in self.widths.items()
+                if after != before
+            ],
+        }
+
+    def _decision(self, event: Event) -> DecisionHistory:
+        key = int(event.data["decision"])
+        return self.decisions.setdefault(key, DecisionHistory(key, event.step))
+
+    def _seed(self, event: Event) -> SeedHistory:
+        key = (str(event.data["site"]), str(event.data["seed"]))
+        return self.seeds.setdefault(key, SeedHistory(site=key[0], seed=key[1]))
+
+
+def fold(events: Iterable[Event]) -> RunHistory:
+    """Fold a run's events into its history."""
+    history = RunHistory()
+    for event in events:
+        history.add(event)
+    return history
+
+
+def _run_started(history: RunHistory, event: Event) -> None:
+    if not history.started:
+        history.started = event.data
+        history.parameters.add(event.step, event.data["parameters"])
+
+
+def _progress(history: RunHistory, event: Event) -> None:
+    history.loss.add(event.step, event.data["loss"])
+    history.parameters.add(event.step, event.data["parameters"])
+    history.training_flops.add(event.step, event.data["training_flops"])
+    history.growth_flops.add(event.step, event.data["growth_flops"])
+    history.seconds = number(event.data["seconds"])
+
+
+def _epoch(history: RunHistory, event: Event) -> None:
+    metrics = {name: number(value) for name, value in event.data["metrics"].items()}
+    history.epochs.append(Epoch(int(event.data["epoch"]), event.step, metrics))
+
+
+def _survey(history: RunHistory, event: Event) -> None:
+    history._decision(event).survey = list(event.data["sites"])
+
+
+def _decision(history: RunHistory, event: Event) -> None:
+    history._decision(event).chosen = event.data
+
+
+def _stage(history: RunHistory, event: Event) -> None:
+    seed = history._seed(event)
+    if seed.spans:
+        seed.spans[-1].end = event.step
+    target = event.data["target"]
+    stage = target if isinstance(target, str) else Stage(target).name
+    seed.spans.append(Span(stage, event.step, None, str(event.data["reason"])))
+
+
+def _alpha(history: RunHistory, event: Event) -> None:
+    history._seed(event).alpha.add(event.step, event.data["alpha"])
+
+
+def _race(history: RunHistory, event: Event) -> None:
+    history._decision(event).race = event.data
+
+
+def _gate(history: RunHistory, event: Event) -> None:
+    history._decision(event).looks.append(event.data)
+
+
+def _outcome(history: RunHistory, event: Event) -> None:
+    decision = history._decision(event)
+    decision.outcome, decision.decided_at = event.data, event.step
+
+
+def _widened(history: RunHistory, event: Event) -> None:
+    decision = history._decision(event)
+    decision.widened, decision.widened_at = event.data, event.step
+    history.parameters.add(event.step, event.data["parameters"])
+
+
+def _run_finished(history: RunHistory, event: Event) -> None:
+    history.finished = event.data
+    history.parameters.add(event.step, event.data["parameters"])
+    history.training_flops.add(event.step, event.data["training_flops"])
+    history.growth_flops.add(event.step, event.data["growth_flops"])
+    history.seconds = number(event.data["seconds"])
+
+
+_FOLDS: dict[str, Callable[[RunHistory, Event], None]] = {
+    "run_started": _run_started,
+    "progress": _progress,
+    "epoch": _epoch,
+    "survey": _survey,
+    "decision": _decision,
+    "stage": _stage,
+    "alpha": _alpha,
+    "race": _race,
+    "gate": _gate,
+    "outcome": _outcome,
+    "widened": _widened,
+    "fault": lambda history, event: history.faults.append(event),
+    "fallback": lambda history, event: history.fallbacks.append(event),
+    "warning": lambda history, event: history.warnings.append(event),
+    "run_finished": _run_finished,
+}

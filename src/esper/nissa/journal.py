@@ -1,0 +1,212 @@
+"""The journal of a run: one JSON line per event, appended to ``events.jsonl`` and never rewritten."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from esper.contracts import EVENTS_VERSION, Event
+from esper.errors import RunError
+
+EVENTS_FILE = "events.jsonl"
+
+
+class RunJournal:
+    """Writes every event it is called with to a run folder; an existing folder is appended to.
+
+    Each event is one ``write`` of one line on an unbuffered file, so a killed process loses at most the line
+    it was writing. Strict JSON has no NaN: non-finite numbers are written as the strings ``"NaN"``,
+    ``"Infinity"`` and ``"-Infinity"``; ``number`` reads them back.
+    """
+
+    def __init__(self, run_dir: str | Path) -> None:
+        """Open the folder, and create it where it does not exist.
+
+        Raises:
+            RunError: The folder cannot be written.
+        """
+        self.path = Path(run_dir) / EVENTS_FILE
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            cut, last = _mend(self.path)
+            self._file: BinaryIO = open(self.path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
+        except OSError as error:
+            raise RunError(
+                f"cannot write the run folder {run_dir}: {error.strerror}; choose another run_dir"
+            ) from None
+        if cut:
+            self(_torn(self.path, cut, last))
+
+    def __call__(self, event: Event) -> None:
+        """Append one event.
+
+        Raises:
+            RunError: The journal is closed, the disk is full, or the event holds what JSON cannot.
+        """
+        if self._file.closed:
+            raise RunError(
+                f"{self.path} is closed, so the event {event.kind!r} was not written; open a new RunJournal"
+            )
+        line = encode(event)
+        try:
+            written = self._file.write(line)
+        except OSError as error:
+            raise RunError(
+                f"cannot append to {self.path}: {error.strerror}; free space and resume the run"
+            ) from None
+        if written != len(line):
+            raise RunError(
+                f"only {written} of {len(line)} bytes reached {self.path}; free space and resume the run"
+            )
+
+    def close(self) -> None:
+        """Close the file; the folder can be opened again."""
+        self._file.close()
+
+    def __enter__(self) -> RunJournal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_events(run_dir: str | Path) -> list[Event]:
+    """Read a run folder's events, oldest first.
+
+    A torn last line (the run was killed while writing it) is left out and reported as a last event of kind
+    ``warning``; any other damage is refused.
+
+    Raises:
+        RunError: There is no journal, or a line of it is damaged or of an unknown version.
+    """
+    path = Path(run_dir) / EVENTS_FILE
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise RunError(
+            f"no run in {run_dir}: {EVENTS_FILE} is missing; give the folder that esper demo, esper train or "
+            f"run_dir= wrote{_runs_beside(Path(run_dir))}"
+        ) from None
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror}") from None
+    *lines, tail = content.split(b"\n")
+    events = [decode(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
+    if _is_whole(tail):  # only the line feed is missing
+        events.append(decode(tail, f"{path}, line {len(lines) + 1}"))
+    elif tail:
+        events.append(_torn(path, tail, events[-1] if events else None))
+    return events
+
+
+def encode(event: Event) -> bytes:
+    """Write an event as one line of strict JSON, line feed included.
+
+    Raises:
+        RunError: The event holds what JSON cannot.
+    """
+    where = f"event {event.kind!r}"
+    record = {
+        "v": EVENTS_VERSION,
+        "time": event.time,
+        "step": event.step,
+        "kind": event.kind,
+        "data": event.data,
+    }
+    return json.dumps(_plain(record, where), allow_nan=False, separators=(",", ":")).encode() + b"\n"
+
+
+def decode(line: bytes, where: str) -> Event:
+    """Read one line back; ``where`` names it in errors.
+
+    Raises:
+        RunError: The line is damaged, or of a version or kind this Esper does not know.
+    """
+    try:
+        record = json.loads(line)
+    except ValueError:
+        raise RunError(f"{where} is damaged ({line[:40]!r}…); restore the file from a copy") from None
+    if not isinstance(record, dict) or "v" not in record:
+        raise RunError(f"{where} is not an event of Esper: it has no version; restore the file from a copy")
+    if record["v"] != EVENTS_VERSION:
+        raise RunError(
+            f"{where} has version {record['v']!r}, this Esper reads version {EVENTS_VERSION}; "
+            "read the run with the version of Esper that wrote it"
+        )
+    try:
+        return Event(kind=record["kind"], step=record["step"], data=record["data"], time=record["time"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{where} is not a whole event: {error}; restore the file from a copy") from None
+
+
+def number(value: Any) -> float | None:
+    """Read a number of an event back, non-finite ones included; None is "not measured" and stays None."""
+    if value is None:
+        return None
+    return float(value)  # float() reads "NaN", "Infinity" and "-Infinity"
+
+
+def _plain(value: Any, where: str) -> Any:
+    """Turn ``value`` into what strict JSON holds."""
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else _non_finite(value)
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                raise RunError(f"{where} has the key {key!r}; keys must be strings")
+        return {key: _plain(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
+        return [_plain(item, where) for item in value]
+    raise RunError(
+        f"{where} holds a {type(value).__name__}; events hold numbers, strings, lists and mappings only"
+    )
+
+
+def _non_finite(value: float) -> str:
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+def _is_whole(tail: bytes) -> bool:
+    """Tell a line that lacks only its line feed from a torn one: no prefix of a JSON object is JSON."""
+    try:
+        return isinstance(json.loads(tail), dict)
+    except ValueError:
+        return False
+
+
+def _mend(path: Path) -> tuple[bytes, Event | None]:
+    """Make the file end in a line feed, so that the next event starts a line.
+
+    Returns:
+        What had to be cut off, and the last whole event (reading it also refuses a file of another version).
+    """
+    if not path.exists():
+        return b"", None
+    with open(path, "r+b") as file:
+        *lines, tail = file.read().split(b"\n")
+        if _is_whole(tail):
+            file.write(b"\n")
+            lines, tail = [*lines, tail], b""
+        file.truncate(sum(len(line) + 1 for line in lines))
+    return tail, decode(lines[-1], f"{path}, line {len(lines)}") if lines else None
+
+
+def _torn(path: Path, tail: bytes, last: Event | None) -> Event:
+    message = (
+        f"the last line of {path} was torn ({len(tail)} bytes) and left out: the run was killed writing it"
+    )
+    return Event("warning", last.step if last else 0, {"message": message})
+
+
+def _runs_beside(folder: Path) -> str:
+    """Name the runs that do exist below a folder, or below the nearest existing folder above it."""
+    base = next((place for place in (folder, *folder.parents) if place.is_dir()), Path())
+    found = sorted(path.parent.as_posix() for path in base.glob(f"*/{EVENTS_FILE}"))[:5]
+    return f"; runs in {base.as_posix()}: {', '.join(found)}" if found else ""

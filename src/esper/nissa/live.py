@@ -1,0 +1,198 @@
+"""The terminal view of a run: a screen that follows it, or plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator
+from types import TracebackType
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from esper.contracts import Event
+from esper.nissa.history import DecisionHistory, RunHistory, SeedHistory
+from esper.nissa.palette import STAGE_COLOURS
+from esper.nissa.why import headline
+from esper.nissa.wording import UNKNOWN, count, duration, short
+
+REFRESHES = (
+    4  # a second, by a thread of its own: an event costs the training thread one fold, never a drawing
+)
+ROWS = 12  # sites shown; a large model has hundreds, most of them quiet
+DECISIONS = 4  # shown, newest first
+
+
+class LiveView:
+    """Shows events as they come; call it with each one, inside ``with``.
+
+    On a terminal it redraws one screen, at most four times a second; elsewhere it prints one line per event
+    worth a line.
+    """
+
+    def __init__(self, console: Console | None = None, *, plain: bool | None = None) -> None:
+        """Choose where to show.
+
+        Args:
+            console: Where to write; standard error by default, so that standard output stays the program's.
+            plain: Lines instead of a screen; by default wherever the console is not a terminal.
+        """
+        self.history = RunHistory()
+        self._console = console or Console(stderr=True)
+        self._plain = not self._console.is_terminal if plain is None else plain
+        self._lock = threading.Lock()
+        self._tenths = 0
+        self._live = Live(
+            get_renderable=self._screen,
+            console=self._console,
+            refresh_per_second=REFRESHES,
+            redirect_stdout=sys.stdout.isatty(),
+        )
+
+    def __call__(self, event: Event) -> None:
+        """Take one event in."""
+        with self._lock:
+            self.history.add(event)
+        if self._plain:
+            for line in self._lines(event):
+                self._console.print(
+                    f"[{event.step:>6}] {line}", markup=False, highlight=False, soft_wrap=True
+                )
+
+    def __enter__(self) -> LiveView:
+        if not self._plain:
+            self._live.start(refresh=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._plain:
+            self._live.stop()
+
+    def _screen(self) -> RenderableType:
+        with self._lock:  # only the parts are built here; rich lays them out after the lock is free
+            if not self.history.started:
+                return Text("waiting for the first event", style="dim")
+            parts = [
+                _header(self.history),
+                _sites(self.history),
+                *_decisions(self.history),
+                *_trouble(self.history),
+            ]
+        return Group(*parts)
+
+    def _lines(self, event: Event) -> Iterator[str]:
+        """Say a notable event in one line; most events are not."""
+        data = event.data
+        match event.kind:
+            case "run_started":
+                yield f"{data['model']}: {data['parameters']:,} parameters, can grow at {len(data['sites'])} sites"
+            case "progress" if self._is_due():
+                spent = duration(self.history.seconds)
+                yield f"loss {short(data['loss'])}, {data['parameters']:,} parameters, {spent}"
+            case "epoch":
+                yield f"epoch {data['epoch']}: {short(data['metrics'])}"
+            case "decision":
+                what = headline(self.history.decisions[data["decision"]])
+                yield f"decision {data['decision']}: {what} ({data['reason']})"
+            case "gate":
+                word = "passed" if data["passed"] else "refused"
+                evidence = f"gain {short(data['gain'])}, e-value {short(data['e_value'])}"
+                yield f"gate {word} at {data['site']}: {evidence}"
+            case "widened":
+                yield f"{data['site']} grew by {data['units']} units, {data['parameters']:,} parameters now"
+            case "outcome":
+                word = "kept" if data["kept"] else "not kept"
+                yield f"{data['site']} {word}: {data['reason']}"
+            case "fault":
+                yield f"fault {data['count']} at {data['site']}: {data['error']}"
+            case "fallback":
+                yield f"fallback: {data['what']}, {data['why']}"
+            case "warning":
+                yield f"warning: {data['message']}"
+            case "run_finished":
+                yield f"finished: {data['parameters']:,} parameters, {duration(self.history.seconds)}"
+
+    def _is_due(self) -> bool:
+        """Let one progress line through per tenth of the run."""
+        steps = self.history.started.get("steps")
+        tenths = self.history.step // max(1, (steps or 10_000) // 10)
+        due, self._tenths = tenths > self._tenths, tenths
+        return due
+
+
+def _header(history: RunHistory) -> Table:
+    steps = history.started.get("steps")
+    grid = Table.grid(padding=(0, 2))
+    grid.add_row(
+        Text(str(history.started["model"]), style="bold"),
+        Text(f"step {history.step:,}" + (f" of {steps:,}" if steps else "")),
+        ProgressBar(total=steps or None, completed=history.step, width=30, pulse=not steps),
+        Text(duration(history.seconds), style="dim"),
+    )
+    facts = [f"loss {short(history.loss.last)}"]
+    if history.epochs:
+        facts.append(f"{short(history.epochs[-1].metrics)} (epoch {history.epochs[-1].epoch})")
+    before, now = history.started["parameters"], history.parameters.last
+    facts.append(f"parameters {before:,}" + (f" → {now:,.0f}" if now != before else ""))
+    facts.append(
+        f"FLOPs {count(history.training_flops.last)} training, {count(history.growth_flops.last)} growing"
+    )
+    outer = Table.grid()
+    outer.add_row(grid)
+    outer.add_row(Text("   ".join(facts)))
+    return outer
+
+
+def _sites(history: RunHistory) -> Table:
+    table = Table(box=None, padding=(0, 2), header_style="dim")
+    for column in ("site", "units", "seed", "stage", "α"):
+        table.add_column(column)
+    newest: dict[str, SeedHistory] = {seed.site: seed for seed in history.seeds.values()}
+    ordered = sorted(
+        history.widths.items(), key=lambda item: item[0] not in newest
+    )  # stable: touched sites first
+    for site, (before, now) in ordered[:ROWS]:
+        seed = newest.get(site)
+        units = f"{before} → {now}" if now != before else str(before)
+        if seed is None:
+            table.add_row(site, units, UNKNOWN, Text("dormant", style="dim"), "")
+        else:
+            stage = Text(seed.stage.lower().replace("_", " "), style=STAGE_COLOURS.get(seed.stage, ""))
+            table.add_row(site, units, seed.seed, stage, short(seed.alpha.last, 2))
+    if len(ordered) > ROWS:
+        table.add_row(f"and {len(ordered) - ROWS} more", "", "", "", "")
+    return table
+
+
+def _decisions(history: RunHistory) -> Iterator[Text]:
+    for decision in list(history.decisions.values())[: -DECISIONS - 1 : -1]:
+        yield Text.assemble(
+            (f"{decision.id:>3} ", "dim"),
+            (f"{headline(decision)} ", "bold"),
+            (f"{decision.verdict}  ", {"kept": "green", "refused": "red"}.get(decision.verdict, "yellow")),
+            (_reason(decision), "dim"),
+            no_wrap=True,
+            overflow="ellipsis",
+        )
+
+
+def _reason(decision: DecisionHistory) -> str:
+    return str((decision.outcome or decision.chosen).get("reason", ""))
+
+
+def _trouble(history: RunHistory) -> Iterator[Text]:
+    if history.warnings:
+        yield Text(
+            f"warning: {history.warnings[-1].data['message']}",
+            style="yellow",
+            no_wrap=True,
+            overflow="ellipsis",
+        )
+    if history.faults:
+        last = history.faults[-1].data
+        yield Text(f"{len(history.faults)} faults, last at {last['site']}: {last['error']}", style="red")

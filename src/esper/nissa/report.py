@@ -1,0 +1,113 @@
+"""One self-contained HTML file per run: numbers, pictures, and the why of each decision."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from esper.errors import MissingExtraError, RunError
+from esper.nissa import charts
+from esper.nissa.history import RunHistory, fold
+from esper.nissa.journal import EVENTS_FILE, read_events
+from esper.nissa.map import model_map
+from esper.nissa.why import headline, why
+from esper.nissa.wording import count, duration, short
+
+try:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+except ImportError:
+    raise MissingExtraError("jinja2", "report", "writing a report") from None
+
+COMPARISON_FILE = "comparison.json"
+COMPARED = ("name", "accuracy", "parameters", "flops", "seconds")  # what each of its rows must hold
+
+
+def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
+    """Write the report of a run.
+
+    Args:
+        run_dir: A run folder. Where it holds ``comparison.json``, a list of rows ``{name, accuracy,
+            parameters, flops, seconds}``, the report compares; a row's ``run``, a folder below this one, adds
+            its curves to the pictures.
+        out: The file to write; ``report.html`` in the run folder by default.
+
+    Returns:
+        The file written.
+
+    Raises:
+        RunError: The run folder is missing or damaged, or the report cannot be written.
+    """
+    folder = Path(run_dir)
+    history = fold(read_events(folder))
+    if not history.started:
+        raise RunError(
+            f"the run in {folder} holds no run_started event; it ended before it began: train again"
+        )
+    rows = read_comparison(folder)
+    others = {row["name"]: fold(read_events(folder / row["run"])) for row in rows if row.get("run")}
+    target = Path(out) if out is not None else folder / "report.html"
+    page = render(history, rows, others)
+    try:
+        target.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise RunError(
+            f"cannot write the report {target}: {error.strerror}; choose another place with --out"
+        ) from None
+    return target
+
+
+def read_comparison(folder: Path) -> list[dict[str, Any]]:
+    """Read the rows this run is compared with; none where there is no comparison.
+
+    Raises:
+        RunError: The file is damaged, or a row lacks a column or names a run that is not there.
+    """
+    path = folder / COMPARISON_FILE
+    if not path.exists():
+        return []
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RunError(f"{path} is not JSON: {error}; write it again or remove it") from None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise RunError(f"{path} must hold a list of rows with {', '.join(COMPARED)}")
+    for row in rows:
+        if lacking := [column for column in COMPARED if column not in row]:
+            raise RunError(f"{path}: a row lacks {', '.join(lacking)}; every row has {', '.join(COMPARED)}")
+        if row.get("run") and not (folder / row["run"] / EVENTS_FILE).exists():
+            raise RunError(
+                f"{path}: row {row['name']!r} names the run {row['run']!r}, which is not in {folder}"
+            )
+    return rows
+
+
+def render(history: RunHistory, rows: list[dict[str, Any]], others: dict[str, RunHistory]) -> str:
+    """Fill the page."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(short=short, count=count, duration=duration)
+    pictures = {
+        "learning": charts.learning(history, others),
+        "parameters": charts.parameters(history, others),
+        "lives": charts.lives(history) if history.seeds else None,
+        "map": model_map(history),
+    }
+    decisions = history.decisions.values()
+    return environment.get_template("report.html").render(
+        history=history,
+        totals=history.totals,
+        metric=charts.metric_name(history),
+        pictures={name: Markup(svg) if svg else None for name, svg in pictures.items()},  # our own SVG
+        stories=[
+            (story, headline(decision)) for story, decision in zip(why(history), decisions, strict=True)
+        ],
+        rows=rows,
+        troubles=[*history.faults, *history.fallbacks, *history.warnings],
+    )

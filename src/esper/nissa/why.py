@@ -1,0 +1,133 @@
+"""Why a decision was taken and what it was worth, as a mapping for programs and as text for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from esper.errors import RunError
+from esper.nissa.history import DecisionHistory, RunHistory
+from esper.nissa.wording import UNKNOWN, short
+
+_JOIN = ("decision", "site")  # said once per decision already
+
+
+def why(history: RunHistory, decision: int | None = None) -> list[dict[str, Any]]:
+    """Explain one decision, or all of them in order.
+
+    Args:
+        history: The run.
+        decision: The id of a decision; None explains every one.
+
+    Raises:
+        RunError: The run has no such decision.
+    """
+    if decision is None:
+        return [explain(item) for item in history.decisions.values()]
+    if decision not in history.decisions:
+        known = ", ".join(map(str, history.decisions)) or "none"
+        raise RunError(f"the run has no decision {decision}; its decisions: {known}")
+    return [explain(history.decisions[decision])]
+
+
+def explain(decision: DecisionHistory) -> dict[str, Any]:
+    """Say what a decision saw, weighed, chose and came to; None where it did not get that far."""
+    chosen, outcome = decision.chosen, decision.outcome
+    return {
+        "decision": decision.id,
+        "step": decision.step,
+        "action": decision.action,
+        "site": decision.site,
+        "width": chosen.get("width"),
+        "start": chosen.get("start"),
+        "verdict": decision.verdict,
+        "reason": chosen.get("reason"),
+        "propensity": chosen.get("propensity"),
+        "predicted": chosen.get("predicted"),  # loss decrease per FLOP, first order
+        "realised": realised(decision),  # the same unit
+        "sites": [dict(site) for site in decision.survey],
+        "arms": [dict(arm) for arm in chosen.get("arms", ())],
+        "race": _without(decision.race),
+        "gate": [_without(look) for look in decision.looks],
+        "outcome": _without(outcome),
+        "widened": _without(decision.widened),
+    }
+
+
+def realised(decision: DecisionHistory) -> float | None:
+    """Measured loss decrease per added FLOP, to hold against ``predicted``; None where nothing was added."""
+    outcome = decision.outcome
+    if outcome is None or outcome["gain"] is None or not outcome["flops"]:
+        return None
+    return float(outcome["gain"]) / float(outcome["flops"])
+
+
+def headline(decision: DecisionHistory) -> str:
+    """Say what was decided in half a line."""
+    if decision.action == "widen":
+        return f"widen {decision.site} by {decision.chosen['width']}"
+    return "do nothing" if decision.action else "surveyed, not decided"
+
+
+def as_text(history: RunHistory, decision: int | None = None) -> str:
+    """Explain one decision, or all of them, in plain lines.
+
+    Raises:
+        RunError: The run has no such decision.
+    """
+    stories = why(history, decision)
+    return "\n\n".join("\n".join(_lines(history.decisions[story["decision"]], story)) for story in stories)
+
+
+def _lines(decision: DecisionHistory, story: Mapping[str, Any]) -> Iterator[str]:
+    yield f"Decision {decision.id} at step {decision.step}: {headline(decision)} — {decision.verdict}"
+    yield _row("why", story["reason"])
+    for site in story["sites"]:
+        measured = {
+            key: value for key, value in site.items() if key not in ("site", "name") and value is not None
+        }
+        yield _row(
+            "saw", f"{site.get('site', site.get('name'))}: {short(measured) or 'nothing could be measured'}"
+        )
+    for arm in story["arms"]:
+        yield _row("weighed", short(arm))
+    if decision.action:
+        yield _row("chose", f"with probability {short(story['propensity'])}")
+    if story["race"]:
+        yield from _race_lines(story["race"])
+    for look in story["gate"]:
+        yield _row(
+            "gate",
+            f"look {look['look']}: gain {short(look['gain'])} on {short(look['examples'])} held out, "
+            f"e-value {short(look['e_value'])} of {short(look['threshold'])} needed: "
+            f"{'passed' if look['passed'] else 'refused'}, {look['reason']}",
+        )
+    if story["widened"]:
+        edits = "; ".join(
+            f"{edit['name']} axis {edit['axis']}: {edit['old']}→{edit['new']}"
+            for edit in story["widened"]["edits"]
+        )
+        yield _row("widened", f"+{story['widened']['units']} units at step {decision.widened_at} ({edits})")
+    if story["outcome"]:
+        outcome = story["outcome"]
+        yield _row("outcome", outcome["reason"])
+        yield _row(
+            "worth",
+            f"per FLOP predicted {short(story['predicted'])}, realised {short(story['realised'])}; "
+            f"+{short(outcome['parameters'])} parameters, +{short(outcome['flops'])} FLOPs per example; "
+            f"judging cost {short(outcome['cost_flops'])} FLOPs",
+        )
+
+
+def _race_lines(race: Mapping[str, Any]) -> Iterator[str]:
+    for index, candidate in enumerate(race["candidates"]):
+        yield _row("race", f"{index}: {short(candidate)}{'  ← won' if race['winner'] == index else ''}")
+    yield _row("race", f"amplitude {short(race['amplitude'])}")
+
+
+def _row(label: str, text: str | None) -> str:
+    return f"  {label:<8} {text or UNKNOWN}"
+
+
+def _without(data: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    return None if data is None else {key: value for key, value in data.items() if key not in _JOIN}
