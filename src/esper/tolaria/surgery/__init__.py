@@ -1,0 +1,1 @@
+"""Surgery: optimizers and averaged copies follow a widening of the model."""

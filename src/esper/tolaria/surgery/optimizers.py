@@ -1,0 +1,140 @@
+"""Lets optimizers follow a widening: the state of the old units bit for bit, the new units by a rule.
+
+A widened parameter keeps its identity (see ``kasmina/materialise.py``), so its state stays under its key and
+only becomes larger. ``step`` is kept: a fresh one would undo the old units' bias correction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from esper.errors import SurgeryError
+from esper.kasmina.materialise import Change, extend
+
+Rule: TypeAlias = Literal["zeros", "seed", "mean"]
+Donor: TypeAlias = Mapping[str, Mapping[str, Any]]  # parameter name -> state key -> state of the new slice
+
+_UNSUPPORTED = {
+    "Adafactor": "its second moments are factored over rows and columns",
+    "LBFGS": "its history spans all parameters at once",
+    "Muon": "it orthogonalises whole matrices",
+}
+# State that is not born as zeros, with the setting of the group it is born as.
+_BORN_AS = {("Adagrad", "sum"): "initial_accumulator_value", ("Rprop", "step_size"): "lr"}
+
+
+def refuse_unsupported(optimizers: Mapping[str, Optimizer]) -> None:
+    """Refuse optimizers whose state cannot follow a widening; ask before a run, not in the middle of one.
+
+    Raises:
+        SurgeryError: An optimizer is, or builds on, Adafactor, LBFGS or Muon.
+    """
+    for name, optimizer in optimizers.items():
+        for kind in (base.__name__ for base in type(optimizer).__mro__):
+            if kind in _UNSUPPORTED:
+                raise SurgeryError(
+                    f"optimizer {name!r} is {kind}: {_UNSUPPORTED[kind]}, which cannot be widened yet; "
+                    "give parameters that may grow to SGD, Adam, AdamW, RMSprop or Adagrad"
+                )
+
+
+def widen_state(
+    optimizers: Mapping[str, Optimizer],
+    changes: Iterable[Change],
+    rule: Rule = "zeros",
+    donor: Donor | None = None,
+) -> list[str]:
+    """Enlarge the state of widened parameters, and follow those that changed identity.
+
+    Call it when the widening has been checked. Either all optimizers are changed or none.
+
+    Args:
+        optimizers: By name; a parameter that none of them owns (a frozen one, say) is passed over.
+        changes: What ``kasmina.materialise.widen`` returned as ``changes``.
+        rule: State of the new units: as at birth (``zeros``), the mean of the old units (``mean``), or what
+            the incubating seed's own optimizer had learned (``seed``).
+        donor: For ``seed``: per parameter name the state of its new slice.
+
+    Returns:
+        One line for each tensor that ``seed`` gave nothing fitting for and that was filled as at birth.
+
+    Raises:
+        SurgeryError: State of an unknown kind, or an optimizer that ``refuse_unsupported`` refuses.
+    """
+    refuse_unsupported(optimizers)
+    reasons: list[str] = []
+    larger: list[tuple[Optimizer, dict[str, Any], Change, dict[str, Tensor]]] = []
+    for change in changes:
+        given = (donor or {}).get(change.edit.name, {}) if rule == "seed" else None
+        for name, optimizer in optimizers.items():
+            group = _group_of(optimizer, change.previous)
+            if group is None:
+                continue
+            state: dict[str, Tensor] = {}
+            for key, old in optimizer.state.get(change.previous, {}).items():
+                where = f"{type(optimizer).__name__} {name!r}: state {key!r} of {change.edit.name!r}"
+                if _is_elementwise(old, change, where):
+                    new = _new_units(old, change, rule, _BORN_AS.get((type(optimizer).__name__, key)), group)
+                    if given is not None:
+                        new = _from_seed(given.get(key), new, where, reasons)
+                    state[key] = extend(old, new, change.edit.axis)
+            larger.append((optimizer, group, change, state))
+    for optimizer, group, change, state in larger:
+        _commit(optimizer, group, change, state)
+    return reasons
+
+
+def _group_of(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any] | None:
+    for group in optimizer.param_groups:
+        if any(mine is parameter for mine in group["params"]):
+            return group
+    return None
+
+
+def _is_elementwise(old: object, change: Change, where: str) -> bool:
+    """Tell state that grows with the parameter from counters; refuse what is neither."""
+    if not isinstance(old, Tensor) or old.dim() == 0:
+        return False
+    shape = list(change.parameter.shape)
+    shape[change.edit.axis] = change.edit.old
+    if type(old) is Tensor and list(old.shape) == shape:
+        return True
+    if old.numel() == 1:
+        return False
+    raise SurgeryError(
+        f"{where} is a {type(old).__name__} of shape {tuple(old.shape)}, the parameter's was {tuple(shape)}; "
+        "only state with one number per weight can be widened: use another optimizer for what may grow"
+    )
+
+
+def _new_units(old: Tensor, change: Change, rule: Rule, setting: str | None, group: dict[str, Any]) -> Tensor:
+    axis = change.edit.axis
+    if rule == "mean":
+        unit = old.mean(axis, keepdim=True)
+    else:
+        unit = torch.full_like(old.narrow(axis, 0, 1), float(group[setting]) if setting else 0.0)
+    shape = list(old.shape)
+    shape[axis] = change.edit.new - change.edit.old
+    return unit.expand(shape)
+
+
+def _from_seed(given: object, otherwise: Tensor, where: str, reasons: list[str]) -> Tensor:
+    if isinstance(given, Tensor) and given.shape == otherwise.shape:
+        return given
+    found = f"a tensor of shape {tuple(given.shape)}" if isinstance(given, Tensor) else "nothing"
+    reasons.append(f"{where}: the seed has {found} for {tuple(otherwise.shape)}; filled as at birth")
+    return otherwise
+
+
+def _commit(optimizer: Optimizer, group: dict[str, Any], change: Change, state: dict[str, Tensor]) -> None:
+    if change.previous in optimizer.state:
+        optimizer.state[change.previous].update(state)
+    if change.replaced is not None:
+        group["params"][:] = [change.parameter if p is change.replaced else p for p in group["params"]]
+        if change.replaced in optimizer.state:
+            optimizer.state[change.parameter] = optimizer.state.pop(change.replaced)

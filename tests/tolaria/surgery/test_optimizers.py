@@ -1,0 +1,189 @@
+"""The rules for new state, replaced parameters, several optimizers, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import LBFGS, SGD, Adafactor, Adagrad, Adam, Muon, Optimizer, Rprop
+
+from esper.errors import SurgeryError
+from esper.kasmina.materialise import Widened, widen
+from esper.tolaria.surgery.optimizers import refuse_unsupported, widen_state
+
+
+def train(model: nn.Module, *optimizers: Optimizer, steps: int = 3) -> None:
+    for _ in range(steps):
+        model.zero_grad()
+        model(torch.randn(16, 4)).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+@pytest.fixture
+def grow(plan_of: Callable, slices_of: Callable) -> Callable[[nn.Module], Widened]:
+    return lambda model: widen(model, plan_of(3, 5), slices_of(model, plan_of(3, 5)))
+
+
+def test_mean_fills_new_units_with_the_mean_of_the_old(host: nn.Module, grow: Callable) -> None:
+    optimizer = Adam(host.parameters())
+    train(host, optimizer)
+    before = copy.deepcopy(optimizer.state[host.fc2.weight])
+    assert widen_state({"main": optimizer}, grow(host).changes, "mean") == []
+    after = optimizer.state[host.fc2.weight]
+    for key in ("exp_avg", "exp_avg_sq"):
+        assert torch.equal(after[key][:, :3], before[key])
+        expected = before[key].mean(1, keepdim=True).expand(5, 2)
+        assert torch.equal(after[key][:, 3:], expected)
+    assert after["step"] == 3
+
+
+def test_seed_takes_what_the_incubator_learned_and_says_what_it_lacked(
+    host: nn.Module, grow: Callable
+) -> None:
+    optimizer = Adam(host.parameters())
+    train(host, optimizer)
+    donor: dict[str, dict[str, Any]] = {
+        "fc1.weight": {
+            "step": torch.tensor(9.0),
+            "exp_avg": torch.ones(2, 4),
+            "exp_avg_sq": torch.full((2, 4), 2.0),
+        },
+        "fc2.weight": {"exp_avg": torch.ones(5, 7)},
+    }
+    reasons = widen_state({"main": optimizer}, grow(host).changes, "seed", donor)
+    state = optimizer.state[host.fc1.weight]
+    assert state["exp_avg"][3:].eq(1).all()
+    assert state["exp_avg_sq"][3:].eq(2).all()
+    assert state["step"] == 3
+    assert not optimizer.state[host.fc2.weight]["exp_avg"][:, 3:].any()
+    assert (
+        "Adam 'main': state 'exp_avg' of 'fc2.weight': the seed has a tensor of shape (5, 7) for (5, 2)"
+        in str(reasons)
+    )
+    assert "state 'exp_avg_sq' of 'fc2.weight': the seed has nothing for (5, 2)" in str(reasons)
+    assert len(reasons) == 2 + 2 * 3  # fc2.weight; fc1.bias, norm.weight and norm.bias were not in the donor
+
+
+@pytest.mark.parametrize(
+    ("make", "key", "value"),
+    [
+        (lambda ps: Adagrad(ps, initial_accumulator_value=0.25), "sum", 0.25),
+        (lambda ps: Rprop(ps, lr=0.125), "step_size", 0.125),
+        (lambda ps: SGD(ps, lr=0.1, momentum=0.9), "momentum_buffer", 0.0),
+    ],
+)
+def test_new_units_are_born_as_the_optimizer_would_have_it(
+    host: nn.Module, grow: Callable, make: Callable, key: str, value: float
+) -> None:
+    optimizer = make(host.parameters())
+    train(host, optimizer)
+    widen_state({"main": optimizer}, grow(host).changes)
+    assert optimizer.state[host.fc1.weight][key][3:].eq(value).all()
+    train(host, optimizer)
+
+
+def test_a_parameter_that_changed_identity_is_followed(host: nn.Module, grow: Callable) -> None:
+    optimizer = Adam(host.parameters())
+    train(host, optimizer)
+    old, position = host.fc1.weight, list(host.parameters()).index(host.fc1.weight)
+    moment = optimizer.state[old]["exp_avg"].clone()
+    blocker = weakref.ref(old)
+    widened = grow(host)
+    assert [change.edit.name for change in widened.replaced] == ["fc1.weight"]
+    widen_state({"main": optimizer}, widened.changes)
+    assert optimizer.param_groups[0]["params"][position] is host.fc1.weight
+    assert all(
+        mine is theirs
+        for mine, theirs in zip(optimizer.param_groups[0]["params"], host.parameters(), strict=True)
+    )
+    assert old not in optimizer.state
+    assert torch.equal(optimizer.state[host.fc1.weight]["exp_avg"][:3], moment)
+    before = host.fc1.weight.clone()
+    train(host, optimizer, steps=1)
+    assert not torch.equal(before, host.fc1.weight)
+    assert blocker() is old
+
+
+def test_before_the_first_step_there_is_nothing_to_widen(host: nn.Module, grow: Callable) -> None:
+    optimizer = Adam(host.parameters())
+    widen_state({"main": optimizer}, grow(host).changes)
+    assert not optimizer.state
+    train(host, optimizer)
+    assert optimizer.state[host.fc1.weight]["exp_avg"].shape == (5, 4)
+
+
+def test_frozen_parameters_and_several_optimizers(host: nn.Module, grow: Callable) -> None:
+    host.fc1.requires_grad_(False)
+    first = SGD(host.norm.parameters(), lr=0.1, momentum=0.9)
+    second = Adam([host.fc2.weight, host.fc2.bias, host.embed.weight])
+    train(host, first, second)
+    widen_state({"norms": first, "rest": second}, grow(host).changes)
+    assert first.state[host.norm.weight]["momentum_buffer"].shape == (5,)
+    assert second.state[host.fc2.weight]["exp_avg"].shape == (5, 5)
+    assert not host.fc1.weight.requires_grad
+    train(host, first, second)
+
+
+def test_the_optimizer_state_can_be_saved_and_loaded_afterwards(
+    host: nn.Module, grow: Callable, new_host: Callable
+) -> None:
+    optimizer = Adam(host.parameters())
+    train(host, optimizer)
+    widen_state({"main": optimizer}, grow(host).changes)
+    wide = new_host(5)
+    other = Adam(wide.parameters())
+    wide.load_state_dict(host.state_dict())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    x = torch.randn(16, 4)
+    for model, mine in ((host, optimizer), (wide, other)):
+        model.zero_grad()
+        model(x).square().mean().backward()
+        mine.step()
+    assert all(torch.equal(a, b) for a, b in zip(host.parameters(), wide.parameters(), strict=True))
+
+
+class RowScaled(SGD):
+    """Keeps one number per row, as factored optimizers do."""
+
+    def step(self, closure: Any = None) -> None:
+        super().step(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["rows"] = torch.ones(p.shape[0], 7)
+
+
+def test_state_of_an_unknown_shape_is_refused_before_anything_changes(
+    host: nn.Module, grow: Callable
+) -> None:
+    known = Adam([host.fc1.weight])
+    unknown = RowScaled([p for p in host.parameters() if p is not host.fc1.weight], lr=0.1)
+    train(host, known, unknown)
+    widened = grow(host)
+    with pytest.raises(
+        SurgeryError,
+        match=r"RowScaled 'odd': state 'rows' of 'fc1.bias' .*\(3, 7\).*\(3,\).*another optimizer",
+    ):
+        widen_state({"main": known, "odd": unknown}, widened.changes)
+    assert known.state[host.fc1.weight]["exp_avg"].shape == (3, 4)
+    widened.undo()
+    train(host, known, unknown)
+
+
+LATER = {
+    "LBFGS": LBFGS,
+    "Adafactor": Adafactor,
+    "Muon": lambda parameters: Muon([p for p in parameters if p.dim() == 2]),
+}
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_optimizers_of_a_later_day_are_refused_by_name(host: nn.Module, name: str) -> None:
+    optimizer = LATER[name](list(host.parameters()))
+    with pytest.raises(SurgeryError, match=f"'big' is {name}: .*SGD, Adam"):
+        refuse_unsupported({"big": optimizer})
