@@ -24,8 +24,8 @@ class Host(nn.Module):
         self.head.weight = self.embed.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.fc2(torch.relu(self.norm(self.fc1(x))))
-        return self.head(torch.relu(self.embed(x)))
+        x = self.fc2(torch.tanh(self.norm(self.fc1(x))))
+        return self.head(torch.tanh(self.embed(x)))
 
 
 def make_plan(old: int, new: int) -> WidenPlan:
