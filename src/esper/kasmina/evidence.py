@@ -1,0 +1,92 @@
+"""Held-out evidence: is the loss lower with the kernel than without it, beyond what chance explains?
+
+Per-example differences are paired: same weights, same examples, eval mode. They feed an e-value, a bet against "the
+kernel does not help" whose expected wealth is at most 1 when that is true (Waudby-Smith & Ramdas, JRSS-B 2024). The
+run's false-keep budget is shared evenly by its looks (union bound), so looking often is paid for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import vmap
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from esper.errors import ProbeError
+
+LossFunction = Callable[[nn.Module, Any], Tensor]
+
+# Stakes of the bets, averaged; differences are scaled so that most lie within a third of the bound.
+STAKES = (0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8)
+
+
+def e_value(differences: np.ndarray, bound: float) -> float:
+    """Return the wealth won by betting that the mean of ``differences`` is positive.
+
+    Args:
+        differences: (examples,) loss without minus loss with the kernel; held out.
+        bound: Differences are clipped to ±bound. It must not come from the same examples.
+
+    Returns:
+        A number that exceeds 1/p with probability at most p when the clipped mean is not positive; 0 where nothing is
+        known.
+    """
+    if not (bound > 0 and math.isfinite(bound)) or len(differences) == 0 or not np.isfinite(differences).all():
+        return 0.0
+    bets = np.clip(differences / bound, -1.0, 1.0)
+    wealth = [float(np.log1p(stake * bets).sum()) for stake in STAKES]
+    top = max(wealth)
+    return math.exp(min(top, 700.0)) * sum(math.exp(w - top) for w in wealth) / len(wealth)
+
+
+def split_batch(batch: Any) -> tuple[list[Any], list[bool], Any, int]:
+    """Take a batch apart: leaves, which of them have an entry per example, their nesting, and the number of examples.
+
+    Raises:
+        ProbeError: No tensor tells how many examples there are.
+    """
+    leaves, nest = tree_flatten(batch)
+    sizes = [leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0]
+    if not sizes:
+        raise ProbeError("a batch holds no tensor with a batch axis; evidence needs examples along axis 0")
+    return leaves, [isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == sizes[0] for leaf in leaves], nest, sizes[0]  # fmt: skip
+
+
+def example_losses(model: nn.Module, loss_fn: LossFunction, batch: Any) -> tuple[Tensor, bool]:
+    """Return the loss of every example alone, (examples,), and whether they ran together.
+
+    A scalar loss says nothing of its examples, so each is run as a batch of one, all at once under vmap; where the model
+    or the loss cannot be batched (data-dependent branches, ``.item()``), one after the other.
+    """
+    leaves, batched, nest, count = split_batch(batch)
+    own = [leaf for leaf, many in zip(leaves, batched, strict=True) if many]
+
+    def one(*parts: Tensor) -> Tensor:
+        rest = iter(parts)
+        filled = [next(rest).unsqueeze(0) if many else leaf for leaf, many in zip(leaves, batched, strict=True)]
+        return loss_fn(model, tree_unflatten(filled, nest))
+
+    try:
+        return vmap(one, randomness="different")(*own), True
+    except RuntimeError:
+        return torch.stack([one(*(leaf[i] for leaf in own)) for i in range(count)]), False
+
+
+def join(batches: Iterable[Any]) -> list[Any]:
+    """Join batches of one shape of nest into as few as possible: one, unless a leaf without examples differs."""
+    parts = [split_batch(batch) for batch in batches]
+    if not parts:
+        return []
+    leaves, batched, nest, _ = parts[0]
+    if any(p[2] != nest or p[1] != batched for p in parts):
+        return [tree_unflatten(p[0], p[2]) for p in parts]
+    shapes = {tuple(leaf.shape[1:] for leaf, many in zip(p[0], batched, strict=True) if many) for p in parts}
+    if len(shapes) > 1:  # sequences of unlike length
+        return [tree_unflatten(p[0], p[2]) for p in parts]
+    joined = [torch.cat([p[0][i] for p in parts]) if many else leaves[i] for i, many in enumerate(batched)]
+    return [tree_unflatten(joined, nest)]

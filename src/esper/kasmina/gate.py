@@ -1,0 +1,117 @@
+"""The gate between incubation and exposure: a kernel may touch the model only on held-out evidence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from esper.config import Gate as GateSettings
+from esper.errors import ProbeError
+from esper.kasmina.evidence import LossFunction, e_value, example_losses
+from esper.kasmina.isolation import evaluating, untouched
+from esper.kasmina.layer import KasminaLayer
+
+BOUND = 3.0  # clipping, in root-mean-square differences on training examples: 0.3 % of a normal sample lies beyond
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What one look found."""
+
+    passed: bool
+    look: int
+    e_value: float
+    threshold: float
+    gain: float | None  # mean held-out loss without minus with the kernel
+    loss: float | None  # held-out, without
+    examples: int
+    reason: str
+
+
+class Gate:
+    """Counts looks and spends the run's false-keep budget evenly over them.
+
+    Args:
+        model: The host.
+        loss_fn: ``loss_fn(model, batch) -> scalar``.
+        probe: Held-out batches, re-iterable.
+        settings: Budget, number of looks, smallest gain.
+        on_fallback: Told why examples ran one by one.
+    """
+
+    def __init__(
+        self, model: nn.Module, loss_fn: LossFunction, probe: Iterable[Any], settings: GateSettings, on_fallback: Callable[[str, str], None]
+    ) -> None:  # fmt: skip
+        self.model, self.loss_fn, self.probe, self.settings = model, loss_fn, probe, settings
+        self.on_fallback = on_fallback
+        self.looks = 0
+
+    def look(self, layer: KasminaLayer, kernel: nn.Module, train: Any, seed: int) -> Verdict:
+        """Test one kernel at full strength against the host as it is.
+
+        Args:
+            layer: The site, seams open.
+            kernel: The race's winner.
+            train: A training batch; only the scale of the differences is taken from it.
+            seed: Of the random numbers that both passes share.
+        """
+        if self.looks >= self.settings.looks:
+            return Verdict(False, self.looks, 0.0, math.inf, None, None, 0, "every look of the false-keep budget is spent")
+        self.looks += 1
+        threshold = self.settings.looks / self.settings.false_keep
+        scale = self.differences(layer, kernel, [train], seed)[0]
+        bound = BOUND * float(np.sqrt(np.mean(np.square(scale))))
+        differences, losses = self.differences(layer, kernel, self.probe, seed)
+        gain, loss = float(differences.mean()), float(losses.mean())
+        value = e_value(differences, bound)
+        if not math.isfinite(gain):
+            reason = "the held-out loss is not finite"
+        elif gain <= 0:
+            reason = "no gain on held-out examples"
+        elif gain < self.settings.min_gain * abs(loss):
+            reason = f"the gain is below {self.settings.min_gain:.1%} of the held-out loss"
+        elif value < threshold:
+            reason = "the held-out gain may be chance"
+        else:
+            reason = "held-out evidence"
+        passed = reason == "held-out evidence"
+        return Verdict(passed, self.looks, value, threshold, gain, loss, len(differences), reason)
+
+    def differences(self, layer: KasminaLayer, kernel: nn.Module, batches: Iterable[Any], seed: int) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+        """Return per example the loss without minus with the kernel, and the loss without, (examples,) each."""
+        found, without = [], []
+        with untouched(self.model), evaluating(self.model), evaluating(kernel):
+            for batch in batches:
+                off = self.losses(layer, None, batch, seed)
+                found.append(off - self.losses(layer, kernel, batch, seed))
+                without.append(off)
+        if not found:
+            raise ProbeError("the probe held no batch; give batches kept out of training that can be iterated again")
+        return np.concatenate(found), np.concatenate(without)
+
+    def losses(self, layer: KasminaLayer, kernel: nn.Module | None, batch: Any, seed: int) -> np.ndarray:
+        """Return the held-out loss of every example."""
+        with untouched(self.model, seed), layer.showing(kernel):
+            losses, together = example_losses(self.model, self.loss_fn, batch)
+        if not together:
+            self.on_fallback("evidence", "the model or loss does not run under vmap; examples were run one by one")
+        return losses.double().cpu().numpy()
+
+
+def check_probe(probe: Any) -> None:
+    """Refuse a probe that is empty or can be read only once.
+
+    Raises:
+        ProbeError: With what was given and what is needed.
+    """
+    if isinstance(probe, Iterator):
+        raise ProbeError(f"the probe is a one-shot {type(probe).__name__}; give a list of batches or a DataLoader, which can be read again")  # fmt: skip
+    if not isinstance(probe, Iterable):
+        raise ProbeError(f"the probe is a {type(probe).__name__}; give a list of held-out batches or a DataLoader")
+    if next(iter(probe), None) is None:
+        raise ProbeError("the probe is empty; growth needs held-out batches as evidence")

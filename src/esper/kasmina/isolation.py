@@ -1,0 +1,74 @@
+"""Run the model without leaving a trace: random numbers, buffers and mode are as they were."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+
+@contextmanager
+def same_randomness(seed: int | None = None) -> Iterator[None]:
+    """Put every global random stream back afterwards; start torch's from ``seed`` where one is given.
+
+    CUDA streams are touched only where CUDA is in use: reading one would initialise it.
+    """
+    python, numpy_state, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    try:
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+@contextmanager
+def borrowed_buffers(model: nn.Module, gather: bool = False) -> Iterator[None]:
+    """Let passes run on copies of the buffers, put back by reference.
+
+    Copying back would bump tensor versions and break a backward pass that is still due. Unless ``gather``, norms in
+    training mode lose their running statistics for the while: they normalise by the batch anyway, and vmap refuses to
+    write them.
+    """
+    kept: list[tuple[nn.Module, dict[str, Tensor | None]]] = []
+    for module in model.modules():
+        if module._buffers:
+            kept.append((module, module._buffers))
+            silent = isinstance(module, _NormBase) and module.training and not gather
+            module._buffers = {k: None if silent or v is None else v.clone() for k, v in module._buffers.items()}
+    try:
+        yield
+    finally:
+        for module, buffers in kept:
+            module._buffers = buffers
+
+
+@contextmanager
+def untouched(model: nn.Module, seed: int | None = None, gather: bool = False) -> Iterator[None]:
+    """Run passes that leave random streams and buffers as they were."""
+    with same_randomness(seed), borrowed_buffers(model, gather):
+        yield
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run passes in eval mode without gradients; every module gets its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+

@@ -1,0 +1,113 @@
+"""``KasminaLayer``: where the awake kernel of one site lives, and the one place it may touch the host's output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from esper.errors import SiteError
+from esper.kasmina.seam import open_seam
+from esper.kasmina.sites import Pair
+
+Branch = Callable[[Tensor], Tensor]
+
+
+@dataclass(slots=True)
+class Tap:
+    """What one training pass showed at a site; gradients arrive with the backward pass."""
+
+    x: Tensor | None = None  # the producer's input, detached
+    version: int = 0  # of x; an in-place operation behind the tap moves it on
+    scale: Tensor | None = None  # root mean square of the consumer's output, 0-dim
+    gradient: Tensor | None = None  # of the loss for that output
+
+    def fresh(self) -> bool:
+        """Tell whether the pass went forth and back and nothing has written over the input since."""
+        return self.gradient is not None and self.x is not None and self.x._version == self.version
+
+
+class KasminaLayer(nn.Module):
+    """Passes a site's output through: as it is, or with the kernel's part added.
+
+    The layer hangs under ``MorphableModel``, not under the host, whose containers would otherwise run it. Two seams share
+    it: the entry's input is kept until the exit's output comes.
+
+    Args:
+        pair: The site.
+        on_fault: Told the reason when a kernel raised or went non-finite and the host's own output was used instead.
+    """
+
+    def __init__(self, pair: Pair, on_fault: Callable[[str], None]) -> None:
+        super().__init__()
+        object.__setattr__(self, "pair", pair)
+        self.pair: Pair
+        self.on_fault = on_fault
+        self.kernel: nn.Module | None = None
+        self.alpha: Tensor | None = None  # 0-dim row of the state layout
+        self.exposed = False  # alpha > 0, without reading the tensor
+        self.tap: Tap | None = None
+        self.shown: tuple[Branch | None] | None = None  # in a shadow pass: what stands for the kernel, at alpha 1
+        self.x: Tensor | None = None
+        self.closers: list[Callable[[], None]] = []
+
+    def open(self) -> None:
+        """Put seams at both ends."""
+        if not self.closers:
+            entry = open_seam(self.pair.producer, "entry", self)
+            self.closers = [entry, open_seam(self.pair.consumer, "exit", self)]
+
+    def close(self) -> None:
+        """Take the seams away; both modules are exactly as before."""
+        while self.closers:
+            self.closers.pop()()
+        self.kernel = self.tap = self.shown = self.x = self.alpha = None
+        self.exposed = False
+
+    def enter(self, x: Tensor) -> None:
+        """Keep the producer's input; it stays until the next pass, so that a checkpointed exit can be recomputed."""
+        self.x = x
+
+    def leave(self, y: Tensor) -> Tensor:
+        """Return what stands for the consumer's output."""
+        x = self.x
+        if x is None:
+            raise SiteError(f"{self.pair.site.name}: the consumer ran before the producer; exclude this site")
+        if self.shown is not None:
+            (branch,) = self.shown
+            return y if branch is None else y.detach() + branch(x.detach()).to(y.dtype)
+        if self.tap is not None and torch.is_grad_enabled():
+            self.watch(self.tap, x, y)
+        return self.blend(x, y) if self.exposed else y
+
+    def blend(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return y + α·k(x); the kernel's input is detached until it is kept (measured: costs nothing)."""
+        assert self.kernel is not None and self.alpha is not None
+        try:
+            f = self.kernel(x.detach())
+            fault = None if bool(torch.isfinite(f.detach().sum(dtype=torch.float32))) else "a non-finite output"
+        except Exception as error:  # the one broad catch: whatever a kernel does, training goes on
+            fault = f"{type(error).__name__}: {error}"
+        if fault is not None:
+            self.on_fault(fault)
+            return y
+        return torch.addcmul(y, self.alpha.to(y.dtype), f.to(y.dtype))
+
+    def watch(self, tap: Tap, x: Tensor, y: Tensor) -> None:
+        """Note input, output and, once it flows back, the gradient."""
+        tap.x, tap.version, tap.gradient = x.detach(), x._version, None
+        tap.scale = y.detach().square().mean().sqrt()
+        if y.requires_grad:
+            y.register_hook(lambda gradient: setattr(tap, "gradient", gradient.detach()))
+
+    @contextmanager
+    def showing(self, branch: Branch | None) -> Iterator[None]:
+        """Run passes with another branch in place, at full strength on detached features, or with none at all."""
+        before, self.shown = self.shown, (branch,)
+        try:
+            yield
+        finally:
+            self.shown = before

@@ -1,0 +1,157 @@
+"""A race: candidates of one width at one site learn side by side, without touching the model, and are compared.
+
+All candidates are one stack of tensors run under ``vmap``; what they see is what training shows at the site (input and
+gradient, every step) and, every k-th step, the real loss behind the site with their output added (a shadow pass).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, stack_module_state, vmap
+
+from esper.kasmina.layer import KasminaLayer, Tap
+from esper.kasmina.starts import Survey, centre, place
+from esper.kasmina.widen import WidenKernel
+
+TRUST = 0.3  # gradient matching: how far, in output scales, a candidate should move the output
+AMPLITUDES = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)  # 0 is "do nothing", which competes in every race
+
+Run = Callable[[], Tensor]  # one training-mode pass to the scalar loss
+
+
+class Race:
+    """Candidates at one site.
+
+    Args:
+        layer: The site's layer, with open seams.
+        units: Width of every candidate.
+        starts: One per candidate: "svd" or "random".
+        pool: Directions for the "svd" candidates.
+        x: Inputs of the producer that biases are centred on.
+        learning_rate: Of the candidates' own Adam.
+    """
+
+    def __init__(self, layer: KasminaLayer, units: int, starts: tuple[str, ...], pool: Survey, x: Tensor, learning_rate: float) -> None:  # fmt: skip
+        self.layer, self.units, self.starts = layer, units, starts
+        kernels = [self.candidate(i, start, pool, x) for i, start in enumerate(starts)]
+        self.template = WidenKernel(layer.pair, units)
+        self.parameters, self.buffers = stack_module_state(kernels)  # type: ignore[arg-type]
+        self.optimizer = torch.optim.Adam(list(self.parameters.values()), lr=learning_rate)
+        self.batched = True  # False once the model turned out not to run under vmap
+
+    def candidate(self, index: int, start: str, pool: Survey, x: Tensor) -> WidenKernel:
+        """Build one candidate; the first "svd" candidate takes the best directions, the next ones what follows."""
+        kernel = WidenKernel(self.layer.pair, self.units).train()
+        if start == "svd":
+            chances = pool.score.clamp_min(0) + 1e-12
+            size = min(self.units, len(chances))
+            best = torch.arange(index * self.units, index * self.units + size)
+            picked = best if int(best[-1]) < len(chances) else torch.multinomial(chances.cpu().float(), size)
+            rows = kernel.producer_weight.detach().clone()
+            rows[:size] = pool.weight[picked.to(rows.device)]
+            place(kernel, rows)
+        centre(kernel, x)
+        return kernel
+
+    def forward(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor) -> Tensor:
+        """Run one candidate."""
+        return functional_call(self.template, (parameters, buffers), (x,))
+
+    def learn_from_tap(self, tap: Tap) -> None:
+        """Gradient matching: move the output a fixed share of its scale down the gradient; needs no pass of the model."""
+        if not tap.fresh():
+            return
+        assert tap.x is not None and tap.gradient is not None and tap.scale is not None
+        x, gradient = tap.x, tap.gradient
+        strength = gradient.square().mean().sqrt().clamp_min(1e-20)
+        target = -gradient * (TRUST * tap.scale / strength)  # (batch, …) as the consumer's output
+
+        def loss(parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
+            return (self.forward(parameters, buffers, x) - target).square().mean()
+
+        self.descend(vmap(loss, randomness="different")(self.parameters, self.buffers))
+
+    def learn_from_shadow(self, run: Run) -> None:
+        """One step down the real loss behind the site."""
+        self.descend(self.losses(run))
+
+    def descend(self, losses: Tensor) -> None:
+        """Step every candidate down its own loss, (candidates,); nothing else is updated."""
+        names = list(self.parameters)
+        gradients = torch.autograd.grad(losses.sum(), [self.parameters[n] for n in names])
+        for name, gradient in zip(names, gradients, strict=True):
+            self.parameters[name].grad = gradient
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def losses(self, run: Run, parameters: dict[str, Tensor] | None = None, buffers: dict[str, Tensor] | None = None) -> Tensor:  # fmt: skip
+        """Return the loss of the run with each candidate added at full strength, (candidates,)."""
+        parameters = self.parameters if parameters is None else parameters
+        buffers = self.buffers if buffers is None else buffers
+
+        def one(parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
+            with self.layer.showing(lambda x: self.forward(parameters, buffers, x)):
+                return run()
+
+        if self.batched:
+            try:
+                return vmap(one, randomness="same")(parameters, buffers)
+            except RuntimeError:
+                self.batched = False
+        count = len(next(iter(parameters.values())))
+        each = [one({k: v[i] for k, v in parameters.items()}, {k: v[i] for k, v in buffers.items()}) for i in range(count)]  # fmt: skip
+        return torch.stack(each)
+
+    @torch.no_grad()
+    def amplitudes(self, index: int, run: Run) -> Tensor:
+        """Return the loss of one candidate with its outgoing weights times each of ``AMPLITUDES``."""
+        count = len(AMPLITUDES)
+        parameters = {k: v[index].expand(count, *v.shape[1:]) for k, v in self.parameters.items()}
+        buffers = {k: v[index].expand(count, *v.shape[1:]).clone() for k, v in self.buffers.items()}
+        scale = torch.tensor(AMPLITUDES, device=parameters["consumer_weight"].device, dtype=parameters["consumer_weight"].dtype)  # fmt: skip
+        weight = parameters["consumer_weight"]
+        parameters["consumer_weight"] = weight * scale.view(-1, *[1] * (weight.dim() - 1))
+        return self.losses(run, parameters, buffers)
+
+    def kernel(self, index: int, amplitude: float) -> WidenKernel:
+        """Take a candidate out as a live instance of its own."""
+        kernel = WidenKernel(self.layer.pair, self.units).train()
+        with torch.no_grad():
+            for name, tensor in [*kernel.named_parameters(), *kernel.named_buffers()]:
+                tensor.copy_({**self.parameters, **self.buffers}[name][index])
+            kernel.consumer_weight.mul_(amplitude)
+        return kernel
+
+    def keep(self, order: Tensor) -> None:
+        """Go on with these candidates only, best first."""
+        self.starts = tuple(self.starts[int(i)] for i in order)
+        state = self.optimizer.state
+        kept: dict[str, Tensor] = {}
+        for name, parameter in self.parameters.items():
+            kept[name] = parameter.detach()[order].clone().requires_grad_()
+            state[kept[name]] = {k: v if v.dim() == 0 else v[order].clone() for k, v in state.pop(parameter, {}).items()}
+        self.parameters = kept
+        self.optimizer.param_groups[0]["params"] = list(kept.values())
+        self.buffers = {k: v[order].clone() for k, v in self.buffers.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed race needs."""
+        return {
+            "units": self.units, "starts": list(self.starts), "batched": self.batched,
+            "parameters": {k: v.detach().clone() for k, v in self.parameters.items()},
+            "buffers": {k: v.clone() for k, v in self.buffers.items()}, "optimizer": self.optimizer.state_dict(),
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where the saved race was."""
+        with torch.no_grad():
+            for name, tensor in state["parameters"].items():
+                self.parameters[name].copy_(tensor)
+            for name, tensor in state["buffers"].items():
+                self.buffers[name].copy_(tensor)
+        self.batched = state["batched"]
+        self.optimizer.load_state_dict(state["optimizer"])

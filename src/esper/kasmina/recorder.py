@@ -1,0 +1,123 @@
+"""Record what a model really does: one run, every torch call, and which tensor fed which.
+
+Symbolic tracing gives up at the first data-dependent ``if``; a recorded run does not. Nothing is installed in the
+model: a ``TorchFunctionMode`` sees every call while the recording lasts, and layers are recognised by the parameters
+they pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten
+
+# Reads of facts about a tensor, not of its values; they do not make a second consumer.
+METADATA = frozenset(
+    {"__get__", "size", "dim", "stride", "numel", "nelement", "ndimension", "__len__", "is_contiguous", "is_floating_point",
+     "is_complex", "element_size", "get_device", "storage_offset", "type", "__hash__", "__bool__", "_is_view"}
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One torch call: the function, its arguments as given, and the values it read and made."""
+
+    name: str
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    reads: tuple[int, ...]  # values
+    makes: tuple[int, ...]
+    parameters: tuple[str, ...]  # names of the parameters and buffers it was given
+    shape: torch.Size | None  # of the first tensor it made
+
+    def argument(self, index: int, name: str, default: Any = None) -> Any:
+        """Return an argument that may have come by position or by name."""
+        return self.args[index] if index < len(self.args) else self.kwargs.get(name, default)
+
+
+@dataclass(slots=True)
+class Recording:
+    """The calls of one run, in order; a value is a tensor at one moment, so an in-place call makes a new one."""
+
+    calls: list[Call] = field(default_factory=list)
+    readers: dict[int, list[int]] = field(default_factory=dict)  # value -> calls that read it
+    uses: dict[str, list[int]] = field(default_factory=dict)  # parameter -> calls that were given it
+    shapes: list[torch.Size] = field(default_factory=list)  # of each value
+    outputs: frozenset[int] = frozenset()  # values the run returned
+
+
+class Recorder(TorchFunctionMode):
+    """Fills a :class:`Recording` while it is active."""
+
+    def __init__(self, names: dict[int, str]) -> None:
+        super().__init__()
+        self.names = names  # id of a parameter or buffer -> its first name
+        self.recording = Recording()
+        self.values: dict[int, int] = {}  # id of a tensor -> its present value
+        self.alive: list[Tensor] = []  # ids are only unique while the tensors live
+
+    def value(self, tensor: Tensor) -> int:
+        """Return the tensor's present value, a new one for a tensor not seen before."""
+        if id(tensor) not in self.values:
+            return self.renew(tensor)
+        return self.values[id(tensor)]
+
+    def renew(self, tensor: Tensor) -> int:
+        """Give the tensor a new value."""
+        self.alive.append(tensor)
+        self.recording.shapes.append(tensor.shape)
+        self.values[id(tensor)] = len(self.recording.shapes) - 1
+        return self.values[id(tensor)]
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the call and write it down."""
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", str(func))
+        given = tensors((args, kwargs))
+        named = tuple(self.names[id(t)] for t in given if id(t) in self.names)
+        reads = tuple(self.value(t) for t in given if id(t) not in self.names)
+        result = func(*args, **kwargs)
+        made = tensors(result)
+        if not made and name in METADATA:
+            return result
+        mutated = given[:1] if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) else []
+        makes = tuple(self.renew(t) for t in {id(t): t for t in [*made, *mutated]}.values() if id(t) not in self.names)
+        index = len(self.recording.calls)
+        shape = made[0].shape if made else None
+        self.recording.calls.append(Call(name, func, args, kwargs, reads, makes, named, shape))
+        for read in reads:
+            self.recording.readers.setdefault(read, []).append(index)
+        for parameter in named:
+            self.recording.uses.setdefault(parameter, []).append(index)
+        return result
+
+
+def tensors(tree: Any) -> list[Tensor]:
+    """List the tensors in a nest of containers."""
+    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
+
+
+def tensor_names(model: nn.Module) -> dict[int, str]:
+    """Map the id of every parameter and buffer to its first name."""
+    named: Iterable[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
+    return {id(tensor): name for name, tensor in named}
+
+
+def record(model: nn.Module, run: Callable[[], Any]) -> Recording:
+    """Record one run.
+
+    Args:
+        model: The module whose parameters and buffers are recognised.
+        run: Calls the model once, for example ``lambda: loss_fn(model, batch)``.
+    """
+    recorder = Recorder(tensor_names(model))
+    with recorder:
+        result = run()
+    recorder.recording.outputs = frozenset(recorder.value(t) for t in tensors(result))
+    return recorder.recording
