@@ -12,7 +12,7 @@ demo: .venv/.demo
 test: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(ARGS)
 lint: .venv/.dev
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/typos && $(BIN)/deptry -q src
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/typos && $(BIN)/deptry src
 layers: .venv/.dev
 	$(BIN)/lint-imports --no-cache
 types: .venv/.dev
