@@ -102,7 +102,7 @@ def plain(value: Any) -> str:
 def cli_page() -> str:
     """The help of every command."""
     root: Any = typer.main.get_command(app)
-    parts = [f"# Commands\n\n{inspect.cleandoc(root.help or '')}\n"]
+    parts = [f"# Commands\n\n{root.help}\n\n{root.epilog}\n"]
     for name, command in sorted(root.commands.items()):
         context = command.make_context(name, [], resilient_parsing=True)
         usage = " ".join(command.collect_usage_pieces(context))
