@@ -1,0 +1,99 @@
+"""The genome of a grown model: the shapes it started with and every widening since, as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+
+from esper.contracts import WidenEdit, WidenPlan
+from esper.errors import SavedModelError, nearest
+
+FORMAT = 1
+Shapes: TypeAlias = dict[str, list[int]]  # of a state_dict
+
+
+def encode(model: nn.Module, plans: Sequence[WidenPlan]) -> bytes:
+    """Write down how ``model`` became what it is.
+
+    Raises:
+        SavedModelError: The plans do not lead to this model.
+    """
+    base, names = shapes_of(model), aliases(model)
+    for plan in reversed(plans):
+        resize(base, plan, names, grow=False)
+    genome = {"format": FORMAT, "base": base, "plans": [asdict(plan) for plan in plans]}
+    return json.dumps(genome, indent=1).encode()
+
+
+def decode(genome: bytes) -> tuple[Shapes, list[WidenPlan]]:
+    """Read back the shapes before any growth, and the widenings in order.
+
+    Raises:
+        SavedModelError: The format is not ours.
+    """
+    try:
+        recipe = json.loads(genome)
+        if recipe["format"] == FORMAT:
+            return dict(recipe["base"]), [plan_from(plan) for plan in recipe["plans"]]
+    except (ValueError, LookupError, TypeError) as error:
+        raise SavedModelError(f"the genome is not of format {FORMAT}: {error!r}") from error
+    raise SavedModelError(
+        f"the genome has format {recipe['format']!r}, this Esper reads {FORMAT}: update esper-morph"
+    )
+
+
+def plan_from(data: Mapping[str, Any]) -> WidenPlan:
+    """Rebuild a plan from what ``dataclasses.asdict`` made of it, through JSON or not."""
+    edits = tuple(WidenEdit(**edit) for edit in data["edits"])
+    return WidenPlan(data["site"], data["units"], edits, tuple((m, a, v) for m, a, v in data["attributes"]))
+
+
+def shapes_of(model: nn.Module) -> Shapes:
+    """List the shapes of a model's state; what is no tensor has none."""
+    return {n: list(v.shape) if isinstance(v, Tensor) else [] for n, v in model.state_dict().items()}
+
+
+def aliases(model: nn.Module) -> dict[str, list[str]]:
+    """Map each name to all names of the same tensor: a module registered twice is in the state twice."""
+    state = model.state_dict(keep_vars=True)
+    names: dict[int, list[str]] = {}
+    for name, tensor in state.items():
+        names.setdefault(id(tensor), []).append(name)
+    return {name: names[id(tensor)] for name, tensor in state.items()}
+
+
+def resize(shapes: Shapes, plan: WidenPlan, names: Mapping[str, Sequence[str]], *, grow: bool) -> None:
+    """Follow one plan on shapes alone, forwards or backwards.
+
+    Raises:
+        SavedModelError: A tensor is missing or has another size.
+    """
+    for edit in plan.edits:
+        source, result = (edit.old, edit.new) if grow else (edit.new, edit.old)
+        for name in names.get(edit.name, [edit.name]):
+            shape = shapes.get(name)
+            if shape is None or not 0 <= edit.axis < len(shape) or shape[edit.axis] != source:
+                raise SavedModelError(
+                    f"the plan for {plan.site!r} takes axis {edit.axis} of {name!r} from {edit.old} to "
+                    f"{edit.new}, but its shape is {shape}: the plans do not belong to this model"
+                )
+            shape[edit.axis] = result
+
+
+def require_fit(wanted: Shapes, given: Shapes, otherwise: str) -> None:
+    """Name the first tensor in which two sets of shapes differ.
+
+    Raises:
+        SavedModelError: There is one; the message starts with ``otherwise``.
+    """
+    for name, shape in wanted.items():
+        if name not in given:
+            raise SavedModelError(f"{otherwise}: it has no {name!r}; {nearest(name, given)}")
+        if shape != given[name]:
+            raise SavedModelError(f"{otherwise}: its {name!r} is {given[name]}, and {shape} is needed")
+    if extra := sorted(given.keys() - wanted.keys()):
+        raise SavedModelError(f"{otherwise}: its {extra[0]!r} is not in the folder")

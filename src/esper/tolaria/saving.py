@@ -1,0 +1,206 @@
+"""Saves a grown model as a folder that loads with Esper or, through its own ``rebuild.py``, with torch alone.
+
+model.safetensors   the weights
+genome.json         shapes of the model before it grew, and every widening since
+SHA256SUMS          digests of the two, checked before either is parsed
+card.md             what grew where, for people
+rebuild.py          loads the folder where Esper is not installed
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, TypeVar
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from esper.contracts import WidenEdit, WidenPlan
+from esper.errors import SavedModelError, StateError, SurgeryError
+from esper.kasmina.materialise import widen
+from esper.tolaria import genome, rebuild_template
+
+GENOME, TENSORS, SUMS = "genome.json", "model.safetensors", "SHA256SUMS"
+FILES = frozenset({GENOME, TENSORS, SUMS, "card.md", "rebuild.py"})
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def save(
+    model: nn.Module, plans: Sequence[WidenPlan], directory: str | Path, *, card: Mapping[str, object]
+) -> Path:
+    """Write a grown model to a folder, all of it or nothing.
+
+    Args:
+        model: The grown model, without live seeds.
+        plans: Every widening since the plain model, in order.
+        directory: Created, or replaced if it holds an earlier save and nothing else.
+        card: Facts for ``card.md``, by name.
+
+    Returns:
+        The folder.
+
+    Raises:
+        StateError: The plans do not lead to this model, its state is not all plain tensors, or the folder
+            cannot be written or holds something else.
+    """
+    files = {
+        GENOME: genome.encode(model, plans),
+        TENSORS: safetensors.torch.save(_portable(model.state_dict())),
+    }
+    files[SUMS] = "".join(f"{_digest(content)}  {name}\n" for name, content in files.items()).encode()
+    files["card.md"] = _card(model, plans, card).encode()
+    files["rebuild.py"] = Path(rebuild_template.__file__).read_bytes()
+    target = Path(directory)
+    try:
+        _publish(files, target)
+    except OSError as error:
+        raise StateError(f"cannot save to {target}: {error.strerror}; nothing was changed there") from error
+    return target
+
+
+def load_into(model: Model, directory: str | Path) -> Model:
+    """Widen a plain model as a saved one grew, and load its weights.
+
+    Args:
+        model: Built as the saved one was before it grew; changed in place, parameters keep their identity.
+        directory: Written by ``save``.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        SavedModelError: The folder is missing, damaged, of an unknown format or grown from another model;
+            ``model`` is as it was.
+    """
+    folder, kind = Path(directory), type(model).__name__
+    recipe, tensors = _read(folder)
+    shapes, plans = genome.decode(recipe)
+    needed = f"{folder} needs the model as it was before it grew, and this {kind} is not"
+    genome.require_fit(shapes, genome.shapes_of(model), needed)
+    try:
+        names, weights = genome.aliases(model), safetensors.torch.load(tensors)
+    except SafetensorError as error:
+        raise SavedModelError(f"{folder / TENSORS} is not in the safetensors format: {error}") from error
+    for plan in plans:
+        genome.resize(shapes, plan, names, grow=True)
+    genome.require_fit(
+        shapes, {name: list(t.shape) for name, t in weights.items()}, f"{folder} contradicts itself"
+    )
+    with ExitStack() as undo:
+        for plan in plans:
+            state = model.state_dict()
+            slices = {edit.name: _blank(state[edit.name], edit) for edit in plan.edits}
+            try:
+                undo.callback(widen(model, plan, slices).undo)
+            except SurgeryError as error:
+                raise SavedModelError(f"{folder} does not fit this {kind}: {error}") from error
+        model.load_state_dict(weights)
+        undo.pop_all()
+    return model
+
+
+def _blank(tensor: Tensor, edit: WidenEdit) -> Tensor:
+    shape = list(tensor.shape)
+    shape[edit.axis] = edit.new - edit.old
+    return tensor.new_zeros(shape)
+
+
+def _portable(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    tensors = {}
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or value.dtype not in rebuild_template.DTYPES.values():
+            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise StateError(f"cannot save {name!r}, a {kind}: a folder holds tensors of ordinary types only")
+        tensors[name] = (
+            value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        )  # tied ones: each its own
+    return tensors
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _read(folder: Path) -> tuple[bytes, bytes]:
+    """Read genome and tensors, and return them only if their digests are the recorded ones."""
+    if missing := [name for name in (SUMS, GENOME, TENSORS) if not (folder / name).is_file()]:
+        raise SavedModelError(
+            f"{folder} is not a saved model: no {', '.join(missing)}; growth.save(...) writes one"
+        )
+    try:
+        sums = (folder / SUMS).read_bytes().splitlines()
+        parts = (folder / GENOME).read_bytes(), (folder / TENSORS).read_bytes()
+    except OSError as error:
+        raise SavedModelError(f"cannot read {folder}: {error.strerror}") from error
+    for name, content in zip((GENOME, TENSORS), parts, strict=True):
+        if f"{_digest(content)}  {name}".encode() not in sums:
+            raise SavedModelError(
+                f"{folder / name} is damaged: its SHA-256 is not in {SUMS}; fetch the folder again"
+            )
+    return parts
+
+
+def _publish(files: Mapping[str, bytes], target: Path) -> None:
+    if target.exists() and not (target.is_dir() and {entry.name for entry in target.iterdir()} <= FILES):
+        raise StateError(f"{target} exists and is not just an earlier save; choose another folder")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    try:
+        staging.mkdir()
+        for name, content in files.items():
+            (staging / name).write_bytes(content)
+        _sync(*(staging / name for name in files), staging)
+        _replace(target, staging)
+        _sync(target.parent)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _replace(target: Path, staging: Path) -> None:
+    if not target.exists():
+        staging.rename(target)
+        return
+    retired = staging.with_suffix(
+        ".old"
+    )  # no call swaps two folders: for an instant there are hidden ones only
+    target.rename(retired)
+    try:
+        staging.rename(target)
+    except OSError:
+        retired.rename(target)
+        raise
+    shutil.rmtree(retired)
+
+
+def _sync(*paths: Path) -> None:
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _card(model: nn.Module, plans: Iterable[WidenPlan], facts: Mapping[str, object]) -> str:
+    count = sum(parameter.numel() for parameter in model.parameters())
+    lines = ["# A grown model", "", "| | |", "|---|---|"]
+    for name, value in {"model": type(model).__name__, "parameters": count, **facts}.items():
+        lines.append(f"| {name} | {f'{value:.6g}' if isinstance(value, float) else value} |")
+    lines += ["", "## What grew", "", "| site | units | tensors |", "|---|---|---|"]
+    for plan in plans:
+        tensors = ", ".join(f"{edit.name} {edit.old} → {edit.new}" for edit in plan.edits)
+        lines.append(f"| {plan.site} | +{plan.units} | {tensors} |")
+    lines += ["", "## Load it", "", "With Esper: `esper.load_into(Net(), folder)`.", ""]
+    lines += [
+        "With torch alone, from inside this folder: `from rebuild import load; model = load(Net())`.",
+        "",
+    ]
+    return "\n".join(lines)
