@@ -169,7 +169,7 @@ class RunHistory:
             "finished": self.finished is not None,
             "steps": self.step,
             "parameters_before": self.started.get("parameters"),
-            "parameters_after": self.parameters.last,
+            "parameters_after": int(self.parameters.last) if self.parameters.last is not None else None,
             "flops_before": self.started.get("flops"),  # forward, per example
             "flops_after": end.get("flops"),
             "training_flops": self.training_flops.last,

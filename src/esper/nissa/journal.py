@@ -118,7 +118,7 @@ def encode(event: Event) -> bytes:
         "kind": event.kind,
         "data": event.data,
     }
-    return json.dumps(_plain(record, where), allow_nan=False, separators=(",", ":")).encode() + b"\n"
+    return json.dumps(plain(record, where), allow_nan=False, separators=(",", ":")).encode() + b"\n"
 
 
 def decode(line: bytes, where: str) -> Event:
@@ -151,7 +151,7 @@ def number(value: Any) -> float | None:
     return float(value)  # float() reads "NaN", "Infinity" and "-Infinity"
 
 
-def _plain(value: Any, where: str) -> Any:
+def plain(value: Any, where: str) -> Any:
     """Turn ``value`` into what strict JSON holds."""
     if value is None or isinstance(value, str | bool | int):
         return value
@@ -161,9 +161,9 @@ def _plain(value: Any, where: str) -> Any:
         for key in value:
             if not isinstance(key, str):
                 raise RunError(f"{where} has the key {key!r}; keys must be strings")
-        return {key: _plain(item, f"{where}.{key}") for key, item in value.items()}
+        return {key: plain(item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
-        return [_plain(item, where) for item in value]
+        return [plain(item, where) for item in value]
     raise RunError(
         f"{where} holds a {type(value).__name__}; events hold numbers, strings, lists and mappings only"
     )

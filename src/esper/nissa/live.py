@@ -90,7 +90,8 @@ class LiveView:
         data = event.data
         match event.kind:
             case "run_started":
-                yield f"{data['model']}: {data['parameters']:,} parameters, can grow at {len(data['sites'])} sites"
+                sites = len(data["sites"])
+                yield f"{data['model']}: {data['parameters']:,} parameters, can grow at {sites} sites"
             case "progress" if self._is_due():
                 spent = duration(self.history.seconds)
                 yield f"loss {short(data['loss'])}, {data['parameters']:,} parameters, {spent}"
@@ -195,4 +196,5 @@ def _trouble(history: RunHistory) -> Iterator[Text]:
         )
     if history.faults:
         last = history.faults[-1].data
-        yield Text(f"{len(history.faults)} faults, last at {last['site']}: {last['error']}", style="red")
+        many = "fault" if len(history.faults) == 1 else "faults"
+        yield Text(f"{len(history.faults)} {many}, last at {last['site']}: {last['error']}", style="red")

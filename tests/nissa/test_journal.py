@@ -1,0 +1,224 @@
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from esper.contracts import EVENT_FIELDS, Event
+from esper.errors import RunError
+from esper.nissa.journal import EVENTS_FILE, RunJournal, decode, encode, number, plain, read_events
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@st.composite
+def some_events(draw: st.DrawFn) -> Event:
+    kind = draw(st.sampled_from(sorted(EVENT_FIELDS)))
+    data = {name: draw(VALUES) for name in EVENT_FIELDS[kind]} | draw(
+        st.dictionaries(st.text(), VALUES, max_size=2)
+    )
+    return Event(kind, draw(st.integers(0, 10**9)), data, draw(st.floats(0, 4e9)))
+
+
+def as_written(event: Event) -> Event:
+    return Event(event.kind, event.step, plain(event.data, "test"), event.time)
+
+
+@given(st.lists(some_events(), max_size=6))
+@hypothesis_settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_what_is_written_is_read(tmp_path: Path, events: list[Event]) -> None:
+    folder = tmp_path / "round-trip"
+    (folder / EVENTS_FILE).unlink(missing_ok=True)
+    with RunJournal(folder) as journal:
+        for event in events:
+            journal(event)
+    assert read_events(folder) == [as_written(event) for event in events]
+
+
+@given(some_events())
+def test_a_line_is_one_line_of_strict_json(event: Event) -> None:
+    line = encode(event)
+    assert line.endswith(b"\n")
+    assert line.count(b"\n") == 1
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    json.loads(line, parse_constant=refuse)
+
+
+@given(st.lists(some_events(), min_size=1, max_size=3), st.data())
+@hypothesis_settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_cut_anywhere_in_the_last_line_it_reads_and_resumes(
+    tmp_path: Path, events: list[Event], data: st.DataObject
+) -> None:
+    folder = tmp_path / "torn"
+    path = folder / EVENTS_FILE
+    path.unlink(missing_ok=True)
+    with RunJournal(folder) as journal:
+        for event in events:
+            journal(event)
+    content = path.read_bytes()
+    last = encode(events[-1])
+    path.write_bytes(content[: len(content) - data.draw(st.integers(0, len(last)))])
+    lost = path.read_bytes().split(b"\n")[-1]
+    whole = path.read_bytes() == content or len(lost) == len(last) - 1
+    expected = [as_written(event) for event in (events if whole else events[:-1])]
+
+    read = read_events(folder)
+    assert read[: len(expected)] == expected
+    told = [event.kind for event in read[len(expected) :]]
+    assert told == (["warning"] if lost and not whole else [])
+
+    with RunJournal(folder) as journal:
+        journal(events[0])
+    resumed = read_events(folder)
+    assert resumed[: len(expected)] == expected
+    assert [event.kind for event in resumed[len(expected) : -1]] == told  # the cut itself is in the journal
+    assert resumed[-1] == as_written(events[0])
+    assert path.read_bytes().endswith(b"\n")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1.5, 3])
+def test_numbers_survive_even_when_json_has_no_word_for_them(value: float) -> None:
+    back = number(json.loads(encode(Event("warning", 0, {"message": "", "x": value})))["data"]["x"])
+    assert back == value or (math.isnan(back) and math.isnan(value))
+
+
+def test_unknown_stays_unknown() -> None:
+    assert number(None) is None
+
+
+def test_a_killed_process_loses_at_most_the_line_it_was_writing(tmp_path: Path) -> None:
+    code = (
+        "import itertools, sys\n"
+        "from esper.contracts import Event\n"
+        "from esper.nissa.journal import RunJournal\n"
+        "journal = RunJournal(sys.argv[1])\n"
+        "for step in itertools.count():\n"
+        "    journal(Event('warning', step, {'message': 'x' * 20000}))\n"
+        "    print(step, flush=True)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    for _ in range(50):
+        last_told = int(process.stdout.readline())
+    os.kill(process.pid, signal.SIGKILL)
+    last_told = max([last_told, *map(int, process.stdout.read().split())])
+    process.stdout.close()
+    process.wait()
+    steps = [event.step for event in read_events(tmp_path) if event.data["message"][0] == "x"]
+    assert steps == list(range(len(steps)))
+    assert steps[-1] >= last_told
+
+
+def test_two_writers_of_one_folder_do_not_tear_lines(tmp_path: Path) -> None:
+    first, second = RunJournal(tmp_path), RunJournal(tmp_path)
+    for step in range(100):
+        first(Event("warning", step, {"message": "a" * 9000}))
+        second(Event("warning", step, {"message": "b" * 9000}))
+    first.close()
+    second.close()
+    assert len(read_events(tmp_path)) == 200
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        (b"not json", r"line 1 is damaged"),
+        (b"[]", r"line 1 is not an event of Esper"),
+        (b'{"kind":"warning"}', r"it has no version"),
+        (
+            b'{"v":2,"kind":"warning"}',
+            r"has version 2, this Esper reads version 1; read the run with the version",
+        ),
+        (b'{"v":1,"kind":"warning","step":0,"time":0}', r"not a whole event: 'data'"),
+        (b'{"v":1,"kind":"party","step":0,"time":0,"data":{}}', r"unknown event kind 'party'"),
+        (b'{"v":1,"kind":"warning","step":0,"time":0,"data":{}}', r"lacks message"),
+    ],
+)
+def test_damage_in_the_middle_is_refused_with_its_line(tmp_path: Path, line: bytes, complaint: str) -> None:
+    good = encode(Event("warning", 0, {"message": "fine"}))
+    (tmp_path / EVENTS_FILE).write_bytes(line + b"\n" + good)
+    with pytest.raises(RunError, match=complaint):
+        read_events(tmp_path)
+
+
+def test_a_journal_of_another_version_is_not_appended_to(tmp_path: Path) -> None:
+    line = b'{"v":2,"kind":"warning","step":0,"time":0,"data":{"message":""}}\n'
+    (tmp_path / EVENTS_FILE).write_bytes(line)
+    with pytest.raises(RunError, match="version 2"):
+        RunJournal(tmp_path)
+    assert (tmp_path / EVENTS_FILE).read_bytes() == line
+
+
+def test_no_run_names_the_runs_nearby(run: Path) -> None:
+    with pytest.raises(RunError, match=rf"no run in {run.parent}: .* runs in .*: {run}"):
+        read_events(run.parent)
+    with pytest.raises(RunError, match=f"runs in .*: {run}"):
+        read_events(run.parent / "rnu")
+
+
+@pytest.mark.parametrize(
+    ("data", "complaint"),
+    [
+        ({"message": object()}, "holds a object"),
+        ({"message": b"bytes"}, "holds a bytes"),
+        ({"message": "", 3: 4}, "has the key 3"),
+    ],
+)
+def test_what_json_cannot_hold_is_refused_before_anything_is_written(
+    tmp_path: Path, data: dict, complaint: str
+) -> None:
+    with RunJournal(tmp_path) as journal:
+        with pytest.raises(RunError, match=complaint):
+            journal(Event("warning", 0, data))
+        assert journal.path.read_bytes() == b""
+
+
+def test_a_closed_journal_says_so(tmp_path: Path) -> None:
+    journal = RunJournal(tmp_path)
+    journal.close()
+    with pytest.raises(RunError, match="is closed"):
+        journal(Event("warning", 0, {"message": ""}))
+
+
+def test_a_full_disk_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full on this system")
+    journal = RunJournal(tmp_path)
+    journal._file.close()
+    journal._file = open("/dev/full", "ab", buffering=0)
+    with pytest.raises(RunError, match="free space and resume"):
+        journal(Event("warning", 0, {"message": ""}))
+    journal.close()
+
+
+def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="choose another run_dir"):
+        RunJournal(tmp_path / "file")
+
+
+def test_the_time_of_an_event_is_kept(tmp_path: Path) -> None:
+    before = time.time()
+    with RunJournal(tmp_path) as journal:
+        journal(Event("warning", 0, {"message": ""}))
+    assert before <= read_events(tmp_path)[0].time <= time.time()
+
+
+def test_decode_names_where(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="over there"):
+        decode(b"{", "over there")

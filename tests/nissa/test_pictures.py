@@ -1,0 +1,97 @@
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+
+import pytest
+
+from esper.contracts import Event
+from esper.nissa import charts
+from esper.nissa.charts import Point
+from esper.nissa.history import RunHistory, fold
+from esper.nissa.map import model_map
+
+SVG = "{http://www.w3.org/2000/svg}"
+PICTURES: dict[str, Callable[[RunHistory], str]] = {
+    "learning": charts.learning,
+    "parameters": charts.parameters,
+    "lives": charts.lives,
+    "map": model_map,
+}
+
+
+def texts(svg: str) -> list[str]:
+    return ["".join(node.itertext()) for node in ET.fromstring(svg).iter(f"{SVG}text")]
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_a_picture_is_one_svg_that_loads_nothing_and_has_a_title(name: str, history: RunHistory) -> None:
+    svg = PICTURES[name](history)
+    root = ET.fromstring(svg)
+    assert root.tag == f"{SVG}svg"
+    assert root.find(f"{SVG}title") is not None
+    assert not re.search(r'(?:href|src)="(?!#)', svg)
+    assert "currentColor" in svg
+    assert PICTURES[name](history) == svg  # the same run, the same bytes
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_a_run_that_has_only_begun_can_be_drawn(name: str, events: list[Event]) -> None:
+    ET.fromstring(PICTURES[name](fold(events[:1])))
+
+
+def test_growth_is_marked_where_it_happened(history: RunHistory) -> None:
+    svg = charts.learning(history)
+    assert {"+8 conv2>fc", "+4 conv1>conv2", "Training loss", "Held-out accuracy"} <= set(texts(svg))
+    without = fold(event for event in history._events if event.kind != "widened")
+    marks = svg.count(charts.GREEN.lower()) - charts.learning(without).count(charts.GREEN.lower())
+    assert marks == 4  # two growths in two panels
+
+
+def test_twins_are_drawn_beside_the_run_and_named(history: RunHistory) -> None:
+    svg = charts.learning(history, {"no growth": history, "fixed $100 <b>": history})
+    assert {"grown", "no growth", "fixed $100 <b>"} <= set(texts(svg))
+    assert "no growth" in texts(charts.parameters(history, {"no growth": history}))
+
+
+def test_another_metric_is_drawn_where_there_is_no_accuracy() -> None:
+    history = fold([Event("epoch", 5, {"epoch": 1, "metrics": {"mse": 0.5}})])
+    assert "Held-out mse" in texts(charts.learning(history))
+
+
+def test_every_seed_has_a_row_and_every_stage_a_key(history: RunHistory) -> None:
+    words = texts(charts.lives(history))
+    assert {"conv2>fc  seed 1", "conv1>conv2  seed 2", "conv1>conv2  seed 3"} <= set(words)
+    assert {"training", "grafting", "fossilised", "embargoed"} <= set(words)
+
+
+def test_the_map_names_layers_widths_seeds_and_refusals(history: RunHistory) -> None:
+    words = texts(model_map(history))
+    assert [word for word in words if word in ("conv1", "conv2", "fc")] == ["conv1", "conv2", "fc"]
+    assert {"4 → 8 units", "8 → 16 units", "1 kept, 1 refused", "1 kept", "fc: nothing grows here"} <= set(
+        words
+    )
+    marks = [node.get("fill") for node in ET.fromstring(model_map(history)).iter(f"{SVG}circle")]
+    assert sorted(marks) == ["#009E73", "#009E73", "none"]
+
+
+def test_a_bench_is_drawn_with_its_intervals() -> None:
+    svg = charts.tradeoff(
+        {"grown": [Point(2e6, 0.977, 0.001, label="1e-2")], "fixed": [Point(1e6, 0.93), Point(3e6, 0.97)]},
+        title="Digits",
+        x_label="FLOPs",
+        y_label="accuracy",
+    )
+    assert {"Digits", "FLOPs", "accuracy", "grown", "fixed", "1e-2", "1M", "3M"} <= set(texts(svg))
+
+
+def test_without_matplotlib_the_error_is_its_pip_line() -> None:
+    code = (
+        "import sys; sys.modules['matplotlib'] = None\n"
+        "from esper.errors import MissingExtraError\n"
+        "try: import esper.nissa.charts\n"
+        "except MissingExtraError as error: print(error)\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "pip install 'esper-morph[report]'" in ran.stdout
