@@ -276,7 +276,7 @@ def test_a_full_disk_leaves_the_earlier_save(
     with torch.no_grad():
         grown.fc2.bias.fill_(7)
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(StateError, match="cannot save to .*No space left"):
+    with pytest.raises(StateError, match=r"cannot save to .*No space left"):
         save(grown, plans, folder, card={})
     assert [entry.name for entry in folder.parent.iterdir()] == ["grown"]
     assert torch.equal(load_into(new_host(), folder).fc2.bias, bias)

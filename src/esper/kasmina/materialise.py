@@ -99,6 +99,16 @@ def widen(model: nn.Module, plan: WidenPlan, slices: Mapping[str, Tensor]) -> Wi
         return Widened(plan, tuple(changes), restore.pop_all())
 
 
+def empty_slices(model: nn.Module, plan: WidenPlan) -> dict[str, Tensor]:
+    """Make zeros for every new slice of a plan, for weights that will be loaded afterwards."""
+    state, slices = model.state_dict(), {}
+    for edit in plan.edits:
+        shape = list(state[edit.name].shape)
+        shape[edit.axis] = edit.new - edit.old
+        slices[edit.name] = state[edit.name].new_zeros(shape)
+    return slices
+
+
 def extend(old: Tensor, new: Tensor, axis: int) -> Tensor:
     """Append ``new`` to ``old`` along ``axis``, in the dtype, device and memory format of ``old``."""
     joined = torch.cat([old.detach(), new.detach().to(old)], axis)

@@ -23,9 +23,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from esper.contracts import WidenEdit, WidenPlan
+from esper.contracts import WidenPlan
 from esper.errors import SavedModelError, StateError, SurgeryError
-from esper.kasmina.materialise import widen
+from esper.kasmina.materialise import empty_slices, widen
 from esper.tolaria import genome, rebuild_template
 
 GENOME, TENSORS, SUMS = "genome.json", "model.safetensors", "SHA256SUMS"
@@ -96,21 +96,13 @@ def load_into(model: Model, directory: str | Path) -> Model:
     )
     with ExitStack() as undo:
         for plan in plans:
-            state = model.state_dict()
-            slices = {edit.name: _blank(state[edit.name], edit) for edit in plan.edits}
             try:
-                undo.callback(widen(model, plan, slices).undo)
+                undo.callback(widen(model, plan, empty_slices(model, plan)).undo)
             except SurgeryError as error:
                 raise SavedModelError(f"{folder} does not fit this {kind}: {error}") from error
         model.load_state_dict(weights)
         undo.pop_all()
     return model
-
-
-def _blank(tensor: Tensor, edit: WidenEdit) -> Tensor:
-    shape = list(tensor.shape)
-    shape[edit.axis] = edit.new - edit.old
-    return tensor.new_zeros(shape)
 
 
 def _portable(state: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -1,0 +1,153 @@
+"""A plain training loop around a growing model, for those who do not want to write their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sized
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from esper.config import ConfigLike
+from esper.contracts import Observer
+from esper.errors import ConfigError, FinishedError
+from esper.tolaria.growth import grow
+
+Metric = Callable[[nn.Module, Any], float | Tensor]
+
+
+class Trainer:
+    """Trains a model while it grows.
+
+    Args:
+        model: Any ``nn.Module``; it grows in place.
+        optimizer: One, or several by name.
+        loss_fn: ``loss_fn(model, batch)``, the scalar to minimise; it moves the batch to the model's device.
+        train: Training batches, iterated once per epoch.
+        probe: Batches held out of the training data, on which growth is decided.
+        epochs: Passes over ``train``.
+        val: Batches for ``metrics``, evaluated after each epoch; None evaluates nothing.
+        scheduler: A learning-rate scheduler of the optimizer.
+        scheduler_interval: Whether the scheduler moves once per ``"epoch"`` or per ``"step"``.
+        metrics: ``metric(model, batch)`` by name, averaged over the examples of ``val``; the loss is one.
+        sites: Where the model may grow, as for ``esper.grow``.
+        config: Settings, a mapping, or a path to a YAML file.
+        run_dir: Folder of the run's events.
+        seed: Of all choices growth makes; the model and the data have their own.
+        on_event: Called with every event.
+
+    Attributes:
+        growth: The ``esper.Growth`` at work: what has grown, what it cost, ``save``.
+        history: One mapping per epoch: ``epoch``, ``train_loss`` and the metrics.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Mapping[str, Optimizer],
+        loss_fn: Callable[[nn.Module, Any], Tensor],
+        *,
+        train: Iterable[Any],
+        probe: Iterable[Any],
+        epochs: int,
+        val: Iterable[Any] | None = None,
+        scheduler: LRScheduler | None = None,
+        scheduler_interval: Literal["epoch", "step"] = "epoch",
+        metrics: Mapping[str, Metric] | None = None,
+        sites: Any = "auto",
+        config: ConfigLike = None,
+        run_dir: str | Path | None = None,
+        seed: int = 0,
+        on_event: Observer | None = None,
+    ) -> None:
+        self.model, self.loss_fn, self.train, self.val, self.epochs = model, loss_fn, train, val, epochs
+        self.scheduler, self.scheduler_interval = scheduler, scheduler_interval
+        self.metrics: dict[str, Metric] = {"loss": loss_fn, **(metrics or {})}
+        self.history: list[dict[str, float]] = []
+        self._optimizers = list(optimizer.values()) if isinstance(optimizer, Mapping) else [optimizer]
+        try:
+            steps = epochs * len(train) if isinstance(train, Sized) else None
+        except TypeError:  # a DataLoader over an iterable dataset has a __len__ that raises
+            steps = None
+        self.growth = grow(
+            model,
+            optimizer,
+            loss_fn,
+            probe=probe,
+            steps=steps,
+            schedulers=() if scheduler is None else (scheduler,),
+            sites=sites,
+            config=config,
+            run_dir=run_dir,
+            seed=seed,
+            on_event=on_event,
+        )
+
+    def fit(self) -> nn.Module:
+        """Train for all epochs and return the model: the same object, wider.
+
+        Raises:
+            FinishedError: This trainer has run already.
+            ConfigError: ``train`` gave no batch.
+        """
+        if self.history:
+            raise FinishedError("this Trainer has run; make a new one to train the model further")
+        for epoch in range(1, self.epochs + 1):
+            row = {"epoch": epoch, "train_loss": self._train_epoch()}
+            if self.val is not None:
+                row |= self.evaluate(self.val)
+            if self.scheduler is not None and self.scheduler_interval == "epoch":
+                plateau = isinstance(self.scheduler, ReduceLROnPlateau)
+                self.scheduler.step(*[row.get("loss", row["train_loss"])] if plateau else [])
+            self.history.append(row)
+            self.growth.epoch({name: value for name, value in row.items() if name != "epoch"})
+        return self.growth.finish()
+
+    def evaluate(self, batches: Iterable[Any]) -> dict[str, float]:
+        """Average the loss and every metric over the examples of ``batches``, in eval mode."""
+        self.model.eval()
+        totals, examples = dict.fromkeys(self.metrics, 0.0), 0
+        with torch.no_grad():
+            for batch in batches:
+                count = _examples(batch)
+                examples += count
+                for name, metric in self.metrics.items():
+                    totals[name] += count * float(metric(self.model, batch))
+        if not examples:
+            raise ConfigError("the batches to evaluate are empty; pass some that can be iterated again")
+        return {name: total / examples for name, total in totals.items()}
+
+    def _train_epoch(self) -> float:
+        self.model.train()
+        total, examples = torch.zeros(()), 0
+        for batch in self.train:
+            loss = self.loss_fn(self.model, batch)
+            for optimizer in self._optimizers:
+                optimizer.zero_grad()
+            loss.backward()
+            for optimizer in self._optimizers:
+                optimizer.step()
+            if self.scheduler is not None and self.scheduler_interval == "step":
+                self.scheduler.step()
+            self.growth.step(batch, loss)
+            count = _examples(batch)
+            total, examples = (
+                total.to(loss.device) + count * loss.detach(),
+                examples + count,
+            )  # no sync per step
+        if not examples:
+            raise ConfigError(
+                "train gave no batch; pass batches that can be iterated again, like a DataLoader"
+            )
+        return float(total) / examples
+
+
+def _examples(batch: Any) -> int:
+    """Count the examples of a batch: the length of its first tensor, 1 where there is none."""
+    if isinstance(batch, Tensor):
+        return len(batch) if batch.dim() else 1
+    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
+    return _examples(next(iter(parts))) if parts else 1
