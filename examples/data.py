@@ -19,22 +19,26 @@ def wine(seed: int = 0, batch_size: int = 16) -> dict[str, DataLoader]:
     """13 measurements of 178 wines of three cultivars, standardised."""
     columns, labels = load_wine(return_X_y=True)
     inputs = torch.tensor(columns, dtype=torch.float32)
-    return split((inputs - inputs.mean(0)) / inputs.std(0), torch.tensor(labels), seed, batch_size)
+    return split(inputs, torch.tensor(labels), seed, batch_size, standardise=True)
 
 
-def split(inputs: Tensor, targets: Tensor, seed: int, batch_size: int) -> dict[str, DataLoader]:
+def split(
+    inputs: Tensor, targets: Tensor, seed: int, batch_size: int, standardise: bool = False
+) -> dict[str, DataLoader]:
     """Shuffle, and take 20 % for validation; the probe is 20 % of the rest, and is not trained on."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(inputs), generator=generator)
+    order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(seed))
     held_out = len(order) // 5
     probe = held_out + (len(order) - held_out) // 5
-    parts = {"val": order[:held_out], "probe": order[held_out:probe], "train": order[probe:]}
+    val, probing, train = order.tensor_split([held_out, probe])
+    if standardise:  # by what the training part knows
+        inputs = (inputs - inputs[train].mean(0)) / inputs[train].std(0)
+
+    def part(rows: Tensor) -> TensorDataset:
+        return TensorDataset(inputs[rows], targets[rows])
+
+    own_order = torch.Generator().manual_seed(seed)  # nobody else's draws change the order of training
     return {
-        name: DataLoader(
-            TensorDataset(inputs[rows], targets[rows]),
-            batch_size=batch_size if name == "train" else 256,
-            shuffle=name == "train",
-            generator=generator,
-        )
-        for name, rows in parts.items()
+        "train": DataLoader(part(train), batch_size, shuffle=True, generator=own_order),
+        "val": DataLoader(part(val), batch_size=256),
+        "probe": DataLoader(part(probing), batch_size=256),
     }
