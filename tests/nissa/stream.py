@@ -52,9 +52,9 @@ def decision(number: int, step: int, site: str | None, width: int = 0, reason: s
         },
     ]
     arms = [
-        {"action": "nothing", "site": None, "width": 0, "start": None, "score": 0.1, "pulls": number - 1},
-        {"action": "widen", "site": "conv1>conv2", "width": 4, "start": "svd", "score": 0.42, "pulls": 0},
-        {"action": "widen", "site": "conv2>fc", "width": 8, "start": "svd", "score": 0.77, "pulls": 0},
+        {"site": "conv1>conv2", "width": 4, "start": "mixed", "score": 2.1e-6, "prior": 0.42},
+        {"site": "conv2>fc", "width": 8, "start": "mixed", "score": 3.1e-6, "prior": 1.0},
+        {"site": "conv2>fc", "width": 8, "start": "svd", "score": 3.1e-6, "prior": 0.9},
     ]
     yield Event("survey", step, {"decision": number, "sites": surveys})
     data = {
@@ -62,9 +62,9 @@ def decision(number: int, step: int, site: str | None, width: int = 0, reason: s
         "action": "widen" if site else "nothing",
         "site": site,
         "width": width,
-        "start": "svd" if site else None,
+        "start": "mixed" if site else None,
         "reason": reason,
-        "arms": arms,
+        "arms": arms if site else [],
         "propensity": 0.8,
         "predicted": 3.1e-6 if site else None,
     }
@@ -79,16 +79,25 @@ def move(step: int, seed: int, site: str, source: str, target: str, reason: str)
 
 def judged(number: int, step: int, site: str, seed: int, width: int, gain: float) -> Iterator[Event]:
     candidates = [
-        {"start": "svd+", "loss": 0.61},
-        {"start": "svd-", "loss": 0.66},
+        {"start": "svd", "loss": 0.61},
+        {"start": "svd", "loss": 0.66},
         {"start": "random", "loss": 0.71},
     ]
-    yield move(step, seed, site, "DORMANT", "GERMINATED", f"decision {number}")
-    yield move(step, seed, site, "GERMINATED", "TRAINING", "verified on the probe shapes")
+    yield move(step, seed, site, "DORMANT", "GERMINATED", "scheduled")
+    yield move(step, seed, site, "GERMINATED", "TRAINING", f"8 candidates of {width} units")
     yield Event(
         "race",
         step + 20,
-        {"decision": number, "site": site, "candidates": candidates, "winner": 0, "amplitude": 0.5},
+        {
+            "decision": number,
+            "site": site,
+            "candidates": candidates,
+            "winner": 0,
+            "amplitude": 0.5,
+            "nothing": 0.74,
+            "start": "svd",
+            "batched": True,
+        },
     )
     passed = gain > 0
     gate = {
@@ -125,27 +134,29 @@ def kept(
     number: int, step: int, site: str, seed: int, width: int, gain: float, total: int
 ) -> Iterator[Event]:
     yield from judged(number, step, site, seed, width, gain)
-    yield move(step + 20, seed, site, "TRAINING", "GRAFTING", "the gate passed")
-    for offset in range(0, 41, 5):
+    yield move(step + 20, seed, site, "TRAINING", "GRAFTING", "held-out evidence")
+    for offset in range(5, 41, 5):
         yield Event("alpha", step + 20 + offset, {"seed": seed, "site": site, "alpha": offset / 40})
-    yield move(step + 60, seed, site, "GRAFTING", "STABILISING", "alpha reached 1")
-    yield move(step + 70, seed, site, "STABILISING", "EVALUATING", "host statistics settled")
+    yield move(step + 60, seed, site, "GRAFTING", "STABILISING", "α is 1")
+    yield move(step + 70, seed, site, "STABILISING", "EVALUATING", "settled")
+    producer, consumer = site.split(">")
     widened = {
         "decision": number,
         "site": site,
         "units": width,
         "edits": [
-            {"name": f"{site.split('>')[0]}.weight", "axis": 0, "old": 4, "new": 4 + width, "source": "entry"}
+            [f"{producer}.weight", 0, 4, 4 + width],
+            [f"{producer}.bias", 0, 4, 4 + width],
+            [f"{consumer}.weight", 1, 4, 4 + width],
         ],
         "parameters": total,
         "difference": 1.2e-7,
         "milliseconds": 3.4,
     }
     yield Event("widened", step + 90, widened)
-    yield move(step + 90, seed, site, "EVALUATING", "FOSSILISED", "the loss held its trend")
-    yield outcome(
-        number, step + 90, site, True, gain, width * 84, "held-out gain before exposure, trend held after"
-    )
+    yield move(step + 90, seed, site, "EVALUATING", "FOSSILISED", "not worse than before exposure")
+    yield outcome(number, step + 90, site, True, gain, width * 84, "kept")
+    yield move(step + 90, seed, site, "FOSSILISED", "DORMANT", "")
 
 
 def digits_run(steps: int = 900) -> list[Event]:
@@ -166,21 +177,22 @@ def digits_run(steps: int = 900) -> list[Event]:
             },
         ),
         *decision(1, 90, "conv2>fc", 8, "scheduled; conv2>fc promises most per FLOP"),
-        *kept(1, 90, "conv2>fc", 1, 8, 0.021, 426 + 376),
+        *kept(1, 90, "conv2>fc", 4, 8, 0.021, 426 + 376),
         *decision(2, 270, "conv1>conv2", 4, "brought forward: the loss has stalled"),
-        *judged(2, 270, "conv1>conv2", 2, 4, -0.0004),
-        move(290, 2, "conv1>conv2", "TRAINING", "CULLED", "no evidence"),
+        *judged(2, 270, "conv1>conv2", 0, 4, -0.0004),
+        move(290, 0, "conv1>conv2", "TRAINING", "CULLED", "no evidence"),
         outcome(
             2, 290, "conv1>conv2", False, -0.0004, 0, "e-value 0.3 stayed below 320; the host never felt it"
         ),
-        move(290, 2, "conv1>conv2", "CULLED", "EMBARGOED", "cools down for 27 steps"),
+        move(290, 0, "conv1>conv2", "CULLED", "EMBARGOED", ""),
+        move(317, 0, "conv1>conv2", "EMBARGOED", "DORMANT", "the cool-down is over"),
         *decision(3, 400, None, 0, "no arm promises more than doing nothing"),
         *decision(4, 480, "conv1>conv2", 4, "scheduled; conv1>conv2 promises most per FLOP"),
-        *kept(4, 480, "conv1>conv2", 3, 4, 0.012, 426 + 376 + 336),
+        *kept(4, 480, "conv1>conv2", 0, 4, 0.012, 426 + 376 + 336),
         Event(
             "fault",
             505,
-            {"seed": 3, "site": "conv1>conv2", "error": "FloatingPointError: inf in the branch", "count": 1},
+            {"seed": 0, "site": "conv1>conv2", "error": "FloatingPointError: inf in the branch", "count": 1},
         ),
         Event(
             "fallback", 505, {"what": "host output used at conv1>conv2", "why": "the branch was not finite"}

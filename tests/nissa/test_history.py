@@ -34,7 +34,8 @@ def test_a_decision_is_joined_from_survey_to_outcome(history: RunHistory) -> Non
     assert (refused.step, refused.decided_at, refused.verdict) == (270, 290, "refused")
     assert refused.survey[0]["site"] == "conv1>conv2"
     assert refused.chosen["reason"].startswith("brought forward")
-    assert refused.race and refused.race["winner"] == 0
+    assert refused.race is not None
+    assert refused.race["winner"] == 0
     assert [look["passed"] for look in refused.looks] == [False]
     assert refused.widened is None
     kept = history.decisions[4]
@@ -44,7 +45,7 @@ def test_a_decision_is_joined_from_survey_to_outcome(history: RunHistory) -> Non
 
 
 def test_a_seed_s_stages_follow_each_other_without_gaps(history: RunHistory) -> None:
-    seed = history.seeds["conv2>fc", "1"]
+    seed = history.seeds["conv2>fc", "4"]
     assert [span.stage for span in seed.spans] == [
         "GERMINATED",
         "TRAINING",
@@ -52,11 +53,18 @@ def test_a_seed_s_stages_follow_each_other_without_gaps(history: RunHistory) -> 
         "STABILISING",
         "EVALUATING",
         "FOSSILISED",
+        "DORMANT",
     ]
     assert [span.end for span in seed.spans[:-1]] == [span.start for span in seed.spans[1:]]
     assert seed.spans[-1].end is None
-    assert seed.alpha.values[0] == 0.0
+    assert seed.alpha.values[0] == 0.125
     assert seed.alpha.last == 1.0
+
+
+def test_a_slot_used_twice_has_two_lives(history: RunHistory) -> None:
+    first, second = history.seeds["conv1>conv2", "0"].lives
+    assert [span.stage for span in first] == ["GERMINATED", "TRAINING", "CULLED"]
+    assert (second[0].start, second[-1].stage) == (480, "FOSSILISED")
 
 
 def test_stages_may_come_as_numbers() -> None:
@@ -90,7 +98,7 @@ def test_folding_one_by_one_is_folding_at_once(events: list[Event]) -> None:
 
 
 def test_a_resumed_run_replaces_what_it_does_again(events: list[Event]) -> None:
-    """Killed at step 520 and resumed from a snapshot at 300: the events in between happened, but do not count."""
+    """Killed at step 520, resumed from a snapshot at 300: the events in between do not count."""
     start = events[0]
     killed = [event for event in events if event.step <= 520]
     again = [event for event in events if event.step > 300]

@@ -200,7 +200,7 @@ def test_a_full_disk_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
         pytest.skip("no /dev/full on this system")
     journal = RunJournal(tmp_path)
     journal._file.close()
-    journal._file = open("/dev/full", "ab", buffering=0)
+    journal._file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115 (closed below)
     with pytest.raises(RunError, match="free space and resume"):
         journal(Event("warning", 0, {"message": ""}))
     journal.close()

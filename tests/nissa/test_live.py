@@ -60,7 +60,7 @@ def test_the_screen_shows_progress_sites_and_reasons(events: list[Event]) -> Non
         "step 900 of 900",
         "parameters 426 → 1,138",
         "4 → 8",
-        "fossilised",
+        "dormant",
         "do nothing",
         "e-value 0.3 stayed below 320",
         "steps= was not given <b>",
@@ -88,7 +88,7 @@ def test_an_event_draws_nothing_on_the_thread_that_trains(
                 view(event)
         by_training_thread = threading.get_ident() in drawers
     assert not by_training_thread
-    assert "fossilised" in shown(console)  # leaving draws the last one
+    assert "step 900 of 900" in shown(console)  # leaving draws the last one
 
 
 def test_a_large_model_does_not_flood_the_screen(events: list[Event]) -> None:

@@ -60,10 +60,10 @@ def test_another_metric_is_drawn_where_there_is_no_accuracy() -> None:
     assert "Held-out mse" in texts(charts.learning(history))
 
 
-def test_every_seed_has_a_row_and_every_stage_a_key(history: RunHistory) -> None:
+def test_every_life_of_a_seed_has_a_row_and_every_stage_a_key(history: RunHistory) -> None:
     words = texts(charts.lives(history))
-    assert {"conv2>fc  seed 1", "conv1>conv2  seed 2", "conv1>conv2  seed 3"} <= set(words)
-    assert {"training", "grafting", "fossilised", "embargoed"} <= set(words)
+    assert {"conv2>fc at 90", "conv1>conv2 at 270", "conv1>conv2 at 480"} <= set(words)
+    assert {"training", "grafting", "fossilised", "culled"} <= set(words)
 
 
 def test_the_map_names_layers_widths_seeds_and_refusals(history: RunHistory) -> None:

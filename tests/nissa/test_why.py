@@ -19,10 +19,10 @@ def test_a_kept_growth_is_explained_from_what_it_saw_to_what_it_was_worth(histor
         "scheduled; conv2>fc promises most per FLOP",
         "conv2>fc: improvement 0.054, examples 512",
         "with probability 0.8",
-        "0: start svd+, loss 0.61  ← won",
+        "0: start svd, loss 0.61  ← won",
         "gain 0.021 on 180 held out",
         "e-value 412 of 320 needed: passed",
-        "+8 units at step 180 (conv2.weight axis 0: 4→12)",
+        "+8 units at step 180 (conv2.weight axis 0: 4→12; conv2.bias axis 0: 4→12; fc.weight axis 1: 4→12)",
         "predicted 3.1e-06, realised 5.208e-07",
     ):
         assert fact in text

@@ -15,13 +15,15 @@ from html import escape
 from typing import Any
 
 from esper.errors import MissingExtraError
-from esper.nissa.history import RunHistory, SeedHistory, Series
+from esper.nissa.history import RunHistory, SeedHistory, Series, Span
 from esper.nissa.palette import BLUE, GREEN, GREY, ORANGE, PURPLE, STAGE_COLOURS, VERMILION
 
 try:
     import matplotlib as mpl
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
     from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter, StrMethodFormatter
 except ImportError:
     raise MissingExtraError("matplotlib", "report", "drawing a run's pictures") from None
@@ -36,6 +38,8 @@ LINES = [
     (ORANGE, "-"),
 ]
 MARKERS = "osD^vP"
+ENDINGS = {"FOSSILISED": "D", "CULLED": "X"}  # how a life ends, as marks; every other stage is a band
+BANDS = {stage: colour for stage, colour in STAGE_COLOURS.items() if stage not in ENDINGS}
 STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "esper",
@@ -121,28 +125,32 @@ def parameters(
 
 
 def lives(history: RunHistory) -> str:
-    """Draw one row per seed that ever woke: its stages as bands, its alpha as a line over them."""
-    seeds = [seed for seed in history.seeds.values() if seed.spans]
+    """Draw one row per seed's life: its stages as bands, its alpha as a line over them, its end as a mark."""
+    rows = sorted(
+        ((seed, life) for seed in history.seeds.values() for life in seed.lives),
+        key=lambda row: row[1][0].start,
+    )
     with mpl.rc_context({**STYLE, "axes.grid": False, "axes.spines.left": False}):
-        figure = Figure(figsize=(8.6, 0.9 + 0.42 * max(len(seeds), 1)), layout="constrained")
+        figure = Figure(figsize=(8.6, 1.0 + 0.42 * max(len(rows), 1)), layout="constrained")
         axis = figure.subplots()
-        for row, seed in enumerate(seeds):
-            _life(axis, seed, row, history.step)
-        axis.set_yticks(range(len(seeds)), [f"{seed.site}  seed {seed.seed}" for seed in seeds])
+        for row, (seed, life) in enumerate(rows):
+            _life(axis, seed, life, row, history.step)
+        axis.set_yticks(range(len(rows)), [f"{seed.site} at {life[0].start:,}" for seed, life in rows])
         axis.tick_params(axis="y", length=0)
-        axis.set(xlim=(0, max(history.step, 1)), ylim=(max(len(seeds), 1) - 0.4, -0.6))
-        _steps_below(axis)
-        seen = {span.stage for seed in seeds for span in seed.spans}
-        keys = [stage for stage in STAGE_COLOURS if stage in seen]
-        patches = [
-            mpl.patches.Patch(color=STAGE_COLOURS[stage], label=stage.lower().replace("_", " "))
-            for stage in keys
+        axis.set(xlim=(0, None), ylim=(max(len(rows), 1) - 0.4, -0.6))
+        _steps_below(axis, "steps since germination")
+        seen = {span.stage for _, life in rows for span in life}
+        keys = [Patch(color=colour, label=_words(stage)) for stage, colour in BANDS.items() if stage in seen]
+        keys += [
+            Line2D([], [], marker=marker, color=STAGE_COLOURS[stage], linestyle="", label=_words(stage))
+            for stage, marker in ENDINGS.items()
+            if stage in seen
         ]
-        if patches:
+        if keys:
             figure.legend(
-                handles=patches, loc="outside upper left", ncols=len(patches), fontsize=9, handlelength=1.2
+                handles=keys, loc="outside upper left", ncols=len(keys), fontsize=9, handlelength=1.2
             )
-        return _svg(figure, "Stages and alpha of every seed over steps")
+        return _svg(figure, "Stages and alpha of every seed, from its germination to its end")
 
 
 def tradeoff(
@@ -193,8 +201,8 @@ def _line(axis: Axes, series: Series, label: str, colour: str, dash: Any, **more
     axis.plot(series.steps, values, label=label, color=colour, linestyle=dash, **more)
 
 
-def _steps_below(axis: Axes) -> None:
-    axis.set_xlabel("step")
+def _steps_below(axis: Axes, label: str = "step") -> None:
+    axis.set_xlabel(label)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
@@ -212,23 +220,31 @@ def _mark_growth(axis: Axes, history: RunHistory, *, label: bool) -> None:
             )  # fmt: skip
 
 
-def _life(axis: Axes, seed: SeedHistory, row: int, last_step: int) -> None:
-    for span in seed.spans:
-        if span.stage not in STAGE_COLOURS:
-            continue
-        end = last_step if span.end is None else span.end
-        width = max(end - span.start, last_step / 400)  # a stage of no steps stays visible
-        axis.broken_barh(
-            [(span.start, width)], (row - 0.38, 0.76), color=STAGE_COLOURS[span.stage], alpha=0.75, lw=0
-        )
-    heights = [
-        row + 0.36 - 0.72 * value if value is not None else float("nan") for value in seed.alpha.values
+def _life(axis: Axes, seed: SeedHistory, life: list[Span], row: int, last_step: int) -> None:
+    begun = life[0].start
+    until = life[-1].start if life[-1].stage in ENDINGS else last_step
+    for span in life:
+        if span.stage in ENDINGS:
+            axis.plot(
+                span.start - begun, row, ENDINGS[span.stage], color=STAGE_COLOURS[span.stage], markersize=9
+            )
+        else:
+            width = (until if span.end is None else span.end) - span.start
+            colour = STAGE_COLOURS[span.stage]
+            axis.broken_barh(
+                [(span.start - begun, width)], (row - 0.38, 0.76), color=colour, alpha=0.75, lw=0
+            )
+    alpha = [
+        point for point in zip(seed.alpha.steps, seed.alpha.values, strict=True) if begun <= point[0] <= until
     ]
-    open_end = seed.stage in ("GRAFTING", "STABILISING", "EVALUATING", "FOSSILISED")
-    end = last_step if open_end else seed.spans[-1].start  # alpha holds until it is told otherwise
-    axis.plot(
-        [*seed.alpha.steps, end], [*heights, *heights[-1:]], color=INK, linewidth=1.4
-    ) if heights else None
+    if alpha:
+        steps = [step - begun for step, _ in alpha]
+        heights = [row + 0.36 - 0.72 * (math.nan if value is None else value) for _, value in alpha]
+        axis.plot([*steps, until - begun], [*heights, heights[-1]], color=INK, linewidth=1.4)
+
+
+def _words(stage: str) -> str:
+    return stage.lower().replace("_", " ")
 
 
 def _positive(runs: Iterable[RunHistory]) -> bool:

@@ -52,6 +52,17 @@ class SeedHistory:
         """Where the seed is now."""
         return self.spans[-1].stage if self.spans else "DORMANT"
 
+    @property
+    def lives(self) -> list[list[Span]]:
+        """Its stages from each germination to what became of it: a seed's slot is used again and again."""
+        found: list[list[Span]] = []
+        for span in self.spans:
+            if span.stage == "GERMINATED":
+                found.append([])
+            if found and span.stage not in ("EMBARGOED", "DORMANT"):
+                found[-1].append(span)
+        return found
+
 
 @dataclass(slots=True)
 class DecisionHistory:

@@ -164,7 +164,8 @@ def _sites(history: RunHistory) -> Table:
             table.add_row(site, units, UNKNOWN, Text("dormant", style="dim"), "")
         else:
             stage = Text(seed.stage.lower().replace("_", " "), style=STAGE_COLOURS.get(seed.stage, ""))
-            table.add_row(site, units, seed.seed, stage, short(seed.alpha.last, 2))
+            exposed = seed.stage in ("GRAFTING", "STABILISING", "EVALUATING")
+            table.add_row(site, units, seed.seed, stage, short(seed.alpha.last, 2) if exposed else "")
     if len(ordered) > ROWS:
         table.add_row(f"and {len(ordered) - ROWS} more", "", "", "", "")
     return table

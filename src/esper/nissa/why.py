@@ -50,7 +50,7 @@ def explain(decision: DecisionHistory) -> dict[str, Any]:
         "race": _without(decision.race),
         "gate": [_without(look) for look in decision.looks],
         "outcome": _without(outcome),
-        "widened": _without(decision.widened),
+        "widened": _widened(decision),
     }
 
 
@@ -104,7 +104,7 @@ def _lines(decision: DecisionHistory, story: Mapping[str, Any]) -> Iterator[str]
         )
     if story["widened"]:
         edits = "; ".join(
-            f"{edit['name']} axis {edit['axis']}: {edit['old']}→{edit['new']}"
+            f"{edit['tensor']} axis {edit['axis']}: {edit['old']}→{edit['new']}"
             for edit in story["widened"]["edits"]
         )
         yield _row("widened", f"+{story['widened']['units']} units at step {decision.widened_at} ({edits})")
@@ -127,6 +127,16 @@ def _race_lines(race: Mapping[str, Any]) -> Iterator[str]:
 
 def _row(label: str, text: str | None) -> str:
     return f"  {label:<8} {text or UNKNOWN}"
+
+
+def _widened(decision: DecisionHistory) -> dict[str, Any] | None:
+    """Name the columns of the edits, which the event holds as plain rows."""
+    if decision.widened is None:
+        return None
+    edits = [
+        dict(zip(("tensor", "axis", "old", "new"), row, strict=True)) for row in decision.widened["edits"]
+    ]
+    return {**(_without(decision.widened) or {}), "step": decision.widened_at, "edits": edits}
 
 
 def _without(data: Mapping[str, Any] | None) -> dict[str, Any] | None:
