@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim import LBFGS, SGD, Adafactor, Adagrad, Adam, Muon, Optimizer, Rprop
 
-from esper.errors import SurgeryError
+from esper.errors import OptimizerError, SurgeryError
 from esper.kasmina.materialise import Widened, widen
 from esper.tolaria.surgery.optimizers import refuse_unsupported, widen_state
 
@@ -185,5 +185,5 @@ LATER = {
 @pytest.mark.parametrize("name", LATER)
 def test_optimizers_of_a_later_day_are_refused_by_name(host: nn.Module, name: str) -> None:
     optimizer = LATER[name](list(host.parameters()))
-    with pytest.raises(SurgeryError, match=f"'big' is {name}: .*SGD, Adam"):
+    with pytest.raises(OptimizerError, match=f"'big' is {name}: .*SGD, Adam"):
         refuse_unsupported({"big": optimizer})

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from esper.errors import SurgeryError
+from esper.errors import OptimizerError, SurgeryError
 from esper.kasmina.materialise import Change, extend
 
 Rule: TypeAlias = Literal["zeros", "seed", "mean"]
@@ -32,12 +32,12 @@ def refuse_unsupported(optimizers: Mapping[str, Optimizer]) -> None:
     """Refuse optimizers whose state cannot follow a widening; ask before a run, not in the middle of one.
 
     Raises:
-        SurgeryError: An optimizer is, or builds on, Adafactor, LBFGS or Muon.
+        OptimizerError: One is, or builds on, Adafactor, LBFGS or Muon.
     """
     for name, optimizer in optimizers.items():
         for kind in (base.__name__ for base in type(optimizer).__mro__):
             if kind in _UNSUPPORTED:
-                raise SurgeryError(
+                raise OptimizerError(
                     f"optimizer {name!r} is {kind}: {_UNSUPPORTED[kind]}, which cannot be widened yet; "
                     "give parameters that may grow to SGD, Adam, AdamW, RMSprop or Adagrad"
                 )
@@ -64,7 +64,8 @@ def widen_state(
         One line for each tensor that ``seed`` gave nothing fitting for and that was filled as at birth.
 
     Raises:
-        SurgeryError: State of an unknown kind, or an optimizer that ``refuse_unsupported`` refuses.
+        SurgeryError: An optimizer holds state of an unknown kind.
+        OptimizerError: ``refuse_unsupported`` refuses one.
     """
     refuse_unsupported(optimizers)
     reasons: list[str] = []
