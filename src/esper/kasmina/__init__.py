@@ -1,0 +1,1 @@
+"""Kasmina grows: seeds inside a model, from a dormant place to wider layers."""

@@ -1,0 +1,395 @@
+"""``SeedOrchestrator``: takes one seed at a time through its life, a decision boundary at a time.
+
+It moves stages, and nobody else does. What it needs of other rooms is given to it: how to run the model, how to make an
+optimizer like the host's, how to commit a widening.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from esper.config import Config
+from esper.contracts import Decision, Event, Observer, Outcome, Stage
+from esper.kasmina.flops import Ledger
+from esper.kasmina.gate import Gate, Verdict
+from esper.kasmina.isolation import same_randomness, untouched
+from esper.kasmina.layer import KasminaLayer, Tap
+from esper.kasmina.morphable import MorphableModel
+from esper.kasmina.race import AMPLITUDES, Race
+from esper.kasmina.starts import Survey
+from esper.kasmina.widen import WidenKernel
+
+FAULTS = 3  # after which a seed is culled
+TREND = 20  # losses before exposure that a graft is compared with, at least
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """How many steps each stage lasts."""
+
+    incubate: int
+    ramp: int
+    stabilise: int
+    evaluate: int
+    embargo: int
+
+    @classmethod
+    def of(cls, config: Config, steps: int | None, settling: int) -> Timing:
+        """Derive from the run's length what the settings leave open.
+
+        Args:
+            config: Settings.
+            steps: Optimizer steps of the run; None counts as 1,000.
+            settling: Steps the host's running statistics need to settle (0 without BatchNorm).
+        """
+        length = steps or 1000
+        ramp = config.blend.ramp or min(max(length // 250, 4), 100)
+        stabilise = config.blend.stabilise if config.blend.stabilise is not None else max(ramp // 2, settling)
+        return cls(
+            incubate=config.race.steps or min(max(length // 100, 6), 200),
+            ramp=ramp,
+            stabilise=stabilise,
+            evaluate=config.blend.evaluate or ramp,
+            embargo=math.ceil(config.schedule.embargo * length),
+        )
+
+
+@dataclass
+class Trial:
+    """One decision on its way from germination to its outcome."""
+
+    decision: Decision
+    seed: int
+    layer: KasminaLayer
+    started: int  # step of the last move
+    race: Race | None = None
+    tap: Tap = field(default_factory=Tap)
+    kernel: WidenKernel | None = None
+    optimizer: torch.optim.Optimizer | None = None
+    verdict: Verdict | None = None
+    before: list[float] = field(default_factory=list)  # losses ahead of exposure
+    after: list[float] = field(default_factory=list)
+    ending: str = ""  # why α is on its way down
+    spent: int = 0  # growth FLOPs before this trial
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the conductor gives the orchestrator."""
+
+    run: Callable[[Any], Tensor]  # a batch -> the scalar loss, through the host as it is
+    gate: Gate
+    ledger: Ledger
+    observe: Observer
+    optimizer: Callable[[WidenKernel], torch.optim.Optimizer]  # like the host's
+    follow: Callable[[torch.optim.Optimizer], None]  # the host's present learning rate
+    commit: Callable[[WidenKernel, torch.optim.Optimizer, Decision], str]  # "" or why it was undone
+    draw: Callable[[str], int]  # a seed of a named random stream
+    rate: Callable[[], float]  # the candidates' learning rate
+    scale: Callable[[], float]  # of the gradients (AMP), 1.0 without
+
+
+class SeedOrchestrator:
+    """Applies decisions to the seeds of one model.
+
+    Args:
+        model: Owns sites, seeds and their state.
+        config: Settings.
+        timing: Steps per stage.
+        given: What comes from outside.
+    """
+
+    def __init__(self, model: MorphableModel, config: Config, timing: Timing, given: Given) -> None:
+        self.model, self.config, self.timing, self.given = model, config, timing, given
+        self.trial: Trial | None = None
+        self.losses: deque[float] = deque(maxlen=max(TREND, 2 * timing.evaluate))
+        self.step = 0
+        self.examples = 0  # since the last step, for the cost of an exposed branch
+        self.stages = {
+            Stage.TRAINING: self.incubate,
+            Stage.GRAFTING: self.graft,
+            Stage.STABILISING: self.stabilise,
+            Stage.EVALUATING: self.evaluate,
+        }
+
+    # -- from a decision to its outcome ---------------------------------------------------------------------------
+
+    def germinate(self, decision: Decision, survey: Survey, x: Tensor, step: int) -> None:
+        """Wake a seed at the decided site and line up its candidates."""
+        assert decision.site is not None and decision.start is not None
+        self.step = step
+        seed = next(s for s in self.model.seeds(decision.site) if self.model.layout.stage_of(s) is Stage.DORMANT)
+        layer = self.model.layer(decision.site, lambda error: self.fault(error))
+        self.trial = trial = Trial(decision, seed, layer, step, spent=self.given.ledger.growth_flops)
+        self.move(Stage.GERMINATED, decision.reason)
+        count = self.config.race.candidates
+        sown = {"svd": count, "random": 0, "mixed": math.ceil(count * 5 / 8)}[decision.start]
+        starts = ("svd",) * sown + ("random",) * (count - sown)
+        with same_randomness(self.given.draw("initialisation")):
+            trial.race = Race(layer, decision.width, starts, survey, x, self.given.rate())
+        layer.tap = trial.tap
+        self.move(Stage.TRAINING, f"{count} candidates of {decision.width} units")
+
+    def advance(self, batches: Sequence[Any], loss: float, step: int) -> Outcome | None:
+        """Do one step's work; returns the outcome once there is one."""
+        self.step = step
+        if self.trial is None:
+            self.losses.append(loss)
+            return None
+        stage = self.model.layout.stage_of(self.trial.seed)
+        if stage is Stage.ERROR:
+            return self.cull("three faults")
+        if not self.trial.layer.exposed:
+            self.losses.append(loss)
+        outcome = self.stages[stage](batches, loss)
+        self.examples = 0
+        return outcome
+
+    def incubate(self, batches: Sequence[Any], loss: float) -> Outcome | None:
+        """TRAINING: learn beside the host; at the end race, and ask the gate."""
+        trial, race = self.current()
+        age, total = self.step - trial.started, self.timing.incubate
+        size, ledger = len(race.starts), self.given.ledger
+        seed = self.given.draw("evidence")
+        if age % self.config.race.shadow_every == 0 or not trial.tap.fresh():
+            with untouched(self.model.host, seed), ledger.growth("shadow", trial.decision.id, size, self.examples):
+                race.learn_from_shadow(lambda: self.given.run(batches[-1]))
+        else:
+            with same_randomness(seed), ledger.growth("tap", trial.decision.id, size, self.examples):
+                race.learn_from_tap(trial.tap)
+        if age in {total // 3, 2 * total // 3} and size > 2:
+            race.keep(self.scores(race, batches[-2:]).argsort()[: math.ceil(size / 2)])
+        return self.judge(batches) if age >= total else None
+
+    def judge(self, batches: Sequence[Any]) -> Outcome | None:
+        """Pick a winner on training batches, its amplitude, and let the gate look at it."""
+        trial, race = self.current()
+        scores = self.scores(race, batches)
+        winner = int(scores.argmin())
+        with untouched(self.model.host, self.given.draw("evidence")), self.given.ledger.growth("amplitude", trial.decision.id, self.examples):  # fmt: skip
+            curve = torch.stack([race.amplitudes(winner, lambda b=batch: self.given.run(b)) for batch in batches[-2:]]).mean(0)  # fmt: skip
+        best = int(torch.nan_to_num(curve, nan=math.inf).argmin())
+        amplitude = AMPLITUDES[best]
+        listed = [{"start": s, "loss": number(v)} for s, v in zip(race.starts, scores.tolist(), strict=True)]
+        self.tell("race", decision=trial.decision.id, site=trial.decision.site, candidates=listed, winner=winner,
+                  amplitude=amplitude, nothing=number(float(curve[0])), start=race.starts[winner], batched=race.batched)  # fmt: skip
+        if not race.batched:
+            self.tell("fallback", what="race", why="the model or loss does not run under vmap; candidates ran one by one")
+        if amplitude == 0.0:
+            return self.cull("doing nothing won the race")
+        kernel = race.kernel(winner, amplitude)
+        trial.race = None
+        with self.given.ledger.growth("gate", trial.decision.id):
+            verdict = self.given.gate.look(trial.layer, kernel, batches[-1], self.given.draw("evidence"))
+        trial.verdict = verdict
+        self.tell("gate", decision=trial.decision.id, site=trial.decision.site, look=verdict.look, e_value=number(verdict.e_value),
+                  threshold=number(verdict.threshold), gain=verdict.gain, loss=verdict.loss, examples=verdict.examples,
+                  passed=verdict.passed, reason=verdict.reason)  # fmt: skip
+        if not verdict.passed:
+            return self.cull(verdict.reason)
+        assert verdict.gain is not None
+        self.model.layout.observe_gain(trial.seed, verdict.gain)
+        self.expose(kernel)
+        return None
+
+    def scores(self, race: Race, batches: Sequence[Any]) -> Tensor:
+        """Return each candidate's mean loss over training batches, (candidates,); non-finite counts as worst."""
+        assert self.trial is not None
+        losses = []
+        for batch in batches:
+            with untouched(self.model.host, self.given.draw("evidence")), torch.no_grad():
+                with self.given.ledger.growth("score", self.trial.decision.id, len(race.starts), self.examples):
+                    losses.append(race.losses(lambda b=batch: self.given.run(b)))
+        return torch.nan_to_num(torch.stack(losses).mean(0), nan=math.inf)
+
+    def expose(self, kernel: WidenKernel) -> None:
+        """TRAINING → GRAFTING: the kernel joins the pass, α starts at 0."""
+        assert self.trial is not None
+        trial, layer = self.trial, self.trial.layer
+        trial.kernel, trial.before = kernel, list(self.losses)
+        layer.tap, layer.kernel = None, kernel
+        layer.alpha = self.model.layout.alpha[trial.seed]
+        trial.optimizer = self.given.optimizer(kernel)
+        self.move(Stage.GRAFTING, "held-out evidence")
+        self.set_alpha(1 / self.timing.ramp)
+
+    def graft(self, batches: Sequence[Any], loss: float) -> Outcome | None:
+        """GRAFTING: α climbs; or falls, once the seed has been found wanting."""
+        trial = self.train_kernel()
+        alpha = float(self.model.layout.alpha[trial.seed])
+        self.set_alpha(min(alpha + 1 / self.timing.ramp, 1.0))
+        if alpha >= 1.0 - 1e-6:
+            self.move(Stage.STABILISING, "α is 1")
+        return None
+
+    def stabilise(self, batches: Sequence[Any], loss: float) -> Outcome | None:
+        """STABILISING: the host's statistics settle."""
+        trial = self.train_kernel()
+        if self.step - trial.started >= self.timing.stabilise:
+            self.move(Stage.EVALUATING, "settled")
+        return None
+
+    def evaluate(self, batches: Sequence[Any], loss: float) -> Outcome | None:
+        """EVALUATING: the loss must not be worse than before exposure; then the pair becomes wider."""
+        trial = self.train_kernel()
+        if trial.ending:
+            return self.decay(trial)
+        trial.after.append(loss)
+        if len(trial.after) < self.timing.evaluate:
+            return None
+        if worse(trial.before, trial.after):
+            trial.ending = "the loss is worse than before exposure"
+            return None
+        return self.fossilise()
+
+    def decay(self, trial: Trial) -> Outcome | None:
+        """Ramp α down; the host keeps its progress."""
+        alpha = float(self.model.layout.alpha[trial.seed]) - 1 / self.timing.ramp
+        if alpha <= 1e-6:
+            return self.cull(trial.ending)
+        self.set_alpha(alpha)
+        return None
+
+    def fossilise(self) -> Outcome | None:
+        """Make the kernel part of the user's layers."""
+        assert self.trial is not None and self.trial.kernel is not None and self.trial.optimizer is not None
+        trial = self.trial
+        self.set_alpha(1.0)
+        why = self.given.commit(trial.kernel, trial.optimizer, trial.decision)  # type: ignore[arg-type]
+        if why:
+            trial.ending = why
+            return None
+        self.move(Stage.FOSSILISED, "not worse than before exposure")
+        outcome = self.outcome(True, "kept")
+        self.retire(trial, Stage.FOSSILISED, Stage.DORMANT)
+        return outcome
+
+    def cull(self, reason: str) -> Outcome:
+        """Drop the seed; before exposure the host never felt it."""
+        assert self.trial is not None
+        trial = self.trial
+        self.move(Stage.CULLED, reason)
+        outcome = self.outcome(False, reason)
+        self.retire(trial, Stage.CULLED, Stage.EMBARGOED)
+        return outcome
+
+    def retire(self, trial: Trial, source: Stage, target: Stage) -> None:
+        """Close the seams and forget the trial."""
+        self.model.release(self.model.site_of(trial.seed))
+        self.model.layout.clear(trial.seed)
+        self.move(target, "")
+        self.trial = None
+
+    def wake_embargoed(self, step: int) -> None:
+        """EMBARGOED → DORMANT where the cool-down is over."""
+        layout = self.model.layout
+        for seed in torch.nonzero(layout.stage == int(Stage.EMBARGOED)).flatten().tolist():
+            if step - int(layout.changed[seed]) >= self.timing.embargo:
+                layout.move(seed, Stage.EMBARGOED, Stage.DORMANT, step)
+
+    def embargoed(self, site: str) -> bool:
+        """Tell whether a site is cooling down."""
+        return any(self.model.layout.stage_of(s) is Stage.EMBARGOED for s in self.model.seeds(site))
+
+    def settle(self) -> Outcome | None:
+        """End of the run: an exposed seed is kept if the gate still finds it worth it, everything else is dropped."""
+        if self.trial is None:
+            return None
+        trial = self.trial
+        if trial.kernel is None or trial.ending:
+            return self.cull("the run ended")
+        looked = self.given.gate.differences(trial.layer, trial.kernel, self.given.gate.probe, self.given.draw("evidence"))
+        if float(looked[0].mean()) <= 0:
+            return self.cull("the run ended; no held-out gain")
+        for stage, following in ((Stage.GRAFTING, Stage.STABILISING), (Stage.STABILISING, Stage.EVALUATING)):
+            if self.model.layout.stage_of(trial.seed) is stage:
+                self.move(following, "the run ended")
+        return self.fossilise() or self.cull(trial.ending)
+
+    # -- the small things -----------------------------------------------------------------------------------------
+
+    def current(self) -> tuple[Trial, Race]:
+        """Return the trial and its race."""
+        assert self.trial is not None and self.trial.race is not None
+        return self.trial, self.trial.race
+
+    def train_kernel(self) -> Trial:
+        """Step the exposed kernel with the gradients the host's own backward pass left on it."""
+        trial = self.trial
+        assert trial is not None and trial.kernel is not None and trial.optimizer is not None
+        self.given.ledger.growth_flops += 3 * trial.decision.width * trial.layer.pair.site.unit_flops * self.examples
+        scale = self.given.scale()
+        for parameter in trial.kernel.parameters():
+            if parameter.grad is not None and scale != 1.0:
+                parameter.grad.div_(scale)
+        norm = torch.nn.utils.clip_grad_norm_(trial.kernel.parameters(), 1.0)
+        if bool(torch.isfinite(norm)):
+            self.given.follow(trial.optimizer)
+            trial.optimizer.step()
+        trial.optimizer.zero_grad()
+        return trial
+
+    def set_alpha(self, alpha: float) -> None:
+        """Write α where the layer reads it."""
+        assert self.trial is not None
+        self.model.layout.alpha[self.trial.seed] = alpha
+        self.trial.layer.exposed = alpha > 0
+        self.tell("alpha", seed=self.trial.seed, site=self.trial.decision.site, alpha=round(alpha, 6))
+
+    def move(self, target: Stage, reason: str) -> None:
+        """Move the present seed on and tell."""
+        assert self.trial is not None
+        trial, layout = self.trial, self.model.layout
+        source = layout.stage_of(trial.seed)
+        layout.move(trial.seed, source, target, self.step)
+        trial.started = self.step
+        self.tell("stage", seed=trial.seed, site=trial.decision.site, source=source.name, target=target.name, reason=reason)  # fmt: skip
+
+    def fault(self, error: str) -> None:
+        """Count a fault of the kernel; the third ends its seed at the next step."""
+        assert self.trial is not None
+        count = self.model.layout.add_fault(self.trial.seed)
+        self.tell("fault", seed=self.trial.seed, site=self.trial.decision.site, error=error, count=count)
+        self.tell("fallback", what="kernel", why=f"the host's own output was used: {error}")
+        if count == FAULTS:
+            self.trial.layer.exposed = False
+            self.move(Stage.ERROR, error)
+
+    def outcome(self, kept: bool, reason: str) -> Outcome:
+        """Sum up the trial."""
+        assert self.trial is not None
+        trial, site = self.trial, self.trial.layer.pair.site
+        width = trial.decision.width if kept else 0
+        verdict = trial.verdict
+        spent = self.given.ledger.growth_flops - trial.spent
+        gain = verdict.gain if verdict is not None else None
+        made = Outcome(trial.decision.id, site.name, kept, gain, width * site.unit_parameters, width * site.unit_flops, spent, reason)  # fmt: skip
+        self.tell("outcome", decision=made.decision, site=made.site, kept=kept, gain=gain, parameters=made.parameters,
+                  flops=made.flops, cost_flops=spent, reason=reason)  # fmt: skip
+        return made
+
+    def tell(self, kind: str, **data: Any) -> None:
+        """Emit an event."""
+        self.given.observe(Event(kind, self.step, data))
+
+
+def worse(before: Sequence[float], after: Sequence[float]) -> bool:
+    """Tell whether losses rose by more than two standard errors."""
+    if len(before) < 2 or len(after) < 1:
+        return False
+    old, new = np.asarray(before), np.asarray(after)
+    spread = old.var(ddof=1) / len(old) + (new.var(ddof=1) if len(new) > 1 else old.var(ddof=1)) / len(new)
+    return not float(new.mean()) <= float(old.mean()) + 2 * math.sqrt(float(spread))
+
+
+def number(value: float) -> float | None:
+    """Return a finite number, or None: JSON has no infinity."""
+    return float(value) if math.isfinite(value) else None

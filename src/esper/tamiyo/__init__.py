@@ -1,0 +1,1 @@
+"""Tamiyo decides: when to look for growth, where, and what."""

@@ -1,0 +1,105 @@
+"""``Tamiyo``: health reports in, decisions out, outcomes back in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from esper.config import Config
+from esper.contracts import Decision, HealthReport, Outcome, Site
+from esper.registry import Registry
+from esper.tamiyo.selector import Arm, SeedSelector
+from esper.tamiyo.triggers import Trigger
+
+BANDITS = Registry("esper.tamiyo.bandits", "esper.bandits")
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What the budget still allows; None is unlimited."""
+
+    parameters: float
+    events: int
+    model_flops: float | None
+
+
+class Tamiyo:
+    """Decides when, where and what to grow.
+
+    Args:
+        config: Settings.
+        steps: Optimizer steps of the run, if known.
+    """
+
+    def __init__(self, config: Config, steps: int | None) -> None:
+        self.config = config
+        self.trigger = Trigger(config.schedule, steps, config.budget.growth_events)
+        self.selector = SeedSelector(BANDITS.get(config.bandit)(), config.widths.shares)
+        self.pending: dict[int, Arm] = {}
+        self.refused = 0  # gates in a row
+        self.decisions = 0
+        self.best_gain = 0.0
+
+    def due(self, step: int, loss: float) -> str | None:
+        """Return why a decision is due, or None."""
+        reason = self.trigger.reason(step, loss)
+        return None if self.refused >= self.config.schedule.patience else reason
+
+    def decide(self, step: int, why: str, sites: Sequence[Site], reports: Mapping[str, HealthReport], room: Room, rng: np.random.Generator, only: str | None = None) -> Decision:  # fmt: skip
+        """Choose what to do.
+
+        Args:
+            step: Now.
+            why: What made the decision due.
+            sites: Places free to grow.
+            reports: What was measured there.
+            room: What the budget allows.
+            rng: The policy's own random stream.
+            only: A site the user asked for.
+        """
+        self.decisions += 1
+        left = max(1, min(room.events, 1 + len(self.trigger.due)))
+        asked = [site for site in sites if only in (None, site.name)]
+        units = {s.name: room.parameters / left / s.unit_parameters for s in asked}
+        most = {s.name: int(room.parameters // s.unit_parameters) for s in asked}
+        if room.model_flops is not None:
+            most = {s.name: min(most[s.name], int(room.model_flops // s.unit_flops)) for s in asked}
+        units = {name: max(value, self.config.widths.min_units) for name, value in units.items()}
+        arms = self.selector.arms(asked, reports, units, most) if room.events > 0 else []
+        if not arms:
+            reason = "the budget is spent" if room.events <= 0 or all(v < 1 for v in most.values()) else "no site promises an improvement"  # fmt: skip
+            return Decision(self.decisions, step, "nothing", None, 0, None, f"{why}; {reason}", 1.0, None)
+        arm, propensity = self.selector.choose(arms, rng)
+        self.pending[self.decisions] = arm
+        listed = tuple({"site": a.site, "width": a.width, "start": a.start, "score": a.score, "prior": a.prior} for a in arms)  # fmt: skip
+        reason = f"{why}; {arm.site} promises most per FLOP among {len({a.site for a in arms})} sites"
+        return Decision(self.decisions, step, "widen", arm.site, arm.width, arm.start, reason, propensity, arm.score, listed)  # fmt: skip
+
+    def learn(self, outcome: Outcome) -> None:
+        """Take in what a decision came to: its gain per parameter, relative to the best seen; a failure is worth 0."""
+        arm = self.pending.pop(outcome.decision)
+        reward = 0.0
+        if outcome.kept and outcome.gain is not None and outcome.parameters:
+            rate = outcome.gain / outcome.parameters
+            self.best_gain = max(self.best_gain, rate)
+            reward = rate / self.best_gain if self.best_gain > 0 else 0.0
+        self.refused = 0 if outcome.kept else self.refused + 1
+        self.selector.bandit.learn(arm.name, max(reward, 0.0))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything learned and pending, as JSON values."""
+        pending = {str(i): [a.site, a.share, a.width, a.start, a.score, a.prior] for i, a in self.pending.items()}
+        return {
+            "trigger": self.trigger.state_dict(), "selector": self.selector.state_dict(), "pending": pending,
+            "refused": self.refused, "decisions": self.decisions, "best_gain": self.best_gain,
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on deciding."""
+        self.trigger.load_state_dict(state["trigger"])
+        self.selector.load_state_dict(state["selector"])
+        self.pending = {int(i): Arm(*fields) for i, fields in state["pending"].items()}
+        self.refused, self.decisions, self.best_gain = state["refused"], state["decisions"], state["best_gain"]

@@ -1,0 +1,149 @@
+"""Wire the rooms together for one run: the only place that picks implementations."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.optim import Optimizer
+
+from esper.config import Budget, Config
+from esper.contracts import Event, Observer, WidenPlan
+from esper.kasmina.evidence import LossFunction, split_batch
+from esper.kasmina.flops import Ledger
+from esper.kasmina.gate import Gate
+from esper.kasmina.isolation import evaluating, untouched
+from esper.kasmina.morphable import MorphableModel
+from esper.kasmina.orchestrator import Given, SeedOrchestrator, Timing
+from esper.kasmina.sites import Sites
+from esper.kasmina.widen import WidenKernel
+from esper.tamiyo.controller import Tamiyo
+from esper.tolaria.growth.commit import Committer
+from esper.tolaria.growth.entrance import first_probe, merged_budget, named_optimizers, refuse_host
+from esper.tolaria.growth.memory import capture, restore
+from esper.tolaria.growth.streams import Streams
+from esper.tolaria.saving import save
+
+SETTLING = 20  # steps until BatchNorm's running statistics (momentum 0.1) have forgotten 88 % of what they knew
+CANDIDATE_RATE = 0.02  # of the candidates' Adam
+
+
+@dataclass
+class Parts:
+    """The parts of one run."""
+
+    model: MorphableModel
+    optimizers: dict[str, Optimizer]
+    orchestrator: SeedOrchestrator
+    tamiyo: Tamiyo
+    committer: Committer
+    ledger: Ledger
+    gate: Gate
+    streams: Streams
+    config: Config
+    budget: Budget
+    observe: Observer
+    run: Callable[[Any], Tensor]
+    latency_ms: Callable[[], float]
+    host_parameters: int
+    steps: int | None
+    seed: int
+    warnings: list[str]
+    epochs: int = 0
+    capture: Callable[[Any], dict[str, Any]] = field(default=capture)
+    restore: Callable[[Any, Mapping[str, Any]], None] = field(default=restore)
+
+    def save(self, model: nn.Module, plans: Sequence[WidenPlan], directory: Path, card: dict[str, Any]) -> Path:
+        """Write a grown model."""
+        return save(model, plans, directory, card=card)
+
+
+def assemble(
+    host: nn.Module, optimizer: Optimizer | Mapping[str, Optimizer], loss_fn: LossFunction, probe: Iterable[Any], *, steps: int | None,
+    scaler: Any, ema: Sequence[nn.Module], sites: Sites, budget: Mapping[str, Any] | None, config: Config, seed: int, observe: Observer,
+) -> Parts:  # fmt: skip
+    """Check what was given and wire a run; nothing of the user's is changed."""
+    refuse_host(host)
+    optimizers = named_optimizers(optimizer, host)
+    merged = merged_budget(budget, config.budget)
+    config = config.model_copy(update={"budget": merged})
+    batch = first_probe(probe, host, loss_fn)
+    model = MorphableModel(host, lambda: loss_fn(host, batch), split_batch(batch)[3], sites)
+    streams, ledger = Streams(seed), Ledger()
+    clock = {"step": 0}
+
+    def fallback(what: str, why: str) -> None:
+        observe(Event("fallback", clock["step"], {"what": what, "why": why}))
+
+    gate = Gate(host, loss_fn, probe, config.gate, fallback)
+    committer = Committer(model, optimizers, ema, lambda: loss_fn(host, batch), config.new_slot_state, observe)
+    donor = Donor(optimizers)
+    settling = SETTLING if any(isinstance(m, _NormBase) and m.track_running_stats for m in host.modules()) else 0
+
+    def commit(kernel: WidenKernel, own: Optimizer, decision: Any) -> str:
+        before = model.pairs[decision.site].site.unit_flops
+        why = committer.commit(kernel, own, decision, orchestrator.step)
+        model.flops += 0 if why else before * decision.width
+        return why
+
+    given = Given(
+        run=lambda one: loss_fn(host, one), gate=gate, ledger=ledger, observe=observe, optimizer=donor.like, follow=donor.follow,
+        commit=commit, draw=streams.draw, rate=lambda: config.race.learning_rate or CANDIDATE_RATE,
+        scale=(lambda: float(scaler.get_scale())) if scaler is not None else (lambda: 1.0),
+    )  # fmt: skip
+    orchestrator = SeedOrchestrator(model, config, Timing.of(config, steps, settling), given)
+    warnings = []
+    if steps is None:
+        warnings.append("steps is not given: growth waits for the loss to stall, which measured worse than an even schedule; pass steps=")
+    if merged.wall_seconds is not None or merged.latency_ms is not None:
+        warnings.append("a budget in seconds makes decisions depend on the clock; runs with the same seed may differ")
+    return Parts(
+        model=model, optimizers=optimizers, orchestrator=orchestrator, tamiyo=Tamiyo(config, steps), committer=committer, ledger=ledger,
+        gate=gate, streams=streams, config=config, budget=merged, observe=observe, run=given.run,
+        latency_ms=lambda: latency(host, lambda: loss_fn(host, batch)), host_parameters=model.parameter_count(), steps=steps, seed=seed,
+        warnings=warnings,
+    )  # fmt: skip
+
+
+class Donor:
+    """Makes a kernel's optimizer like the one that owns the host's layer, and keeps their learning rates together."""
+
+    def __init__(self, optimizers: Mapping[str, Optimizer]) -> None:
+        self.optimizers = optimizers
+        self.owners: dict[int, dict[str, Any]] = {}
+
+    def like(self, kernel: WidenKernel) -> Optimizer:
+        """Return an optimizer of the same kind and settings."""
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                if any(p is kernel.pair.producer.weight for p in group["params"]):
+                    settings = {k: v for k, v in group.items() if k in optimizer.defaults and k not in {"differentiable"}}
+                    own = type(optimizer)(kernel.parameters(), **settings)
+                    self.owners[id(own)] = group
+                    return own
+        return torch.optim.Adam(kernel.parameters())  # the producer is frozen: the kernel's own torch defaults
+
+    def follow(self, own: Optimizer) -> None:
+        """Take over what schedulers have set since."""
+        group = self.owners.get(id(own))
+        if group is not None:
+            for key in ("lr", "momentum", "betas", "weight_decay"):
+                if key in group:
+                    own.param_groups[0][key] = group[key]
+
+
+def latency(model: nn.Module, run: Callable[[], Any]) -> float:
+    """Return the median of five passes over a probe batch, in milliseconds."""
+    times = []
+    with untouched(model), evaluating(model):
+        for _ in range(5):
+            begun = time.perf_counter()
+            run()
+            times.append((time.perf_counter() - begun) * 1e3)
+    return sorted(times)[2]

@@ -1,0 +1,318 @@
+"""``Growth`` drives a plain training loop's growth; ``grow`` makes one."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from esper.config import Config, ConfigLike, load_config
+from esper.contracts import Decision, Event, Observer, WidenPlan, ignore
+from esper.errors import FinishedError, SiteError, StateError, nearest
+from esper.kasmina.evidence import LossFunction, split_batch
+from esper.kasmina.flops import Ledger
+from esper.kasmina.health import Measured, measure
+from esper.kasmina.morphable import MorphableModel
+from esper.kasmina.orchestrator import SeedOrchestrator
+from esper.kasmina.sites import Sites
+from esper.nissa.journal import RunJournal
+from esper.tamiyo.controller import Room, Tamiyo
+from esper.tolaria.growth.assembly import Parts, assemble
+from esper.tolaria.growth.entrance import check_finite, check_loss
+
+POOL = 16  # directions a survey looks for; a race of 8 uses the best ones first
+
+
+class Growth:
+    """Grows one model during one run; made by :func:`grow`.
+
+    Attributes:
+        model: The host, the same object from first to last.
+        cost: What was spent: ``training_flops`` on the host's own steps, ``growth_flops`` and ``seconds`` on growth.
+        plans: Every widening carried out, in order.
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
+        self.morphable: MorphableModel = parts.model
+        self.model: nn.Module = parts.model.host
+        self.cost: Ledger = parts.ledger
+        self.orchestrator: SeedOrchestrator = parts.orchestrator
+        self.tamiyo: Tamiyo = parts.tamiyo
+        self.config: Config = parts.config
+        self.batches: deque[Any] = deque(maxlen=parts.config.race.batches)
+        self.optimizer_steps = 0  # seen by the hooks
+        self.steps = 0  # acted on
+        self.events_kept = 0
+        self.begun = time.perf_counter()
+        self.finished = self.paused = False
+        self.asked: str | None = None
+        self.losses: list[float] = []  # since the last progress event
+        self.hooks = [o.register_step_post_hook(self._count) for o in parts.optimizers.values()]
+        self._tell_start()
+
+    @property
+    def plans(self) -> list[WidenPlan]:
+        """Every widening carried out, in order."""
+        return self.parts.committer.plans
+
+    def _count(self, optimizer: Optimizer, *rest: Any) -> None:
+        if optimizer is next(iter(self.parts.optimizers.values())):
+            self.optimizer_steps += 1
+
+    # -- the loop -----------------------------------------------------------------------------------------------------
+
+    def step(self, batch: Any, loss: Tensor) -> None:
+        """Call once per micro-batch, after the optimizer line; acts only when an optimizer step has happened since.
+
+        Args:
+            batch: What ``loss_fn`` was called with.
+            loss: What it returned: a finite scalar.
+
+        Raises:
+            LossError: The loss is not a finite scalar.
+            FinishedError: The run is over.
+        """
+        self._refuse_finished("step")
+        check_loss(loss)
+        value = float(loss.detach())
+        check_finite(value, self.steps)
+        self.batches.append(batch)
+        examples = self._examples(batch)
+        self.cost.training_flops += 3 * self.morphable.flops * examples  # backward costs twice the forward pass
+        self.orchestrator.examples += examples
+        if self.optimizer_steps == self.steps:
+            return
+        self.steps = self.optimizer_steps
+        self.losses.append(value)
+        begun = time.perf_counter()
+        self._act(value)
+        self.cost.seconds += time.perf_counter() - begun
+        if self.steps % self.config.telemetry.progress_every == 0:
+            self._tell_progress()
+
+    def _act(self, loss: float) -> None:
+        if self.orchestrator.trial is not None:
+            outcome = self.orchestrator.advance(tuple(self.batches), loss, self.steps)
+            if outcome is not None:
+                self.events_kept += outcome.kept
+                self.tamiyo.learn(outcome)
+            return
+        self.orchestrator.advance(tuple(self.batches), loss, self.steps)
+        self.orchestrator.wake_embargoed(self.steps)
+        why = self.tamiyo.due(self.steps, loss)
+        if self.asked is not None:
+            why = "asked for"
+        if why is not None and not self.paused:
+            self._decide(why)
+
+    def _decide(self, why: str) -> None:
+        """Survey the free sites, let Tamiyo choose, and germinate what was chosen."""
+        only, self.asked = self.asked, None
+        free = [n for n in self.morphable.pairs if not self.orchestrator.embargoed(n) and only in (None, n)]
+        measured = self._survey(free)
+        sites = [self.morphable.pairs[n].site for n in free]
+        reports = {name: m.report for name, m in measured.items()}
+        rng = self.parts.streams.generators["policy"]
+        decision = self.tamiyo.decide(self.steps, why, sites, reports, self._room(), rng, only)
+        self._tell_decision(decision, measured)
+        if decision.site is not None:
+            found = measured[decision.site]
+            self.orchestrator.germinate(decision, found.survey, found.x, self.steps)
+
+    def _survey(self, free: Sequence[str]) -> dict[str, Measured]:
+        if not free:
+            return {}
+        batch, seed = self.batches[-1], self.parts.streams.draw("evidence")
+        facts = tuple(self.morphable.pairs[n].site.width for n in self.morphable.pairs)
+        with self.cost.growth("survey", facts, tuple(free), self._examples(batch)):
+            return measure(self.morphable, free, lambda: self.parts.run(batch), seed, POOL, self.config.race.examples)
+
+    def _room(self) -> Room:
+        """Return what the budget still allows."""
+        budget, host = self.parts.budget, self.parts.host_parameters
+        limit = budget.parameters * host if budget.parameters <= 1000 else budget.parameters
+        spent = (
+            (budget.growth_flops is not None and self.cost.growth_flops >= budget.growth_flops)
+            or (budget.wall_seconds is not None and self.cost.seconds >= budget.wall_seconds)
+            or (budget.latency_ms is not None and self.parts.latency_ms() >= budget.latency_ms)
+        )
+        events = 0 if spent else budget.growth_events - self.events_kept
+        flops = None if budget.model_flops is None else budget.model_flops - self.morphable.flops
+        return Room(limit - self.morphable.parameter_count(), events, flops)
+
+    # -- what else a user may ask -------------------------------------------------------------------------------------
+
+    def epoch(self, metrics: Mapping[str, float] | None = None) -> None:
+        """Note the end of an epoch, with metrics for the report."""
+        self._refuse_finished("epoch")
+        self.parts.epochs += 1
+        self.tell("epoch", epoch=self.parts.epochs, metrics={k: float(v) for k, v in (metrics or {}).items()})
+
+    def pause(self) -> None:
+        """Take no new decision until :meth:`resume`; a seed that is awake goes on."""
+        self.paused = True
+
+    def resume(self) -> None:
+        """Decide again."""
+        self.paused = False
+
+    def grow_now(self, site: str) -> None:
+        """Race at a site as soon as no other seed is awake; the gate decides as always.
+
+        Raises:
+            SiteError: No such site.
+        """
+        self._refuse_finished("grow_now")
+        if site not in self.morphable.pairs:
+            raise SiteError(f"no site {site!r}; {nearest(site, self.morphable.pairs)}")
+        self.asked = site
+
+    def finish(self) -> nn.Module:
+        """End growth: a live seed gets a last gate and is folded in or removed.
+
+        Returns:
+            The model that was given, the same object, with nothing of Esper left in it.
+        """
+        self._refuse_finished("finish")
+        begun = time.perf_counter()
+        outcome = self.orchestrator.settle()
+        if outcome is not None:
+            self.events_kept += outcome.kept
+            self.tamiyo.learn(outcome)
+        self.cost.seconds += time.perf_counter() - begun
+        for hook in self.hooks:
+            hook.remove()
+        self.batches.clear()
+        self.finished = True
+        grown = [[plan.site, plan.units] for plan in self.plans]
+        self.tell("run_finished", parameters=self.morphable.parameter_count(), flops=self.morphable.flops,
+                  training_flops=self.cost.training_flops, growth_flops=self.cost.growth_flops,
+                  seconds=time.perf_counter() - self.begun, growth_seconds=self.cost.seconds, grown=grown)  # fmt: skip
+        return self.model
+
+    def save(self, directory: str | Path) -> Path:
+        """Write the grown model with its genome, card and a torch-only ``rebuild.py``; see ``esper.load_into``."""
+        card = {
+            "host parameters": self.parts.host_parameters, "parameters": self.morphable.parameter_count(),
+            "training FLOPs": self.cost.training_flops, "growth FLOPs": self.cost.growth_flops, "steps": self.steps,
+        }  # fmt: skip
+        return self.parts.save(self.model, self.plans, Path(directory), card)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything but the model's and the optimizers' own state, which the user saves as always."""
+        return self.parts.capture(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where the saved run was: widens a fresh model and its optimizers first.
+
+        Load the model's and the optimizers' own state afterwards; their shapes fit by then.
+
+        Raises:
+            StateError: The state is of another model or version, or this run has begun.
+        """
+        if self.steps or self.plans:
+            raise StateError("this run has begun already; load the state right after esper.grow on a fresh model")
+        self.parts.restore(self, state)
+
+    # -- telling ------------------------------------------------------------------------------------------------------
+
+    def tell(self, kind: str, **data: Any) -> None:
+        """Emit an event."""
+        self.parts.observe(Event(kind, self.steps, data))
+
+    def _tell_start(self) -> None:
+        parts = self.parts
+        sites = [{"name": p.site.name, "width": p.site.width, "between": list(p.site.between), "unit_parameters": p.site.unit_parameters,
+                  "unit_flops": p.site.unit_flops} for p in self.morphable.pairs.values()]  # fmt: skip
+        self.tell("run_started", model=type(self.model).__name__, parameters=parts.host_parameters, flops=self.morphable.flops,
+                  sites=sites, refused=[[r.place, r.reason] for r in self.morphable.refusals], budget=parts.budget.model_dump(),
+                  seed=parts.seed, steps=parts.steps)  # fmt: skip
+        for message in parts.warnings:
+            self.tell("warning", message=message)
+
+    def _tell_progress(self) -> None:
+        mean = sum(self.losses) / len(self.losses)
+        self.losses.clear()
+        self.tell("progress", loss=mean, parameters=self.morphable.parameter_count(), growth_flops=self.cost.growth_flops,
+                  training_flops=self.cost.training_flops, seconds=time.perf_counter() - self.begun)  # fmt: skip
+
+    def _tell_decision(self, decision: Decision, measured: Mapping[str, Measured]) -> None:
+        rows = [{
+            "site": name, "improvement": m.report.improvement, "unit_flops": self.morphable.pairs[name].site.unit_flops,
+            "width": self.morphable.pairs[name].site.width, "dead": m.report.dead, "gradient_norm": m.report.gradient_norm,
+            "examples": m.report.examples,
+        } for name, m in measured.items()]  # fmt: skip
+        self.tell("survey", decision=decision.id, sites=rows)
+        self.tell("decision", decision=decision.id, action=decision.action, site=decision.site, width=decision.width, start=decision.start,
+                  reason=decision.reason, arms=[dict(a) for a in decision.arms], propensity=decision.propensity,
+                  predicted=decision.predicted)  # fmt: skip
+
+    def _examples(self, batch: Any) -> int:
+        return split_batch(batch)[3]
+
+    def _refuse_finished(self, what: str) -> None:
+        if self.finished:
+            raise FinishedError(f"{what}() after finish(): the run is over; call esper.grow again to grow the model further")
+
+
+def grow(
+    model: nn.Module,
+    optimizer: Optimizer | Mapping[str, Optimizer],
+    loss_fn: LossFunction,
+    *,
+    probe: Iterable[Any],
+    steps: int | None = None,
+    schedulers: Sequence[Any] = (),
+    scaler: Any = None,
+    ema: Sequence[nn.Module] = (),
+    sites: Sites = "auto",
+    budget: Mapping[str, Any] | None = None,
+    config: ConfigLike = None,
+    run_dir: str | Path | None = None,
+    seed: int = 0,
+    on_event: Observer = ignore,
+) -> Growth:
+    """Let a model grow while it trains.
+
+    Args:
+        model: Any ``nn.Module`` with at least one pair of Linear or convolution layers that can be widened.
+        optimizer: The one that trains it, or several by name. SGD, Adam, AdamW, RMSprop and Adagrad can follow growth.
+        loss_fn: ``loss_fn(model, batch) -> scalar``, the same one the loop calls; axis 0 of every tensor of a batch is the
+            example axis.
+        probe: Batches held out of training, re-iterable: the evidence that growth must bring.
+        steps: Optimizer steps of the run; growth is spread over them. Without it only a stall of the loss grows.
+        schedulers: Learning-rate schedulers; widened parameters stay in their groups, so they need no change.
+        scaler: A ``GradScaler`` where one is used.
+        ema: Averaged copies of the model, widened with it.
+        sites: Where to grow, see ``esper.wrap``.
+        budget: Overrides of the settings' budget: ``parameters`` (a multiple of the host's up to 1000, a count above),
+            ``growth_events``, ``growth_flops``, ``model_flops``, ``wall_seconds``, ``latency_ms``.
+        config: Settings: a ``Config``, a mapping, or a path to a YAML file.
+        run_dir: Folder for ``events.jsonl``.
+        seed: Of growth's own random streams.
+        on_event: Called with every event.
+
+    Raises:
+        EsperError: Whatever is given does not fit; nothing was changed then.
+    """
+    settings = load_config(config)
+    journal = RunJournal(run_dir) if run_dir is not None else None
+    watchers: list[Callable[[Event], None]] = [on_event] if journal is None else [journal, on_event]
+
+    def observe(event: Event) -> None:
+        for watcher in watchers:
+            watcher(event)
+
+    parts = assemble(
+        model, optimizer, loss_fn, probe, steps=steps, scaler=scaler, ema=ema, sites=sites, budget=budget, config=settings,
+        seed=seed, observe=observe,
+    )  # fmt: skip
+    return Growth(parts)
+
+

@@ -1,0 +1,129 @@
+"""Check what the user gives to ``grow`` before anything is touched."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from esper.config import Budget
+from esper.errors import ConfigError, LossError, OptimizerError, ProbeError, SiteError, nearest
+from esper.kasmina.gate import check_probe
+from esper.kasmina.isolation import evaluating, untouched
+from esper.tolaria.surgery.optimizers import refuse_unsupported
+
+
+def named_optimizers(
+    optimizer: Optimizer | Mapping[str, Optimizer], model: nn.Module
+) -> dict[str, Optimizer]:
+    """Return the optimizers by name.
+
+    Raises:
+        OptimizerError: Not an optimizer, one that cannot follow growth, or none owns a trainable parameter.
+    """
+    given = dict(optimizer) if isinstance(optimizer, Mapping) else {"optimizer": optimizer}
+    for name, one in given.items():
+        if not isinstance(one, Optimizer):
+            raise OptimizerError(
+                f"{name!r} is a {type(one).__name__}; a torch.optim.Optimizer or a mapping of them is needed"
+            )
+    owned = {id(p) for one in given.values() for group in one.param_groups for p in group["params"]}
+    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    missing = [n for n, p in trainable.items() if id(p) not in owned]
+    if missing and len(missing) == len(trainable):
+        raise OptimizerError(
+            "the optimizer owns none of the model's parameters; build it from model.parameters() of this model"
+        )
+    if missing:
+        raise OptimizerError(f"the optimizer lacks {', '.join(missing[:4])}{' …' if len(missing) > 4 else ''}; add them, or freeze them with requires_grad_(False)")  # fmt: skip
+    refuse_unsupported(given)
+    return given
+
+
+def refuse_host(model: nn.Module) -> None:
+    """Refuse models that cannot be grown as they are.
+
+    Raises:
+        SiteError: With what to give instead.
+    """
+    if not isinstance(model, nn.Module):
+        raise SiteError(f"a {type(model).__name__} cannot grow; an nn.Module is needed")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise SiteError("a ScriptModule cannot grow; give the eager module it was made from")
+    if isinstance(model, nn.DataParallel):
+        raise SiteError(
+            "DataParallel copies the model at every pass; give the module inside it (model.module)"
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+            raise SiteError(
+                f"{name or 'the model'} is a lazy module without parameters yet; run one batch first"
+            )
+    if not any(p.requires_grad for p in model.parameters()):
+        raise SiteError("the model has no trainable parameter; growth has nothing to learn with")
+
+
+def first_probe(probe: Any, model: nn.Module, loss_fn: Any) -> Any:
+    """Return the probe's first batch after a trial run.
+
+    Raises:
+        ProbeError: Empty, one-shot, or it does not run.
+        LossError: The loss is not a scalar.
+    """
+    check_probe(probe)
+    with untouched(model):
+        batch = next(iter(probe))  # iterating a DataLoader moves the global random stream
+        try:
+            with evaluating(model):
+                loss = loss_fn(model, batch)
+        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:
+            raise ProbeError(f"loss_fn(model, batch) does not run on the first probe batch: {type(error).__name__}: {error}") from error  # fmt: skip
+    check_loss(loss)
+    return batch
+
+
+def check_loss(loss: Any) -> None:
+    """Refuse what is not a scalar loss.
+
+    Raises:
+        LossError: With what was given.
+    """
+    if not isinstance(loss, Tensor):
+        raise LossError(
+            f"the loss is a {type(loss).__name__}; loss_fn(model, batch) must return a scalar tensor"
+        )
+    if loss.numel() != 1 or not loss.is_floating_point():
+        raise LossError(f"the loss has shape {tuple(loss.shape)} and dtype {loss.dtype}; a floating-point scalar is needed, for example its mean")  # fmt: skip
+
+
+def check_finite(value: float, step: int) -> None:
+    """Refuse a loss that is not finite.
+
+    Raises:
+        LossError: With the step.
+    """
+    if not math.isfinite(value):
+        raise LossError(
+            f"the loss is {value} at step {step}; lower the learning rate, clip gradients or check the data"
+        )
+
+
+def merged_budget(given: Mapping[str, Any] | None, budget: Budget) -> Budget:
+    """Return the settings' budget with what the call overrides.
+
+    Raises:
+        ConfigError: An unknown key or a value out of range.
+    """
+    if given is None:
+        return budget
+    for key in given:
+        if key not in Budget.model_fields:
+            raise ConfigError(f"unknown key 'budget.{key}'; {nearest(key, Budget.model_fields)}")
+    try:
+        return Budget(**{**budget.model_dump(), **given})
+    except ValueError as error:
+        raise ConfigError(f"budget: {error}") from None

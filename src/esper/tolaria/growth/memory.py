@@ -1,0 +1,119 @@
+"""What a run must remember to go on in another process: ``Growth.state_dict`` and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from esper.contracts import Decision, Stage, WidenEdit, WidenPlan
+from esper.errors import StateError, nearest
+from esper.kasmina.gate import Verdict
+from esper.kasmina.isolation import same_randomness
+from esper.kasmina.orchestrator import Trial
+from esper.kasmina.race import Race
+from esper.kasmina.starts import Survey
+from esper.kasmina.widen import WidenKernel
+
+VERSION = 1
+
+
+def capture(growth: Any) -> dict[str, Any]:
+    """Return the state of a run: tensors, numbers, strings and containers of them."""
+    parts, orchestrator = growth.parts, growth.orchestrator
+    return {
+        "version": VERSION,
+        "sites": {name: pair.site.width for name, pair in growth.morphable.pairs.items()},
+        "plans": [asdict(plan) for plan in growth.plans],
+        "layout": {k: v.clone() for k, v in growth.morphable.layout.named_buffers()},
+        "tamiyo": growth.tamiyo.state_dict(),
+        "streams": parts.streams.state_dict(),
+        "cost": growth.cost.state_dict(),
+        "flops": growth.morphable.flops,
+        "looks": parts.gate.looks,
+        "counters": [growth.steps, growth.events_kept, parts.epochs, orchestrator.examples],
+        "losses": list(orchestrator.losses),
+        "pending": list(growth.losses),
+        "batches": list(growth.batches),
+        "trial": None if orchestrator.trial is None else capture_trial(orchestrator.trial),
+    }
+
+
+def capture_trial(trial: Trial) -> dict[str, Any]:
+    """Return one trial's state."""
+    return {
+        "decision": asdict(trial.decision), "seed": trial.seed, "started": trial.started, "before": list(trial.before),
+        "after": list(trial.after), "ending": trial.ending, "spent": trial.spent,
+        "verdict": None if trial.verdict is None else asdict(trial.verdict),
+        "race": None if trial.race is None else trial.race.state_dict(),
+        "kernel": None if trial.kernel is None else {k: v.detach().clone() for k, v in trial.kernel.state_dict().items()},
+        "optimizer": None if trial.optimizer is None else trial.optimizer.state_dict(),
+    }  # fmt: skip
+
+
+def restore(growth: Any, state: Mapping[str, Any]) -> None:
+    """Bring a fresh run to a saved state: topology first, then everything by name.
+
+    Raises:
+        StateError: Another version, or the state of another model.
+    """
+    if state.get("version") != VERSION:
+        raise StateError(f"the state has version {state.get('version')!r}; this Esper reads version {VERSION}")
+    pairs = growth.morphable.pairs
+    for name in state["sites"]:
+        if name not in pairs:
+            raise StateError(f"the state knows the site {name!r}, this model does not; {nearest(name, pairs)}")
+    parts, orchestrator = growth.parts, growth.orchestrator
+    for plan in state["plans"]:
+        edits = tuple(WidenEdit(**edit) for edit in plan["edits"])
+        parts.committer.replay(WidenPlan(plan["site"], plan["units"], edits, tuple(tuple(a) for a in plan["attributes"])))
+    for name, tensor in state["layout"].items():
+        getattr(growth.morphable.layout, name).copy_(tensor)
+    growth.tamiyo.load_state_dict(state["tamiyo"])
+    parts.streams.load_state_dict(state["streams"])
+    growth.cost.load_state_dict(state["cost"])
+    growth.morphable.flops, parts.gate.looks = state["flops"], state["looks"]
+    growth.steps, growth.events_kept, parts.epochs, orchestrator.examples = state["counters"]
+    growth.optimizer_steps = growth.steps
+    orchestrator.losses.extend(state["losses"])
+    orchestrator.step = growth.steps
+    growth.losses.extend(state["pending"])
+    growth.batches.extend(state["batches"])
+    if state["trial"] is not None:
+        restore_trial(growth, state["trial"])
+
+
+def restore_trial(growth: Any, state: Mapping[str, Any]) -> None:
+    """Wake the seed that was awake."""
+    decision = Decision(**{**state["decision"], "arms": tuple(state["decision"]["arms"])})
+    orchestrator, morphable = growth.orchestrator, growth.morphable
+    assert decision.site is not None
+    layer = morphable.layer(decision.site, orchestrator.fault)
+    trial = Trial(decision, state["seed"], layer, state["started"], before=list(state["before"]), after=list(state["after"]),
+                  ending=state["ending"], spent=state["spent"])  # fmt: skip
+    trial.verdict = None if state["verdict"] is None else Verdict(**state["verdict"])
+    orchestrator.trial = trial
+    with same_randomness(0):
+        if state["race"] is not None:
+            trial.race = revived(layer, state["race"])
+            layer.tap = trial.tap
+        if state["kernel"] is not None:
+            trial.kernel = layer.kernel = WidenKernel(layer.pair, decision.width).train()
+            trial.kernel.load_state_dict(state["kernel"])
+            trial.optimizer = orchestrator.given.optimizer(trial.kernel)
+            trial.optimizer.load_state_dict(state["optimizer"])
+            layer.alpha = morphable.layout.alpha[trial.seed]
+            layer.exposed = bool(layer.alpha > 0) and morphable.layout.stage_of(trial.seed) is not Stage.ERROR
+
+
+def revived(layer: Any, state: Mapping[str, Any]) -> Race:
+    """Build a race of the saved shape and fill it."""
+    weight = layer.pair.producer.weight.detach()
+    empty = Survey(weight[:1], None, torch.zeros(1), 0)
+    x = weight.new_zeros(1, *weight.shape[1:2], *[max(weight.shape[2:])] * (weight.dim() - 2))
+    race = Race(layer, state["units"], ("random",) * len(state["starts"]), empty, x, learning_rate=1.0)
+    race.starts = tuple(state["starts"])
+    race.load_state_dict(dict(state))
+    return race
