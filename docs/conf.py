@@ -14,6 +14,7 @@ autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 autodoc_member_order = "bysource"
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True  # an attribute may be a documented property too
 
 html_theme = "furo"
 html_title = f"Esper {version}"
