@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from esper.config import ConfigLike
-from esper.contracts import Observer
+from esper.contracts import Observer, ignore
 from esper.errors import ConfigError, FinishedError
 from esper.tolaria.growth import grow
 
@@ -61,7 +61,7 @@ class Trainer:
         config: ConfigLike = None,
         run_dir: str | Path | None = None,
         seed: int = 0,
-        on_event: Observer | None = None,
+        on_event: Observer = ignore,
     ) -> None:
         self.model, self.loss_fn, self.train, self.val, self.epochs = model, loss_fn, train, val, epochs
         self.scheduler, self.scheduler_interval = scheduler, scheduler_interval
