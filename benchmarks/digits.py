@@ -109,7 +109,7 @@ class Host:
 
 def main(argv: Sequence[str]) -> int:
     """Choose rates, run every arm on every seed, time the two that are compared, and draw the pictures."""
-    chosen = harness.options(NAME, __doc__, argv, seeds=20)
+    chosen = harness.options(NAME, __doc__, argv, seeds=20, arms=HOSTS["digits-mlp"])
     with workers(chosen.jobs) as pool:
         hosts = {name: Host(name, chosen, pool) for name in HOSTS}
     for name, host in hosts.items():

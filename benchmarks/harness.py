@@ -34,14 +34,12 @@ class Options:
 
     def select(self, known: Sequence[str]) -> list[str]:
         """List the arms that were asked for; a comparator that is not installed is left out."""
-        if unknown := set(self.arms or ()) - set(known):
-            raise SystemExit(f"no arm {', '.join(sorted(unknown))}; known: {', '.join(known)}")
         wanted = self.arms or known
         return [arm for arm in known if arm in wanted and (arm not in OPTIONAL or installed(arm))]
 
 
-def options(name: str, doc: str | None, argv: Sequence[str], seeds: int) -> Options:
-    """Read the command line of one bench; ``seeds`` is its default."""
+def options(name: str, doc: str | None, argv: Sequence[str], seeds: int, arms: Sequence[str] = ()) -> Options:
+    """Read the command line of one bench, of which ``seeds`` is the default and ``arms`` are the choice."""
     parser = argparse.ArgumentParser(prog=f"esper bench {name}", description=doc)
     parser.add_argument("--seeds", type=int, default=None, help=f"seeds that are reported ({seeds})")
     parser.add_argument("--quick", action="store_true", help="a smoke run: seconds, nothing is judged")
@@ -53,6 +51,8 @@ def options(name: str, doc: str | None, argv: Sequence[str], seeds: int) -> Opti
     count = given.seeds if given.seeds is not None else (2 if given.quick else seeds)
     if count < 1 or given.jobs < 0:
         parser.error("--seeds must be at least 1 and --jobs at least 0")
+    if unknown := set(given.arms or ()) - set(arms):
+        parser.error(f"no arm {', '.join(sorted(unknown))}; known: {', '.join(arms) or 'none'}")
     return Options(count, given.quick, given.json, given.jobs, given.out, given.arms)
 
 

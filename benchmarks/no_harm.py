@@ -22,7 +22,7 @@ QUICK_EPOCHS = 6
 
 def main(argv: Sequence[str]) -> int:
     """Train each host with growth and its twin without, on the same seeds; count what was kept."""
-    chosen = harness.options(NAME, __doc__, argv, seeds=10)
+    chosen = harness.options(NAME, __doc__, argv, seeds=10, arms=ARMS)
     epochs = QUICK_EPOCHS if chosen.quick else None
     seeds = range(chosen.seeds)
     names = chosen.select(ARMS)

@@ -20,7 +20,7 @@ QUICK_EPOCHS = 150
 
 def main(argv: Sequence[str]) -> int:
     """Run every arm at every rate on every seed; report each arm at the rate its probe error chose."""
-    chosen = harness.options(NAME, __doc__, argv, seeds=20)
+    chosen = harness.options(NAME, __doc__, argv, seeds=20, arms=ARMS)
     task = TASKS[NAME]
     names = chosen.select(ARMS)
     rates = task.rates[:2] if chosen.quick else task.rates
