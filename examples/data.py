@@ -19,17 +19,20 @@ def wine(seed: int = 0, batch_size: int = 16) -> dict[str, DataLoader]:
     """13 measurements of 178 wines of three cultivars, standardised."""
     columns, labels = load_wine(return_X_y=True)
     inputs = torch.tensor(columns, dtype=torch.float32)
-    return split(inputs, torch.tensor(labels), seed, batch_size, standardise=True)
+    return split(inputs, torch.tensor(labels), seed, batch_size, probe=1 / 3, standardise=True)
 
 
 def split(
-    inputs: Tensor, targets: Tensor, seed: int, batch_size: int, standardise: bool = False
+    inputs: Tensor, targets: Tensor, seed: int, batch_size: int, probe: float = 0.2, standardise: bool = False
 ) -> dict[str, DataLoader]:
-    """Shuffle, and take 20 % for validation; the probe is 20 % of the rest, and is not trained on."""
+    """Shuffle, take 20 % for validation, and of the rest the probe, which is not trained on.
+
+    A small probe proves little: 28 wines left a held-out gain of 0.4 nats to chance, 47 did not.
+    """
     order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(seed))
     held_out = len(order) // 5
-    probe = held_out + (len(order) - held_out) // 5
-    val, probing, train = order.tensor_split([held_out, probe])
+    train_from = held_out + int((len(order) - held_out) * probe)
+    val, probing, train = order.tensor_split([held_out, train_from])
     if standardise:  # by what the training part knows
         inputs = (inputs - inputs[train].mean(0)) / inputs[train].std(0)
 
