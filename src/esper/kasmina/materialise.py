@@ -101,7 +101,8 @@ def widen(model: nn.Module, plan: WidenPlan, slices: Mapping[str, Tensor]) -> Wi
 
 def empty_slices(model: nn.Module, plan: WidenPlan) -> dict[str, Tensor]:
     """Make zeros for every new slice of a plan, for weights that will be loaded afterwards."""
-    state, slices = model.state_dict(), {}
+    state = model.state_dict()
+    slices: dict[str, Tensor] = {}
     for edit in plan.edits:
         shape = list(state[edit.name].shape)
         shape[edit.axis] = edit.new - edit.old

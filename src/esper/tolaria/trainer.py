@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any, Literal
 
@@ -99,9 +99,10 @@ class Trainer:
             row = {"epoch": epoch, "train_loss": self._train_epoch()}
             if self.val is not None:
                 row |= self.evaluate(self.val)
-            if self.scheduler is not None and self.scheduler_interval == "epoch":
-                plateau = isinstance(self.scheduler, ReduceLROnPlateau)
-                self.scheduler.step(*[row.get("loss", row["train_loss"])] if plateau else [])
+            if self.scheduler_interval == "epoch" and isinstance(self.scheduler, ReduceLROnPlateau):
+                self.scheduler.step(row.get("loss", row["train_loss"]))
+            elif self.scheduler_interval == "epoch" and self.scheduler is not None:
+                self.scheduler.step()
             self.history.append(row)
             self.growth.epoch({name: value for name, value in row.items() if name != "epoch"})
         return self.growth.finish()
@@ -149,5 +150,5 @@ def _examples(batch: Any) -> int:
     """Count the examples of a batch: the length of its first tensor, 1 where there is none."""
     if isinstance(batch, Tensor):
         return len(batch) if batch.dim() else 1
-    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
+    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, Sequence) else ()
     return _examples(next(iter(parts))) if parts else 1
