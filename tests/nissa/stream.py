@@ -10,28 +10,20 @@ from esper.contracts import Event
 SITES = [
     {
         "name": "conv1>conv2",
-        "kind": "pair",
-        "entry": "conv1",
-        "exit": "conv2",
         "between": ["BatchNorm2d bn1", "ReLU"],
         "width": 4,
-        "granularity": 1,
         "unit_parameters": 84,
         "unit_flops": 5200,
     },
     {
         "name": "conv2>fc",
-        "kind": "pair",
-        "entry": "conv2",
-        "exit": "fc",
         "between": ["ReLU", "AdaptiveAvgPool2d", "flatten"],
         "width": 8,
-        "granularity": 1,
         "unit_parameters": 47,
         "unit_flops": 4628,
     },
 ]
-REFUSED = [{"place": "fc", "reason": "its outputs are the model's outputs, so their number is given"}]
+REFUSED = [["fc", "its outputs are the model's outputs, so their number is given"]]
 
 
 def decision(number: int, step: int, site: str | None, width: int = 0, reason: str = "") -> Iterator[Event]:
@@ -230,10 +222,8 @@ def digits_run(steps: int = 900) -> list[Event]:
                 "training_flops": 4_600_000 * steps,
                 "growth_flops": 50_000_000,
                 "seconds": 9.2,
-                "grown": [
-                    {"site": "conv1>conv2", "before": 4, "after": 8},
-                    {"site": "conv2>fc", "before": 8, "after": 16},
-                ],
+                "growth_seconds": 0.4,
+                "grown": [["conv2>fc", 8], ["conv1>conv2", 4]],
             },
         )
     )

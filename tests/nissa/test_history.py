@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 from esper.contracts import EVENT_FIELDS, Event, Refusal
 from esper.nissa import history as module
 from esper.nissa.history import RunHistory, fold
@@ -99,13 +101,22 @@ def test_folding_one_by_one_is_folding_at_once(events: list[Event]) -> None:
 
 def test_a_resumed_run_replaces_what_it_does_again(events: list[Event]) -> None:
     """Killed at step 520, resumed from a snapshot at 300: the events in between do not count."""
-    start = events[0]
+    begin, warning = events[0], next(event for event in events if event.kind == "warning")
     killed = [event for event in events if event.step <= 520]
     again = [event for event in events if event.step > 300]
-    resumed = fold([*killed, Event("run_started", 300, start.data, start.time), *again])
+    # A process that resumes starts a run like any other, then takes in the state.
+    resumed = fold([*killed, begin, warning, replace(begin, step=300), *again])
     assert resumed.totals == fold(events).totals
     assert resumed.loss == fold(events).loss
     assert resumed.decisions == fold(events).decisions
+    assert resumed.seeds == fold(events).seeds
+
+
+def test_a_run_resumed_twice_in_a_folder_of_several_runs(events: list[Event]) -> None:
+    begin = events[0]
+    again = [event for event in events if event.step > 300]
+    resumed = [begin, replace(begin, step=300), *again]
+    assert fold([*events, *events, *resumed, *resumed]).loss == fold(events).loss
 
 
 def test_a_new_run_in_an_old_folder_starts_from_nothing(events: list[Event]) -> None:

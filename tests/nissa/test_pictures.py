@@ -41,10 +41,10 @@ def test_a_run_that_has_only_begun_can_be_drawn(name: str, events: list[Event]) 
     ET.fromstring(PICTURES[name](fold(events[:1])))
 
 
-def test_growth_is_marked_where_it_happened(history: RunHistory) -> None:
+def test_growth_is_marked_where_it_happened(history: RunHistory, events: list[Event]) -> None:
     svg = charts.learning(history)
     assert {"+8 conv2>fc", "+4 conv1>conv2", "Training loss", "Held-out accuracy"} <= set(texts(svg))
-    without = fold(event for event in history._events if event.kind != "widened")
+    without = fold(event for event in events if event.kind != "widened")
     marks = svg.count(charts.GREEN.lower()) - charts.learning(without).count(charts.GREEN.lower())
     assert marks == 4  # two growths in two panels
 

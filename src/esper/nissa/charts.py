@@ -181,9 +181,10 @@ def tradeoff(
 
 
 def metric_name(history: RunHistory) -> str | None:
-    """Pick the metric a picture shows: accuracy where there is one, else the first that was reported."""
-    names = list(dict.fromkeys(name for epoch in history.epochs for name in epoch.metrics))
-    return "accuracy" if "accuracy" in names else names[0] if names else None
+    """Pick the metric a picture shows: accuracy, else the first that is not a loss, else a loss."""
+    names = dict.fromkeys(name for epoch in history.epochs for name in epoch.metrics)
+    ordered = sorted(names, key=lambda name: (name != "accuracy", "loss" in name, name == "train_loss"))
+    return ordered[0] if ordered else None
 
 
 def _errors(values: list[float | None]) -> list[float] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from esper.contracts import Event, Refusal, Stage
@@ -113,11 +113,7 @@ class Epoch:
 
 @dataclass(slots=True)
 class RunHistory:
-    """A run so far; ``add`` folds one more event into it.
-
-    A run that was resumed starts again at an earlier step: what the journal holds beyond that step did not
-    become part of the run, and is left out.
-    """
+    """A run so far; ``add`` folds one more event into it."""
 
     started: Mapping[str, Any] = field(default_factory=dict)  # data of run_started
     finished: Mapping[str, Any] | None = None  # data of run_finished
@@ -133,22 +129,11 @@ class RunHistory:
     faults: list[Event] = field(default_factory=list)
     fallbacks: list[Event] = field(default_factory=list)
     warnings: list[Event] = field(default_factory=list)
-    _events: list[Event] = field(default_factory=list, repr=False)
 
     def add(self, event: Event) -> None:
         """Fold one event in."""
-        if event.kind == "run_started" and self._events:
-            self._rewind(event.step)
-        self._events.append(event)
         self.step = event.step
         _FOLDS[event.kind](self, event)
-
-    def _rewind(self, step: int) -> None:
-        """Forget what a resumed run will do again; at step 0 it is a new run in an old folder."""
-        kept = [event for event in self._events if event.step <= step and event.kind != "run_finished"]
-        earlier = fold(kept if step else ())
-        for item in fields(self):
-            setattr(self, item.name, getattr(earlier, item.name))
 
     @property
     def grown(self) -> list[DecisionHistory]:
@@ -158,7 +143,7 @@ class RunHistory:
     @property
     def refused(self) -> list[Refusal]:
         """Places where nothing can grow, and why."""
-        return [Refusal(item["place"], item["reason"]) for item in self.started.get("refused", ())]
+        return [Refusal(place, reason) for place, reason in self.started.get("refused", ())]
 
     @property
     def widths(self) -> dict[str, tuple[int, int]]:
@@ -206,11 +191,28 @@ class RunHistory:
 
 
 def fold(events: Iterable[Event]) -> RunHistory:
-    """Fold a run's events into its history."""
+    """Fold a journal's events into the history of its last run."""
     history = RunHistory()
-    for event in events:
+    for event in last_run(events):
         history.add(event)
     return history
+
+
+def last_run(events: Iterable[Event]) -> list[Event]:
+    """Leave out what did not become part of the run.
+
+    ``run_started`` at a later step than 0 resumes the run from there: what the killed process did beyond it
+    is done again. At step 0 it begins anew, unless that is how a process begins that resumes right after.
+    """
+    kept: list[Event] = []
+    earlier: list[Event] = []
+    for event in events:
+        if event.kind == "run_started" and kept:
+            moved = any(past.step for past in kept)
+            earlier = kept if moved else earlier
+            kept = [item for item in earlier if 0 < event.step >= item.step and item.kind != "run_finished"]
+        kept.append(event)
+    return kept
 
 
 def _run_started(history: RunHistory, event: Event) -> None:

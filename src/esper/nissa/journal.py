@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -38,6 +39,9 @@ class RunJournal:
             raise RunError(
                 f"cannot write the run folder {run_dir}: {error.strerror}; choose another run_dir"
             ) from None
+        weakref.finalize(
+            self, self._file.close
+        )  # a run that is given up without finish() leaves no open file
         if cut:
             self(_torn(self.path, cut, last))
 

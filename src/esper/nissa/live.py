@@ -33,22 +33,26 @@ class LiveView:
     worth a line.
     """
 
-    def __init__(self, console: Console | None = None, *, plain: bool | None = None) -> None:
+    def __init__(
+        self, console: Console | None = None, *, plain: bool | None = None, transient: bool = False
+    ) -> None:
         """Choose where to show.
 
         Args:
             console: Where to write; standard error by default, so that standard output stays the program's.
             plain: Lines instead of a screen; by default wherever the console is not a terminal.
+            transient: Take the screen away at the end.
         """
         self.history = RunHistory()
         self._console = console or Console(stderr=True)
         self._plain = not self._console.is_terminal if plain is None else plain
         self._lock = threading.Lock()
-        self._tenths = 0
+        self._tenths = {"progress": 0, "epoch": 0}
         self._live = Live(
             get_renderable=self._screen,
             console=self._console,
             refresh_per_second=REFRESHES,
+            transient=transient,
             redirect_stdout=sys.stdout.isatty(),
         )
 
@@ -92,10 +96,10 @@ class LiveView:
             case "run_started":
                 sites = len(data["sites"])
                 yield f"{data['model']}: {data['parameters']:,} parameters, can grow at {sites} sites"
-            case "progress" if self._is_due():
+            case "progress" if self._is_due("progress"):
                 spent = duration(self.history.seconds)
                 yield f"loss {short(data['loss'])}, {data['parameters']:,} parameters, {spent}"
-            case "epoch":
+            case "epoch" if self._is_due("epoch"):
                 yield f"epoch {data['epoch']}: {short(data['metrics'])}"
             case "decision":
                 what = headline(self.history.decisions[data["decision"]])
@@ -118,11 +122,11 @@ class LiveView:
             case "run_finished":
                 yield f"finished: {data['parameters']:,} parameters, {duration(self.history.seconds)}"
 
-    def _is_due(self) -> bool:
-        """Let one progress line through per tenth of the run."""
+    def _is_due(self, kind: str) -> bool:
+        """Let one line of a frequent kind through per tenth of the run."""
         steps = self.history.started.get("steps")
         tenths = self.history.step // max(1, (steps or 10_000) // 10)
-        due, self._tenths = tenths > self._tenths, tenths
+        due, self._tenths[kind] = tenths > self._tenths[kind], tenths
         return due
 
 

@@ -30,14 +30,15 @@ def model_map(history: RunHistory) -> str:
     widths = history.widths
     scale = BAR / max([after for _, after in widths.values()] or [1])
     for site in history.started.get("sites", ()):
-        if site["entry"] != previous:
+        producer, _, consumer = site["name"].partition(">")
+        if producer != previous:
             y += 14 if previous else 0
-            parts.append(_layer(site["entry"], y))
+            parts.append(_layer(producer, y))
             y += BOX
         parts.extend(_between(history, site, y, scale))
         y += GAP
-        parts.append(_layer(site["exit"], y))
-        y, previous = y + BOX, site["exit"]
+        parts.append(_layer(consumer, y))
+        y, previous = y + BOX, consumer
     y += 22
     for refusal in history.refused:
         lines = textwrap.wrap(refusal.reason, 92) or [""]

@@ -1,0 +1,15 @@
+"""The ``esper`` command: one file per subcommand, and nothing heavy imported before one of them runs."""
+
+from __future__ import annotations
+
+from esper.cli import bench, demo, doctor, report, train, why
+from esper.cli.application import app, main
+
+__all__ = ["app", "main"]
+
+app.command()(demo.demo)
+app.command()(train.train)
+app.command()(report.report)
+app.command()(why.why)
+app.command(context_settings={"ignore_unknown_options": True, "help_option_names": ["--help"]})(bench.bench)
+app.command()(doctor.doctor)

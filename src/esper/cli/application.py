@@ -1,0 +1,52 @@
+"""The application the subcommands are registered on: errors become one line and an exit code."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from esper.errors import EsperError, MissingExtraError
+
+OK, FAILED, BAD_INPUT, MISSING_EXTRA = 0, 1, 2, 3
+EXIT_CODES = (
+    "Exit codes: 0 all is well; 1 what was asked for failed (a bench missed its promise, training broke "
+    "down); 2 bad input; 3 an extra must be installed; 130 interrupted."
+)
+
+
+class Commands(TyperGroup):
+    """Runs a subcommand; what Esper raises ends as one line on standard error, without a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run, and turn an error of Esper's tree into its exit code."""
+        try:
+            return super().invoke(ctx)
+        except EsperError as error:
+            print(f"esper: {error}", file=sys.stderr)
+            raise typer.Exit(exit_code(error)) from None
+
+
+def exit_code(error: EsperError) -> int:
+    """Tell the caller's mistakes (values, names) from what failed on the way (surgery, transitions)."""
+    if isinstance(error, MissingExtraError):
+        return MISSING_EXTRA
+    return BAD_INPUT if isinstance(error, ValueError | LookupError) else FAILED
+
+
+app = typer.Typer(
+    name="esper",
+    cls=Commands,
+    help="Grow a PyTorch model while it trains.",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Run the ``esper`` command on the process's arguments."""
+    app(prog_name="esper")

@@ -1,0 +1,36 @@
+"""What commands print: one JSON document for programs, what grew where and why for people."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from esper.nissa.history import RunHistory
+from esper.nissa.journal import plain
+from esper.nissa.wording import count, duration, short
+
+
+def print_json(value: Any) -> None:
+    """Print a value as strict JSON; non-finite numbers become the strings of the journal."""
+    print(json.dumps(plain(value, "the result"), indent=2, allow_nan=False))
+
+
+def growth_lines(history: RunHistory) -> Iterator[str]:
+    """Say what grew where and why, one line per decision that was judged."""
+    totals = history.totals
+    yield (
+        f"{totals['model']}: {short(totals['parameters_before'])} → {short(totals['parameters_after'])} "
+        f"parameters in {short(totals['steps'])} steps, {duration(totals['seconds'])}; training cost "
+        f"{count(totals['training_flops'])} FLOPs, growing {count(totals['growth_flops'])}"
+    )
+    for decision in history.decisions.values():
+        if decision.outcome is None:
+            continue
+        units = f"+{decision.chosen.get('width', '?')}"
+        yield (
+            f"  step {decision.step:>6}  {decision.site} {units:<4} {decision.verdict:<7}  "
+            f"held-out gain {short(decision.outcome['gain'], 3)}: {decision.outcome['reason']}"
+        )
+    for grown in totals["grown"]:
+        yield f"  {grown['site']} is {grown['after']} units wide, it was {grown['before']}"

@@ -1,0 +1,80 @@
+"""What ``esper train`` reads: a YAML file that names a model, its data and how to train it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from esper.config import Config, explain, load_config, read_yaml
+from esper.errors import ConfigError, nearest
+
+
+class Call(BaseModel):
+    """``module:callable`` with keyword arguments; a bare string stands for a call without any."""
+
+    model_config = ConfigDict(frozen=True)
+
+    call: str
+    arguments: dict[str, Any] = {}
+
+
+def _as_call(value: Any) -> Any:
+    """Accept the short form, and name the nearest key of an unknown one."""
+    if isinstance(value, str):
+        return {"call": value}
+    if isinstance(value, Mapping):
+        for key in value:
+            if key not in Call.model_fields:
+                raise ValueError(f"unknown key {str(key)!r}; {nearest(str(key), Call.model_fields)}")
+    return value
+
+
+CallLike = Annotated[Call, BeforeValidator(_as_call)]
+
+
+class Recipe(BaseModel):
+    """A training run as data."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: CallLike  # returns an nn.Module
+    data: (
+        CallLike  # returns a mapping or object with train, probe and, if wanted, val: re-iterables of batches
+    )
+    loss: CallLike  # cross_entropy, mse, or a function (model, batch) -> scalar tensor
+    optimizer: CallLike  # called with the model's parameters
+    scheduler: CallLike | None = None  # called with the optimizer
+    metrics: dict[
+        str, CallLike
+    ] = {}  # accuracy, mse, or functions (model, batch) -> float, by the name to report
+    epochs: int = Field(ge=1)
+    seed: int = 0
+    growth: dict[str, Any] = {}  # sections of esper.Config
+    run_dir: str | None = None
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Read and check a training config.
+
+    Raises:
+        ConfigError: The file cannot be read; a key is unknown (the nearest is named), missing or wrong.
+    """
+    try:
+        return Recipe(**read_yaml(path))
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {explain(error, Recipe)}") from None
+
+
+def growth_settings(path: Path, recipe: Recipe) -> Config:
+    """Read a recipe's settings of growth.
+
+    Raises:
+        ConfigError: A key is unknown or a value out of range.
+    """
+    try:
+        return load_config(recipe.growth)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: growth: {error}") from None

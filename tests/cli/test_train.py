@@ -1,0 +1,222 @@
+"""Recipes as files, in a folder with the modules they name, run by the real command."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from typer.testing import CliRunner, Result
+
+import esper as library
+from esper.cli import app
+from esper.cli.recipe import read_recipe
+from esper.cli.resolve import batches_of, bound, loss_of, metric_of, resolve
+from esper.errors import ConfigError, EsperError
+from esper.nissa.history import fold
+from esper.nissa.journal import read_events
+
+HOST = """
+import torch
+from torch import nn
+
+
+def build(hidden=2):
+    return nn.Sequential(nn.Linear(6, hidden), nn.ReLU(), nn.Linear(hidden, 3))
+
+
+def batches(count, seed):
+    draw = torch.Generator().manual_seed(seed)
+    made = []
+    for _ in range(count):
+        x = torch.randn(32, 6, generator=draw)
+        made.append((x, x[:, :3].abs().argmax(1)))
+    return made
+
+
+def data(count=20):
+    return {"train": batches(count, 0), "val": batches(4, 1), "probe": batches(8, 2)}
+
+
+class Parts:
+    train = batches(4, 0)
+    probe = batches(8, 2)
+
+
+def no_probe():
+    return {"train": batches(2, 0)}
+
+
+def own_loss(model, batch, scale):
+    return scale * nn.functional.cross_entropy(model(batch[0]), batch[1])
+"""
+RECIPE: dict[str, Any] = {
+    "model": {"call": "host:build", "arguments": {"hidden": 2}},
+    "data": "host:data",
+    "loss": "cross_entropy",
+    "optimizer": {"call": "torch.optim:Adam", "arguments": {"lr": 0.01}},
+    "metrics": {"accuracy": "accuracy"},
+    "epochs": 10,
+}
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Callable[..., Path]:
+    (tmp_path / "host.py").write_text(HOST)
+
+    def write(**changes: Any) -> Path:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump({**RECIPE, **changes}))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Result]]:
+    """Run the command in this process, which has torch loaded already."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    before = set(sys.modules)
+    yield lambda *arguments: CliRunner().invoke(app, [*map(str, arguments)])
+    for name in set(sys.modules) - before:
+        if getattr(sys.modules[name], "__file__", None) in {str(path) for path in tmp_path.glob("*.py")}:
+            del sys.modules[name]
+
+
+def test_a_recipe_is_trained_and_grown_into_a_run_folder(esper, recipe, tmp_path: Path) -> None:
+    ran = esper("train", recipe())
+    assert ran.returncode == 0, ran.stderr
+    folder = tmp_path / "runs" / "recipe"
+    history = fold(read_events(folder))
+    assert history.totals["steps"] == 200
+    assert history.totals["finished"]
+    assert len(history.epochs) == 10
+    assert 0 <= history.epochs[-1].metrics["accuracy"] <= 1
+    assert f"run folder: {folder.relative_to(tmp_path)}" in ran.stdout
+    assert "[     0] Sequential: 23 parameters" in ran.stderr  # progress is not part of the result
+    assert esper("report", folder).returncode == 0
+    assert esper("why", folder).returncode == 0
+
+
+def test_the_result_as_json_and_the_saved_model(inside, recipe, tmp_path: Path) -> None:
+    path = recipe(
+        scheduler={"call": "torch.optim.lr_scheduler:StepLR", "arguments": {"step_size": 5}}, seed=3
+    )
+    ran = inside("train", path, "--run-dir", tmp_path / "here", "--json", "--plain")
+    assert ran.exit_code == 0, ran.output
+    told = json.loads(ran.stdout)
+    assert told["run"] == str(tmp_path / "here")
+    net = library.load_into(resolve("host:build")(), tmp_path / "here" / "model")
+    assert sum(parameter.numel() for parameter in net.parameters()) == told["parameters_after"]
+
+
+def test_settings_of_growth_are_read(inside, recipe) -> None:
+    path = recipe(growth={"budget": {"growth_events": 0}}, epochs=2)
+    told = json.loads(inside("train", path, "--json").stdout)
+    assert (told["kept"], told["parameters_after"]) == (0, 23)
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"epocs": 3}, "unknown key 'epocs'; did you mean 'epochs'?"),
+        ({"epochs": 0}, "epochs: Input should be greater than or equal to 1 (got 0)"),
+        ({"model": {"cal": "host:build"}}, "unknown key 'cal'; did you mean 'call'?"),
+        (
+            {"scheduler": {"call": "a:b", "argumnets": {}}},
+            "unknown key 'argumnets'; did you mean 'arguments'?",
+        ),
+        ({"model": "host"}, "'host' is not a module:callable"),
+        ({"model": "hots:build"}, "no module 'hots', neither beside the config nor installed"),
+        ({"model": "host:biuld"}, "host has no callable 'biuld'; did you mean 'build'?"),
+        (
+            {"model": {"call": "host:build", "arguments": {"width": 3}}},
+            "host:build: got an unexpected keyword argument 'width'; it takes (hidden=2)",
+        ),
+        ({"data": "host:no_probe"}, "host:no_probe returned a dict without 'probe'"),
+        ({"loss": "crossentropy"}, "no loss 'crossentropy'; did you mean 'cross_entropy'?"),
+        ({"metrics": {"top": "acuracy"}}, "no metric 'acuracy'; did you mean 'accuracy'?"),
+        (
+            {"growth": {"race": {"candidtes": 4}}},
+            "growth: unknown key 'race.candidtes'; did you mean 'candidates'?",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_cure(
+    inside, recipe, tmp_path: Path, changes: dict, complaint: str
+) -> None:
+    ran = inside("train", recipe(**changes))
+    assert ran.exit_code == 2, ran.output
+    assert complaint in ran.stderr
+    assert ran.stderr.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_missing_recipe_is_said(esper) -> None:
+    ran = esper("train", "gone.yaml")
+    assert ran.returncode == 2
+    assert "cannot read the config gone.yaml" in ran.stderr
+
+
+def test_a_missing_key_is_said(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("epochs: 3\n")
+    with pytest.raises(ConfigError, match="model: Field required"):
+        read_recipe(tmp_path / "recipe.yaml")
+
+
+def test_an_error_of_the_user_s_own_code_is_not_caught(inside, recipe, tmp_path: Path) -> None:
+    path = recipe(data="broken:data")
+    (tmp_path / "broken.py").write_text("def data():\n    return 1 / 0\n")
+    assert isinstance(inside("train", path).exception, ZeroDivisionError)
+
+
+def test_a_module_that_lacks_another_names_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "needy.py").write_text("import not_there_at_all\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match="needy needs not_there_at_all, which is not installed"):
+        resolve("needy:thing")
+
+
+def test_own_losses_and_metrics_get_their_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_host.py").write_text(HOST)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(
+        yaml.safe_dump({**RECIPE, "loss": {"call": "own_host:own_loss", "arguments": {"scale": 2.0}}})
+    )
+    spec = read_recipe(tmp_path / "recipe.yaml").loss
+    model, batch = resolve("own_host:build")(), resolve("own_host:data")()["val"][0]
+    plain = loss_of(read_recipe_loss("cross_entropy", tmp_path))
+    squared = metric_of(read_recipe_loss("mse", tmp_path))
+    x, _ = batch
+    with torch.no_grad():
+        assert float(loss_of(spec)(model, batch)) == pytest.approx(2 * float(plain(model, batch)))
+        assert metric_of(spec)(model, batch) == pytest.approx(2 * float(plain(model, batch)))
+        assert squared(model, (x, model(x))) == 0.0
+
+
+def read_recipe_loss(name: str, folder: Path) -> Any:
+    path = folder / "named.yaml"
+    path.write_text(yaml.safe_dump({**RECIPE, "loss": name}))
+    return read_recipe(path).loss
+
+
+def test_data_may_be_an_object(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "object_host.py").write_text(HOST)
+    monkeypatch.syspath_prepend(tmp_path)
+    parts = resolve("object_host:Parts")()
+    found = batches_of(parts, read_recipe_loss("object_host:Parts", tmp_path))
+    assert found["train"] is parts.train
+    assert found["val"] is None
+
+
+def test_a_callable_built_in_c_is_checked_when_it_is_called(tmp_path: Path) -> None:
+    spec = read_recipe_loss("builtins:dict", tmp_path)
+    assert bound(dict, spec, ())() == {}
+
+
+def test_every_mistake_is_of_esper_s_tree() -> None:
+    assert issubclass(ConfigError, EsperError)
