@@ -29,7 +29,7 @@ def test_the_installed_command_is_the_module() -> None:
 
 
 def test_an_unknown_command_is_bad_input(esper) -> None:
-    ran = esper("trian")
+    ran = esper("trains")
     assert ran.returncode == 2
     assert "train" in ran.stderr
 

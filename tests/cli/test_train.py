@@ -127,22 +127,22 @@ def test_settings_of_growth_are_read(inside, recipe) -> None:
         ({"epochs": 0}, "epochs: Input should be greater than or equal to 1 (got 0)"),
         ({"model": {"cal": "host:build"}}, "unknown key 'cal'; did you mean 'call'?"),
         (
-            {"scheduler": {"call": "a:b", "argumnets": {}}},
-            "unknown key 'argumnets'; did you mean 'arguments'?",
+            {"scheduler": {"call": "a:b", "argument": {}}},
+            "unknown key 'argument'; did you mean 'arguments'?",
         ),
         ({"model": "host"}, "'host' is not a module:callable"),
         ({"model": "hots:build"}, "no module 'hots', neither beside the config nor installed"),
-        ({"model": "host:biuld"}, "host has no callable 'biuld'; did you mean 'build'?"),
+        ({"model": "host:builds"}, "host has no callable 'builds'; did you mean 'build'?"),
         (
             {"model": {"call": "host:build", "arguments": {"width": 3}}},
             "host:build: got an unexpected keyword argument 'width'; it takes (hidden=2)",
         ),
         ({"data": "host:no_probe"}, "host:no_probe returned a dict without 'probe'"),
         ({"loss": "crossentropy"}, "no loss 'crossentropy'; did you mean 'cross_entropy'?"),
-        ({"metrics": {"top": "acuracy"}}, "no metric 'acuracy'; did you mean 'accuracy'?"),
+        ({"metrics": {"top": "accurate"}}, "no metric 'accurate'; did you mean 'accuracy'?"),
         (
-            {"growth": {"race": {"candidtes": 4}}},
-            "growth: unknown key 'race.candidtes'; did you mean 'candidates'?",
+            {"growth": {"race": {"candidate": 4}}},
+            "growth: unknown key 'race.candidate'; did you mean 'candidates'?",
         ),
     ],
 )

@@ -222,3 +222,37 @@ def test_the_time_of_an_event_is_kept(tmp_path: Path) -> None:
 def test_decode_names_where(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="over there"):
         decode(b"{", "over there")
+
+
+def test_a_last_line_that_lacks_only_its_line_feed_is_whole(tmp_path: Path) -> None:
+    event = Event("warning", 7, {"message": "fine"})
+    (tmp_path / EVENTS_FILE).write_bytes(encode(event).rstrip())
+    assert read_events(tmp_path) == [event]
+    with RunJournal(tmp_path) as journal:
+        journal(event)
+    assert read_events(tmp_path) == [event, event]
+
+
+def test_a_line_that_reached_the_disk_in_part_is_an_error(tmp_path: Path) -> None:
+    """A file-size limit cuts a write short, as a full disk may."""
+    code = (
+        "import resource, sys\n"
+        "from esper.contracts import Event\n"
+        "from esper.errors import RunError\n"
+        "from esper.nissa.journal import RunJournal\n"
+        "journal = RunJournal(sys.argv[1])\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (50, 50))\n"
+        "try: journal(Event('warning', 0, {'message': 'x' * 100}))\n"
+        "except RunError as error: print(error)\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert "only 50 of" in ran.stdout
+    assert "free space and resume the run" in ran.stdout
+
+
+def test_a_journal_that_cannot_be_read_says_why(tmp_path: Path) -> None:
+    (tmp_path / EVENTS_FILE).mkdir()
+    with pytest.raises(RunError, match=r"cannot read .*: Is a directory"):
+        read_events(tmp_path)

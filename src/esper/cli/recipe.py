@@ -28,7 +28,7 @@ def _as_call(value: Any) -> Any:
     if isinstance(value, Mapping):
         for key in value:
             if key not in Call.model_fields:
-                raise ValueError(f"unknown key {str(key)!r}; {nearest(str(key), Call.model_fields)}")
+                raise ConfigError(f"unknown key {str(key)!r}; {nearest(str(key), Call.model_fields)}")
     return value
 
 
