@@ -49,6 +49,18 @@ def test_growth_is_marked_where_it_happened(history: RunHistory, events: list[Ev
     assert marks == 4  # two growths in two panels
 
 
+@pytest.mark.parametrize("losses", [(1.9, 0.2), (2.3, 1e-4), (0.31, 0.3), (1.0, 1.0), (1.0, -0.5)])
+def test_no_axis_speaks_in_code(losses: tuple[float, float]) -> None:
+    rows = [
+        {"loss": loss, "parameters": 1, "growth_flops": 0, "training_flops": 0, "seconds": 0}
+        for loss in losses
+    ]
+    history = fold(Event("progress", step, row) for step, row in enumerate(rows))
+    words = texts(charts.learning(history))
+    assert not [word for word in words if "$" in word or "\\" in word]
+    assert len([word for word in words if word.replace(".", "").replace("−", "").isdigit()]) > 3
+
+
 def test_twins_are_drawn_beside_the_run_and_named(history: RunHistory) -> None:
     svg = charts.learning(history, {"no growth": history, "fixed $100 <b>": history})
     assert {"grown", "no growth", "fixed $100 <b>"} <= set(texts(svg))

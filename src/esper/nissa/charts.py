@@ -94,8 +94,9 @@ def learning(history: RunHistory, others: Mapping[str, RunHistory] | None = None
                     [epoch.step for epoch in run.epochs], [epoch.metrics.get(metric) for epoch in run.epochs]
                 )
                 _line(axes[1], points, label, colour, dash)
-        axes[0].set(title="Training loss", yscale="log" if _positive(runs.values()) else "linear")
+        axes[0].set(title="Training loss", yscale="log" if _wants_log(runs.values()) else "linear")
         axes[0].yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes[0].yaxis.set_minor_formatter(_two_or_five)
         if metric:
             axes[1].set(title=f"Held-out {metric}")
         _steps_below(axes[-1])
@@ -202,6 +203,11 @@ def _line(axis: Axes, series: Series, label: str, colour: str, dash: Any, **more
     axis.plot(series.steps, values, label=label, color=colour, linestyle=dash, **more)
 
 
+def _two_or_five(value: float, _: int) -> str:
+    """Label the 2 and the 5 of a decade: enough for a loss that stays within one, not too much for three."""
+    return f"{value:g}" if f"{value:.0e}"[0] in "25" else ""
+
+
 def _steps_below(axis: Axes, label: str = "step") -> None:
     axis.set_xlabel(label)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -216,8 +222,8 @@ def _mark_growth(axis: Axes, history: RunHistory, *, label: bool) -> None:
         axis.axvline(step, color=GREEN, linewidth=1.2, alpha=0.8, zorder=0)
         if label:
             axis.annotate(
-                f"+{units} {decision.site}", (step, 1.0), (3, -2), xycoords=("data", "axes fraction"),
-                textcoords="offset points", rotation=90, va="top", ha="left", fontsize=8.5,
+                f"+{units} {decision.site}", (step, 0.0), (3, 4), xycoords=("data", "axes fraction"),
+                textcoords="offset points", rotation=90, va="bottom", ha="left", fontsize=8.5,
             )  # fmt: skip
 
 
@@ -248,12 +254,12 @@ def _words(stage: str) -> str:
     return stage.lower().replace("_", " ")
 
 
-def _positive(runs: Iterable[RunHistory]) -> bool:
-    """Tell whether a log axis can show every loss."""
+def _wants_log(runs: Iterable[RunHistory]) -> bool:
+    """Tell whether the losses span enough for a log axis, and it can show every one."""
     values = [
         value for run in runs for value in run.loss.values if value is not None and math.isfinite(value)
     ]
-    return bool(values) and min(values) > 0
+    return bool(values) and min(values) > 0 and max(values) / min(values) > 3
 
 
 def _svg(figure: Figure, title: str) -> str:
