@@ -34,10 +34,10 @@ class Race(Section):
     """How candidates compete before one of them may touch the model."""
 
     candidates: int = Field(8, ge=1, description="competitors in a race")
-    steps: int | None = Field(None, ge=1, description="incubation steps; None: 1/100 of the run, within 6 to 200")
-    shadow_every: int = Field(4, ge=1, description="every k-th incubation step learns from the real loss")
+    steps: int | None = Field(None, ge=1, description="incubation steps; None: 1/250 of the run, within 3 to 100")
+    shadow_every: int = Field(2, ge=1, description="every k-th incubation step learns from the real loss")
     learning_rate: float | None = Field(None, gt=0, description="of the candidates; None: chosen from the host's")
-    batches: int = Field(4, ge=1, description="recent training batches kept for surveys and for judging the race")
+    batches: int = Field(4, ge=4, description="recent training batches kept for surveys and for judging the race")
     examples: int = Field(512, ge=8, description="examples a survey reads at most")
 
 
@@ -45,7 +45,7 @@ class Gate(Section):
     """Held-out evidence before exposure."""
 
     false_keep: float = Field(0.05, gt=0, lt=1, description="false-keep budget of a whole run, over all looks")
-    looks: int = Field(16, ge=1, description="looks the budget is shared by")
+    looks: int | None = Field(None, ge=1, description="looks the budget is shared by; None: twice the growth events")
     min_gain: float = Field(0.0, ge=0, description="smallest relative decrease of the held-out loss worth keeping")
 
 

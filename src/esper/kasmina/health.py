@@ -23,44 +23,55 @@ class Measured:
 
     report: HealthReport
     survey: Survey
-    x: Tensor
+    x: Tensor  # inputs of the producer
+    gradient: Tensor  # of the loss for the consumer's output
+    scale: Tensor  # root mean square of that output, 0-dim
 
 
-def measure(model: MorphableModel, sites: Sequence[str], run: Callable[[], Tensor], seed: int, pool: int, examples: int) -> dict[str, Measured]:  # fmt: skip
+def measure(model: MorphableModel, sites: Sequence[str], runs: Sequence[Callable[[], Tensor]], seed: int, pool: int, examples: int) -> dict[str, Measured]:  # fmt: skip
     """Survey sites.
 
     Args:
         model: Owns the sites; all of them must be dormant.
         sites: Names.
-        run: One training-mode pass to the mean loss of a batch.
+        runs: Training-mode passes to the mean losses of recent batches.
         seed: Of the random numbers used here.
         pool: Directions to look for per site.
         examples: Examples read at most.
     """
     layers = {name: KasminaLayer(model.pairs[name], lambda error: None) for name in sites}
-    taps = {name: Tap() for name in sites}
+    seen: dict[str, list[Tap]] = {name: [] for name in sites}
     host = [parameter for parameter in model.host.parameters() if parameter.requires_grad]
     try:
-        for name, layer in layers.items():
+        for layer in layers.values():
             layer.open()
-            layer.tap = taps[name]
-        with untouched(model.host, seed):
-            torch.autograd.grad(run(), host, allow_unused=True)
+        for run in runs:
+            for name, layer in layers.items():
+                layer.tap = Tap()
+                seen[name].append(layer.tap)
+            with untouched(model.host, seed):
+                torch.autograd.grad(run(), host, allow_unused=True)
     finally:
         for layer in layers.values():
             layer.close()
     found = {}
     with same_randomness(seed), untouched(model.host):
-        for name, tap in taps.items():
-            if tap.fresh():
-                found[name] = inspect(model.pairs[name], tap, pool, examples)
+        for name, taps in seen.items():
+            fresh = [tap for tap in taps if tap.fresh()]
+            if fresh:
+                found[name] = inspect(model.pairs[name], *joined(fresh, examples), fresh[-1].scale, pool)
     return found
 
 
-def inspect(pair: Pair, tap: Tap, pool: int, examples: int) -> Measured:
-    """Turn what a tap saw into a survey and a report."""
-    assert tap.x is not None and tap.gradient is not None
-    x, gradient = tap.x[:examples].clone(), tap.gradient[:examples]
+def joined(taps: Sequence[Tap], examples: int) -> tuple[Tensor, Tensor]:
+    """Return inputs and output gradients of several passes as one batch, the newest where shapes differ."""
+    xs = [tap.x for tap in taps if tap.x is not None and tap.x.shape[1:] == taps[-1].x.shape[1:]]  # type: ignore[union-attr]
+    gradients = [tap.gradient for tap in taps if tap.x is not None and tap.x.shape[1:] == taps[-1].x.shape[1:]]  # type: ignore[union-attr]
+    return torch.cat(xs)[-examples:], torch.cat(gradients)[-examples:] / len(gradients)  # type: ignore[arg-type]
+
+
+def inspect(pair: Pair, x: Tensor, gradient: Tensor, scale: Tensor, pool: int) -> Measured:
+    """Turn what the taps saw into a survey and a report."""
     found = survey(pair, x, gradient, pool)
     with torch.no_grad():
         h = affine(pair.producer, x, pair.producer.weight, pair.producer.bias)
@@ -74,4 +85,4 @@ def inspect(pair: Pair, tap: Tap, pool: int, examples: int) -> Measured:
             activation_mean=float(flat.mean()), activation_variance=float(flat.var()),
             dead=float(silent.all(0).float().mean()), gradient_norm=float(gradient.norm()),
         )  # fmt: skip
-    return Measured(report, found, x)
+    return Measured(report, found, x, gradient, scale)

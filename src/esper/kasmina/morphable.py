@@ -42,7 +42,7 @@ class MorphableModel(nn.Module):
             pairs, unreachable = reachable(host, pairs, run)
         self.refusals: list[Refusal] = [*refusals, *unreachable]
         self.pairs: dict[str, Pair] = {pair.site.name: pair for pair in select(pairs, self.refusals, sites)}
-        with untouched(host, seed=0), evaluating(host), FlopMeter() as meter:
+        with evaluating(host), untouched(host, seed=0), FlopMeter() as meter:
             run()
         self.flops = meter.total // max(examples, 1)  # forward, per example
         self.layout = KasminaStateLayout(seeds_per_site * len(self.pairs))

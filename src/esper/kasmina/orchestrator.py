@@ -18,16 +18,18 @@ from torch import Tensor
 
 from esper.config import Config
 from esper.contracts import Decision, Event, Observer, Outcome, Stage
+from esper.kasmina.evidence import join
 from esper.kasmina.flops import Ledger
+from esper.kasmina.health import Measured
 from esper.kasmina.gate import Gate, Verdict
 from esper.kasmina.isolation import same_randomness, untouched
 from esper.kasmina.layer import KasminaLayer, Tap
 from esper.kasmina.morphable import MorphableModel
 from esper.kasmina.race import AMPLITUDES, Race
-from esper.kasmina.starts import Survey
 from esper.kasmina.widen import WidenKernel
 
 FAULTS = 3  # after which a seed is culled
+UNSEEN = 4  # batches the race is judged on, kept from the candidates
 TREND = 20  # losses before exposure that a graft is compared with, at least
 
 
@@ -54,7 +56,7 @@ class Timing:
         ramp = config.blend.ramp or min(max(length // 250, 4), 100)
         stabilise = config.blend.stabilise if config.blend.stabilise is not None else max(ramp // 2, settling)
         return cls(
-            incubate=config.race.steps or min(max(length // 100, 6), 200),
+            incubate=config.race.steps or min(max(length // 250, 3), 100),
             ramp=ramp,
             stabilise=stabilise,
             evaluate=config.blend.evaluate or ramp,
@@ -122,7 +124,7 @@ class SeedOrchestrator:
 
     # -- from a decision to its outcome ---------------------------------------------------------------------------
 
-    def germinate(self, decision: Decision, survey: Survey, x: Tensor, step: int) -> None:
+    def germinate(self, decision: Decision, measured: Measured, step: int) -> None:
         """Wake a seed at the decided site and line up its candidates."""
         assert decision.site is not None and decision.start is not None
         self.step = step
@@ -134,7 +136,9 @@ class SeedOrchestrator:
         sown = {"svd": count, "random": 0, "mixed": math.ceil(count * 5 / 8)}[decision.start]
         starts = ("svd",) * sown + ("random",) * (count - sown)
         with same_randomness(self.given.draw("initialisation")):
-            trial.race = Race(layer, decision.width, starts, survey, x, self.given.rate())
+            trial.race = Race(layer, decision.width, starts, measured.survey, measured.x, self.given.rate())
+            with self.given.ledger.growth("fit", decision.id):
+                trial.race.fit(measured.x, measured.gradient, measured.scale)
         layer.tap = trial.tap
         self.move(Stage.TRAINING, f"{count} candidates of {decision.width} units")
 
@@ -157,6 +161,8 @@ class SeedOrchestrator:
         """TRAINING: learn beside the host; at the end race, and ask the gate."""
         trial, race = self.current()
         age, total = self.step - trial.started, self.timing.incubate
+        if age > total:  # batches that no candidate has learned from
+            return self.judge(batches[total - age :]) if age >= total + UNSEEN else None
         size, ledger = len(race.starts), self.given.ledger
         seed = self.given.draw("evidence")
         if age % self.config.race.shadow_every == 0 or not trial.tap.fresh():
@@ -166,16 +172,17 @@ class SeedOrchestrator:
             with same_randomness(seed), ledger.growth("tap", trial.decision.id, size, self.examples):
                 race.learn_from_tap(trial.tap)
         if age in {total // 3, 2 * total // 3} and size > 2:
-            race.keep(self.scores(race, batches[-2:]).argsort()[: math.ceil(size / 2)])
-        return self.judge(batches) if age >= total else None
+            race.halve()
+        return None
 
     def judge(self, batches: Sequence[Any]) -> Outcome | None:
         """Pick a winner on training batches, its amplitude, and let the gate look at it."""
         trial, race = self.current()
-        scores = self.scores(race, batches)
+        unseen = join(batches)
+        scores = self.scores(race, unseen)
         winner = int(scores.argmin())
         with untouched(self.model.host, self.given.draw("evidence")), self.given.ledger.growth("amplitude", trial.decision.id, self.examples):  # fmt: skip
-            curve = torch.stack([race.amplitudes(winner, lambda b=batch: self.given.run(b)) for batch in batches[-2:]]).mean(0)  # fmt: skip
+            curve = torch.stack([race.amplitudes(winner, lambda b=batch: self.given.run(b)) for batch in unseen]).mean(0)  # fmt: skip
         best = int(torch.nan_to_num(curve, nan=math.inf).argmin())
         amplitude = AMPLITUDES[best]
         listed = [{"start": s, "loss": number(v)} for s, v in zip(race.starts, scores.tolist(), strict=True)]

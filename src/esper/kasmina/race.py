@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
 from esper.kasmina.layer import KasminaLayer, Tap
@@ -19,6 +19,8 @@ from esper.kasmina.widen import WidenKernel
 
 TRUST = 0.3  # gradient matching: how far, in output scales, a candidate should move the output
 AMPLITUDES = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)  # 0 is "do nothing", which competes in every race
+
+RIDGE = 0.01  # of the mean feature power
 
 Run = Callable[[], Tensor]  # one training-mode pass to the scalar loss
 
@@ -41,6 +43,7 @@ class Race:
         self.template = WidenKernel(layer.pair, units)
         self.parameters, self.buffers = stack_module_state(kernels)  # type: ignore[arg-type]
         self.optimizer = torch.optim.Adam(list(self.parameters.values()), lr=learning_rate)
+        self.scores = torch.zeros(len(starts))  # each candidate's own loss at its last lesson
         self.batched = True  # False once the model turned out not to run under vmap
 
     def candidate(self, index: int, start: str, pool: Survey, x: Tensor) -> WidenKernel:
@@ -61,14 +64,36 @@ class Race:
         """Run one candidate."""
         return functional_call(self.template, (parameters, buffers), (x,))
 
+    def fit(self, x: Tensor, gradient: Tensor, scale: Tensor) -> None:
+        """Gradient matching in closed form: outgoing weights by ridge regression, where the consumer is a Linear layer.
+
+        Args:
+            x: Inputs of the producer.
+            gradient: Of the loss for the consumer's output.
+            scale: Root mean square of that output.
+        """
+        if not isinstance(self.layer.pair.consumer, nn.Linear):
+            return
+        target = (-gradient * (TRUST * scale / rms(gradient))).flatten(0, -2)  # (rows, out)
+
+        def features(parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
+            return functional_call(self.template, (parameters, buffers), (x,), {"hidden": True}).flatten(0, -2)
+
+        with torch.no_grad():
+            h = vmap(features, randomness="different")(self.parameters, self.buffers)  # (candidates, rows, features)
+            gram = h.mT @ h
+            ridge = RIDGE * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] + 1e-8
+            gram = gram + ridge * torch.eye(gram.shape[-1], device=x.device, dtype=x.dtype)
+            solved = torch.linalg.solve(gram, h.mT @ target)  # (candidates, features, out)
+            self.parameters["consumer_weight"].copy_(solved.mT)
+
     def learn_from_tap(self, tap: Tap) -> None:
         """Gradient matching: move the output a fixed share of its scale down the gradient; needs no pass of the model."""
         if not tap.fresh():
             return
         assert tap.x is not None and tap.gradient is not None and tap.scale is not None
         x, gradient = tap.x, tap.gradient
-        strength = gradient.square().mean().sqrt().clamp_min(1e-20)
-        target = -gradient * (TRUST * tap.scale / strength)  # (batch, …) as the consumer's output
+        target = -gradient * (TRUST * tap.scale / rms(gradient))  # (batch, …) as the consumer's output
 
         def loss(parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
             return (self.forward(parameters, buffers, x) - target).square().mean()
@@ -81,6 +106,7 @@ class Race:
 
     def descend(self, losses: Tensor) -> None:
         """Step every candidate down its own loss, (candidates,); nothing else is updated."""
+        self.scores = torch.nan_to_num(losses.detach().cpu(), nan=float("inf"))
         names = list(self.parameters)
         gradients = torch.autograd.grad(losses.sum(), [self.parameters[n] for n in names])
         for name, gradient in zip(names, gradients, strict=True):
@@ -88,34 +114,41 @@ class Race:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def losses(self, run: Run, parameters: dict[str, Tensor] | None = None, buffers: dict[str, Tensor] | None = None) -> Tensor:  # fmt: skip
+    def losses(self, run: Run) -> Tensor:
         """Return the loss of the run with each candidate added at full strength, (candidates,)."""
-        parameters = self.parameters if parameters is None else parameters
-        buffers = self.buffers if buffers is None else buffers
+        names = list(self.parameters)
 
-        def one(parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
-            with self.layer.showing(lambda x: self.forward(parameters, buffers, x)):
+        def branch(stack: dict[str, Tensor], x: Tensor) -> Tensor:
+            parameters = {k: stack[k] for k in names}
+            return self.forward(parameters, {k: v for k, v in stack.items() if k not in parameters}, x)
+
+        return self.each(branch, run, {**self.parameters, **self.buffers})
+
+    def each(self, branch: Callable[[dict[str, Tensor], Tensor], Tensor], run: Run, stack: dict[str, Tensor]) -> Tensor:
+        """Return the loss of the run with the branch added, once per row of the stack, (rows,)."""
+
+        def one(row: dict[str, Tensor]) -> Tensor:
+            with self.layer.showing(lambda x: branch(row, x)):
                 return run()
 
         if self.batched:
             try:
-                return vmap(one, randomness="same")(parameters, buffers)
+                return vmap(one, randomness="same")(stack)
             except RuntimeError:
                 self.batched = False
-        count = len(next(iter(parameters.values())))
-        each = [one({k: v[i] for k, v in parameters.items()}, {k: v[i] for k, v in buffers.items()}) for i in range(count)]  # fmt: skip
-        return torch.stack(each)
+        return torch.stack([one({k: v[i] for k, v in stack.items()}) for i in range(len(next(iter(stack.values()))))])
 
     @torch.no_grad()
     def amplitudes(self, index: int, run: Run) -> Tensor:
-        """Return the loss of one candidate with its outgoing weights times each of ``AMPLITUDES``."""
-        count = len(AMPLITUDES)
-        parameters = {k: v[index].expand(count, *v.shape[1:]) for k, v in self.parameters.items()}
-        buffers = {k: v[index].expand(count, *v.shape[1:]).clone() for k, v in self.buffers.items()}
-        scale = torch.tensor(AMPLITUDES, device=parameters["consumer_weight"].device, dtype=parameters["consumer_weight"].dtype)  # fmt: skip
-        weight = parameters["consumer_weight"]
-        parameters["consumer_weight"] = weight * scale.view(-1, *[1] * (weight.dim() - 1))
-        return self.losses(run, parameters, buffers)
+        """Return the loss of one candidate with its output times each of ``AMPLITUDES``."""
+        parameters = {k: v[index] for k, v in self.parameters.items()}
+        scales = {"amplitude": torch.tensor(AMPLITUDES, device=parameters["consumer_weight"].device)}
+
+        def scaled(scale: dict[str, Tensor], x: Tensor) -> Tensor:
+            buffers = {k: v[index].clone() for k, v in self.buffers.items()}
+            return self.forward(parameters, buffers, x) * scale["amplitude"].to(x.dtype)
+
+        return self.each(scaled, run, scales)
 
     def kernel(self, index: int, amplitude: float) -> WidenKernel:
         """Take a candidate out as a live instance of its own."""
@@ -126,8 +159,10 @@ class Race:
             kernel.consumer_weight.mul_(amplitude)
         return kernel
 
-    def keep(self, order: Tensor) -> None:
-        """Go on with these candidates only, best first."""
+    def halve(self) -> None:
+        """Go on with the better half, by the last lesson."""
+        order = self.scores.argsort()[: (len(self.starts) + 1) // 2]
+        self.scores = self.scores[order]
         self.starts = tuple(self.starts[int(i)] for i in order)
         state = self.optimizer.state
         kept: dict[str, Tensor] = {}
@@ -141,7 +176,7 @@ class Race:
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed race needs."""
         return {
-            "units": self.units, "starts": list(self.starts), "batched": self.batched,
+            "units": self.units, "starts": list(self.starts), "batched": self.batched, "scores": self.scores.clone(),
             "parameters": {k: v.detach().clone() for k, v in self.parameters.items()},
             "buffers": {k: v.clone() for k, v in self.buffers.items()}, "optimizer": self.optimizer.state_dict(),
         }  # fmt: skip
@@ -153,5 +188,10 @@ class Race:
                 self.parameters[name].copy_(tensor)
             for name, tensor in state["buffers"].items():
                 self.buffers[name].copy_(tensor)
-        self.batched = state["batched"]
+        self.batched, self.scores = state["batched"], state["scores"].clone()
         self.optimizer.load_state_dict(state["optimizer"])
+
+
+def rms(tensor: Tensor) -> Tensor:
+    """Return the root mean square, 0-dim and never zero."""
+    return tensor.square().mean().sqrt().clamp_min(1e-20)

@@ -21,7 +21,8 @@ BANDITS = Registry("esper.tamiyo.bandits", "esper.bandits")
 class Room:
     """What the budget still allows; None is unlimited."""
 
-    parameters: float
+    size: int  # parameters now
+    parameters: float  # to come
     events: int
     model_flops: float | None
 
@@ -63,7 +64,8 @@ class Tamiyo:
         self.decisions += 1
         left = max(1, min(room.events, 1 + len(self.trigger.due)))
         asked = [site for site in sites if only in (None, site.name)]
-        units = {s.name: room.parameters / left / s.unit_parameters for s in asked}
+        spend = room.size * ((1 + max(room.parameters, 0) / room.size) ** (1 / left) - 1)  # the same factor every time
+        units = {s.name: spend / s.unit_parameters for s in asked}
         most = {s.name: int(room.parameters // s.unit_parameters) for s in asked}
         if room.model_flops is not None:
             most = {s.name: min(most[s.name], int(room.model_flops // s.unit_flops)) for s in asked}

@@ -31,7 +31,7 @@ from esper.tolaria.growth.streams import Streams
 from esper.tolaria.saving import save
 
 SETTLING = 20  # steps until BatchNorm's running statistics (momentum 0.1) have forgotten 88 % of what they knew
-CANDIDATE_RATE = 0.02  # of the candidates' Adam
+CANDIDATE_RATE = 0.05  # of the candidates' Adam
 
 
 @dataclass
@@ -81,7 +81,7 @@ def assemble(
     def fallback(what: str, why: str) -> None:
         observe(Event("fallback", clock["step"], {"what": what, "why": why}))
 
-    gate = Gate(host, loss_fn, probe, config.gate, fallback)
+    gate = Gate(host, loss_fn, probe, config.gate, config.gate.looks or max(2 * merged.growth_events, 1), fallback)
     committer = Committer(model, optimizers, ema, lambda: loss_fn(host, batch), config.new_slot_state, observe)
     donor = Donor(optimizers)
     settling = SETTLING if any(isinstance(m, _NormBase) and m.track_running_stats for m in host.modules()) else 0
@@ -123,8 +123,8 @@ class Donor:
         for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
                 if any(p is kernel.pair.producer.weight for p in group["params"]):
-                    settings = {k: v for k, v in group.items() if k in optimizer.defaults and k not in {"differentiable"}}
-                    own = type(optimizer)(kernel.parameters(), **settings)
+                    own = type(optimizer)(kernel.parameters(), lr=group["lr"])
+                    own.param_groups[0].update({k: v for k, v in group.items() if k in optimizer.defaults})
                     self.owners[id(own)] = group
                     return own
         return torch.optim.Adam(kernel.parameters())  # the producer is frozen: the kernel's own torch defaults
@@ -141,7 +141,7 @@ class Donor:
 def latency(model: nn.Module, run: Callable[[], Any]) -> float:
     """Return the median of five passes over a probe batch, in milliseconds."""
     times = []
-    with untouched(model), evaluating(model):
+    with evaluating(model), untouched(model):
         for _ in range(5):
             begun = time.perf_counter()
             run()

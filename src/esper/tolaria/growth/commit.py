@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, Literal
 
 import torch
@@ -13,7 +14,7 @@ from torch.optim import Optimizer
 from esper.contracts import Decision, Event, Observer, WidenPlan
 from esper.errors import SurgeryError
 from esper.kasmina.isolation import evaluating, untouched
-from esper.kasmina.materialise import Widened, widen
+from esper.kasmina.materialise import empty_slices, widen
 from esper.kasmina.morphable import MorphableModel, slug
 from esper.kasmina.seam import open_seam
 from esper.kasmina.widen import WidenKernel
@@ -53,19 +54,12 @@ class Committer:
         layer = self.model.layers[slug(plan.site)]
         branch = self.output(kernel.pair.consumer)
         layer.exposed = False
-        widened = widen(self.model.host, plan, slices)
+        donor = {e.name: optimizer.state.get(getattr(kernel, e.source), {}) for e in plan.edits}
         try:
-            difference = self.deviation(branch, self.output(kernel.pair.consumer))
+            difference = self.carry_out(plan, slices, donor, branch, step)
         except (SurgeryError, RuntimeError, ValueError, TypeError, IndexError) as error:
-            widened.undo()
             layer.exposed = True
             return f"the wider model was put back: {error}"
-        self.follow(
-            widened,
-            slices,
-            {e.name: optimizer.state.get(getattr(kernel, e.source), {}) for e in plan.edits},
-            step,
-        )
         self.model.refresh()
         self.plans.append(plan)
         self.observe(Event("widened", step, {
@@ -74,31 +68,40 @@ class Committer:
         }))  # fmt: skip
         return ""
 
-    def follow(
+    def carry_out(
         self,
-        widened: Widened,
+        plan: WidenPlan,
         slices: Mapping[str, Tensor],
         donor: Mapping[str, Mapping[str, Any]],
+        branch: Tensor | None,
         step: int,
-    ) -> None:
-        """Let optimizers and averages follow a widening that has been checked."""
+    ) -> float:
+        """Widen host, averages and optimizers; whatever raises, everything is put back.
+
+        Returns:
+            The largest difference from the branch, 0 where there is none to compare with.
+        """
+        with ExitStack() as back:
+            widened = widen(self.model.host, plan, slices)
+            back.callback(widened.undo)
+            difference = 0.0
+            if branch is not None:
+                consumer = self.model.pairs[plan.site].consumer
+                difference = self.deviation(branch, self.output(consumer))
+            for average in self.averages:
+                back.callback(widen_average(average, plan, slices).undo)
+            reasons = widen_state(self.optimizers, widened.changes, self.rule, donor)  # all of them or none
+            back.pop_all()
         for change in widened.replaced:
-            why = f"{change.edit.name} could not keep its identity ({change.why}); it was replaced and repaired by name"
+            why = f"{change.edit.name} could not keep its identity ({change.why}); optimizers were repaired by name"
             self.observe(Event("fallback", step, {"what": "identity", "why": why}))
-        for line in widen_state(self.optimizers, widened.changes, self.rule, donor):
+        for line in reasons:
             self.observe(Event("fallback", step, {"what": "optimizer state", "why": line}))
-        for average in self.averages:
-            widen_average(average, widened.plan, slices)
+        return difference
 
     def replay(self, plan: WidenPlan) -> None:
         """Repeat a widening of an earlier run on a fresh host, with empty slices that a checkpoint will fill."""
-        slices = {}
-        for edit in plan.edits:
-            old = self.model.host.get_parameter(edit.name) if edit.name in dict(self.model.host.named_parameters()) else self.model.host.get_buffer(edit.name)  # fmt: skip
-            shape = list(old.shape)
-            shape[edit.axis] = edit.new - edit.old
-            slices[edit.name] = old.new_zeros(shape)
-        self.follow(widen(self.model.host, plan, slices), slices, {}, 0)
+        self.carry_out(plan, empty_slices(self.model.host, plan), {}, None, 0)
         self.model.refresh()
         self.plans.append(plan)
 
@@ -107,7 +110,7 @@ class Committer:
         capture = Capture()
         close = open_seam(layer, "exit", capture)
         try:
-            with untouched(self.model.host, seed=0), evaluating(self.model):
+            with evaluating(self.model), untouched(self.model.host, seed=0):
                 self.run()
         finally:
             close()

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from esper.config import Config, ConfigLike, load_config
 from esper.contracts import Decision, Event, Observer, WidenPlan, ignore
 from esper.errors import FinishedError, SiteError, StateError, nearest
-from esper.kasmina.evidence import LossFunction, split_batch
+from esper.kasmina.evidence import LossFunction, join, split_batch
 from esper.kasmina.flops import Ledger
 from esper.kasmina.health import Measured, measure
 from esper.kasmina.morphable import MorphableModel
@@ -122,16 +122,18 @@ class Growth:
         decision = self.tamiyo.decide(self.steps, why, sites, reports, self._room(), rng, only)
         self._tell_decision(decision, measured)
         if decision.site is not None:
-            found = measured[decision.site]
-            self.orchestrator.germinate(decision, found.survey, found.x, self.steps)
+            self.orchestrator.germinate(decision, measured[decision.site], self.steps)
 
     def _survey(self, free: Sequence[str]) -> dict[str, Measured]:
         if not free:
             return {}
-        batch, seed = self.batches[-1], self.parts.streams.draw("evidence")
+        seed = self.parts.streams.draw("evidence")
         facts = tuple(self.morphable.pairs[n].site.width for n in self.morphable.pairs)
-        with self.cost.growth("survey", facts, tuple(free), self._examples(batch)):
-            return measure(self.morphable, free, lambda: self.parts.run(batch), seed, POOL, self.config.race.examples)
+        batches = join(self.batches)
+        examples = tuple(self._examples(batch) for batch in batches)
+        runs = [lambda b=batch: self.parts.run(b) for batch in batches]
+        with self.cost.growth("survey", facts, tuple(free), examples):
+            return measure(self.morphable, free, runs, seed, POOL, self.config.race.examples)
 
     def _room(self) -> Room:
         """Return what the budget still allows."""
@@ -143,8 +145,9 @@ class Growth:
             or (budget.latency_ms is not None and self.parts.latency_ms() >= budget.latency_ms)
         )
         events = 0 if spent else budget.growth_events - self.events_kept
+        size = self.morphable.parameter_count()
         flops = None if budget.model_flops is None else budget.model_flops - self.morphable.flops
-        return Room(limit - self.morphable.parameter_count(), events, flops)
+        return Room(size, limit - size, events, flops)
 
     # -- what else a user may ask -------------------------------------------------------------------------------------
 
