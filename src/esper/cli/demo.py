@@ -24,9 +24,14 @@ def demo(
     Each is trained three times with the same data, steps and optimizer: growing, not growing, and fixed at
     the size the growing one ended with. Takes less than two minutes on 2 cores and needs no network.
     """
+    import torch
+
     from esper.cli import digits
     from esper.nissa.report import write_report
 
+    torch.set_num_threads(
+        1
+    )  # nets this small wait for a second thread: 22 s with one, 142 s with two on a busy machine
     results = {}
     data = digits.Digits.split(seed)
     for task in digits.TASKS:
