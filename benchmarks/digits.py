@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from rich.console import RenderableType
@@ -101,9 +100,10 @@ class Host:
             "rates": self.rates,
             "summary": compare.summary(self.arms, FIGURES, SAME),
             "wall_ratios": self.ratios,
-            "selection": [asdict(result) for results in self.grid.values() for result in results],
-            "runs": {arm: [asdict(result) for result in results] for arm, results in self.arms.items()},
-            "frontier": [asdict(result) for results in self.frontier.values() for result in results],
+            "selection": [result.to_dict() for results in self.grid.values() for result in results],
+            "runs": {arm: [result.to_dict() for result in results] for arm, results in self.arms.items()},
+            "curves": {arm: picture.trajectory(results) for arm, results in self.arms.items()},
+            "frontier": [result.to_dict() for results in self.frontier.values() for result in results],
         }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 
 from benchmarks import compare, harness
 from benchmarks.promises import Promise
@@ -38,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
             judged += promises(host, arms)
             figures[host] = {
                 "summary": compare.summary(arms, FIGURES, "fixed:small"),
-                "runs": [asdict(result) for result in results],
+                "runs": [result.to_dict() for result in results],
             }
     return harness.conclude(NAME, chosen, shown, judged, {"rate": RATE, **figures})
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +68,10 @@ class Result:
     @property
     def flops(self) -> int:
         return self.training_flops + self.growth_flops
+
+    def to_dict(self) -> dict[str, object]:
+        """Say everything but the curve, of which only the mean over seeds is kept on file."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "curve"}
 
 
 def run(job: Job) -> Result:

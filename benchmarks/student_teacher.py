@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 
 from benchmarks import compare, harness
 from benchmarks.promises import Promise
@@ -43,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
         "grid": list(rates),
         "rates": best,
         "summary": compare.summary(arms, FIGURES, "grown"),
-        "runs": [asdict(result) for results in grid.values() for result in results],
+        "runs": [result.to_dict() for results in grid.values() for result in results],
     }
     return harness.conclude(NAME, chosen, tables, promises(arms), figures)
 

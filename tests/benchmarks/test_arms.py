@@ -101,3 +101,22 @@ def test_arms_side_by_side_train_to_the_end() -> None:
         Job("digits-mlp", "fixed:small", 0, 0.01, epochs=2),
     )
     assert all(seconds > 0 for seconds in runs.side_by_side(jobs))
+
+
+def test_a_grown_run_pays_for_growth_and_stays_within_its_budget() -> None:
+    small, grown, big = (
+        runs.run(Job("student-teacher", arm, 1, 0.3, epochs=150)) for arm in ("fixed:small", "grown", "fixed")
+    )
+    assert grown.growths > 0
+    assert small.parameters < grown.parameters <= big.parameters
+    assert small.flops < grown.training_flops < big.flops
+    assert grown.growth_flops > 0
+    assert grown.train < small.train
+
+
+def test_where_nothing_is_kept_the_grown_run_is_its_twin_bit_for_bit() -> None:
+    grown, twin = (runs.run(Job("breast-cancer", arm, 0, 0.01)) for arm in ("grown", "fixed:small"))
+    assert grown.growths == 0
+    assert grown.growth_flops > 0  # it did look
+    assert grown.training_flops == twin.training_flops
+    assert (grown.test_loss, grown.train) == (twin.test_loss, twin.train)
