@@ -29,9 +29,8 @@ def demo(
     from esper.cli import digits
     from esper.nissa.report import write_report
 
-    torch.set_num_threads(
-        1
-    )  # nets this small wait for a second thread: 22 s with one, 142 s with two on a busy machine
+    # Nets this small wait for a second thread: on a busy machine the demo took 142 s with two, 22 s with one.
+    torch.set_num_threads(1)
     results = {}
     data = digits.Digits.split(seed)
     for task in digits.TASKS:
