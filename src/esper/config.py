@@ -45,7 +45,7 @@ class Gate(Section):
     """Held-out evidence before exposure."""
 
     false_keep: float = Field(0.05, gt=0, lt=1, description="false-keep budget of a whole run, over all looks")
-    looks: int | None = Field(None, ge=1, description="looks the budget is shared by; None: twice the growth events")
+    looks: int | None = Field(None, ge=1, description="looks the budget is shared by; None: 1.5 per planned widening")
     min_gain: float = Field(0.0, ge=0, description="smallest relative decrease of the held-out loss worth keeping")
 
 

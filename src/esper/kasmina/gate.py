@@ -16,7 +16,6 @@ from esper.kasmina.evidence import LossFunction, e_value, example_losses
 from esper.kasmina.isolation import evaluating, untouched
 from esper.kasmina.layer import KasminaLayer
 
-BOUND = 2.0  # clipping, in root-mean-square differences on training examples; 3 needed 10 % more examples (digits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,18 +57,17 @@ class Gate:
         Args:
             layer: The site, seams open.
             kernel: The race's winner.
-            train: A training batch; only the scale of the differences is taken from it.
+            train: A training batch; scale and stake of the bet are taken from it.
             seed: Of the random numbers that both passes share.
         """
         if self.looks >= self.allowed:
             return Verdict(False, self.looks, 0.0, math.inf, None, None, 0, "every look of the false-keep budget is spent")
         self.looks += 1
         threshold = self.allowed / self.settings.false_keep
-        scale = self.differences(layer, kernel, [train], seed)[0]
-        bound = BOUND * float(np.sqrt(np.mean(np.square(scale))))
+        rehearsal = self.differences(layer, kernel, [train], seed)[0]
         differences, losses = self.differences(layer, kernel, self.probe, seed)
         gain, loss = float(differences.mean()), float(losses.mean())
-        value = e_value(differences, bound)
+        value = e_value(differences, rehearsal)
         if not math.isfinite(gain):
             reason = "the held-out loss is not finite"
         elif gain <= 0:

@@ -33,11 +33,12 @@ class Tamiyo:
     Args:
         config: Settings.
         steps: Optimizer steps of the run, if known.
+        widenings: How many the budget has room for when each is as small as it may be.
     """
 
-    def __init__(self, config: Config, steps: int | None) -> None:
+    def __init__(self, config: Config, steps: int | None, widenings: int) -> None:
         self.config = config
-        self.trigger = Trigger(config.schedule, steps, config.budget.growth_events)
+        self.trigger = Trigger(config.schedule, steps, min(config.budget.growth_events, widenings))
         self.selector = SeedSelector(BANDITS.get(config.bandit)(), config.widths.shares)
         self.pending: dict[int, Arm] = {}
         self.refused = 0  # gates in a row
@@ -80,7 +81,7 @@ class Tamiyo:
         reason = f"{why}; {arm.site} promises most per FLOP among {len({a.site for a in arms})} sites"
         return Decision(self.decisions, step, "widen", arm.site, arm.width, arm.start, reason, propensity, arm.score, listed)  # fmt: skip
 
-    def learn(self, outcome: Outcome) -> None:
+    def learn(self, outcome: Outcome, step: int) -> None:
         """Take in what a decision came to: its gain per parameter, relative to the best seen; a failure is worth 0."""
         arm = self.pending.pop(outcome.decision)
         reward = 0.0
@@ -89,6 +90,8 @@ class Tamiyo:
             self.best_gain = max(self.best_gain, rate)
             reward = rate / self.best_gain if self.best_gain > 0 else 0.0
         self.refused = 0 if outcome.kept else self.refused + 1
+        if not outcome.kept:
+            self.trigger.again(step)
         self.selector.bandit.learn(arm.name, max(reward, 0.0))
 
     def state_dict(self) -> dict[str, Any]:

@@ -29,6 +29,7 @@ class Trigger:
         if steps and decisions:
             last = max(settings.stop * steps, self.warmup)
             self.due = [self.warmup + round(i * (last - self.warmup) / decisions) for i in range(decisions)]
+        self.interval = math.ceil((self.due[1] - self.due[0]) / 2) if len(self.due) > 1 else 0
         self.stop = settings.stop * steps if steps else math.inf
         self.losses: deque[float] = deque(maxlen=2 * settings.plateau_window)
         self.scheduled = bool(steps)
@@ -53,6 +54,12 @@ class Trigger:
         """Count a decision off the schedule and start watching afresh."""
         self.due = self.due[1:]
         self.losses.clear()
+
+    def again(self, step: int) -> None:
+        """Give a refused decision another chance half an interval later, unless one is due before."""
+        retry = step + self.interval
+        if self.interval and retry <= self.stop and not (self.due and self.due[0] <= retry):
+            self.due.insert(0, retry)
 
     def stalled(self) -> bool:
         """Tell whether the later half of the window is no better than the earlier by one standard error."""

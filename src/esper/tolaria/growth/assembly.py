@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -81,7 +82,7 @@ def assemble(
     def fallback(what: str, why: str) -> None:
         observe(Event("fallback", clock["step"], {"what": what, "why": why}))
 
-    gate = Gate(host, loss_fn, probe, config.gate, config.gate.looks or max(2 * merged.growth_events, 1), fallback)
+    gate = Gate(host, loss_fn, probe, config.gate, looks(model, config), fallback)
     committer = Committer(model, optimizers, ema, lambda: loss_fn(host, batch), config.new_slot_state, observe)
     donor = Donor(optimizers)
     settling = SETTLING if any(isinstance(m, _NormBase) and m.track_running_stats for m in host.modules()) else 0
@@ -104,11 +105,29 @@ def assemble(
     if merged.wall_seconds is not None or merged.latency_ms is not None:
         warnings.append("a budget in seconds makes decisions depend on the clock; runs with the same seed may differ")
     return Parts(
-        model=model, optimizers=optimizers, orchestrator=orchestrator, tamiyo=Tamiyo(config, steps), committer=committer, ledger=ledger,
+        model=model, optimizers=optimizers, orchestrator=orchestrator, tamiyo=Tamiyo(config, steps, widenings(model, merged)), committer=committer, ledger=ledger,
         gate=gate, streams=streams, config=config, budget=merged, observe=observe, run=given.run,
         latency_ms=lambda: latency(host, lambda: loss_fn(host, batch)), host_parameters=model.parameter_count(), steps=steps, seed=seed,
         warnings=warnings,
     )  # fmt: skip
+
+
+def widenings(model: MorphableModel, budget: Budget) -> int:
+    """Count the smallest widenings the parameter budget has room for, at the cheapest site."""
+    smallest = min(pair.site.unit_parameters * pair.site.granularity for pair in model.pairs.values())
+    host = model.parameter_count()
+    return max(int((limit(budget, host) - host) // smallest), 0)
+
+
+def limit(budget: Budget, host: int) -> float:
+    """Return the most parameters a budget allows."""
+    return budget.parameters * host if budget.parameters <= 1000 else budget.parameters
+
+
+def looks(model: MorphableModel, config: Config) -> int:
+    """Share the false-keep budget by half as many looks again as widenings are planned."""
+    planned = min(config.budget.growth_events, widenings(model, config.budget))
+    return config.gate.looks or max(math.ceil(1.5 * planned), 1)
 
 
 class Donor:

@@ -22,7 +22,7 @@ from esper.kasmina.orchestrator import SeedOrchestrator
 from esper.kasmina.sites import Sites
 from esper.nissa.journal import RunJournal
 from esper.tamiyo.controller import Room, Tamiyo
-from esper.tolaria.growth.assembly import Parts, assemble
+from esper.tolaria.growth.assembly import Parts, assemble, limit
 from esper.tolaria.growth.entrance import check_finite, check_loss
 
 POOL = 16  # directions a survey looks for; a race of 8 uses the best ones first
@@ -101,10 +101,12 @@ class Growth:
             outcome = self.orchestrator.advance(tuple(self.batches), loss, self.steps)
             if outcome is not None:
                 self.events_kept += outcome.kept
-                self.tamiyo.learn(outcome)
+                self.tamiyo.learn(outcome, self.steps)
             return
         self.orchestrator.advance(tuple(self.batches), loss, self.steps)
         self.orchestrator.wake_embargoed(self.steps)
+        if all(self.orchestrator.embargoed(name) for name in self.morphable.pairs):
+            return
         why = self.tamiyo.due(self.steps, loss)
         if self.asked is not None:
             why = "asked for"
@@ -137,8 +139,7 @@ class Growth:
 
     def _room(self) -> Room:
         """Return what the budget still allows."""
-        budget, host = self.parts.budget, self.parts.host_parameters
-        limit = budget.parameters * host if budget.parameters <= 1000 else budget.parameters
+        budget = self.parts.budget
         spent = (
             (budget.growth_flops is not None and self.cost.growth_flops >= budget.growth_flops)
             or (budget.wall_seconds is not None and self.cost.seconds >= budget.wall_seconds)
@@ -147,7 +148,7 @@ class Growth:
         events = 0 if spent else budget.growth_events - self.events_kept
         size = self.morphable.parameter_count()
         flops = None if budget.model_flops is None else budget.model_flops - self.morphable.flops
-        return Room(size, limit - size, events, flops)
+        return Room(size, limit(budget, self.parts.host_parameters) - size, events, flops)
 
     # -- what else a user may ask -------------------------------------------------------------------------------------
 
@@ -187,7 +188,7 @@ class Growth:
         outcome = self.orchestrator.settle()
         if outcome is not None:
             self.events_kept += outcome.kept
-            self.tamiyo.learn(outcome)
+            self.tamiyo.learn(outcome, self.steps)
         self.cost.seconds += time.perf_counter() - begun
         for hook in self.hooks:
             hook.remove()

@@ -12,6 +12,7 @@ from esper.kasmina.morphable import wrap
 from esper.kasmina.sites import Sites
 from esper.kasmina.summary import Summary, summary
 from esper.tamiyo.triggers import Trigger
+from esper.tolaria.growth.assembly import limit, widenings
 from esper.tolaria.growth.entrance import merged_budget, refuse_host
 
 
@@ -32,7 +33,7 @@ def plan(model: nn.Module, example_inputs: Any, *, steps: int | None = None, sit
     merged = merged_budget(budget, settings.budget)
     wrapped = wrap(model, example_inputs, sites=sites)
     made = summary(wrapped)
-    limit = merged.parameters * made.parameters if merged.parameters <= 1000 else merged.parameters
-    made.decisions = Trigger(settings.schedule, steps, merged.growth_events).due
-    made.room = {row["name"]: int((limit - made.parameters) // row["unit_parameters"]) for row in made.sites}
+    made.decisions = Trigger(settings.schedule, steps, min(merged.growth_events, widenings(wrapped, merged))).due
+    most = limit(merged, made.parameters)
+    made.room = {row["name"]: int((most - made.parameters) // row["unit_parameters"]) for row in made.sites}
     return made
