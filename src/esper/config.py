@@ -22,11 +22,11 @@ class Section(BaseModel):
 class Schedule(Section):
     """When to look for growth."""
 
-    warmup: float = Field(0.05, ge=0, le=1, description="share of the steps before the first decision")
-    stop: float = Field(0.6, gt=0, le=1, description="share of the steps after which no decision is due")
+    warmup: float = Field(0.1, ge=0, le=1, description="share of the steps before the first decision")
+    stop: float = Field(0.9, gt=0, le=1, description="share of the steps after which no decision is due")
     plateau: bool = Field(True, description="bring a decision forward when the loss stalls")
     plateau_window: int = Field(50, ge=4, description="steps over which a stall is judged")
-    patience: int = Field(3, ge=1, description="refused gates in a row after which growth rests")
+    patience: int = Field(5, ge=1, description="refused gates in a row after which growth rests")
     embargo: float = Field(0.03, ge=0, le=1, description="share of the steps a culled site cools down")
 
 
@@ -34,8 +34,8 @@ class Race(Section):
     """How candidates compete before one of them may touch the model."""
 
     candidates: int = Field(8, ge=1, description="competitors in a race")
-    steps: int | None = Field(None, ge=1, description="incubation steps; None: 1/250 of the run, within 3 to 100")
-    shadow_every: int = Field(2, ge=1, description="every k-th incubation step learns from the real loss")
+    steps: int | None = Field(None, ge=1, description="incubation steps; None: 1/16 of the run, within 8 to 200")
+    shadow_every: int = Field(1, ge=1, description="every k-th incubation step learns from the real loss")
     learning_rate: float | None = Field(None, gt=0, description="of the candidates; None: chosen from the host's")
     batches: int = Field(4, ge=4, description="recent training batches kept for surveys and for judging the race")
     examples: int = Field(512, ge=8, description="examples a survey reads at most")
@@ -68,7 +68,7 @@ class Budget(Section):
     """What growth may spend; None is unlimited."""
 
     parameters: float = Field(4.0, gt=1, description="up to 1000: multiples of the host's; above: a count")
-    growth_events: int = Field(8, ge=0, description="widenings kept")
+    growth_events: int = Field(4, ge=0, description="widenings kept")
     growth_flops: float | None = Field(None, gt=0, description="training FLOPs all growth may cost")
     model_flops: float | None = Field(None, gt=0, description="forward FLOPs per example of the grown model")
     wall_seconds: float | None = Field(None, gt=0, description="seconds all growth may take")

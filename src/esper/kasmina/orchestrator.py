@@ -56,7 +56,7 @@ class Timing:
         ramp = config.blend.ramp or min(max(length // 250, 4), 100)
         stabilise = config.blend.stabilise if config.blend.stabilise is not None else max(ramp // 2, settling)
         return cls(
-            incubate=config.race.steps or min(max(length // 250, 3), 100),
+            incubate=config.race.steps or min(max(length // 16, 8), 200),
             ramp=ramp,
             stabilise=stabilise,
             evaluate=config.blend.evaluate or ramp,
@@ -95,7 +95,7 @@ class Given:
     follow: Callable[[torch.optim.Optimizer], None]  # the host's present learning rate
     commit: Callable[[WidenKernel, torch.optim.Optimizer, Decision], str]  # "" or why it was undone
     draw: Callable[[str], int]  # a seed of a named random stream
-    rate: Callable[[], float]  # the candidates' learning rate
+    rate: float | None  # the candidates' learning rate, if the user chose one
     scale: Callable[[], float]  # of the gradients (AMP), 1.0 without
 
 
@@ -136,7 +136,7 @@ class SeedOrchestrator:
         sown = {"svd": count, "random": 0, "mixed": math.ceil(count * 5 / 8)}[decision.start]
         starts = ("svd",) * sown + ("random",) * (count - sown)
         with same_randomness(self.given.draw("initialisation")):
-            trial.race = Race(layer, decision.width, starts, measured.survey, measured.x, self.given.rate())
+            trial.race = Race(layer, decision.width, starts, measured.survey, measured.x, self.given.rate)
             with self.given.ledger.growth("fit", decision.id):
                 trial.race.fit(measured.x, measured.gradient, measured.scale)
         layer.tap = trial.tap
@@ -171,7 +171,7 @@ class SeedOrchestrator:
         else:
             with same_randomness(seed), ledger.growth("tap", trial.decision.id, size, self.examples):
                 race.learn_from_tap(trial.tap)
-        if age in {total // 3, 2 * total // 3} and size > 2:
+        if age in {max(total // 16, 1), total // 8, total // 4} and size > 1:
             race.halve()
         return None
 

@@ -20,6 +20,8 @@ from esper.kasmina.widen import WidenKernel
 TRUST = 0.3  # gradient matching: how far, in output scales, a candidate should move the output
 AMPLITUDES = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)  # 0 is "do nothing", which competes in every race
 
+FASTEST, REACH = 0.02, 0.3  # learning rate of outgoing weights: at most the first, and the second over their number
+RELATIVE = 0.05  # learning rate of incoming weights, in their own root mean square
 RIDGE = 0.01  # of the mean feature power
 
 Run = Callable[[], Tensor]  # one training-mode pass to the scalar loss
@@ -34,31 +36,45 @@ class Race:
         starts: One per candidate: "svd" or "random".
         pool: Directions for the "svd" candidates.
         x: Inputs of the producer that biases are centred on.
-        learning_rate: Of the candidates' own Adam.
+        learning_rate: Of the candidates' own Adam, for their outgoing weights; None: by their number.
     """
 
-    def __init__(self, layer: KasminaLayer, units: int, starts: tuple[str, ...], pool: Survey, x: Tensor, learning_rate: float) -> None:  # fmt: skip
+    def __init__(self, layer: KasminaLayer, units: int, starts: tuple[str, ...], pool: Survey, x: Tensor, learning_rate: float | None) -> None:  # fmt: skip
         self.layer, self.units, self.starts = layer, units, starts
         kernels = [self.candidate(i, start, pool, x) for i, start in enumerate(starts)]
         self.template = WidenKernel(layer.pair, units)
         self.parameters, self.buffers = stack_module_state(kernels)  # type: ignore[arg-type]
-        self.optimizer = torch.optim.Adam(list(self.parameters.values()), lr=learning_rate)
+        self.optimizer = torch.optim.Adam(self.groups(learning_rate))
         self.scores = torch.zeros(len(starts))  # each candidate's own loss at its last lesson
         self.batched = True  # False once the model turned out not to run under vmap
 
     def candidate(self, index: int, start: str, pool: Survey, x: Tensor) -> WidenKernel:
-        """Build one candidate; the first "svd" candidate takes the best directions, the next ones what follows."""
+        """Build one candidate; the first "svd" candidate takes the best directions, the others draw by score."""
         kernel = WidenKernel(self.layer.pair, self.units).train()
         if start == "svd":
-            chances = pool.score.clamp_min(0) + 1e-12
-            size = min(self.units, len(chances))
-            best = torch.arange(index * self.units, index * self.units + size)
-            picked = best if int(best[-1]) < len(chances) else torch.multinomial(chances.cpu().float(), size)
+            size = min(self.units, len(pool.score))
+            chances = (pool.score.clamp_min(0) + 1e-12).cpu().float()
+            picked = torch.arange(size) if index == 0 else torch.multinomial(chances, size)
             rows = kernel.producer_weight.detach().clone()
             rows[:size] = pool.weight[picked.to(rows.device)]
             place(kernel, rows)
         centre(kernel, x)
         return kernel
+
+    def groups(self, rate: float | None) -> list[dict[str, Any]]:
+        """Give outgoing weights, which start at zero, an absolute rate and all others one relative to their size.
+
+        Adam moves every weight alike, so the output moves with the number of weights that feed it: the rate falls with it.
+
+        An absolute rate kills rectified units where incoming weights are small: of 16 units on the digits CNN none was left
+        after 16 steps at 0.05.
+        """
+        fan_in = self.parameters["consumer_weight"][0, 0].numel()
+        rate = min(FASTEST, REACH / fan_in) if rate is None else rate
+        sizes = {name: float(rms(tensor.detach())) for name, tensor in self.parameters.items()}
+        relative = RELATIVE * sizes["producer_weight"]
+        rates = {name: rate if name == "consumer_weight" else relative for name in self.parameters}
+        return [{"params": [tensor], "lr": rates[name]} for name, tensor in self.parameters.items()]
 
     def forward(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor) -> Tensor:
         """Run one candidate."""
@@ -74,7 +90,9 @@ class Race:
         """
         if not isinstance(self.layer.pair.consumer, nn.Linear):
             return
-        target = (-gradient * (TRUST * scale / rms(gradient))).flatten(0, -2)  # (rows, out)
+        slope = gradient.flatten(0, -2)  # (rows, out)
+        rows = slope.square().mean(1, keepdim=True).sqrt()
+        target = -slope * (TRUST * scale / rows.clamp_min(rms(slope)))  # no row is moved further than the trust
 
         def features(parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
             return functional_call(self.template, (parameters, buffers), (x,), {"hidden": True}).flatten(0, -2)
@@ -131,12 +149,13 @@ class Race:
             with self.layer.showing(lambda x: branch(row, x)):
                 return run()
 
-        if self.batched:
+        rows = len(next(iter(stack.values())))
+        if self.batched and rows > 1:
             try:
                 return vmap(one, randomness="same")(stack)
             except RuntimeError:
                 self.batched = False
-        return torch.stack([one({k: v[i] for k, v in stack.items()}) for i in range(len(next(iter(stack.values()))))])
+        return torch.stack([one({k: v[i] for k, v in stack.items()}) for i in range(rows)])
 
     @torch.no_grad()
     def amplitudes(self, index: int, run: Run) -> Tensor:
@@ -170,7 +189,8 @@ class Race:
             kept[name] = parameter.detach()[order].clone().requires_grad_()
             state[kept[name]] = {k: v if v.dim() == 0 else v[order].clone() for k, v in state.pop(parameter, {}).items()}
         self.parameters = kept
-        self.optimizer.param_groups[0]["params"] = list(kept.values())
+        for group, parameter in zip(self.optimizer.param_groups, kept.values(), strict=True):
+            group["params"] = [parameter]
         self.buffers = {k: v[order].clone() for k, v in self.buffers.items()}
 
     def state_dict(self) -> dict[str, Any]:

@@ -68,17 +68,19 @@ class Tamiyo:
         spend = room.size * ((1 + max(room.parameters, 0) / room.size) ** (1 / left) - 1)  # the same factor every time
         units = {s.name: spend / s.unit_parameters for s in asked}
         most = {s.name: int(room.parameters // s.unit_parameters) for s in asked}
+        costs = {s.name: s.unit_parameters / max(room.parameters, 1) for s in asked}
         if room.model_flops is not None:
+            costs = {s.name: costs[s.name] + s.unit_flops / max(room.model_flops, 1) for s in asked}
             most = {s.name: min(most[s.name], int(room.model_flops // s.unit_flops)) for s in asked}
         units = {name: max(value, self.config.widths.min_units) for name, value in units.items()}
-        arms = self.selector.arms(asked, reports, units, most) if room.events > 0 else []
+        arms = self.selector.arms(asked, reports, costs, units, most) if room.events > 0 else []
         if not arms:
             reason = "the budget is spent" if room.events <= 0 or all(v < 1 for v in most.values()) else "no site promises an improvement"  # fmt: skip
             return Decision(self.decisions, step, "nothing", None, 0, None, f"{why}; {reason}", 1.0, None)
         arm, propensity = self.selector.choose(arms, rng)
         self.pending[self.decisions] = arm
         listed = tuple({"site": a.site, "width": a.width, "start": a.start, "score": a.score, "prior": a.prior} for a in arms)  # fmt: skip
-        reason = f"{why}; {arm.site} promises most per FLOP among {len({a.site for a in arms})} sites"
+        reason = f"{why}; {arm.site} promises most for its share of the budget among {len({a.site for a in arms})} sites"
         return Decision(self.decisions, step, "widen", arm.site, arm.width, arm.start, reason, propensity, arm.score, listed)  # fmt: skip
 
     def learn(self, outcome: Outcome, step: int) -> None:
@@ -92,7 +94,7 @@ class Tamiyo:
         self.refused = 0 if outcome.kept else self.refused + 1
         if not outcome.kept:
             self.trigger.again(step)
-        self.selector.bandit.learn(arm.name, max(reward, 0.0))
+        self.selector.learn(arm, outcome.kept, max(reward, 0.0))
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything learned and pending, as JSON values."""

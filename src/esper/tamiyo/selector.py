@@ -1,4 +1,4 @@
-"""Where and what: arms are site × width × start, ranked by first-order improvement per FLOP, then by experience."""
+"""Where and what: arms are site × width × start, ranked by first-order improvement per share of the budget, then by experience."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Arm:
     share: float  # of the even share per event
     width: int  # units
     start: str
-    score: float  # first-order improvement per FLOP
+    score: float  # first-order improvement per share of the budget
     prior: float
 
     @property
@@ -42,13 +42,17 @@ class SeedSelector:
 
     def __init__(self, bandit: Bandit, shares: Sequence[float]) -> None:
         self.bandit, self.shares = bandit, shares
+        self.tried: dict[str, int] = {}  # decisions per site
+        self.kept: dict[str, int] = {}
 
-    def arms(self, sites: Sequence[Site], reports: Mapping[str, HealthReport], units: Mapping[str, float], room: Mapping[str, int]) -> list[Arm]:  # fmt: skip
+    def arms(self, sites: Sequence[Site], reports: Mapping[str, HealthReport], costs: Mapping[str, float],
+             units: Mapping[str, float], room: Mapping[str, int]) -> list[Arm]:  # fmt: skip
         """List what may be chosen.
 
         Args:
             sites: Places free to grow.
             reports: What was measured there; a site without an improvement cannot be chosen.
+            costs: Share of the remaining budget that one unit takes, per site.
             units: Even share per site, in units.
             room: Most units the budget allows per site.
         """
@@ -56,7 +60,7 @@ class SeedSelector:
         for site in sites:
             improvement = reports[site.name].improvement if site.name in reports else None
             if improvement is not None and room[site.name] >= site.granularity:
-                scores[site.name] = improvement / site.unit_flops
+                scores[site.name] = improvement / costs[site.name] * self.experience(site.name)
         best = max(scores.values(), default=0.0)
         made: dict[tuple[str, int, str], Arm] = {}
         for site in sites:
@@ -69,18 +73,29 @@ class SeedSelector:
                     made.setdefault((site.name, width, start), Arm(site.name, share, width, start, scores[site.name], prior))  # fmt: skip
         return list(made.values())
 
+    def experience(self, site: str) -> float:
+        """Return the share of a site's decisions that were kept, with one success for a start."""
+        return (1 + self.kept.get(site, 0)) / (1 + self.tried.get(site, 0))
+
+    def learn(self, arm: Arm, kept: bool, reward: float) -> None:
+        """Take in what an arm brought."""
+        self.tried[arm.site] = self.tried.get(arm.site, 0) + 1
+        self.kept[arm.site] = self.kept.get(arm.site, 0) + kept
+        self.bandit.learn(arm.name, reward)
+
     def choose(self, arms: Sequence[Arm], rng: np.random.Generator) -> tuple[Arm, float]:
         """Return the chosen arm and its propensity."""
         index, propensity = self.bandit.choose([arm.name for arm in arms], np.array([arm.prior for arm in arms]), rng)
         return arms[index], propensity
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the bandit learned."""
-        return self.bandit.state_dict()
+        """Return what was learned."""
+        return {"bandit": self.bandit.state_dict(), "tried": dict(self.tried), "kept": dict(self.kept)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take it back."""
-        self.bandit.load_state_dict(state)
+        self.bandit.load_state_dict(state["bandit"])
+        self.tried, self.kept = dict(state["tried"]), dict(state["kept"])
 
 
 def fitted(units: float, granularity: int, room: int) -> int:

@@ -32,7 +32,6 @@ from esper.tolaria.growth.streams import Streams
 from esper.tolaria.saving import save
 
 SETTLING = 20  # steps until BatchNorm's running statistics (momentum 0.1) have forgotten 88 % of what they knew
-CANDIDATE_RATE = 0.05  # of the candidates' Adam
 
 
 @dataclass
@@ -95,7 +94,7 @@ def assemble(
 
     given = Given(
         run=lambda one: loss_fn(host, one), gate=gate, ledger=ledger, observe=observe, optimizer=donor.like, follow=donor.follow,
-        commit=commit, draw=streams.draw, rate=lambda: config.race.learning_rate or CANDIDATE_RATE,
+        commit=commit, draw=streams.draw, rate=config.race.learning_rate,
         scale=(lambda: float(scaler.get_scale())) if scaler is not None else (lambda: 1.0),
     )  # fmt: skip
     orchestrator = SeedOrchestrator(model, config, Timing.of(config, steps, settling), given)

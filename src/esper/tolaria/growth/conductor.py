@@ -25,7 +25,7 @@ from esper.tamiyo.controller import Room, Tamiyo
 from esper.tolaria.growth.assembly import Parts, assemble, limit
 from esper.tolaria.growth.entrance import check_finite, check_loss
 
-POOL = 16  # directions a survey looks for; a race of 8 uses the best ones first
+POOL = 32  # directions a survey compares
 
 
 class Growth:
