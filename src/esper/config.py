@@ -34,19 +34,31 @@ class Race(Section):
     """How candidates compete before one of them may touch the model."""
 
     candidates: int = Field(8, ge=1, description="competitors in a race")
-    steps: int | None = Field(None, ge=1, description="incubation steps; None: 1/16 of the run, within 8 to 200")
+    steps: int | None = Field(
+        None, ge=1, description="incubation steps; None: 1/16 of the run, within 8 to 200"
+    )
     shadow_every: int = Field(1, ge=1, description="every k-th incubation step learns from the real loss")
-    learning_rate: float | None = Field(None, gt=0, description="of the candidates; None: chosen from the host's")
-    batches: int = Field(4, ge=4, description="recent training batches kept for surveys and for judging the race")
+    learning_rate: float | None = Field(
+        None, gt=0, description="of the candidates; None: chosen from the host's"
+    )
+    batches: int = Field(
+        4, ge=4, description="recent training batches kept for surveys and for judging the race"
+    )
     examples: int = Field(512, ge=8, description="examples a survey reads at most")
 
 
 class Gate(Section):
     """Held-out evidence before exposure."""
 
-    false_keep: float = Field(0.05, gt=0, lt=1, description="false-keep budget of a whole run, over all looks")
-    looks: int | None = Field(None, ge=1, description="looks the budget is shared by; None: 1.5 per planned widening")
-    min_gain: float = Field(0.0, ge=0, description="smallest relative decrease of the held-out loss worth keeping")
+    false_keep: float = Field(
+        0.05, gt=0, lt=1, description="false-keep budget of a whole run, over all looks"
+    )
+    looks: int | None = Field(
+        None, ge=1, description="looks the budget is shared by; None: 1.5 per planned widening"
+    )
+    min_gain: float = Field(
+        0.0, ge=0, description="smallest relative decrease of the held-out loss worth keeping"
+    )
 
 
 class Blend(Section):
@@ -60,7 +72,9 @@ class Blend(Section):
 class Widths(Section):
     """How much to add at a time."""
 
-    shares: tuple[float, ...] = Field((0.5, 1.0, 2.0), description="arms: multiples of the even share per event")
+    shares: tuple[float, ...] = Field(
+        (0.5, 1.0, 2.0), description="arms: multiples of the even share per event"
+    )
     min_units: int = Field(1, ge=1, description="smallest widening")
 
 
@@ -72,7 +86,9 @@ class Budget(Section):
     growth_flops: float | None = Field(None, gt=0, description="training FLOPs all growth may cost")
     model_flops: float | None = Field(None, gt=0, description="forward FLOPs per example of the grown model")
     wall_seconds: float | None = Field(None, gt=0, description="seconds all growth may take")
-    latency_ms: float | None = Field(None, gt=0, description="forward latency of the grown model on a probe batch")
+    latency_ms: float | None = Field(
+        None, gt=0, description="forward latency of the grown model on a probe batch"
+    )
 
 
 class Telemetry(Section):
@@ -84,7 +100,9 @@ class Telemetry(Section):
 class Config(BaseSettings):
     """All settings; environment variables look like ``ESPER_RACE__CANDIDATES=4``."""
 
-    model_config = SettingsConfigDict(env_prefix="ESPER_", env_nested_delimiter="__", extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix="ESPER_", env_nested_delimiter="__", extra="forbid", frozen=True
+    )
 
     schedule: Schedule = Schedule()
     race: Race = Race()
@@ -144,7 +162,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if data is None:
         return {}
     if not isinstance(data, dict):
-        raise ConfigError(f"{path} holds a {type(data).__name__} at its top level; a mapping of sections is needed")
+        raise ConfigError(
+            f"{path} holds a {type(data).__name__} at its top level; a mapping of sections is needed"
+        )
     return data
 
 

@@ -111,7 +111,9 @@ class Layered(Step):
 
     def unit_parameters(self) -> int:
         """Count what one channel of each parameter holds."""
-        return sum(parameter[0].numel() for parameter in self.module._parameters.values() if parameter is not None)
+        return sum(
+            parameter[0].numel() for parameter in self.module._parameters.values() if parameter is not None
+        )
 
     def attributes(self, units: int) -> tuple[tuple[str, str, int], ...]:
         """Raise the counts the module keeps of its channels."""
@@ -155,7 +157,9 @@ class GroupNorm(Layered):
 
     def run(self, x: Tensor, own: Mapping[str, Tensor], training: bool) -> Tensor:
         """Normalise the new groups."""
-        return F.group_norm(x, x.shape[1] // self.group, own.get("weight"), own.get("bias"), float(self.module.eps))
+        return F.group_norm(
+            x, x.shape[1] // self.group, own.get("weight"), own.get("bias"), float(self.module.eps)
+        )
 
     def attributes(self, units: int) -> tuple[tuple[str, str, int], ...]:
         """Raise channels and groups together."""

@@ -22,7 +22,9 @@ from esper.errors import ProbeError
 LossFunction = Callable[[nn.Module, Any], Tensor]
 
 STAKES = (0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8)  # half the wealth is spread over these
-BOUND = 2.0  # clipping, in root-mean-square differences on the rehearsal; 3 won 10 % less per example (digits)
+BOUND = (
+    2.0  # clipping, in root-mean-square differences on the rehearsal; 3 won 10 % less per example (digits)
+)
 
 
 def e_value(differences: np.ndarray, rehearsal: np.ndarray) -> float:
@@ -38,7 +40,11 @@ def e_value(differences: np.ndarray, rehearsal: np.ndarray) -> float:
         known.
     """
     bound = BOUND * float(np.sqrt(np.mean(np.square(rehearsal)))) if len(rehearsal) else 0.0
-    if not (bound > 0 and math.isfinite(bound)) or len(differences) == 0 or not np.isfinite(differences).all():
+    if (
+        not (bound > 0 and math.isfinite(bound))
+        or len(differences) == 0
+        or not np.isfinite(differences).all()
+    ):
         return 0.0
     practice = np.clip(rehearsal / bound, -1.0, 1.0)
     kelly = float(np.clip(practice.mean() / np.square(practice).mean(), STAKES[0], STAKES[-1]))
@@ -73,7 +79,9 @@ def example_losses(model: nn.Module, loss_fn: LossFunction, batch: Any) -> tuple
 
     def one(*parts: Tensor) -> Tensor:
         rest = iter(parts)
-        filled = [next(rest).unsqueeze(0) if many else leaf for leaf, many in zip(leaves, batched, strict=True)]
+        filled = [
+            next(rest).unsqueeze(0) if many else leaf for leaf, many in zip(leaves, batched, strict=True)
+        ]
         return loss_fn(model, tree_unflatten(filled, nest))
 
     try:

@@ -51,7 +51,11 @@ class Ledger:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the totals."""
-        return {"training_flops": self.training_flops, "growth_flops": self.growth_flops, "seconds": self.seconds}
+        return {
+            "training_flops": self.training_flops,
+            "growth_flops": self.growth_flops,
+            "seconds": self.seconds,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from saved totals."""

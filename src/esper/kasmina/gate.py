@@ -17,7 +17,6 @@ from esper.kasmina.isolation import evaluating, untouched
 from esper.kasmina.layer import KasminaLayer
 
 
-
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """What one look found."""
@@ -61,7 +60,16 @@ class Gate:
             seed: Of the random numbers that both passes share.
         """
         if self.looks >= self.allowed:
-            return Verdict(False, self.looks, 0.0, math.inf, None, None, 0, "every look of the false-keep budget is spent")
+            return Verdict(
+                False,
+                self.looks,
+                0.0,
+                math.inf,
+                None,
+                None,
+                0,
+                "every look of the false-keep budget is spent",
+            )
         self.looks += 1
         threshold = self.allowed / self.settings.false_keep
         rehearsal = self.differences(layer, kernel, [train], seed)[0]
@@ -90,7 +98,9 @@ class Gate:
                 found.append(off - self.losses(layer, kernel, batch, seed))
                 without.append(off)
         if not found:
-            raise ProbeError("the probe held no batch; give batches kept out of training that can be iterated again")
+            raise ProbeError(
+                "the probe held no batch; give batches kept out of training that can be iterated again"
+            )
         return np.concatenate(found), np.concatenate(without)
 
     def losses(self, layer: KasminaLayer, kernel: nn.Module | None, batch: Any, seed: int) -> np.ndarray:
@@ -98,7 +108,9 @@ class Gate:
         with untouched(self.model, seed), layer.showing(kernel):
             losses, together = example_losses(self.model, self.loss_fn, batch)
         if not together:
-            self.on_fallback("evidence", "the model or loss does not run under vmap; examples were run one by one")
+            self.on_fallback(
+                "evidence", "the model or loss does not run under vmap; examples were run one by one"
+            )
         return losses.double().cpu().numpy()
 
 
@@ -111,6 +123,8 @@ def check_probe(probe: Any) -> None:
     if isinstance(probe, Iterator):
         raise ProbeError(f"the probe is a one-shot {type(probe).__name__}; give a list of batches or a DataLoader, which can be read again")  # fmt: skip
     if not isinstance(probe, Iterable):
-        raise ProbeError(f"the probe is a {type(probe).__name__}; give a list of held-out batches or a DataLoader")
+        raise ProbeError(
+            f"the probe is a {type(probe).__name__}; give a list of held-out batches or a DataLoader"
+        )
     if next(iter(probe), None) is None:
         raise ProbeError("the probe is empty; growth needs held-out batches as evidence")

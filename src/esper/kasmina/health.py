@@ -66,7 +66,9 @@ def measure(model: MorphableModel, sites: Sequence[str], runs: Sequence[Callable
 def joined(taps: Sequence[Tap], examples: int) -> tuple[Tensor, Tensor]:
     """Return inputs and output gradients of several passes as one batch, the newest where shapes differ."""
     xs = [tap.x for tap in taps if tap.x is not None and tap.x.shape[1:] == taps[-1].x.shape[1:]]  # type: ignore[union-attr]
-    gradients = [tap.gradient for tap in taps if tap.x is not None and tap.x.shape[1:] == taps[-1].x.shape[1:]]  # type: ignore[union-attr]
+    gradients = [
+        tap.gradient for tap in taps if tap.x is not None and tap.x.shape[1:] == taps[-1].x.shape[1:]
+    ]  # type: ignore[union-attr]
     return torch.cat(xs)[-examples:], torch.cat(gradients)[-examples:] / len(gradients)  # type: ignore[arg-type]
 
 

@@ -47,7 +47,9 @@ def borrowed_buffers(model: nn.Module, gather: bool = False) -> Iterator[None]:
         if module._buffers:
             kept.append((module, module._buffers))
             silent = isinstance(module, _NormBase) and module.training and not gather
-            module._buffers = {k: None if silent or v is None else v.clone() for k, v in module._buffers.items()}
+            module._buffers = {
+                k: None if silent or v is None else v.clone() for k, v in module._buffers.items()
+            }
     try:
         yield
     finally:
@@ -76,4 +78,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-

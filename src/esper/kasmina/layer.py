@@ -50,7 +50,9 @@ class KasminaLayer(nn.Module):
         self.alpha: Tensor | None = None  # 0-dim row of the state layout
         self.exposed = False  # alpha > 0, without reading the tensor
         self.tap: Tap | None = None
-        self.shown: tuple[Branch | None] | None = None  # in a shadow pass: what stands for the kernel, at alpha 1
+        self.shown: tuple[Branch | None] | None = (
+            None  # in a shadow pass: what stands for the kernel, at alpha 1
+        )
         self.x: Tensor | None = None
         self.closers: list[Callable[[], None]] = []
 
@@ -88,7 +90,9 @@ class KasminaLayer(nn.Module):
         assert self.kernel is not None and self.alpha is not None
         try:
             f = self.kernel(x.detach())
-            fault = None if bool(torch.isfinite(f.detach().sum(dtype=torch.float32))) else "a non-finite output"
+            fault = (
+                None if bool(torch.isfinite(f.detach().sum(dtype=torch.float32))) else "a non-finite output"
+            )
         except Exception as error:  # the one broad catch: whatever a kernel does, training goes on
             fault = f"{type(error).__name__}: {error}"
         if fault is not None:

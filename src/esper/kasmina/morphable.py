@@ -135,7 +135,9 @@ def _host_keys_prefixed(module: nn.Module, state: dict[str, Any], prefix: str, *
         state.setdefault(f"{prefix}layout.{name}", getattr(module.layout, name))
 
 
-def wrap(model: nn.Module, example_inputs: Any, *, sites: Sites = "auto", seeds_per_site: int = 4) -> MorphableModel:
+def wrap(
+    model: nn.Module, example_inputs: Any, *, sites: Sites = "auto", seeds_per_site: int = 4
+) -> MorphableModel:
     """Find the places where a model can grow, and install nothing.
 
     Args:
@@ -179,4 +181,3 @@ def unwrap(model: MorphableModel) -> nn.Module:
         if slug(site) in model.layers:
             model.release(site)
     return model.host
-

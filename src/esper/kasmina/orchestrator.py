@@ -128,7 +128,9 @@ class SeedOrchestrator:
         """Wake a seed at the decided site and line up its candidates."""
         assert decision.site is not None and decision.start is not None
         self.step = step
-        seed = next(s for s in self.model.seeds(decision.site) if self.model.layout.stage_of(s) is Stage.DORMANT)
+        seed = next(
+            s for s in self.model.seeds(decision.site) if self.model.layout.stage_of(s) is Stage.DORMANT
+        )
         layer = self.model.layer(decision.site, lambda error: self.fault(error))
         self.trial = trial = Trial(decision, seed, layer, step, spent=self.given.ledger.growth_flops)
         self.move(Stage.GERMINATED, decision.reason)
@@ -166,7 +168,10 @@ class SeedOrchestrator:
         size, ledger = len(race.starts), self.given.ledger
         seed = self.given.draw("evidence")
         if age % self.config.race.shadow_every == 0 or not trial.tap.fresh():
-            with untouched(self.model.host, seed), ledger.growth("shadow", trial.decision.id, size, self.examples):
+            with (
+                untouched(self.model.host, seed),
+                ledger.growth("shadow", trial.decision.id, size, self.examples),
+            ):
                 race.learn_from_shadow(lambda: self.given.run(batches[-1]))
         else:
             with same_randomness(seed), ledger.growth("tap", trial.decision.id, size, self.examples):
@@ -189,7 +194,11 @@ class SeedOrchestrator:
         self.tell("race", decision=trial.decision.id, site=trial.decision.site, candidates=listed, winner=winner,
                   amplitude=amplitude, nothing=number(float(curve[0])), start=race.starts[winner], batched=race.batched)  # fmt: skip
         if not race.batched:
-            self.tell("fallback", what="race", why="the model or loss does not run under vmap; candidates ran one by one")
+            self.tell(
+                "fallback",
+                what="race",
+                why="the model or loss does not run under vmap; candidates ran one by one",
+            )
         if amplitude == 0.0:
             return self.cull("doing nothing won the race")
         kernel = race.kernel(winner, amplitude)
@@ -213,7 +222,9 @@ class SeedOrchestrator:
         losses = []
         for batch in batches:
             with untouched(self.model.host, self.given.draw("evidence")), torch.no_grad():
-                with self.given.ledger.growth("score", self.trial.decision.id, len(race.starts), self.examples):
+                with self.given.ledger.growth(
+                    "score", self.trial.decision.id, len(race.starts), self.examples
+                ):
                     losses.append(race.losses(lambda b=batch: self.given.run(b)))
         return torch.nan_to_num(torch.stack(losses).mean(0), nan=math.inf)
 
@@ -313,7 +324,9 @@ class SeedOrchestrator:
         trial = self.trial
         if trial.kernel is None or trial.ending:
             return self.cull("the run ended")
-        looked = self.given.gate.differences(trial.layer, trial.kernel, self.given.gate.probe, self.given.draw("evidence"))
+        looked = self.given.gate.differences(
+            trial.layer, trial.kernel, self.given.gate.probe, self.given.draw("evidence")
+        )
         if float(looked[0].mean()) <= 0:
             return self.cull("the run ended; no held-out gain")
         for stage, following in ((Stage.GRAFTING, Stage.STABILISING), (Stage.STABILISING, Stage.EVALUATING)):
@@ -332,7 +345,9 @@ class SeedOrchestrator:
         """Step the exposed kernel with the gradients the host's own backward pass left on it."""
         trial = self.trial
         assert trial is not None and trial.kernel is not None and trial.optimizer is not None
-        self.given.ledger.growth_flops += 3 * trial.decision.width * trial.layer.pair.site.unit_flops * self.examples
+        self.given.ledger.growth_flops += (
+            3 * trial.decision.width * trial.layer.pair.site.unit_flops * self.examples
+        )
         scale = self.given.scale()
         for parameter in trial.kernel.parameters():
             if parameter.grad is not None and scale != 1.0:

@@ -20,7 +20,10 @@ from esper.kasmina.widen import WidenKernel
 TRUST = 0.3  # gradient matching: how far, in output scales, a candidate should move the output
 AMPLITUDES = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)  # 0 is "do nothing", which competes in every race
 
-FASTEST, REACH = 0.02, 0.3  # learning rate of outgoing weights: at most the first, and the second over their number
+FASTEST, REACH = (
+    0.02,
+    0.3,
+)  # learning rate of outgoing weights: at most the first, and the second over their number
 RELATIVE = 0.05  # learning rate of incoming weights, in their own root mean square
 RIDGE = 0.01  # of the mean feature power
 
@@ -92,13 +95,19 @@ class Race:
             return
         slope = gradient.flatten(0, -2)  # (rows, out)
         rows = slope.square().mean(1, keepdim=True).sqrt()
-        target = -slope * (TRUST * scale / rows.clamp_min(rms(slope)))  # no row is moved further than the trust
+        target = -slope * (
+            TRUST * scale / rows.clamp_min(rms(slope))
+        )  # no row is moved further than the trust
 
         def features(parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
-            return functional_call(self.template, (parameters, buffers), (x,), {"hidden": True}).flatten(0, -2)
+            return functional_call(self.template, (parameters, buffers), (x,), {"hidden": True}).flatten(
+                0, -2
+            )
 
         with torch.no_grad():
-            h = vmap(features, randomness="different")(self.parameters, self.buffers)  # (candidates, rows, features)
+            h = vmap(features, randomness="different")(
+                self.parameters, self.buffers
+            )  # (candidates, rows, features)
             gram = h.mT @ h
             ridge = RIDGE * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] + 1e-8
             gram = gram + ridge * torch.eye(gram.shape[-1], device=x.device, dtype=x.dtype)
@@ -142,7 +151,9 @@ class Race:
 
         return self.each(branch, run, {**self.parameters, **self.buffers})
 
-    def each(self, branch: Callable[[dict[str, Tensor], Tensor], Tensor], run: Run, stack: dict[str, Tensor]) -> Tensor:
+    def each(
+        self, branch: Callable[[dict[str, Tensor], Tensor], Tensor], run: Run, stack: dict[str, Tensor]
+    ) -> Tensor:
         """Return the loss of the run with the branch added, once per row of the stack, (rows,)."""
 
         def one(row: dict[str, Tensor]) -> Tensor:
@@ -187,7 +198,9 @@ class Race:
         kept: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
             kept[name] = parameter.detach()[order].clone().requires_grad_()
-            state[kept[name]] = {k: v if v.dim() == 0 else v[order].clone() for k, v in state.pop(parameter, {}).items()}
+            state[kept[name]] = {
+                k: v if v.dim() == 0 else v[order].clone() for k, v in state.pop(parameter, {}).items()
+            }
         self.parameters = kept
         for group, parameter in zip(self.optimizer.param_groups, kept.values(), strict=True):
             group["params"] = [parameter]

@@ -86,8 +86,12 @@ class Recorder(TorchFunctionMode):
         made = tensors(result)
         if not made and name in METADATA:
             return result
-        mutated = given[:1] if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) else []
-        makes = tuple(self.renew(t) for t in {id(t): t for t in [*made, *mutated]}.values() if id(t) not in self.names)
+        mutated = (
+            given[:1] if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) else []
+        )
+        makes = tuple(
+            self.renew(t) for t in {id(t): t for t in [*made, *mutated]}.values() if id(t) not in self.names
+        )
         index = len(self.recording.calls)
         shape = made[0].shape if made else None
         self.recording.calls.append(Call(name, func, args, kwargs, reads, makes, named, shape))

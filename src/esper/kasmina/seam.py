@@ -46,7 +46,9 @@ def seam_class(base: type[nn.Module]) -> type[nn.Module]:
         return revive, (base, gateways), plain, None, None, set_plain
 
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    return type(base.__name__, (base,), {**names, "__call__": call, "__reduce_ex__": reduce, "_esper_base": base})
+    return type(
+        base.__name__, (base,), {**names, "__call__": call, "__reduce_ex__": reduce, "_esper_base": base}
+    )
 
 
 def revive(base: type[nn.Module], gateways: tuple[tuple[str, Gateway], ...]) -> nn.Module:
@@ -65,7 +67,9 @@ def attach(module: nn.Module, gateways: tuple[tuple[str, Gateway], ...]) -> None
     """Swap the class of a module, which must be plain."""
     base = type(module)
     core = object.__new__(base)
-    core.__dict__ = module.__dict__  # shared, so parameters, hooks and mode follow; a copy went stale (tested)
+    core.__dict__ = (
+        module.__dict__
+    )  # shared, so parameters, hooks and mode follow; a copy went stale (tested)
     module.__dict__[ATTRIBUTE] = (gateways, core)
     module.__class__ = seam_class(base)
 

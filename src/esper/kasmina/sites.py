@@ -154,7 +154,9 @@ class Finder:
     def only_call(self, name: str) -> Call:
         """Return the one call of a layer; refuse layers that are shared, altered or read elsewhere."""
         module = self.modules[name]
-        if parametrize.is_parametrized(module) or not isinstance(module._parameters.get("weight"), nn.Parameter):
+        if parametrize.is_parametrized(module) or not isinstance(
+            module._parameters.get("weight"), nn.Parameter
+        ):
             raise _Refused(f"the weight of {name} is parametrised")
         calls: set[int] = set()
         for own in ("weight", "bias"):
@@ -163,7 +165,9 @@ class Finder:
                 continue
             first = self.first[id(tensor)]
             if len(self.owners[first]) > 1:
-                raise _Refused(f"{name}.{own} is tied to {', '.join(o for o in self.owners[first] if o != name)}")
+                raise _Refused(
+                    f"{name}.{own} is tied to {', '.join(o for o in self.owners[first] if o != name)}"
+                )
             calls.update(self.recording.uses.get(first, []))
         if not calls:
             raise _Refused(f"{name} was not called by the probe")
@@ -238,7 +242,9 @@ class Finder:
         if call.name in ELEMENTWISE and before == after:
             return Replay(call.name, call.func, args, kwargs, "training" in kwargs), axis
         if call.name in SPATIAL and axis == 1 and len(before) > 2 and before[:2] == after[:2]:
-            return Replay(call.name, call.func, args, kwargs, call.name.startswith(("dropout", "feature"))), axis
+            return Replay(
+                call.name, call.func, args, kwargs, call.name.startswith(("dropout", "feature"))
+            ), axis
         if call.name in REDUCE and axis == 1 and before[:2] == after[:2]:
             return Replay(call.name, call.func, args, kwargs), axis
         raise _Refused(f"{call.name} over the output of {name} does not treat every channel alone")
@@ -248,17 +254,28 @@ class Finder:
         path = call.parameters[0].rpartition(".")[0]
         module = self.modules.get(path)
         label = f"{type(module).__name__} {path}"
-        owned = tuple(n for n in ("weight", "bias", "running_mean", "running_var") if getattr(module, n, None) is not None)
+        owned = tuple(
+            n
+            for n in ("weight", "bias", "running_mean", "running_var")
+            if getattr(module, n, None) is not None
+        )
         if any(len(self.owners[p]) > 1 for p in call.parameters):
             raise _Refused(f"{path} between {name} and its consumer shares its tensors")
-        if axis == 1 and isinstance(module, NORMS) and module.momentum is not None and call.name == "batch_norm":
+        if (
+            axis == 1
+            and isinstance(module, NORMS)
+            and module.momentum is not None
+            and call.name == "batch_norm"
+        ):
             return BatchNorm(label, path, owned, module)
         if axis == 1 and isinstance(module, nn.GroupNorm) and call.name == "group_norm":
             return GroupNorm(label, path, owned, module)
         if axis == 1 and isinstance(module, CONVOLUTIONS) and is_depthwise(module):
             self.only_call(path)
             return Depthwise(label, path, owned, module)
-        raise _Refused(f"{label} ({call.name}) stands between {name} and its consumer and mixes or owns channels")
+        raise _Refused(
+            f"{label} ({call.name}) stands between {name} and its consumer and mixes or owns channels"
+        )
 
 
 def weight_of(layer: nn.Module) -> Tensor:
@@ -305,7 +322,9 @@ def find_pairs(model: nn.Module, run: Callable[[], Any]) -> tuple[list[Pair], li
     return pairs, refusals
 
 
-def reachable(model: nn.Module, pairs: Sequence[Pair], run: Callable[[], Any]) -> tuple[list[Pair], list[Refusal]]:
+def reachable(
+    model: nn.Module, pairs: Sequence[Pair], run: Callable[[], Any]
+) -> tuple[list[Pair], list[Refusal]]:
     """Keep the pairs whose seams see every pass, in train mode and, without gradients, in eval mode.
 
     ``nn.TransformerEncoderLayer`` is why: its fast path calls neither of its Linear layers in evaluation, so a branch would
@@ -318,7 +337,10 @@ def reachable(model: nn.Module, pairs: Sequence[Pair], run: Callable[[], Any]) -
         try:
             for training in (True, False):
                 witness = Witness()
-                closers = open_seam(pair.producer, "entry", witness), open_seam(pair.consumer, "exit", witness)
+                closers = (
+                    open_seam(pair.producer, "entry", witness),
+                    open_seam(pair.consumer, "exit", witness),
+                )
                 try:
                     model.train(training)
                     with torch.set_grad_enabled(training):
@@ -357,7 +379,9 @@ class Witness:
 def agreed(train: Pair, evaluation: Pair) -> Pair:
     """Return the pair both modes found."""
     if train.site != evaluation.site:
-        raise _Refused(f"{train.site.entry} takes another path in eval mode: {describe(train)}, {describe(evaluation)}")
+        raise _Refused(
+            f"{train.site.entry} takes another path in eval mode: {describe(train)}, {describe(evaluation)}"
+        )
     return train
 
 
@@ -380,9 +404,16 @@ def select(pairs: Iterable[Pair], refusals: Sequence[Refusal], sites: Sites = "a
     """
     found = list(pairs)
     if not found:
-        listed = "; ".join(f"{r.place}: {r.reason}" for r in refusals) or "the model has no Linear or convolution layer"
+        listed = (
+            "; ".join(f"{r.place}: {r.reason}" for r in refusals)
+            or "the model has no Linear or convolution layer"
+        )
         raise SiteError(f"no place to grow was found ({listed}). A pair of layers with only channel-wise operations between is needed")  # fmt: skip
-    include, exclude = (sites.get("include", "auto"), sites.get("exclude", ())) if isinstance(sites, Mapping) else (sites, ())
+    include, exclude = (
+        (sites.get("include", "auto"), sites.get("exclude", ()))
+        if isinstance(sites, Mapping)
+        else (sites, ())
+    )
     chosen = [p for p in found if matches(p, include) and not (exclude != () and matches(p, exclude))]
     if not chosen:
         raise SiteError(f"sites={sites!r} matches none of the places found; {nearest(str(include), [p.site.name for p in found])}")  # fmt: skip

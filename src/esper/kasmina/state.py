@@ -74,10 +74,14 @@ class KasminaStateLayout(nn.Module):
         with self.lock:
             now = self.stage_of(seed)
             if now is not source:
-                raise TransitionError(f"seed {seed} is {now.name}, not {source.name}; it was not moved to {target.name}")
+                raise TransitionError(
+                    f"seed {seed} is {now.name}, not {source.name}; it was not moved to {target.name}"
+                )
             if target not in MOVES[source]:
                 allowed = ", ".join(sorted(s.name for s in MOVES[source]))
-                raise TransitionError(f"seed {seed} cannot go from {source.name} to {target.name}; from there: {allowed}")
+                raise TransitionError(
+                    f"seed {seed} cannot go from {source.name} to {target.name}; from there: {allowed}"
+                )
             self.stage[seed] = int(target)
             self.changed[seed] = step
 

@@ -33,7 +33,9 @@ class Summary:
         """Draw the table."""
         out = io.StringIO()
         console = Console(file=out, width=118)
-        console.print(f"{self.model}: {self.parameters:,} parameters, {self.flops:,} FLOPs per example and forward pass")
+        console.print(
+            f"{self.model}: {self.parameters:,} parameters, {self.flops:,} FLOPs per example and forward pass"
+        )
         table = Table("site", "between", "width", "seeds", "per unit", box=None, pad_edge=False)
         if self.room:
             table.add_column("room")

@@ -57,7 +57,11 @@ class WidenKernel(nn.Module):
         """Map the producer's input to what the new units add to the consumer's output, or to what it would read."""
         h = affine(self.pair.producer, x, self.producer_weight, self.producer_bias)
         for index, (step, names) in enumerate(zip(self.pair.steps, self.owned, strict=True)):
-            h = step.run(h, {own: getattr(self, f"between_{index}_{own}") for own in names}, self.pair.producer.training)
+            h = step.run(
+                h,
+                {own: getattr(self, f"between_{index}_{own}") for own in names},
+                self.pair.producer.training,
+            )
         return h if hidden else affine(self.pair.consumer, h, self.consumer_weight, None)
 
     def plan(self) -> WidenPlan:

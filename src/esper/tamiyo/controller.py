@@ -65,7 +65,9 @@ class Tamiyo:
         self.decisions += 1
         left = max(1, min(room.events, 1 + len(self.trigger.due)))
         asked = [site for site in sites if only in (None, site.name)]
-        spend = room.size * ((1 + max(room.parameters, 0) / room.size) ** (1 / left) - 1)  # the same factor every time
+        spend = room.size * (
+            (1 + max(room.parameters, 0) / room.size) ** (1 / left) - 1
+        )  # the same factor every time
         units = {s.name: spend / s.unit_parameters for s in asked}
         most = {s.name: int(room.parameters // s.unit_parameters) for s in asked}
         costs = {s.name: s.unit_parameters / max(room.parameters, 1) for s in asked}
@@ -98,7 +100,9 @@ class Tamiyo:
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything learned and pending, as JSON values."""
-        pending = {str(i): [a.site, a.share, a.width, a.start, a.score, a.prior] for i, a in self.pending.items()}
+        pending = {
+            str(i): [a.site, a.share, a.width, a.start, a.score, a.prior] for i, a in self.pending.items()
+        }
         return {
             "trigger": self.trigger.state_dict(), "selector": self.selector.state_dict(), "pending": pending,
             "refused": self.refused, "decisions": self.decisions, "best_gain": self.best_gain,
@@ -109,4 +113,8 @@ class Tamiyo:
         self.trigger.load_state_dict(state["trigger"])
         self.selector.load_state_dict(state["selector"])
         self.pending = {int(i): Arm(*fields) for i, fields in state["pending"].items()}
-        self.refused, self.decisions, self.best_gain = state["refused"], state["decisions"], state["best_gain"]
+        self.refused, self.decisions, self.best_gain = (
+            state["refused"],
+            state["decisions"],
+            state["best_gain"],
+        )

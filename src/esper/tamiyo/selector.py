@@ -11,7 +11,11 @@ import numpy as np
 from esper.contracts import HealthReport, Site
 from esper.tamiyo.bandits import Bandit
 
-STARTS = {"mixed": 1.0, "svd": 0.9, "random": 0.5}  # prior worth; gradient directions won 7 of 8 races by hand
+STARTS = {
+    "mixed": 1.0,
+    "svd": 0.9,
+    "random": 0.5,
+}  # prior worth; gradient directions won 7 of 8 races by hand
 OFF_SHARE = 0.85  # prior worth of a width other than the even share
 
 
@@ -85,7 +89,9 @@ class SeedSelector:
 
     def choose(self, arms: Sequence[Arm], rng: np.random.Generator) -> tuple[Arm, float]:
         """Return the chosen arm and its propensity."""
-        index, propensity = self.bandit.choose([arm.name for arm in arms], np.array([arm.prior for arm in arms]), rng)
+        index, propensity = self.bandit.choose(
+            [arm.name for arm in arms], np.array([arm.prior for arm in arms]), rng
+        )
         return arms[index], propensity
 
     def state_dict(self) -> dict[str, Any]:

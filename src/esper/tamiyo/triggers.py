@@ -43,7 +43,12 @@ class Trigger:
             self.taken()
             return "scheduled"
         full = len(self.losses) == self.losses.maxlen
-        if self.settings.plateau and full and step % (self.settings.plateau_window // 4) == 0 and self.stalled():
+        if (
+            self.settings.plateau
+            and full
+            and step % (self.settings.plateau_window // 4) == 0
+            and self.stalled()
+        ):
             if self.scheduled and not self.due:
                 return None
             self.taken()

@@ -11,7 +11,9 @@ import numpy as np
 class Bandit(Protocol):
     """Chooses arms and learns from delayed rewards in [0, 1]."""
 
-    def choose(self, arms: Sequence[Hashable], priors: np.ndarray, rng: np.random.Generator) -> tuple[int, float]:
+    def choose(
+        self, arms: Sequence[Hashable], priors: np.ndarray, rng: np.random.Generator
+    ) -> tuple[int, float]:
         """Return the index of the chosen arm and the probability with which it was chosen.
 
         Args:

@@ -24,7 +24,9 @@ class UCB:
         self.pulls: dict[Hashable, int] = {}
         self.sums: dict[Hashable, float] = {}
 
-    def choose(self, arms: Sequence[Hashable], priors: np.ndarray, rng: np.random.Generator) -> tuple[int, float]:
+    def choose(
+        self, arms: Sequence[Hashable], priors: np.ndarray, rng: np.random.Generator
+    ) -> tuple[int, float]:
         """Return the arm with the highest bound; ties go to the first."""
         pulls = np.array([self.pulls.get(arm, 0) for arm in arms])
         sums = np.array([self.sums.get(arm, 0.0) for arm in arms])

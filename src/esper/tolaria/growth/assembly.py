@@ -31,7 +31,9 @@ from esper.tolaria.growth.memory import capture, restore
 from esper.tolaria.growth.streams import Streams
 from esper.tolaria.saving import save
 
-SETTLING = 20  # steps until BatchNorm's running statistics (momentum 0.1) have forgotten 88 % of what they knew
+SETTLING = (
+    20  # steps until BatchNorm's running statistics (momentum 0.1) have forgotten 88 % of what they knew
+)
 
 
 @dataclass
@@ -59,7 +61,9 @@ class Parts:
     capture: Callable[[Any], dict[str, Any]] = field(default=capture)
     restore: Callable[[Any, Mapping[str, Any]], None] = field(default=restore)
 
-    def save(self, model: nn.Module, plans: Sequence[WidenPlan], directory: Path, card: dict[str, Any]) -> Path:
+    def save(
+        self, model: nn.Module, plans: Sequence[WidenPlan], directory: Path, card: dict[str, Any]
+    ) -> Path:
         """Write a grown model."""
         return save(model, plans, directory, card=card)
 
@@ -82,9 +86,13 @@ def assemble(
         observe(Event("fallback", clock["step"], {"what": what, "why": why}))
 
     gate = Gate(host, loss_fn, probe, config.gate, looks(model, config), fallback)
-    committer = Committer(model, optimizers, ema, lambda: loss_fn(host, batch), config.new_slot_state, observe)
+    committer = Committer(
+        model, optimizers, ema, lambda: loss_fn(host, batch), config.new_slot_state, observe
+    )
     donor = Donor(optimizers)
-    settling = SETTLING if any(isinstance(m, _NormBase) and m.track_running_stats for m in host.modules()) else 0
+    settling = (
+        SETTLING if any(isinstance(m, _NormBase) and m.track_running_stats for m in host.modules()) else 0
+    )
 
     def commit(kernel: WidenKernel, own: Optimizer, decision: Any) -> str:
         before = model.pairs[decision.site].site.unit_flops
@@ -100,9 +108,13 @@ def assemble(
     orchestrator = SeedOrchestrator(model, config, Timing.of(config, steps, settling), given)
     warnings = []
     if steps is None:
-        warnings.append("steps is not given: growth waits for the loss to stall, which measured worse than an even schedule; pass steps=")
+        warnings.append(
+            "steps is not given: growth waits for the loss to stall, which measured worse than an even schedule; pass steps="
+        )
     if merged.wall_seconds is not None or merged.latency_ms is not None:
-        warnings.append("a budget in seconds makes decisions depend on the clock; runs with the same seed may differ")
+        warnings.append(
+            "a budget in seconds makes decisions depend on the clock; runs with the same seed may differ"
+        )
     return Parts(
         model=model, optimizers=optimizers, orchestrator=orchestrator, tamiyo=Tamiyo(config, steps, widenings(model, merged)), committer=committer, ledger=ledger,
         gate=gate, streams=streams, config=config, budget=merged, observe=observe, run=given.run,
@@ -145,7 +157,9 @@ class Donor:
                     own.param_groups[0].update({k: v for k, v in group.items() if k in optimizer.defaults})
                     self.owners[id(own)] = group
                     return own
-        return torch.optim.Adam(kernel.parameters())  # the producer is frozen: the kernel's own torch defaults
+        return torch.optim.Adam(
+            kernel.parameters()
+        )  # the producer is frozen: the kernel's own torch defaults
 
     def follow(self, own: Optimizer) -> None:
         """Take over what schedulers have set since."""

@@ -84,7 +84,9 @@ class Growth:
         check_finite(value, self.steps)
         self.batches.append(batch)
         examples = self._examples(batch)
-        self.cost.training_flops += 3 * self.morphable.flops * examples  # backward costs twice the forward pass
+        self.cost.training_flops += (
+            3 * self.morphable.flops * examples
+        )  # backward costs twice the forward pass
         self.orchestrator.examples += examples
         if self.optimizer_steps == self.steps:
             return
@@ -221,7 +223,9 @@ class Growth:
             StateError: The state is of another model or version, or this run has begun.
         """
         if self.steps or self.plans:
-            raise StateError("this run has begun already; load the state right after esper.grow on a fresh model")
+            raise StateError(
+                "this run has begun already; load the state right after esper.grow on a fresh model"
+            )
         self.parts.restore(self, state)
 
     # -- telling ------------------------------------------------------------------------------------------------------
@@ -262,7 +266,9 @@ class Growth:
 
     def _refuse_finished(self, what: str) -> None:
         if self.finished:
-            raise FinishedError(f"{what}() after finish(): the run is over; call esper.grow again to grow the model further")
+            raise FinishedError(
+                f"{what}() after finish(): the run is over; call esper.grow again to grow the model further"
+            )
 
 
 def grow(
@@ -318,5 +324,3 @@ def grow(
         seed=seed, observe=observe,
     )  # fmt: skip
     return Growth(parts)
-
-

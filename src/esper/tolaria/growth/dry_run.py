@@ -33,7 +33,9 @@ def plan(model: nn.Module, example_inputs: Any, *, steps: int | None = None, sit
     merged = merged_budget(budget, settings.budget)
     wrapped = wrap(model, example_inputs, sites=sites)
     made = summary(wrapped)
-    made.decisions = Trigger(settings.schedule, steps, min(merged.growth_events, widenings(wrapped, merged))).due
+    made.decisions = Trigger(
+        settings.schedule, steps, min(merged.growth_events, widenings(wrapped, merged))
+    ).due
     most = limit(merged, made.parameters)
     made.room = {row["name"]: int((most - made.parameters) // row["unit_parameters"]) for row in made.sites}
     return made

@@ -60,15 +60,21 @@ def restore(growth: Any, state: Mapping[str, Any]) -> None:
         StateError: Another version, or the state of another model.
     """
     if state.get("version") != VERSION:
-        raise StateError(f"the state has version {state.get('version')!r}; this Esper reads version {VERSION}")
+        raise StateError(
+            f"the state has version {state.get('version')!r}; this Esper reads version {VERSION}"
+        )
     pairs = growth.morphable.pairs
     for name in state["sites"]:
         if name not in pairs:
-            raise StateError(f"the state knows the site {name!r}, this model does not; {nearest(name, pairs)}")
+            raise StateError(
+                f"the state knows the site {name!r}, this model does not; {nearest(name, pairs)}"
+            )
     parts, orchestrator = growth.parts, growth.orchestrator
     for plan in state["plans"]:
         edits = tuple(WidenEdit(**edit) for edit in plan["edits"])
-        parts.committer.replay(WidenPlan(plan["site"], plan["units"], edits, tuple(tuple(a) for a in plan["attributes"])))
+        parts.committer.replay(
+            WidenPlan(plan["site"], plan["units"], edits, tuple(tuple(a) for a in plan["attributes"]))
+        )
     for name, tensor in state["layout"].items():
         getattr(growth.morphable.layout, name).copy_(tensor)
     growth.tamiyo.load_state_dict(state["tamiyo"])
