@@ -55,13 +55,15 @@ def compare(task: Any, data: Any, folder: Path, seed: int, plain: bool) -> dict[
         net, growth = digits.train_grown(task, data, folder, seed, view)
     growth.save(folder / "model")
     totals = view.history.totals
-    rows = [{
-        "name": f"{show(task.small)} grown to {show(net.widths)}",
-        "accuracy": data.accuracy(net),
-        "parameters": totals["parameters_after"],
-        "flops": totals["training_flops"] + totals["growth_flops"],
-        "seconds": totals["seconds"],
-    }]  # fmt: skip
+    rows = [
+        {
+            "name": f"{show(task.small)} grown to {show(net.widths)}",
+            "accuracy": data.accuracy(net),
+            "parameters": totals["parameters_after"],
+            "flops": totals["training_flops"] + totals["growth_flops"],
+            "seconds": totals["seconds"],
+        }
+    ]
     rivals = [(f"{show(task.small)} not grown", task.small, "no-growth")]
     if net.widths != task.small:
         rivals.append((f"{show(net.widths)} from the start", net.widths, "fixed"))

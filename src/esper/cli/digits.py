@@ -147,9 +147,16 @@ def train_grown(
     net = task.build(task.small, seed)
     optimizer = torch.optim.Adam(net.parameters(), lr=task.rate)
     growth = grow(
-        net, optimizer, loss_fn, probe=data.probe, steps=task.epochs * data.steps, run_dir=folder, seed=seed,
-        budget={"parameters": task.budget}, on_event=watch,
-    )  # fmt: skip
+        net,
+        optimizer,
+        loss_fn,
+        probe=data.probe,
+        steps=task.epochs * data.steps,
+        run_dir=folder,
+        seed=seed,
+        budget={"parameters": task.budget},
+        on_event=watch,
+    )
     order = torch.Generator().manual_seed(seed)
     for _ in range(task.epochs):
         for batch in data.batches(order):
@@ -189,9 +196,16 @@ def train_fixed(
             return {"parameters": parameters, "growth_flops": 0, "training_flops": spent, "seconds": seconds}
 
         tell(
-            "run_started", model=type(net).__name__, parameters=parameters, flops=flops, sites=[], refused=[],
-            budget={}, seed=seed, steps=task.epochs * data.steps,
-        )  # fmt: skip
+            "run_started",
+            model=type(net).__name__,
+            parameters=parameters,
+            flops=flops,
+            sites=[],
+            refused=[],
+            budget={},
+            seed=seed,
+            steps=task.epochs * data.steps,
+        )
         order = torch.Generator().manual_seed(seed)
         for epoch in range(1, task.epochs + 1):
             for batch in data.batches(order):

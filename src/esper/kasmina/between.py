@@ -14,19 +14,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 ELEMENTWISE = frozenset(
-    "relu relu_ relu6 gelu silu mish elu elu_ selu selu_ celu leaky_relu leaky_relu_ tanh tanh_ sigmoid sigmoid_ softplus "
-    "softsign hardtanh hardtanh_ hardswish hardsigmoid logsigmoid tanhshrink softshrink hardshrink threshold clamp clamp_ "
-    "clamp_min clamp_max clip abs exp square sqrt sin cos neg mul mul_ div div_ add add_ sub sub_ true_divide multiply "
-    "__mul__ __rmul__ __add__ __radd__ __sub__ __truediv__ __neg__ __pow__ pow clone contiguous to float bfloat16 half "
-    "dropout dropout_ alpha_dropout nan_to_num".split()
+    ["relu", "relu_", "relu6", "gelu", "silu", "mish", "elu", "elu_", "selu", "selu_", "celu", "leaky_relu", "leaky_relu_", "tanh", "tanh_", "sigmoid", "sigmoid_", "softplus", "softsign", "hardtanh", "hardtanh_", "hardswish", "hardsigmoid", "logsigmoid", "tanhshrink", "softshrink", "hardshrink", "threshold", "clamp", "clamp_", "clamp_min", "clamp_max", "clip", "abs", "exp", "square", "sqrt", "sin", "cos", "neg", "mul", "mul_", "div", "div_", "add", "add_", "sub", "sub_", "true_divide", "multiply", "__mul__", "__rmul__", "__add__", "__radd__", "__sub__", "__truediv__", "__neg__", "__pow__", "pow", "clone", "contiguous", "to", "float", "bfloat16", "half", "dropout", "dropout_", "alpha_dropout", "nan_to_num"]
 )
 SPATIAL = frozenset(
-    "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
-    "adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d lp_pool1d lp_pool2d interpolate pad "
-    "dropout1d dropout2d dropout3d feature_dropout feature_alpha_dropout instance_norm".split()
+    ["max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d", "lp_pool1d", "lp_pool2d", "interpolate", "pad", "dropout1d", "dropout2d", "dropout3d", "feature_dropout", "feature_alpha_dropout", "instance_norm"]
 )
 REDUCE = frozenset({"mean", "amax", "amin"})
 RESHAPE = frozenset({"flatten", "view", "reshape"})

@@ -65,7 +65,12 @@ def split_batch(batch: Any) -> tuple[list[Any], list[bool], Any, int]:
     sizes = [leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0]
     if not sizes:
         raise ProbeError("a batch holds no tensor with a batch axis; evidence needs examples along axis 0")
-    return leaves, [isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == sizes[0] for leaf in leaves], nest, sizes[0]  # fmt: skip
+    return (
+        leaves,
+        [isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == sizes[0] for leaf in leaves],
+        nest,
+        sizes[0],
+    )
 
 
 def example_losses(model: nn.Module, loss_fn: LossFunction, batch: Any) -> tuple[Tensor, bool]:

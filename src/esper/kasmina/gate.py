@@ -44,8 +44,14 @@ class Gate:
     """
 
     def __init__(
-        self, model: nn.Module, loss_fn: LossFunction, probe: Iterable[Any], settings: GateSettings, looks: int, on_fallback: Callable[[str, str], None]
-    ) -> None:  # fmt: skip
+        self,
+        model: nn.Module,
+        loss_fn: LossFunction,
+        probe: Iterable[Any],
+        settings: GateSettings,
+        looks: int,
+        on_fallback: Callable[[str, str], None],
+    ) -> None:
         self.model, self.loss_fn, self.probe, self.settings = model, loss_fn, probe, settings
         self.on_fallback = on_fallback
         self.allowed, self.looks = looks, 0
@@ -89,7 +95,9 @@ class Gate:
         passed = reason == "held-out evidence"
         return Verdict(passed, self.looks, value, threshold, gain, loss, len(differences), reason)
 
-    def differences(self, layer: KasminaLayer, kernel: nn.Module, batches: Iterable[Any], seed: int) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    def differences(
+        self, layer: KasminaLayer, kernel: nn.Module, batches: Iterable[Any], seed: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Return per example the loss without minus with the kernel, and the loss without, (examples,) each."""
         found, without = [], []
         with evaluating(self.model), untouched(self.model):
@@ -121,7 +129,9 @@ def check_probe(probe: Any) -> None:
         ProbeError: With what was given and what is needed.
     """
     if isinstance(probe, Iterator):
-        raise ProbeError(f"the probe is a one-shot {type(probe).__name__}; give a list of batches or a DataLoader, which can be read again")  # fmt: skip
+        raise ProbeError(
+            f"the probe is a one-shot {type(probe).__name__}; give a list of batches or a DataLoader, which can be read again"
+        )
     if not isinstance(probe, Iterable):
         raise ProbeError(
             f"the probe is a {type(probe).__name__}; give a list of held-out batches or a DataLoader"

@@ -28,7 +28,14 @@ class Measured:
     scale: Tensor  # root mean square of that output, 0-dim
 
 
-def measure(model: MorphableModel, sites: Sequence[str], runs: Sequence[Callable[[], Tensor]], seed: int, pool: int, examples: int) -> dict[str, Measured]:  # fmt: skip
+def measure(
+    model: MorphableModel,
+    sites: Sequence[str],
+    runs: Sequence[Callable[[], Tensor]],
+    seed: int,
+    pool: int,
+    examples: int,
+) -> dict[str, Measured]:
     """Survey sites.
 
     Args:
@@ -83,8 +90,12 @@ def inspect(pair: Pair, x: Tensor, gradient: Tensor, scale: Tensor, pool: int) -
         flat = h.float()
         silent = (flat == 0).flatten(0, -2) if flat.dim() != 4 else (flat == 0).transpose(1, 3).flatten(0, 2)
         report = HealthReport(
-            site=pair.site.name, improvement=found.improvement, examples=len(x),
-            activation_mean=float(flat.mean()), activation_variance=float(flat.var()),
-            dead=float(silent.all(0).float().mean()), gradient_norm=float(gradient.norm()),
-        )  # fmt: skip
+            site=pair.site.name,
+            improvement=found.improvement,
+            examples=len(x),
+            activation_mean=float(flat.mean()),
+            activation_variance=float(flat.var()),
+            dead=float(silent.all(0).float().mean()),
+            gradient_norm=float(gradient.norm()),
+        )
     return Measured(report, found, x, gradient, scale)

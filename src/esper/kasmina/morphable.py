@@ -33,7 +33,14 @@ class MorphableModel(nn.Module):
         seeds_per_site: Slots per site.
     """
 
-    def __init__(self, host: nn.Module, run: Callable[[], Any], examples: int, sites: Sites = "auto", seeds_per_site: int = 4) -> None:  # fmt: skip
+    def __init__(
+        self,
+        host: nn.Module,
+        run: Callable[[], Any],
+        examples: int,
+        sites: Sites = "auto",
+        seeds_per_site: int = 4,
+    ) -> None:
         super().__init__()
         self.host = host
         self.seeds_per_site = seeds_per_site

@@ -20,8 +20,8 @@ from esper.config import Config
 from esper.contracts import Decision, Event, Observer, Outcome, Stage
 from esper.kasmina.evidence import join
 from esper.kasmina.flops import Ledger
-from esper.kasmina.health import Measured
 from esper.kasmina.gate import Gate, Verdict
+from esper.kasmina.health import Measured
 from esper.kasmina.isolation import same_randomness, untouched
 from esper.kasmina.layer import KasminaLayer, Tap
 from esper.kasmina.morphable import MorphableModel
@@ -186,13 +186,27 @@ class SeedOrchestrator:
         unseen = join(batches)
         scores = self.scores(race, unseen)
         winner = int(scores.argmin())
-        with untouched(self.model.host, self.given.draw("evidence")), self.given.ledger.growth("amplitude", trial.decision.id, self.examples):  # fmt: skip
-            curve = torch.stack([race.amplitudes(winner, lambda b=batch: self.given.run(b)) for batch in unseen]).mean(0)  # fmt: skip
+        with (
+            untouched(self.model.host, self.given.draw("evidence")),
+            self.given.ledger.growth("amplitude", trial.decision.id, self.examples),
+        ):
+            curve = torch.stack(
+                [race.amplitudes(winner, lambda b=batch: self.given.run(b)) for batch in unseen]
+            ).mean(0)
         best = int(torch.nan_to_num(curve, nan=math.inf).argmin())
         amplitude = AMPLITUDES[best]
         listed = [{"start": s, "loss": number(v)} for s, v in zip(race.starts, scores.tolist(), strict=True)]
-        self.tell("race", decision=trial.decision.id, site=trial.decision.site, candidates=listed, winner=winner,
-                  amplitude=amplitude, nothing=number(float(curve[0])), start=race.starts[winner], batched=race.batched)  # fmt: skip
+        self.tell(
+            "race",
+            decision=trial.decision.id,
+            site=trial.decision.site,
+            candidates=listed,
+            winner=winner,
+            amplitude=amplitude,
+            nothing=number(float(curve[0])),
+            start=race.starts[winner],
+            batched=race.batched,
+        )
         if not race.batched:
             self.tell(
                 "fallback",
@@ -206,9 +220,19 @@ class SeedOrchestrator:
         with self.given.ledger.growth("gate", trial.decision.id):
             verdict = self.given.gate.look(trial.layer, kernel, batches[-1], self.given.draw("evidence"))
         trial.verdict = verdict
-        self.tell("gate", decision=trial.decision.id, site=trial.decision.site, look=verdict.look, e_value=number(verdict.e_value),
-                  threshold=number(verdict.threshold), gain=verdict.gain, loss=verdict.loss, examples=verdict.examples,
-                  passed=verdict.passed, reason=verdict.reason)  # fmt: skip
+        self.tell(
+            "gate",
+            decision=trial.decision.id,
+            site=trial.decision.site,
+            look=verdict.look,
+            e_value=number(verdict.e_value),
+            threshold=number(verdict.threshold),
+            gain=verdict.gain,
+            loss=verdict.loss,
+            examples=verdict.examples,
+            passed=verdict.passed,
+            reason=verdict.reason,
+        )
         if not verdict.passed:
             return self.cull(verdict.reason)
         assert verdict.gain is not None
@@ -373,7 +397,14 @@ class SeedOrchestrator:
         source = layout.stage_of(trial.seed)
         layout.move(trial.seed, source, target, self.step)
         trial.started = self.step
-        self.tell("stage", seed=trial.seed, site=trial.decision.site, source=source.name, target=target.name, reason=reason)  # fmt: skip
+        self.tell(
+            "stage",
+            seed=trial.seed,
+            site=trial.decision.site,
+            source=source.name,
+            target=target.name,
+            reason=reason,
+        )
 
     def fault(self, error: str) -> None:
         """Count a fault of the kernel; the third ends its seed at the next step."""
@@ -393,9 +424,27 @@ class SeedOrchestrator:
         verdict = trial.verdict
         spent = self.given.ledger.growth_flops - trial.spent
         gain = verdict.gain if verdict is not None else None
-        made = Outcome(trial.decision.id, site.name, kept, gain, width * site.unit_parameters, width * site.unit_flops, spent, reason)  # fmt: skip
-        self.tell("outcome", decision=made.decision, site=made.site, kept=kept, gain=gain, parameters=made.parameters,
-                  flops=made.flops, cost_flops=spent, reason=reason)  # fmt: skip
+        made = Outcome(
+            trial.decision.id,
+            site.name,
+            kept,
+            gain,
+            width * site.unit_parameters,
+            width * site.unit_flops,
+            spent,
+            reason,
+        )
+        self.tell(
+            "outcome",
+            decision=made.decision,
+            site=made.site,
+            kept=kept,
+            gain=gain,
+            parameters=made.parameters,
+            flops=made.flops,
+            cost_flops=spent,
+            reason=reason,
+        )
         return made
 
     def tell(self, kind: str, **data: Any) -> None:

@@ -42,7 +42,15 @@ class Race:
         learning_rate: Of the candidates' own Adam, for their outgoing weights; None: by their number.
     """
 
-    def __init__(self, layer: KasminaLayer, units: int, starts: tuple[str, ...], pool: Survey, x: Tensor, learning_rate: float | None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        layer: KasminaLayer,
+        units: int,
+        starts: tuple[str, ...],
+        pool: Survey,
+        x: Tensor,
+        learning_rate: float | None,
+    ) -> None:
         self.layer, self.units, self.starts = layer, units, starts
         kernels = [self.candidate(i, start, pool, x) for i, start in enumerate(starts)]
         self.template = WidenKernel(layer.pair, units)
@@ -209,10 +217,14 @@ class Race:
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed race needs."""
         return {
-            "units": self.units, "starts": list(self.starts), "batched": self.batched, "scores": self.scores.clone(),
+            "units": self.units,
+            "starts": list(self.starts),
+            "batched": self.batched,
+            "scores": self.scores.clone(),
             "parameters": {k: v.detach().clone() for k, v in self.parameters.items()},
-            "buffers": {k: v.clone() for k, v in self.buffers.items()}, "optimizer": self.optimizer.state_dict(),
-        }  # fmt: skip
+            "buffers": {k: v.clone() for k, v in self.buffers.items()},
+            "optimizer": self.optimizer.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where the saved race was."""

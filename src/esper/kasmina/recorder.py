@@ -18,9 +18,27 @@ from torch.utils._pytree import tree_flatten
 
 # Reads of facts about a tensor, not of its values; they do not make a second consumer.
 METADATA = frozenset(
-    {"__get__", "size", "dim", "stride", "numel", "nelement", "ndimension", "__len__", "is_contiguous", "is_floating_point",
-     "is_complex", "element_size", "get_device", "storage_offset", "type", "__hash__", "__bool__", "_is_view"}
-)  # fmt: skip
+    {
+        "__get__",
+        "size",
+        "dim",
+        "stride",
+        "numel",
+        "nelement",
+        "ndimension",
+        "__len__",
+        "is_contiguous",
+        "is_floating_point",
+        "is_complex",
+        "element_size",
+        "get_device",
+        "storage_offset",
+        "type",
+        "__hash__",
+        "__bool__",
+        "_is_view",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import fnmatch
 import math
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -195,12 +194,25 @@ class Finder:
         """Return the Linear or convolution a call belongs to."""
         for parameter in call.parameters:
             path, _, own = parameter.rpartition(".")
-            if own == "weight" and isinstance(self.modules.get(path), LAYERS) and call.name in {"linear", "conv1d", "conv2d", "conv3d"}:  # fmt: skip
+            if (
+                own == "weight"
+                and isinstance(self.modules.get(path), LAYERS)
+                and call.name in {"linear", "conv1d", "conv2d", "conv3d"}
+            ):
                 return path, self.modules[path]
         return None
 
-    def close(self, name: str, following: tuple[str, nn.Module], call: Call, steps: list[Step], axis: int,
-              flops: int, granularity: int, value: int) -> Pair:  # fmt: skip
+    def close(
+        self,
+        name: str,
+        following: tuple[str, nn.Module],
+        call: Call,
+        steps: list[Step],
+        axis: int,
+        flops: int,
+        granularity: int,
+        value: int,
+    ) -> Pair:
         """Check the consumer and build the pair."""
         target, consumer = following
         self.only_call(target)
@@ -216,9 +228,16 @@ class Finder:
         if producer is consumer:
             raise _Refused(f"{name} feeds itself")
         site = Site(
-            name=f"{name}>{target}", kind="pair", entry=name, exit=target, between=tuple(s.label for s in steps),
-            width=out_size(producer), granularity=granularity, unit_parameters=0, unit_flops=0,
-        )  # fmt: skip
+            name=f"{name}>{target}",
+            kind="pair",
+            entry=name,
+            exit=target,
+            between=tuple(s.label for s in steps),
+            width=out_size(producer),
+            granularity=granularity,
+            unit_parameters=0,
+            unit_flops=0,
+        )
         columns = in_size(consumer) // out_size(producer)
         places = positions(self.only_call(name), producer), positions(call, consumer)
         return Pair(site, producer, consumer, tuple(steps), columns, places, flops).refreshed()
@@ -356,7 +375,12 @@ def reachable(
             kept.append(pair)
         else:
             mode = "training" if seen[0] != ["entry", "exit"] else "evaluation"
-            refusals.append(Refusal(pair.site.entry, f"{pair.site.entry} and {pair.site.exit} are not called as modules in {mode}"))  # fmt: skip
+            refusals.append(
+                Refusal(
+                    pair.site.entry,
+                    f"{pair.site.entry} and {pair.site.exit} are not called as modules in {mode}",
+                )
+            )
     return kept, refusals
 
 
@@ -408,7 +432,9 @@ def select(pairs: Iterable[Pair], refusals: Sequence[Refusal], sites: Sites = "a
             "; ".join(f"{r.place}: {r.reason}" for r in refusals)
             or "the model has no Linear or convolution layer"
         )
-        raise SiteError(f"no place to grow was found ({listed}). A pair of layers with only channel-wise operations between is needed")  # fmt: skip
+        raise SiteError(
+            f"no place to grow was found ({listed}). A pair of layers with only channel-wise operations between is needed"
+        )
     include, exclude = (
         (sites.get("include", "auto"), sites.get("exclude", ()))
         if isinstance(sites, Mapping)
@@ -416,7 +442,9 @@ def select(pairs: Iterable[Pair], refusals: Sequence[Refusal], sites: Sites = "a
     )
     chosen = [p for p in found if matches(p, include) and not (exclude != () and matches(p, exclude))]
     if not chosen:
-        raise SiteError(f"sites={sites!r} matches none of the places found; {nearest(str(include), [p.site.name for p in found])}")  # fmt: skip
+        raise SiteError(
+            f"sites={sites!r} matches none of the places found; {nearest(str(include), [p.site.name for p in found])}"
+        )
     return chosen
 
 

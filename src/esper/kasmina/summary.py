@@ -40,8 +40,13 @@ class Summary:
         if self.room:
             table.add_column("room")
         for row in self.sites:
-            cells = [row["name"], " → ".join(row["between"]) or "–", str(row["width"]), row["seeds"],
-                     f"{row['unit_parameters']:,} parameters, {row['unit_flops']:,} FLOPs"]  # fmt: skip
+            cells = [
+                row["name"],
+                " → ".join(row["between"]) or "–",
+                str(row["width"]),
+                row["seeds"],
+                f"{row['unit_parameters']:,} parameters, {row['unit_flops']:,} FLOPs",
+            ]
             table.add_row(*cells, *([f"{self.room[row['name']]} units"] if self.room else []))
         console.print(table)
         for row in self.refused:
@@ -56,10 +61,16 @@ def summary(model: MorphableModel) -> Summary:
     rows = []
     for name, pair in model.pairs.items():
         stages = Counter(model.layout.stage_of(seed).name.lower() for seed in model.seeds(name))
-        rows.append({
-            "name": name, "kind": pair.site.kind, "between": list(pair.site.between), "width": pair.site.width,
-            "seeds": ", ".join(f"{count} {stage}" for stage, count in stages.items()),
-            "unit_parameters": pair.site.unit_parameters, "unit_flops": pair.site.unit_flops,
-        })  # fmt: skip
+        rows.append(
+            {
+                "name": name,
+                "kind": pair.site.kind,
+                "between": list(pair.site.between),
+                "width": pair.site.width,
+                "seeds": ", ".join(f"{count} {stage}" for stage, count in stages.items()),
+                "unit_parameters": pair.site.unit_parameters,
+                "unit_flops": pair.site.unit_flops,
+            }
+        )
     refused = [{"place": r.place, "reason": r.reason} for r in model.refusals]
     return Summary(type(model.host).__name__, model.parameter_count(), model.flops, rows, refused)

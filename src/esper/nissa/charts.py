@@ -169,9 +169,14 @@ def tradeoff(
                 [point.y for point in ordered],
                 yerr=_errors([point.y_error for point in ordered]),
                 xerr=_errors([point.x_error for point in ordered]),
-                label=label, color=colour, linestyle=dash, marker=MARKERS[index % len(MARKERS)], markersize=6,
-                capsize=3, elinewidth=1.2,
-            )  # fmt: skip
+                label=label,
+                color=colour,
+                linestyle=dash,
+                marker=MARKERS[index % len(MARKERS)],
+                markersize=6,
+                capsize=3,
+                elinewidth=1.2,
+            )
             for point in ordered:
                 axis.annotate(point.label, (point.x, point.y), (6, 5), textcoords="offset points", fontsize=9)
         axis.set(title=title, xlabel=x_label, ylabel=y_label, xscale="log" if log_x else "linear")
@@ -222,9 +227,16 @@ def _mark_growth(axis: Axes, history: RunHistory, *, label: bool) -> None:
         axis.axvline(step, color=GREEN, linewidth=1.2, alpha=0.8, zorder=0)
         if label:
             axis.annotate(
-                f"+{units} {decision.site}", (step, 0.0), (3, 4), xycoords=("data", "axes fraction"),
-                textcoords="offset points", rotation=90, va="bottom", ha="left", fontsize=8.5,
-            )  # fmt: skip
+                f"+{units} {decision.site}",
+                (step, 0.0),
+                (3, 4),
+                xycoords=("data", "axes fraction"),
+                textcoords="offset points",
+                rotation=90,
+                va="bottom",
+                ha="left",
+                fontsize=8.5,
+            )
 
 
 def _life(axis: Axes, seed: SeedHistory, life: list[Span], row: int, last_step: int) -> None:

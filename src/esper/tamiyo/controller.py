@@ -50,7 +50,16 @@ class Tamiyo:
         reason = self.trigger.reason(step, loss)
         return None if self.refused >= self.config.schedule.patience else reason
 
-    def decide(self, step: int, why: str, sites: Sequence[Site], reports: Mapping[str, HealthReport], room: Room, rng: np.random.Generator, only: str | None = None) -> Decision:  # fmt: skip
+    def decide(
+        self,
+        step: int,
+        why: str,
+        sites: Sequence[Site],
+        reports: Mapping[str, HealthReport],
+        room: Room,
+        rng: np.random.Generator,
+        only: str | None = None,
+    ) -> Decision:
         """Choose what to do.
 
         Args:
@@ -77,13 +86,31 @@ class Tamiyo:
         units = {name: max(value, self.config.widths.min_units) for name, value in units.items()}
         arms = self.selector.arms(asked, reports, costs, units, most) if room.events > 0 else []
         if not arms:
-            reason = "the budget is spent" if room.events <= 0 or all(v < 1 for v in most.values()) else "no site promises an improvement"  # fmt: skip
+            reason = (
+                "the budget is spent"
+                if room.events <= 0 or all(v < 1 for v in most.values())
+                else "no site promises an improvement"
+            )
             return Decision(self.decisions, step, "nothing", None, 0, None, f"{why}; {reason}", 1.0, None)
         arm, propensity = self.selector.choose(arms, rng)
         self.pending[self.decisions] = arm
-        listed = tuple({"site": a.site, "width": a.width, "start": a.start, "score": a.score, "prior": a.prior} for a in arms)  # fmt: skip
+        listed = tuple(
+            {"site": a.site, "width": a.width, "start": a.start, "score": a.score, "prior": a.prior}
+            for a in arms
+        )
         reason = f"{why}; {arm.site} promises most for its share of the budget among {len({a.site for a in arms})} sites"
-        return Decision(self.decisions, step, "widen", arm.site, arm.width, arm.start, reason, propensity, arm.score, listed)  # fmt: skip
+        return Decision(
+            self.decisions,
+            step,
+            "widen",
+            arm.site,
+            arm.width,
+            arm.start,
+            reason,
+            propensity,
+            arm.score,
+            listed,
+        )
 
     def learn(self, outcome: Outcome, step: int) -> None:
         """Take in what a decision came to: its gain per parameter, relative to the best seen; a failure is worth 0."""
@@ -104,9 +131,13 @@ class Tamiyo:
             str(i): [a.site, a.share, a.width, a.start, a.score, a.prior] for i, a in self.pending.items()
         }
         return {
-            "trigger": self.trigger.state_dict(), "selector": self.selector.state_dict(), "pending": pending,
-            "refused": self.refused, "decisions": self.decisions, "best_gain": self.best_gain,
-        }  # fmt: skip
+            "trigger": self.trigger.state_dict(),
+            "selector": self.selector.state_dict(),
+            "pending": pending,
+            "refused": self.refused,
+            "decisions": self.decisions,
+            "best_gain": self.best_gain,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on deciding."""

@@ -49,8 +49,14 @@ class SeedSelector:
         self.tried: dict[str, int] = {}  # decisions per site
         self.kept: dict[str, int] = {}
 
-    def arms(self, sites: Sequence[Site], reports: Mapping[str, HealthReport], costs: Mapping[str, float],
-             units: Mapping[str, float], room: Mapping[str, int]) -> list[Arm]:  # fmt: skip
+    def arms(
+        self,
+        sites: Sequence[Site],
+        reports: Mapping[str, HealthReport],
+        costs: Mapping[str, float],
+        units: Mapping[str, float],
+        room: Mapping[str, int],
+    ) -> list[Arm]:
         """List what may be chosen.
 
         Args:
@@ -74,7 +80,10 @@ class SeedSelector:
                 width = fitted(share * units[site.name], site.granularity, room[site.name])
                 for start, worth in STARTS.items():
                     prior = scores[site.name] / best * worth * (1.0 if share == 1.0 else OFF_SHARE)
-                    made.setdefault((site.name, width, start), Arm(site.name, share, width, start, scores[site.name], prior))  # fmt: skip
+                    made.setdefault(
+                        (site.name, width, start),
+                        Arm(site.name, share, width, start, scores[site.name], prior),
+                    )
         return list(made.values())
 
     def experience(self, site: str) -> float:

@@ -41,7 +41,12 @@ class UCB:
 
     def state_dict(self) -> dict[str, Any]:
         """Return counts and sums."""
-        return {"arms": [[list(arm) if isinstance(arm, tuple) else arm, n, self.sums[arm]] for arm, n in self.pulls.items()]}  # fmt: skip
+        return {
+            "arms": [
+                [list(arm) if isinstance(arm, tuple) else arm, n, self.sums[arm]]
+                for arm, n in self.pulls.items()
+            ]
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take counts and sums back."""

@@ -69,9 +69,20 @@ class Parts:
 
 
 def assemble(
-    host: nn.Module, optimizer: Optimizer | Mapping[str, Optimizer], loss_fn: LossFunction, probe: Iterable[Any], *, steps: int | None,
-    scaler: Any, ema: Sequence[nn.Module], sites: Sites, budget: Mapping[str, Any] | None, config: Config, seed: int, observe: Observer,
-) -> Parts:  # fmt: skip
+    host: nn.Module,
+    optimizer: Optimizer | Mapping[str, Optimizer],
+    loss_fn: LossFunction,
+    probe: Iterable[Any],
+    *,
+    steps: int | None,
+    scaler: Any,
+    ema: Sequence[nn.Module],
+    sites: Sites,
+    budget: Mapping[str, Any] | None,
+    config: Config,
+    seed: int,
+    observe: Observer,
+) -> Parts:
     """Check what was given and wire a run; nothing of the user's is changed."""
     refuse_host(host)
     optimizers = named_optimizers(optimizer, host)
@@ -101,10 +112,17 @@ def assemble(
         return why
 
     given = Given(
-        run=lambda one: loss_fn(host, one), gate=gate, ledger=ledger, observe=observe, optimizer=donor.like, follow=donor.follow,
-        commit=commit, draw=streams.draw, rate=config.race.learning_rate,
+        run=lambda one: loss_fn(host, one),
+        gate=gate,
+        ledger=ledger,
+        observe=observe,
+        optimizer=donor.like,
+        follow=donor.follow,
+        commit=commit,
+        draw=streams.draw,
+        rate=config.race.learning_rate,
         scale=(lambda: float(scaler.get_scale())) if scaler is not None else (lambda: 1.0),
-    )  # fmt: skip
+    )
     orchestrator = SeedOrchestrator(model, config, Timing.of(config, steps, settling), given)
     warnings = []
     if steps is None:
@@ -116,11 +134,24 @@ def assemble(
             "a budget in seconds makes decisions depend on the clock; runs with the same seed may differ"
         )
     return Parts(
-        model=model, optimizers=optimizers, orchestrator=orchestrator, tamiyo=Tamiyo(config, steps, widenings(model, merged)), committer=committer, ledger=ledger,
-        gate=gate, streams=streams, config=config, budget=merged, observe=observe, run=given.run,
-        latency_ms=lambda: latency(host, lambda: loss_fn(host, batch)), host_parameters=model.parameter_count(), steps=steps, seed=seed,
+        model=model,
+        optimizers=optimizers,
+        orchestrator=orchestrator,
+        tamiyo=Tamiyo(config, steps, widenings(model, merged)),
+        committer=committer,
+        ledger=ledger,
+        gate=gate,
+        streams=streams,
+        config=config,
+        budget=merged,
+        observe=observe,
+        run=given.run,
+        latency_ms=lambda: latency(host, lambda: loss_fn(host, batch)),
+        host_parameters=model.parameter_count(),
+        steps=steps,
+        seed=seed,
         warnings=warnings,
-    )  # fmt: skip
+    )
 
 
 def widenings(model: MorphableModel, budget: Budget) -> int:

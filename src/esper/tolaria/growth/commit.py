@@ -36,8 +36,15 @@ class Committer:
         observe: Told what was widened, and of every detour.
     """
 
-    def __init__(self, model: MorphableModel, optimizers: Mapping[str, Optimizer], averages: Sequence[nn.Module], run: Callable[[], Any],
-                 rule: Literal["zeros", "seed", "mean"], observe: Observer) -> None:  # fmt: skip
+    def __init__(
+        self,
+        model: MorphableModel,
+        optimizers: Mapping[str, Optimizer],
+        averages: Sequence[nn.Module],
+        run: Callable[[], Any],
+        rule: Literal["zeros", "seed", "mean"],
+        observe: Observer,
+    ) -> None:
         self.model, self.optimizers, self.averages = model, optimizers, averages
         self.run, self.rule, self.observe = run, rule, observe
         self.plans: list[WidenPlan] = []
@@ -62,10 +69,21 @@ class Committer:
             return f"the wider model was put back: {error}"
         self.model.refresh()
         self.plans.append(plan)
-        self.observe(Event("widened", step, {
-            "decision": decision.id, "site": plan.site, "units": plan.units, "edits": [[e.name, e.axis, e.old, e.new] for e in plan.edits],
-            "parameters": self.model.parameter_count(), "difference": difference, "milliseconds": (time.perf_counter() - begun) * 1e3,
-        }))  # fmt: skip
+        self.observe(
+            Event(
+                "widened",
+                step,
+                {
+                    "decision": decision.id,
+                    "site": plan.site,
+                    "units": plan.units,
+                    "edits": [[e.name, e.axis, e.old, e.new] for e in plan.edits],
+                    "parameters": self.model.parameter_count(),
+                    "difference": difference,
+                    "milliseconds": (time.perf_counter() - begun) * 1e3,
+                },
+            )
+        )
         return ""
 
     def carry_out(

@@ -197,17 +197,27 @@ class Growth:
         self.batches.clear()
         self.finished = True
         grown = [[plan.site, plan.units] for plan in self.plans]
-        self.tell("run_finished", parameters=self.morphable.parameter_count(), flops=self.morphable.flops,
-                  training_flops=self.cost.training_flops, growth_flops=self.cost.growth_flops,
-                  seconds=time.perf_counter() - self.begun, growth_seconds=self.cost.seconds, grown=grown)  # fmt: skip
+        self.tell(
+            "run_finished",
+            parameters=self.morphable.parameter_count(),
+            flops=self.morphable.flops,
+            training_flops=self.cost.training_flops,
+            growth_flops=self.cost.growth_flops,
+            seconds=time.perf_counter() - self.begun,
+            growth_seconds=self.cost.seconds,
+            grown=grown,
+        )
         return self.model
 
     def save(self, directory: str | Path) -> Path:
         """Write the grown model with its genome, card and a torch-only ``rebuild.py``; see ``esper.load_into``."""
         card = {
-            "host parameters": self.parts.host_parameters, "parameters": self.morphable.parameter_count(),
-            "training FLOPs": self.cost.training_flops, "growth FLOPs": self.cost.growth_flops, "steps": self.steps,
-        }  # fmt: skip
+            "host parameters": self.parts.host_parameters,
+            "parameters": self.morphable.parameter_count(),
+            "training FLOPs": self.cost.training_flops,
+            "growth FLOPs": self.cost.growth_flops,
+            "steps": self.steps,
+        }
         return self.parts.save(self.model, self.plans, Path(directory), card)
 
     def state_dict(self) -> dict[str, Any]:
@@ -236,30 +246,68 @@ class Growth:
 
     def _tell_start(self) -> None:
         parts = self.parts
-        sites = [{"name": p.site.name, "width": p.site.width, "between": list(p.site.between), "unit_parameters": p.site.unit_parameters,
-                  "unit_flops": p.site.unit_flops} for p in self.morphable.pairs.values()]  # fmt: skip
-        self.tell("run_started", model=type(self.model).__name__, parameters=parts.host_parameters, flops=self.morphable.flops,
-                  sites=sites, refused=[[r.place, r.reason] for r in self.morphable.refusals], budget=parts.budget.model_dump(),
-                  seed=parts.seed, steps=parts.steps)  # fmt: skip
+        sites = [
+            {
+                "name": p.site.name,
+                "width": p.site.width,
+                "between": list(p.site.between),
+                "unit_parameters": p.site.unit_parameters,
+                "unit_flops": p.site.unit_flops,
+            }
+            for p in self.morphable.pairs.values()
+        ]
+        self.tell(
+            "run_started",
+            model=type(self.model).__name__,
+            parameters=parts.host_parameters,
+            flops=self.morphable.flops,
+            sites=sites,
+            refused=[[r.place, r.reason] for r in self.morphable.refusals],
+            budget=parts.budget.model_dump(),
+            seed=parts.seed,
+            steps=parts.steps,
+        )
         for message in parts.warnings:
             self.tell("warning", message=message)
 
     def _tell_progress(self) -> None:
         mean = sum(self.losses) / len(self.losses)
         self.losses.clear()
-        self.tell("progress", loss=mean, parameters=self.morphable.parameter_count(), growth_flops=self.cost.growth_flops,
-                  training_flops=self.cost.training_flops, seconds=time.perf_counter() - self.begun)  # fmt: skip
+        self.tell(
+            "progress",
+            loss=mean,
+            parameters=self.morphable.parameter_count(),
+            growth_flops=self.cost.growth_flops,
+            training_flops=self.cost.training_flops,
+            seconds=time.perf_counter() - self.begun,
+        )
 
     def _tell_decision(self, decision: Decision, measured: Mapping[str, Measured]) -> None:
-        rows = [{
-            "site": name, "improvement": m.report.improvement, "unit_flops": self.morphable.pairs[name].site.unit_flops,
-            "width": self.morphable.pairs[name].site.width, "dead": m.report.dead, "gradient_norm": m.report.gradient_norm,
-            "examples": m.report.examples,
-        } for name, m in measured.items()]  # fmt: skip
+        rows = [
+            {
+                "site": name,
+                "improvement": m.report.improvement,
+                "unit_flops": self.morphable.pairs[name].site.unit_flops,
+                "width": self.morphable.pairs[name].site.width,
+                "dead": m.report.dead,
+                "gradient_norm": m.report.gradient_norm,
+                "examples": m.report.examples,
+            }
+            for name, m in measured.items()
+        ]
         self.tell("survey", decision=decision.id, sites=rows)
-        self.tell("decision", decision=decision.id, action=decision.action, site=decision.site, width=decision.width, start=decision.start,
-                  reason=decision.reason, arms=[dict(a) for a in decision.arms], propensity=decision.propensity,
-                  predicted=decision.predicted)  # fmt: skip
+        self.tell(
+            "decision",
+            decision=decision.id,
+            action=decision.action,
+            site=decision.site,
+            width=decision.width,
+            start=decision.start,
+            reason=decision.reason,
+            arms=[dict(a) for a in decision.arms],
+            propensity=decision.propensity,
+            predicted=decision.predicted,
+        )
 
     def _examples(self, batch: Any) -> int:
         return split_batch(batch)[3]
@@ -320,7 +368,17 @@ def grow(
             watcher(event)
 
     parts = assemble(
-        model, optimizer, loss_fn, probe, steps=steps, scaler=scaler, ema=ema, sites=sites, budget=budget, config=settings,
-        seed=seed, observe=observe,
-    )  # fmt: skip
+        model,
+        optimizer,
+        loss_fn,
+        probe,
+        steps=steps,
+        scaler=scaler,
+        ema=ema,
+        sites=sites,
+        budget=budget,
+        config=settings,
+        seed=seed,
+        observe=observe,
+    )
     return Growth(parts)

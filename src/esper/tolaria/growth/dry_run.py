@@ -16,8 +16,15 @@ from esper.tolaria.growth.assembly import limit, widenings
 from esper.tolaria.growth.entrance import merged_budget, refuse_host
 
 
-def plan(model: nn.Module, example_inputs: Any, *, steps: int | None = None, sites: Sites = "auto", budget: Mapping[str, Any] | None = None,
-         config: ConfigLike = None) -> Summary:  # fmt: skip
+def plan(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    steps: int | None = None,
+    sites: Sites = "auto",
+    budget: Mapping[str, Any] | None = None,
+    config: ConfigLike = None,
+) -> Summary:
     """Say where a model could grow, when decisions would fall and how far the budget reaches; a dry run.
 
     Args:

@@ -39,7 +39,9 @@ def named_optimizers(
             "the optimizer owns none of the model's parameters; build it from model.parameters() of this model"
         )
     if missing:
-        raise OptimizerError(f"the optimizer lacks {', '.join(missing[:4])}{' …' if len(missing) > 4 else ''}; add them, or freeze them with requires_grad_(False)")  # fmt: skip
+        raise OptimizerError(
+            f"the optimizer lacks {', '.join(missing[:4])}{' …' if len(missing) > 4 else ''}; add them, or freeze them with requires_grad_(False)"
+        )
     refuse_unsupported(given)
     return given
 
@@ -81,7 +83,9 @@ def first_probe(probe: Any, model: nn.Module, loss_fn: Any) -> Any:
             with evaluating(model):
                 loss = loss_fn(model, batch)
         except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:
-            raise ProbeError(f"loss_fn(model, batch) does not run on the first probe batch: {type(error).__name__}: {error}") from error  # fmt: skip
+            raise ProbeError(
+                f"loss_fn(model, batch) does not run on the first probe batch: {type(error).__name__}: {error}"
+            ) from error
     check_loss(loss)
     return batch
 
@@ -97,7 +101,9 @@ def check_loss(loss: Any) -> None:
             f"the loss is a {type(loss).__name__}; loss_fn(model, batch) must return a scalar tensor"
         )
     if loss.numel() != 1 or not loss.is_floating_point():
-        raise LossError(f"the loss has shape {tuple(loss.shape)} and dtype {loss.dtype}; a floating-point scalar is needed, for example its mean")  # fmt: skip
+        raise LossError(
+            f"the loss has shape {tuple(loss.shape)} and dtype {loss.dtype}; a floating-point scalar is needed, for example its mean"
+        )
 
 
 def check_finite(value: float, step: int) -> None:

@@ -44,13 +44,20 @@ def capture(growth: Any) -> dict[str, Any]:
 def capture_trial(trial: Trial) -> dict[str, Any]:
     """Return one trial's state."""
     return {
-        "decision": asdict(trial.decision), "seed": trial.seed, "started": trial.started, "before": list(trial.before),
-        "after": list(trial.after), "ending": trial.ending, "spent": trial.spent,
+        "decision": asdict(trial.decision),
+        "seed": trial.seed,
+        "started": trial.started,
+        "before": list(trial.before),
+        "after": list(trial.after),
+        "ending": trial.ending,
+        "spent": trial.spent,
         "verdict": None if trial.verdict is None else asdict(trial.verdict),
         "race": None if trial.race is None else trial.race.state_dict(),
-        "kernel": None if trial.kernel is None else {k: v.detach().clone() for k, v in trial.kernel.state_dict().items()},
+        "kernel": None
+        if trial.kernel is None
+        else {k: v.detach().clone() for k, v in trial.kernel.state_dict().items()},
         "optimizer": None if trial.optimizer is None else trial.optimizer.state_dict(),
-    }  # fmt: skip
+    }
 
 
 def restore(growth: Any, state: Mapping[str, Any]) -> None:
@@ -97,8 +104,16 @@ def restore_trial(growth: Any, state: Mapping[str, Any]) -> None:
     orchestrator, morphable = growth.orchestrator, growth.morphable
     assert decision.site is not None
     layer = morphable.layer(decision.site, orchestrator.fault)
-    trial = Trial(decision, state["seed"], layer, state["started"], before=list(state["before"]), after=list(state["after"]),
-                  ending=state["ending"], spent=state["spent"])  # fmt: skip
+    trial = Trial(
+        decision,
+        state["seed"],
+        layer,
+        state["started"],
+        before=list(state["before"]),
+        after=list(state["after"]),
+        ending=state["ending"],
+        spent=state["spent"],
+    )
     trial.verdict = None if state["verdict"] is None else Verdict(**state["verdict"])
     orchestrator.trial = trial
     with same_randomness(0):
