@@ -14,7 +14,7 @@ from benchmarks.tasks import Batch
 
 
 class Grown:
-    """Starts at the task's small widths and may grow to as many parameters as the big ones have."""
+    """Starts at the task's small widths and may grow up to the task's limit."""
 
     def __init__(self, setup: Setup, option: str) -> None:
         task = setup.task
@@ -22,7 +22,10 @@ class Grown:
         self.net: nn.Module = task.build(task.small, setup.seed)
         self.optimizer = task.optimizer(self.net.parameters(), lr=setup.rate)
         self.batches = task.batches(setup.split, setup.seed)
-        big = parameters(task.build(task.big, setup.seed))
+        limit = parameters(task.build(task.limit or task.big, setup.seed))
+        budget: dict[str, float] = {"parameters": limit if limit > 1000 else limit / parameters(self.net)}
+        if task.events is not None:
+            budget["growth_events"] = task.events
         steps_per_epoch = 1 if task.batch is None else -(-len(setup.split.train[0]) // task.batch)
         self.growth = esper.grow(
             self.net,
@@ -30,8 +33,8 @@ class Grown:
             self.loss,
             probe=probe_batches(setup),
             steps=task.epochs * steps_per_epoch,
-            budget={"parameters": big if big > 1000 else big / parameters(self.net)},
-            config={"new_slot_state": option} if option else None,
+            budget=budget,
+            config={**task.growth, **({"new_slot_state": option} if option else {})},
             seed=stream(setup.seed, "growth"),
         )
 
