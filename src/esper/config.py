@@ -1,4 +1,4 @@
-"""One typed settings model: a file, ``ESPER_*`` variables and overrides; unknown keys name the nearest one."""
+"""One typed settings model: file, ``ESPER_*`` variables and overrides; unknown keys name the nearest one."""
 
 from __future__ import annotations
 

@@ -39,6 +39,11 @@ class MissingExtraError(EsperError, ImportError):
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
         super().__init__(f"{purpose} needs {package}; install it with: pip install 'esper-morph[{extra}]'")
+        self.package, self.extra, self.purpose = package, extra, purpose
+
+    def __reduce__(self) -> tuple[type[MissingExtraError], tuple[str, str, str]]:
+        """Survive pickling, by which errors travel between processes."""
+        return type(self), (self.package, self.extra, self.purpose)
 
 
 class SiteError(EsperError, ValueError):

@@ -92,7 +92,9 @@ class Task:
 
 TASKS = (
     Task("mlp", "MLP with 2 hidden units", MLP, (2,), budget=15.0, widenings=2),  # room for 32 hidden units
-    Task("cnn", "CNN with 2 and 4 channels", CNN, (2, 4), budget=20.0, widenings=3),  # room for 15 and 30 channels
+    Task(
+        "cnn", "CNN with 2 and 4 channels", CNN, (2, 4), budget=20.0, widenings=3
+    ),  # room for 15 and 30 channels
 )
 
 

@@ -1,8 +1,8 @@
 """What may stand between the two layers of a pair: operations that treat every channel alone.
 
-Each step knows three things: how to run on a few new channels, which tensors it needs for them, and which tensors and
-attributes of the host grow with it. Everything else is refused, because zero columns in the consumer would not be
-enough to keep the output: LayerNorm over the widened axis moves it by 0.58 (measured).
+Each step knows three things: how to run on a few new channels, which tensors it needs for them, and which
+tensors and attributes of the host grow with it. Everything else is refused, because zero columns in the
+consumer would not be enough to keep the output: LayerNorm over the widened axis moves it by 0.58 (measured).
 """
 
 from __future__ import annotations
@@ -17,10 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ELEMENTWISE = frozenset(
-    ["relu", "relu_", "relu6", "gelu", "silu", "mish", "elu", "elu_", "selu", "selu_", "celu", "leaky_relu", "leaky_relu_", "tanh", "tanh_", "sigmoid", "sigmoid_", "softplus", "softsign", "hardtanh", "hardtanh_", "hardswish", "hardsigmoid", "logsigmoid", "tanhshrink", "softshrink", "hardshrink", "threshold", "clamp", "clamp_", "clamp_min", "clamp_max", "clip", "abs", "exp", "square", "sqrt", "sin", "cos", "neg", "mul", "mul_", "div", "div_", "add", "add_", "sub", "sub_", "true_divide", "multiply", "__mul__", "__rmul__", "__add__", "__radd__", "__sub__", "__truediv__", "__neg__", "__pow__", "pow", "clone", "contiguous", "to", "float", "bfloat16", "half", "dropout", "dropout_", "alpha_dropout", "nan_to_num"]
+    "relu relu_ relu6 gelu silu mish elu elu_ selu selu_ celu leaky_relu leaky_relu_ tanh tanh_ sigmoid "
+    "sigmoid_ softplus softsign hardtanh hardtanh_ hardswish hardsigmoid logsigmoid tanhshrink softshrink "
+    "hardshrink threshold clamp clamp_ clamp_min clamp_max clip abs exp square sqrt sin cos neg mul mul_ div "
+    "div_ add add_ sub sub_ true_divide multiply __mul__ __rmul__ __add__ __radd__ __sub__ __truediv__ "
+    "__neg__ __pow__ pow clone contiguous to float bfloat16 half dropout dropout_ alpha_dropout "
+    "nan_to_num".split()
 )
 SPATIAL = frozenset(
-    ["max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d", "lp_pool1d", "lp_pool2d", "interpolate", "pad", "dropout1d", "dropout2d", "dropout3d", "feature_dropout", "feature_alpha_dropout", "instance_norm"]
+    "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d "
+    "adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d "
+    "lp_pool1d lp_pool2d interpolate pad dropout1d dropout2d dropout3d feature_dropout feature_alpha_dropout "
+    "instance_norm".split()
 )
 REDUCE = frozenset({"mean", "amax", "amin"})
 RESHAPE = frozenset({"flatten", "view", "reshape"})
@@ -40,6 +48,10 @@ class Step:
         """Run on new channels only."""
         raise NotImplementedError
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the host's own tensors, by the names :meth:`run` knows them."""
+        return {}
+
     def grows(self) -> tuple[tuple[str, str], ...]:
         """Name the host's tensors that grow along axis 0, as (own name, host name)."""
         return ()
@@ -53,7 +65,7 @@ class Step:
         return 0
 
     def unit_flops(self, shape: torch.Size) -> int:
-        """Count forward FLOPs per example of one more channel; shape is the output's, (batch, channels, …)."""
+        """Count forward FLOPs per example of one more channel; shape is the output's (batch, channels, …)."""
         return 0
 
 
@@ -99,6 +111,10 @@ class Layered(Step):
     owned: tuple[str, ...]  # of "weight", "bias", "running_mean", "running_var", those the module has
     module: Any = field(compare=False)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the module's."""
+        return {own: getattr(self.module, own) for own in self.owned}
+
     def grows(self) -> tuple[tuple[str, str], ...]:
         """List every tensor the module has one entry per channel of."""
         return tuple((own, f"{self.name}.{own}") for own in self.owned)
@@ -111,11 +127,9 @@ class Layered(Step):
 
     def attributes(self, units: int) -> tuple[tuple[str, str, int], ...]:
         """Raise the counts the module keeps of its channels."""
-        grown = []
-        for name in ("num_features", "num_channels", "in_channels", "out_channels", "groups"):
-            if hasattr(self.module, name):
-                grown.append((self.name, name, getattr(self.module, name) + units))
-        return tuple(grown)
+        counts = ("num_features", "num_channels", "in_channels", "out_channels", "groups")
+        kept = [count for count in counts if hasattr(self.module, count)]
+        return tuple((self.name, count, getattr(self.module, count) + units) for count in kept)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Held-out evidence: is the loss lower with the kernel than without it, beyond what chance explains?
 
-Per-example differences are paired: same weights, same examples, eval mode. They feed an e-value, a bet against "the
-kernel does not help" whose expected wealth is at most 1 when that is true (Waudby-Smith & Ramdas, JRSS-B 2024). The
-run's false-keep budget is shared evenly by its looks (union bound), so looking often is paid for.
+Per-example differences are paired: same weights, same examples, eval mode. They feed an e-value, a bet
+against "the kernel does not help" whose expected wealth is at most 1 when that is true (Waudby-Smith &
+Ramdas, JRSS-B 2024). The run's false-keep budget is shared evenly by its looks (union bound), so looking
+often is paid for.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ def e_value(differences: np.ndarray, rehearsal: np.ndarray) -> float:
 
     Args:
         differences: (examples,) loss without minus loss with the kernel; held out.
-        rehearsal: The same on training examples. Scale and stake of the bets come from here, so they are fixed before
-            the first held-out example is seen; that is what keeps the bet fair.
+        rehearsal: The same on training examples. Scale and stake of the bets come from here, so they are
+            fixed before the first held-out example is seen; that is what keeps the bet fair.
 
     Returns:
-        A number that exceeds 1/p with probability at most p when the clipped mean is not positive; 0 where nothing is
-        known.
+        A number that exceeds 1/p with probability at most p when the clipped mean is not positive; 0 where
+        nothing is known.
     """
     bound = BOUND * float(np.sqrt(np.mean(np.square(rehearsal)))) if len(rehearsal) else 0.0
     if (
@@ -56,7 +57,7 @@ def e_value(differences: np.ndarray, rehearsal: np.ndarray) -> float:
 
 
 def split_batch(batch: Any) -> tuple[list[Any], list[bool], Any, int]:
-    """Take a batch apart: leaves, which of them have an entry per example, their nesting, and the number of examples.
+    """Take a batch apart: leaves, which of them have an entry per example, nesting, and number of examples.
 
     Raises:
         ProbeError: No tensor tells how many examples there are.
@@ -76,8 +77,8 @@ def split_batch(batch: Any) -> tuple[list[Any], list[bool], Any, int]:
 def example_losses(model: nn.Module, loss_fn: LossFunction, batch: Any) -> tuple[Tensor, bool]:
     """Return the loss of every example alone, (examples,), and whether they ran together.
 
-    A scalar loss says nothing of its examples, so each is run as a batch of one, all at once under vmap; where the model
-    or the loss cannot be batched (data-dependent branches, ``.item()``), one after the other.
+    A scalar loss says nothing of its examples, so each is run as a batch of one, all at once under vmap;
+    where the model or the loss cannot be batched (data-dependent branches, ``.item()``), one after the other.
     """
     leaves, batched, nest, count = split_batch(batch)
     own = [leaf for leaf, many in zip(leaves, batched, strict=True) if many]
@@ -96,7 +97,7 @@ def example_losses(model: nn.Module, loss_fn: LossFunction, batch: Any) -> tuple
 
 
 def join(batches: Iterable[Any]) -> list[Any]:
-    """Join batches of one shape of nest into as few as possible: one, unless a leaf without examples differs."""
+    """Join batches of one shape of nest: into one, unless a leaf without examples differs."""
     parts = [split_batch(batch) for batch in batches]
     if not parts:
         return []

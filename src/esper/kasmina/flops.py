@@ -1,4 +1,4 @@
-"""Count floating-point operations with torch's own formulas (2 per multiply-add; element-wise work is not counted)."""
+"""Count floating-point operations by torch's own formulas: 2 per multiply-add, none for element-wise work."""
 
 from __future__ import annotations
 

@@ -98,8 +98,9 @@ class Gate:
     def differences(
         self, layer: KasminaLayer, kernel: nn.Module, batches: Iterable[Any], seed: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return per example the loss without minus with the kernel, and the loss without, (examples,) each."""
-        found, without = [], []
+        """Return, per example, the loss without minus with the kernel, and the loss without."""
+        found: list[np.ndarray] = []
+        without: list[np.ndarray] = []
         with evaluating(self.model), untouched(self.model):
             for batch in batches:
                 off = self.losses(layer, None, batch, seed)
@@ -130,7 +131,8 @@ def check_probe(probe: Any) -> None:
     """
     if isinstance(probe, Iterator):
         raise ProbeError(
-            f"the probe is a one-shot {type(probe).__name__}; give a list of batches or a DataLoader, which can be read again"
+            f"the probe is a one-shot {type(probe).__name__}; "
+            "give a list of batches or a DataLoader, which can be read again"
         )
     if not isinstance(probe, Iterable):
         raise ProbeError(

@@ -1,4 +1,4 @@
-"""Measure all sites in one extra pass over a recent batch; nothing stays installed, nothing of training moves."""
+"""Measure all sites in one extra pass over recent batches; nothing stays installed, training unmoved."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from esper.contracts import HealthReport
 from esper.kasmina.isolation import same_randomness, untouched
 from esper.kasmina.layer import KasminaLayer, Tap
 from esper.kasmina.morphable import MorphableModel
-from esper.kasmina.sites import Pair
+from esper.kasmina.pairs import Pair
 from esper.kasmina.starts import Survey, survey
 from esper.kasmina.widen import affine
 
@@ -65,18 +65,17 @@ def measure(
     with same_randomness(seed), untouched(model.host):
         for name, taps in seen.items():
             fresh = [tap for tap in taps if tap.fresh()]
-            if fresh:
-                found[name] = inspect(model.pairs[name], *joined(fresh, examples), fresh[-1].scale, pool)
+            if fresh and (scale := fresh[-1].scale) is not None:
+                found[name] = inspect(model.pairs[name], *joined(fresh, examples), scale, pool)
     return found
 
 
 def joined(taps: Sequence[Tap], examples: int) -> tuple[Tensor, Tensor]:
     """Return inputs and output gradients of several passes as one batch, the newest where shapes differ."""
-    xs = [tap.x for tap in taps if tap.x is not None and tap.x.shape[1:] == taps[-1].x.shape[1:]]  # type: ignore[union-attr]
-    gradients = [
-        tap.gradient for tap in taps if tap.x is not None and tap.x.shape[1:] == taps[-1].x.shape[1:]
-    ]  # type: ignore[union-attr]
-    return torch.cat(xs)[-examples:], torch.cat(gradients)[-examples:] / len(gradients)  # type: ignore[arg-type]
+    seen = [(tap.x, tap.gradient) for tap in taps if tap.x is not None and tap.gradient is not None]
+    alike = [(x, gradient) for x, gradient in seen if x.shape[1:] == seen[-1][0].shape[1:]]
+    xs, gradients = zip(*alike, strict=True)
+    return torch.cat(xs)[-examples:], torch.cat(gradients)[-examples:] / len(gradients)
 
 
 def inspect(pair: Pair, x: Tensor, gradient: Tensor, scale: Tensor, pool: int) -> Measured:
@@ -85,8 +84,7 @@ def inspect(pair: Pair, x: Tensor, gradient: Tensor, scale: Tensor, pool: int) -
     with torch.no_grad():
         h = affine(pair.producer, x, pair.producer.weight, pair.producer.bias)
         for step in pair.steps:
-            own = {name: getattr(step.module, name) for name in getattr(step, "owned", ())}  # type: ignore[attr-defined]
-            h = step.run(h, own, training=False)
+            h = step.run(h, step.tensors(), training=False)
         flat = h.float()
         silent = (flat == 0).flatten(0, -2) if flat.dim() != 4 else (flat == 0).transpose(1, 3).flatten(0, 2)
         report = HealthReport(

@@ -38,9 +38,9 @@ def same_randomness(seed: int | None = None) -> Iterator[None]:
 def borrowed_buffers(model: nn.Module, gather: bool = False) -> Iterator[None]:
     """Let passes run on copies of the buffers, put back by reference.
 
-    Copying back would bump tensor versions and break a backward pass that is still due. Unless ``gather``, norms in
-    training mode lose their running statistics for the while: they normalise by the batch anyway, and vmap refuses to
-    write them.
+    Copying back would bump tensor versions and break a backward pass that is still due. Unless ``gather``,
+    norms in training mode lose their running statistics for the while: they normalise by the batch anyway,
+    and vmap refuses to write them.
     """
     kept: list[tuple[nn.Module, dict[str, Tensor | None]]] = []
     for module in model.modules():

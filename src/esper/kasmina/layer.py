@@ -1,17 +1,19 @@
-"""``KasminaLayer``: where the awake kernel of one site lives, and the one place it may touch the host's output."""
+"""``KasminaLayer``: where a site's awake kernel lives, and the one place it may touch the host's output."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from esper.errors import SiteError
+from esper.kasmina.pairs import Pair
 from esper.kasmina.seam import open_seam
-from esper.kasmina.sites import Pair
 
 Branch = Callable[[Tensor], Tensor]
 
@@ -25,6 +27,10 @@ class Tap:
     scale: Tensor | None = None  # root mean square of the consumer's output, 0-dim
     gradient: Tensor | None = None  # of the loss for that output
 
+    def receive(self, gradient: Tensor) -> None:
+        """Note the gradient; a hook."""
+        self.gradient = gradient.detach()
+
     def fresh(self) -> bool:
         """Tell whether the pass went forth and back and nothing has written over the input since."""
         return self.gradient is not None and self.x is not None and self.x._version == self.version
@@ -33,12 +39,13 @@ class Tap:
 class KasminaLayer(nn.Module):
     """Passes a site's output through: as it is, or with the kernel's part added.
 
-    The layer hangs under ``MorphableModel``, not under the host, whose containers would otherwise run it. Two seams share
-    it: the entry's input is kept until the exit's output comes.
+    The layer hangs under ``MorphableModel``, not under the host, whose containers would otherwise run it. Two
+    seams share it: the entry's input is kept until the exit's output comes.
 
     Args:
         pair: The site.
-        on_fault: Told the reason when a kernel raised or went non-finite and the host's own output was used instead.
+        on_fault: Told the reason when a kernel raised or went non-finite and the host's own output was used
+            instead.
     """
 
     def __init__(self, pair: Pair, on_fault: Callable[[str], None]) -> None:
@@ -50,9 +57,7 @@ class KasminaLayer(nn.Module):
         self.alpha: Tensor | None = None  # 0-dim row of the state layout
         self.exposed = False  # alpha > 0, without reading the tensor
         self.tap: Tap | None = None
-        self.shown: tuple[Branch | None] | None = (
-            None  # in a shadow pass: what stands for the kernel, at alpha 1
-        )
+        self.shown: tuple[Branch | None] | None = None  # in a shadow pass: stands for the kernel, at alpha 1
         self.x: Tensor | None = None
         self.closers: list[Callable[[], None]] = []
 
@@ -69,8 +74,12 @@ class KasminaLayer(nn.Module):
         self.kernel = self.tap = self.shown = self.x = self.alpha = None
         self.exposed = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the last pass behind, which may hang on a graph, and the one who is told of this layer's faults."""
+        return {**self.__dict__, "x": None, "tap": None, "shown": None, "on_fault": unheard}
+
     def enter(self, x: Tensor) -> None:
-        """Keep the producer's input; it stays until the next pass, so that a checkpointed exit can be recomputed."""
+        """Keep the producer's input until the next pass, so that a checkpointed exit can be recomputed."""
         self.x = x
 
     def leave(self, y: Tensor) -> Tensor:
@@ -90,13 +99,12 @@ class KasminaLayer(nn.Module):
         assert self.kernel is not None and self.alpha is not None
         try:
             f = self.kernel(x.detach())
-            fault = (
-                None if bool(torch.isfinite(f.detach().sum(dtype=torch.float32))) else "a non-finite output"
-            )
+            finite = bool(torch.isfinite(f.detach().sum(dtype=torch.float32)))
         except Exception as error:  # the one broad catch: whatever a kernel does, training goes on
-            fault = f"{type(error).__name__}: {error}"
-        if fault is not None:
-            self.on_fault(fault)
+            self.on_fault(f"{type(error).__name__}: {error}")
+            return y
+        if not finite:
+            self.on_fault("a non-finite output")
             return y
         return torch.addcmul(y, self.alpha.to(y.dtype), f.to(y.dtype))
 
@@ -105,13 +113,20 @@ class KasminaLayer(nn.Module):
         tap.x, tap.version, tap.gradient = x.detach(), x._version, None
         tap.scale = y.detach().square().mean().sqrt()
         if y.requires_grad:
-            y.register_hook(lambda gradient: setattr(tap, "gradient", gradient.detach()))
+            y.register_hook(tap.receive)
 
     @contextmanager
     def showing(self, branch: Branch | None) -> Iterator[None]:
-        """Run passes with another branch in place, at full strength on detached features, or with none at all."""
+        """Run passes with another branch in place, at full strength on detached features, or with none."""
         before, self.shown = self.shown, (branch,)
         try:
             yield
         finally:
             self.shown = before
+
+
+def unheard(error: str) -> None:
+    """Warn of a fault in a copy, which no orchestrator watches."""
+    warnings.warn(
+        f"a kernel failed in a copy of a growing model, whose own output was used: {error}", stacklevel=2
+    )

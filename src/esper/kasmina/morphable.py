@@ -1,4 +1,4 @@
-"""``MorphableModel``: a host with places to grow. While every seed is dormant the host is untouched, bit for bit."""
+"""``MorphableModel``: a host with places to grow, untouched bit for bit while every seed is dormant."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from esper.errors import ProbeError, SiteError
 from esper.kasmina.flops import FlopMeter
 from esper.kasmina.isolation import evaluating, untouched
 from esper.kasmina.layer import KasminaLayer
+from esper.kasmina.pairs import Pair
 from esper.kasmina.recorder import tensors
-from esper.kasmina.sites import Pair, Sites, find_pairs, reachable, select
+from esper.kasmina.sites import Sites, find_pairs, reachable, select
 from esper.kasmina.state import KasminaStateLayout
 
 PREFIX = "_esper."
@@ -22,8 +23,8 @@ PREFIX = "_esper."
 class MorphableModel(nn.Module):
     """Calls the host; keeps the seeds beside it.
 
-    ``state_dict`` has the host's keys verbatim and, only while a seed is awake, keys under ``_esper.``, so a checkpoint of
-    the plain model loads strictly.
+    ``state_dict`` has the host's keys verbatim and, only while a seed is awake, keys under ``_esper.``, so a
+    checkpoint of the plain model loads strictly.
 
     Args:
         host: The user's model, neither copied nor changed.
@@ -91,12 +92,18 @@ class MorphableModel(nn.Module):
         self.layers[slug(site)] = layer
         return layer
 
+    def awake(self, site: str) -> KasminaLayer | None:
+        """Return the layer of a site with an awake seed."""
+        layer = self.layers[slug(site)] if slug(site) in self.layers else None  # noqa: SIM401 - has no get
+        assert layer is None or isinstance(layer, KasminaLayer)
+        return layer
+
     def release(self, site: str) -> None:
         """Close a site's seams and drop whatever was awake there."""
-        layer = self.layers[slug(site)]
-        assert isinstance(layer, KasminaLayer)
-        layer.close()
-        del self.layers[slug(site)]
+        layer = self.awake(site)
+        if layer is not None:
+            layer.close()
+            del self.layers[slug(site)]
 
     def refresh(self) -> None:
         """Bring the facts of all sites up to date after one of them has been widened."""
@@ -106,8 +113,8 @@ class MorphableModel(nn.Module):
         """Move everything, then hand the awake layers the rows of the moved layout."""
         super()._apply(fn, recurse)
         for site in self.pairs:
-            layer = self.layers[slug(site)] if slug(site) in self.layers else None
-            if isinstance(layer, KasminaLayer) and layer.alpha is not None:
+            layer = self.awake(site)
+            if layer is not None and layer.alpha is not None:
                 awake = next(s for s in self.seeds(site) if self.layout.stage_of(s) is not Stage.DORMANT)
                 layer.alpha = self.layout.alpha[awake]
         return self
@@ -119,7 +126,8 @@ def slug(site: str) -> str:
 
 
 def _host_keys_verbatim(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    awake = any(True for _ in module.layers)  # type: ignore[union-attr]
+    assert isinstance(module, MorphableModel)
+    awake = len(module.layers) > 0
     for key in list(state):
         rest = key[len(prefix) :]
         if rest.startswith("host."):
@@ -131,7 +139,8 @@ def _host_keys_verbatim(module: nn.Module, state: dict[str, Any], prefix: str, m
 
 
 def _host_keys_prefixed(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-    own = {name for name, _ in module.layout.named_buffers()}  # type: ignore[union-attr]
+    assert isinstance(module, MorphableModel)
+    own = {name for name, _ in module.layout.named_buffers()}
     for key in list(state):
         name = key[len(prefix) :]
         if name.startswith(PREFIX):
@@ -149,10 +158,10 @@ def wrap(
 
     Args:
         model: Any ``nn.Module``; it is used as it is, not copied.
-        example_inputs: What the model is called with: a tensor, a tuple of positional or a mapping of keyword arguments.
-            Axis 0 of the first tensor is the batch.
-        sites: "auto", or which places: globs, regular expressions, layer types, or a mapping with "include" and
-            "exclude".
+        example_inputs: What the model is called with: a tensor, a tuple of positional or a mapping of keyword
+            arguments. Axis 0 of the first tensor is the batch.
+        sites: "auto", or which places: globs, regular expressions, layer types, or a mapping with "include"
+            and "exclude".
         seeds_per_site: Slots per place.
 
     Raises:
@@ -161,10 +170,12 @@ def wrap(
     """
     if isinstance(model, MorphableModel):
         raise SiteError("this model is wrapped already; esper.unwrap(m) gives the host back")
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
     if isinstance(example_inputs, Mapping):
-        args, kwargs = (), dict(example_inputs)
+        kwargs = dict(example_inputs)
     else:
-        args, kwargs = (example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)), {}
+        args = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     given = tensors((args, kwargs))
     if not given:
         raise ProbeError("example_inputs holds no tensor; give what the model is called with")
@@ -177,7 +188,7 @@ def wrap(
 
 
 def unwrap(model: MorphableModel) -> nn.Module:
-    """Return the host: the original object, wider where pairs were widened; awake seeds that were not kept are dropped.
+    """Return the host: the original object, wider where pairs were widened, without the seeds still awake.
 
     Raises:
         SiteError: ``model`` is not wrapped.
@@ -185,6 +196,5 @@ def unwrap(model: MorphableModel) -> nn.Module:
     if not isinstance(model, MorphableModel):
         raise SiteError(f"a {type(model).__name__} is not wrapped; unwrap takes what esper.wrap returned")
     for site in model.pairs:
-        if slug(site) in model.layers:
-            model.release(site)
+        model.release(site)
     return model.host

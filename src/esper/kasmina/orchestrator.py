@@ -1,102 +1,32 @@
 """``SeedOrchestrator``: takes one seed at a time through its life, a decision boundary at a time.
 
-It moves stages, and nobody else does. What it needs of other rooms is given to it: how to run the model, how to make an
-optimizer like the host's, how to commit a widening.
+It moves stages, and nobody else does. What it needs of other rooms is given to it: how to run the model, how
+to make an optimizer like the host's, how to commit a widening.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from esper.config import Config
-from esper.contracts import Decision, Event, Observer, Outcome, Stage
+from esper.contracts import Decision, Event, Outcome, Stage
 from esper.kasmina.evidence import join
-from esper.kasmina.flops import Ledger
-from esper.kasmina.gate import Gate, Verdict
 from esper.kasmina.health import Measured
 from esper.kasmina.isolation import same_randomness, untouched
-from esper.kasmina.layer import KasminaLayer, Tap
 from esper.kasmina.morphable import MorphableModel
 from esper.kasmina.race import AMPLITUDES, Race
+from esper.kasmina.trial import Given, Timing, Trial, number, worse
 from esper.kasmina.widen import WidenKernel
 
 FAULTS = 3  # after which a seed is culled
 UNSEEN = 4  # batches the race is judged on, kept from the candidates
 TREND = 20  # losses before exposure that a graft is compared with, at least
-
-
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """How many steps each stage lasts."""
-
-    incubate: int
-    ramp: int
-    stabilise: int
-    evaluate: int
-    embargo: int
-
-    @classmethod
-    def of(cls, config: Config, steps: int | None, settling: int) -> Timing:
-        """Derive from the run's length what the settings leave open.
-
-        Args:
-            config: Settings.
-            steps: Optimizer steps of the run; None counts as 1,000.
-            settling: Steps the host's running statistics need to settle (0 without BatchNorm).
-        """
-        length = steps or 1000
-        ramp = config.blend.ramp or min(max(length // 250, 4), 100)
-        stabilise = config.blend.stabilise if config.blend.stabilise is not None else max(ramp // 2, settling)
-        return cls(
-            incubate=config.race.steps or min(max(length // 16, 8), 200),
-            ramp=ramp,
-            stabilise=stabilise,
-            evaluate=config.blend.evaluate or ramp,
-            embargo=math.ceil(config.schedule.embargo * length),
-        )
-
-
-@dataclass
-class Trial:
-    """One decision on its way from germination to its outcome."""
-
-    decision: Decision
-    seed: int
-    layer: KasminaLayer
-    started: int  # step of the last move
-    race: Race | None = None
-    tap: Tap = field(default_factory=Tap)
-    kernel: WidenKernel | None = None
-    optimizer: torch.optim.Optimizer | None = None
-    verdict: Verdict | None = None
-    before: list[float] = field(default_factory=list)  # losses ahead of exposure
-    after: list[float] = field(default_factory=list)
-    ending: str = ""  # why α is on its way down
-    spent: int = 0  # growth FLOPs before this trial
-
-
-@dataclass(frozen=True)
-class Given:
-    """What the conductor gives the orchestrator."""
-
-    run: Callable[[Any], Tensor]  # a batch -> the scalar loss, through the host as it is
-    gate: Gate
-    ledger: Ledger
-    observe: Observer
-    optimizer: Callable[[WidenKernel], torch.optim.Optimizer]  # like the host's
-    follow: Callable[[torch.optim.Optimizer], None]  # the host's present learning rate
-    commit: Callable[[WidenKernel, torch.optim.Optimizer, Decision], str]  # "" or why it was undone
-    draw: Callable[[str], int]  # a seed of a named random stream
-    rate: float | None  # the candidates' learning rate, if the user chose one
-    scale: Callable[[], float]  # of the gradients (AMP), 1.0 without
 
 
 class SeedOrchestrator:
@@ -122,7 +52,7 @@ class SeedOrchestrator:
             Stage.EVALUATING: self.evaluate,
         }
 
-    # -- from a decision to its outcome ---------------------------------------------------------------------------
+    # -- from a decision to its outcome ----------------------------------------------------------------------
 
     def germinate(self, decision: Decision, measured: Measured, step: int) -> None:
         """Wake a seed at the decided site and line up its candidates."""
@@ -241,15 +171,16 @@ class SeedOrchestrator:
         return None
 
     def scores(self, race: Race, batches: Sequence[Any]) -> Tensor:
-        """Return each candidate's mean loss over training batches, (candidates,); non-finite counts as worst."""
+        """Return each candidate's mean loss over training batches; non-finite counts as worst."""
         assert self.trial is not None
         losses = []
         for batch in batches:
-            with untouched(self.model.host, self.given.draw("evidence")), torch.no_grad():
-                with self.given.ledger.growth(
-                    "score", self.trial.decision.id, len(race.starts), self.examples
-                ):
-                    losses.append(race.losses(lambda b=batch: self.given.run(b)))
+            with (
+                untouched(self.model.host, self.given.draw("evidence")),
+                torch.no_grad(),
+                self.given.ledger.growth("score", self.trial.decision.id, len(race.starts), self.examples),
+            ):
+                losses.append(race.losses(lambda b=batch: self.given.run(b)))
         return torch.nan_to_num(torch.stack(losses).mean(0), nan=math.inf)
 
     def expose(self, kernel: WidenKernel) -> None:
@@ -302,10 +233,10 @@ class SeedOrchestrator:
 
     def fossilise(self) -> Outcome | None:
         """Make the kernel part of the user's layers."""
-        assert self.trial is not None and self.trial.kernel is not None and self.trial.optimizer is not None
         trial = self.trial
+        assert trial is not None and trial.kernel is not None and trial.optimizer is not None
         self.set_alpha(1.0)
-        why = self.given.commit(trial.kernel, trial.optimizer, trial.decision)  # type: ignore[arg-type]
+        why = self.given.commit(trial.kernel, trial.optimizer, trial.decision)
         if why:
             trial.ending = why
             return None
@@ -336,13 +267,15 @@ class SeedOrchestrator:
         for seed in torch.nonzero(layout.stage == int(Stage.EMBARGOED)).flatten().tolist():
             if step - int(layout.changed[seed]) >= self.timing.embargo:
                 layout.move(seed, Stage.EMBARGOED, Stage.DORMANT, step)
+                site, reason = self.model.site_of(seed), "the cool-down is over"
+                self.tell("stage", seed=seed, site=site, source="EMBARGOED", target="DORMANT", reason=reason)
 
     def embargoed(self, site: str) -> bool:
         """Tell whether a site is cooling down."""
         return any(self.model.layout.stage_of(s) is Stage.EMBARGOED for s in self.model.seeds(site))
 
     def settle(self) -> Outcome | None:
-        """End of the run: an exposed seed is kept if the gate still finds it worth it, everything else is dropped."""
+        """End the run: an exposed seed is kept if held-out examples still gain by it, all else is dropped."""
         if self.trial is None:
             return None
         trial = self.trial
@@ -358,7 +291,7 @@ class SeedOrchestrator:
                 self.move(following, "the run ended")
         return self.fossilise() or self.cull(trial.ending)
 
-    # -- the small things -----------------------------------------------------------------------------------------
+    # -- the small things ------------------------------------------------------------------------------------
 
     def current(self) -> tuple[Trial, Race]:
         """Return the trial and its race."""
@@ -450,17 +383,3 @@ class SeedOrchestrator:
     def tell(self, kind: str, **data: Any) -> None:
         """Emit an event."""
         self.given.observe(Event(kind, self.step, data))
-
-
-def worse(before: Sequence[float], after: Sequence[float]) -> bool:
-    """Tell whether losses rose by more than two standard errors."""
-    if len(before) < 2 or len(after) < 1:
-        return False
-    old, new = np.asarray(before), np.asarray(after)
-    spread = old.var(ddof=1) / len(old) + (new.var(ddof=1) if len(new) > 1 else old.var(ddof=1)) / len(new)
-    return not float(new.mean()) <= float(old.mean()) + 2 * math.sqrt(float(spread))
-
-
-def number(value: float) -> float | None:
-    """Return a finite number, or None: JSON has no infinity."""
-    return float(value) if math.isfinite(value) else None

@@ -1,7 +1,8 @@
-"""A race: candidates of one width at one site learn side by side, without touching the model, and are compared.
+"""A race: candidates of one width at one site learn side by side, the model untouched, and are compared.
 
-All candidates are one stack of tensors run under ``vmap``; what they see is what training shows at the site (input and
-gradient, every step) and, every k-th step, the real loss behind the site with their output added (a shadow pass).
+All candidates are one stack of tensors run under ``vmap``; what they see is what training shows at the site
+(input and gradient, every step) and, every k-th step, the real loss behind the site with their output added
+(a shadow pass).
 """
 
 from __future__ import annotations
@@ -54,13 +55,13 @@ class Race:
         self.layer, self.units, self.starts = layer, units, starts
         kernels = [self.candidate(i, start, pool, x) for i, start in enumerate(starts)]
         self.template = WidenKernel(layer.pair, units)
-        self.parameters, self.buffers = stack_module_state(kernels)  # type: ignore[arg-type]
+        self.parameters, self.buffers = stack_module_state(kernels)
         self.optimizer = torch.optim.Adam(self.groups(learning_rate))
         self.scores = torch.zeros(len(starts))  # each candidate's own loss at its last lesson
         self.batched = True  # False once the model turned out not to run under vmap
 
     def candidate(self, index: int, start: str, pool: Survey, x: Tensor) -> WidenKernel:
-        """Build one candidate; the first "svd" candidate takes the best directions, the others draw by score."""
+        """Build one candidate; the first "svd" one takes the best directions, the others draw by score."""
         kernel = WidenKernel(self.layer.pair, self.units).train()
         if start == "svd":
             size = min(self.units, len(pool.score))
@@ -73,12 +74,13 @@ class Race:
         return kernel
 
     def groups(self, rate: float | None) -> list[dict[str, Any]]:
-        """Give outgoing weights, which start at zero, an absolute rate and all others one relative to their size.
+        """Give outgoing weights, which start at zero, an absolute rate, and all others one relative to size.
 
-        Adam moves every weight alike, so the output moves with the number of weights that feed it: the rate falls with it.
+        Adam moves every weight alike, so the output moves with the number of weights that feed it: the rate
+        falls with it.
 
-        An absolute rate kills rectified units where incoming weights are small: of 16 units on the digits CNN none was left
-        after 16 steps at 0.05.
+        An absolute rate kills rectified units where incoming weights are small: of 16 units on the digits CNN
+        none was left after 16 steps at 0.05.
         """
         fan_in = self.parameters["consumer_weight"][0, 0].numel()
         rate = min(FASTEST, REACH / fan_in) if rate is None else rate
@@ -92,7 +94,7 @@ class Race:
         return functional_call(self.template, (parameters, buffers), (x,))
 
     def fit(self, x: Tensor, gradient: Tensor, scale: Tensor) -> None:
-        """Gradient matching in closed form: outgoing weights by ridge regression, where the consumer is a Linear layer.
+        """Match gradients in closed form: outgoing weights by ridge regression, behind a Linear consumer.
 
         Args:
             x: Inputs of the producer.
@@ -123,7 +125,7 @@ class Race:
             self.parameters["consumer_weight"].copy_(solved.mT)
 
     def learn_from_tap(self, tap: Tap) -> None:
-        """Gradient matching: move the output a fixed share of its scale down the gradient; needs no pass of the model."""
+        """Match gradients: move the output a share of its scale down the gradient, without a pass."""
         if not tap.fresh():
             return
         assert tap.x is not None and tap.gradient is not None and tap.scale is not None

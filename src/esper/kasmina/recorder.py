@@ -1,8 +1,8 @@
 """Record what a model really does: one run, every torch call, and which tensor fed which.
 
-Symbolic tracing gives up at the first data-dependent ``if``; a recorded run does not. Nothing is installed in the
-model: a ``TorchFunctionMode`` sees every call while the recording lasts, and layers are recognised by the parameters
-they pass.
+Symbolic tracing gives up at the first data-dependent ``if``; a recorded run does not. Nothing is installed in
+the model: a ``TorchFunctionMode`` sees every call while the recording lasts, and layers are recognised by the
+parameters they pass.
 """
 
 from __future__ import annotations
@@ -18,26 +18,8 @@ from torch.utils._pytree import tree_flatten
 
 # Reads of facts about a tensor, not of its values; they do not make a second consumer.
 METADATA = frozenset(
-    {
-        "__get__",
-        "size",
-        "dim",
-        "stride",
-        "numel",
-        "nelement",
-        "ndimension",
-        "__len__",
-        "is_contiguous",
-        "is_floating_point",
-        "is_complex",
-        "element_size",
-        "get_device",
-        "storage_offset",
-        "type",
-        "__hash__",
-        "__bool__",
-        "_is_view",
-    }
+    "__get__ size dim stride numel nelement ndimension __len__ is_contiguous is_floating_point is_complex "
+    "element_size get_device storage_offset type __hash__ __bool__ _is_view".split()
 )
 
 
@@ -61,7 +43,7 @@ class Call:
 
 @dataclass(slots=True)
 class Recording:
-    """The calls of one run, in order; a value is a tensor at one moment, so an in-place call makes a new one."""
+    """The calls of one run; a value is a tensor at one moment, so an in-place call makes a new one."""
 
     calls: list[Call] = field(default_factory=list)
     readers: dict[int, list[int]] = field(default_factory=dict)  # value -> calls that read it

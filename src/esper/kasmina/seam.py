@@ -1,13 +1,14 @@
-"""Step into a module's call without wrapping it: its class becomes a subclass while a seed is awake, and back.
+"""Step into a module's call without wrapping it: its class is a subclass while a seed is awake.
 
-Measured (docs/decisions.md): a resident wrapper costs 1.7 µs a call and renames keys, a forward hook 1.1 µs and is
-silently ignored by a model that was compiled before; a class swapped only while needed costs nothing when dormant.
+Measured (docs/decisions.md): a resident wrapper costs 1.7 µs a call and renames keys, a forward hook 1.1 µs
+and is silently ignored by a model that was compiled before; a class swapped only while needed costs nothing
+when dormant.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -42,35 +43,35 @@ def seam_class(base: type[nn.Module]) -> type[nn.Module]:
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
         gateways, _ = self.__dict__[ATTRIBUTE]
-        plain = {key: value for key, value in self.__dict__.items() if key != ATTRIBUTE}
-        return revive, (base, gateways), plain, None, None, set_plain
+        return revive, (base,), {**self.__dict__, ATTRIBUTE: gateways}
+
+    def set_state(self: nn.Module, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        join(self, base, state[ATTRIBUTE])
 
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    return type(
-        base.__name__, (base,), {**names, "__call__": call, "__reduce_ex__": reduce, "_esper_base": base}
-    )
+    calls = {"__call__": call, "__reduce_ex__": reduce, "__setstate__": set_state}
+    return type(base.__name__, (base,), {**names, **calls, "_esper_base": base})
 
 
-def revive(base: type[nn.Module], gateways: tuple[tuple[str, Gateway], ...]) -> nn.Module:
-    """Build a copied or unpickled module with its seam."""
-    module = object.__new__(base)
-    attach(module, gateways)
-    return module
+def revive(base: type[nn.Module]) -> nn.Module:
+    """Begin a copied or unpickled module; its gateways come with its state, for they lead back to the module."""
+    return object.__new__(seam_class(base))
 
 
-def set_plain(module: nn.Module, state: dict[str, Any]) -> None:
-    """Fill a revived module; the seam is already there."""
-    module.__dict__.update(state)
-
-
-def attach(module: nn.Module, gateways: tuple[tuple[str, Gateway], ...]) -> None:
-    """Swap the class of a module, which must be plain."""
-    base = type(module)
+def join(module: nn.Module, base: type[nn.Module], gateways: tuple[tuple[str, Gateway], ...]) -> None:
+    """Give a module its gateways and the plain object behind them."""
     core = object.__new__(base)
     core.__dict__ = (
         module.__dict__
     )  # shared, so parameters, hooks and mode follow; a copy went stale (tested)
     module.__dict__[ATTRIBUTE] = (gateways, core)
+
+
+def attach(module: nn.Module, gateways: tuple[tuple[str, Gateway], ...]) -> None:
+    """Swap the class of a module, which must be plain."""
+    base = type(module)
+    join(module, base, gateways)
     module.__class__ = seam_class(base)
 
 
@@ -91,13 +92,15 @@ def open_seam(module: nn.Module, role: str, gateway: Gateway) -> Callable[[], No
     else:
         attach(module, ((role, gateway),))
 
-    def close() -> None:
-        gateways, core = module.__dict__[ATTRIBUTE]
-        left = tuple(g for g in gateways if g != (role, gateway))
-        if left:
-            module.__dict__[ATTRIBUTE] = (left, core)
-        else:
-            module.__class__ = type(core)
-            del module.__dict__[ATTRIBUTE]
+    return partial(close_seam, module, role, gateway)
 
-    return close
+
+def close_seam(module: nn.Module, role: str, gateway: Gateway) -> None:
+    """Take one gateway out; a module that is copied takes its own closing with it, as a closure would not."""
+    gateways, core = module.__dict__[ATTRIBUTE]
+    left = tuple(g for g in gateways if g != (role, gateway))
+    if left:
+        module.__dict__[ATTRIBUTE] = (left, core)
+    else:
+        module.__class__ = type(core)
+        del module.__dict__[ATTRIBUTE]

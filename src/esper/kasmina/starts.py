@@ -1,10 +1,11 @@
 """Where candidates start: input directions the loss would most like a new unit to have.
 
-With its outgoing weights at zero, a unit first learns at a rate proportional to the gradient of those weights, so good
-input weights make that gradient large (GradMax, Evci et al., ICLR 2022). Between Linear layers the linearised answer is
-exact: right singular vectors of the cross-covariance of output gradient and input, and a rectifier sees only half of a
-direction, so both signs are tried. Elsewhere a pool of random directions is scored by the true gradient, through whatever
-stands between; climbing that gradient as well made all units of a pool alike and the races worse (digits CNN).
+With its outgoing weights at zero, a unit first learns at a rate proportional to the gradient of those
+weights, so good input weights make that gradient large (GradMax, Evci et al., ICLR 2022). Between Linear
+layers the linearised answer is exact: right singular vectors of the cross-covariance of output gradient and
+input, and a rectifier sees only half of a direction, so both signs are tried. Elsewhere a pool of random
+directions is scored by the true gradient, through whatever stands between; climbing that gradient as well
+made all units of a pool alike and the races worse (digits CNN).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from esper.kasmina.sites import Pair
+from esper.kasmina.pairs import Pair
 from esper.kasmina.widen import WidenKernel, affine
 
 EXACT = 256  # dimensions up to which the decomposition is exact; randomised above

@@ -1,7 +1,7 @@
-"""``KasminaStateLayout``: the state of all seeds of a model as parallel tensors, and the one table of legal moves.
+"""``KasminaStateLayout``: the state of a model's seeds as parallel tensors, and the table of legal moves.
 
-Structure of arrays: one tensor per field, one row per seed; at 1,000 seeds a tick is 31 times cheaper than over objects
-(measured). The layout travels in the checkpoint.
+Structure of arrays: one tensor per field, one row per seed; at 1,000 seeds a tick is 31 times cheaper than
+over objects (measured). The layout travels in the checkpoint.
 """
 
 from __future__ import annotations

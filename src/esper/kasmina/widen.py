@@ -1,7 +1,8 @@
 """``widen(k)``: the one kernel built from the site itself: producer slice → between → consumer slice.
 
-While it is judged it is a branch beside the pair; when it is kept its tensors become rows and columns of the user's own
-layers, so the grown model has no extra launch (measured: an MLP step 207 µs widened to 32, 606 µs with three branches).
+While it is judged it is a branch beside the pair; when it is kept its tensors become rows and columns of the
+user's own layers, so the grown model has no extra launch (measured: an MLP step 207 µs widened to 32, 606 µs
+with three branches).
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from esper.contracts import WidenPlan
-from esper.kasmina.sites import Pair
+from esper.kasmina.pairs import Pair
 
 
 class WidenKernel(nn.Module):
-    """``units`` new units of a pair; the consumer's new columns start at zero, so the output does not move at birth.
+    """New units of a pair; the consumer's new columns start at zero, so the output does not move at birth.
 
     Args:
         pair: Where the units will live; its modules are used, not owned.
@@ -54,7 +55,7 @@ class WidenKernel(nn.Module):
             super().__setattr__(name, value)
 
     def forward(self, x: Tensor, hidden: bool = False) -> Tensor:
-        """Map the producer's input to what the new units add to the consumer's output, or to what it would read."""
+        """Map the producer's input to what the units add to the consumer's output, or to its input."""
         h = affine(self.pair.producer, x, self.producer_weight, self.producer_bias)
         for index, (step, names) in enumerate(zip(self.pair.steps, self.owned, strict=True)):
             h = step.run(
@@ -74,7 +75,7 @@ class WidenKernel(nn.Module):
 
 
 def affine(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Apply other weights in a layer's own way (stride, dilation, padding and padding mode are the layer's)."""
+    """Apply other weights in a layer's own way: its stride, dilation, padding and padding mode."""
     if isinstance(layer, nn.Linear):
         return F.linear(x, weight, bias)
     return layer._conv_forward(x, weight, bias)

@@ -98,7 +98,8 @@ class Tamiyo:
             {"site": a.site, "width": a.width, "start": a.start, "score": a.score, "prior": a.prior}
             for a in arms
         )
-        reason = f"{why}; {arm.site} promises most for its share of the budget among {len({a.site for a in arms})} sites"
+        among = len({a.site for a in arms})
+        reason = f"{why}; {arm.site} promises most for its share of the budget among {among} sites"
         return Decision(
             self.decisions,
             step,
@@ -113,7 +114,7 @@ class Tamiyo:
         )
 
     def learn(self, outcome: Outcome, step: int) -> None:
-        """Take in what a decision came to: its gain per parameter, relative to the best seen; a failure is worth 0."""
+        """Take in an outcome: its gain per parameter relative to the best seen; a failure is worth 0."""
         arm = self.pending.pop(outcome.decision)
         reward = 0.0
         if outcome.kept and outcome.gain is not None and outcome.parameters:

@@ -1,4 +1,4 @@
-"""Where and what: arms are site × width × start, ranked by first-order improvement per share of the budget, then by experience."""
+"""Where and what: arms are site × width × start, ranked by improvement per budget share, then experience."""
 
 from __future__ import annotations
 

@@ -15,8 +15,8 @@ class UCB:
     """Optimism under uncertainty.
 
     Args:
-        exploration: Width of the bound. Runs make about ten decisions, so UCB1's √2 would never exploit; 0.2 tries a
-            neighbouring width once its prior is within a fifth of the best.
+        exploration: Width of the bound. Runs make about ten decisions, so UCB1's √2 would never exploit; 0.2
+            tries a neighbouring width once its prior is within a fifth of the best.
     """
 
     def __init__(self, exploration: float = 0.2) -> None:

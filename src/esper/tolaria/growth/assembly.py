@@ -21,8 +21,9 @@ from esper.kasmina.flops import Ledger
 from esper.kasmina.gate import Gate
 from esper.kasmina.isolation import evaluating, untouched
 from esper.kasmina.morphable import MorphableModel
-from esper.kasmina.orchestrator import Given, SeedOrchestrator, Timing
+from esper.kasmina.orchestrator import SeedOrchestrator
 from esper.kasmina.sites import Sites
+from esper.kasmina.trial import Given, Timing
 from esper.kasmina.widen import WidenKernel
 from esper.tamiyo.controller import Tamiyo
 from esper.tolaria.growth.commit import Committer
@@ -31,9 +32,7 @@ from esper.tolaria.growth.memory import capture, restore
 from esper.tolaria.growth.streams import Streams
 from esper.tolaria.saving import save
 
-SETTLING = (
-    20  # steps until BatchNorm's running statistics (momentum 0.1) have forgotten 88 % of what they knew
-)
+SETTLING = 20  # steps until BatchNorm's running statistics (momentum 0.1) have forgotten 88 %
 
 
 @dataclass
@@ -127,7 +126,8 @@ def assemble(
     warnings = []
     if steps is None:
         warnings.append(
-            "steps is not given: growth waits for the loss to stall, which measured worse than an even schedule; pass steps="
+            "steps is not given: growth waits for the loss to stall, "
+            "which measured worse than an even schedule; pass steps="
         )
     if merged.wall_seconds is not None or merged.latency_ms is not None:
         warnings.append(
@@ -173,7 +173,7 @@ def looks(model: MorphableModel, config: Config) -> int:
 
 
 class Donor:
-    """Makes a kernel's optimizer like the one that owns the host's layer, and keeps their learning rates together."""
+    """Makes a kernel's optimizer like that of the host's layer, and keeps their learning rates together."""
 
     def __init__(self, optimizers: Mapping[str, Optimizer]) -> None:
         self.optimizers = optimizers
@@ -184,13 +184,12 @@ class Donor:
         for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
                 if any(p is kernel.pair.producer.weight for p in group["params"]):
-                    own = type(optimizer)(kernel.parameters(), lr=group["lr"])
+                    same: Callable[..., Optimizer] = type(optimizer)
+                    own = same(kernel.parameters(), lr=group["lr"])
                     own.param_groups[0].update({k: v for k, v in group.items() if k in optimizer.defaults})
                     self.owners[id(own)] = group
                     return own
-        return torch.optim.Adam(
-            kernel.parameters()
-        )  # the producer is frozen: the kernel's own torch defaults
+        return torch.optim.Adam(kernel.parameters())  # the producer is frozen: torch's own defaults
 
     def follow(self, own: Optimizer) -> None:
         """Take over what schedulers have set since."""

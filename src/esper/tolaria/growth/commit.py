@@ -1,4 +1,4 @@
-"""Make a judged branch part of the user's own layers: module, optimizers and averages together, or nothing at all."""
+"""Make a judged branch part of the user's own layers: module, optimizers and averages, or nothing at all."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from esper.contracts import Decision, Event, Observer, WidenPlan
 from esper.errors import SurgeryError
 from esper.kasmina.isolation import evaluating, untouched
 from esper.kasmina.materialise import empty_slices, widen
-from esper.kasmina.morphable import MorphableModel, slug
+from esper.kasmina.morphable import MorphableModel
 from esper.kasmina.seam import open_seam
 from esper.kasmina.widen import WidenKernel
 from esper.tolaria.surgery.averages import widen_average
@@ -58,7 +58,8 @@ class Committer:
         begun = time.perf_counter()
         plan = kernel.plan()
         slices = kernel.slices(plan)
-        layer = self.model.layers[slug(plan.site)]
+        layer = self.model.awake(plan.site)
+        assert layer is not None
         branch = self.output(kernel.pair.consumer)
         layer.exposed = False
         donor = {e.name: optimizer.state.get(getattr(kernel, e.source), {}) for e in plan.edits}
@@ -111,14 +112,18 @@ class Committer:
             reasons = widen_state(self.optimizers, widened.changes, self.rule, donor)  # all of them or none
             back.pop_all()
         for change in widened.replaced:
-            why = f"{change.edit.name} could not keep its identity ({change.why}); optimizers were repaired by name"
-            self.observe(Event("fallback", step, {"what": "identity", "why": why}))
+            lost = f"{change.edit.name} could not keep its identity ({change.why})"
+            self.observe(
+                Event(
+                    "fallback", step, {"what": "identity", "why": f"{lost}; optimizers were repaired by name"}
+                )
+            )
         for line in reasons:
             self.observe(Event("fallback", step, {"what": "optimizer state", "why": line}))
         return difference
 
     def replay(self, plan: WidenPlan) -> None:
-        """Repeat a widening of an earlier run on a fresh host, with empty slices that a checkpoint will fill."""
+        """Repeat a widening of an earlier run on a fresh host; a checkpoint will fill its empty slices."""
         self.carry_out(plan, empty_slices(self.model.host, plan), {}, None, 0)
         self.model.refresh()
         self.plans.append(plan)

@@ -33,7 +33,8 @@ class Growth:
 
     Attributes:
         model: The host, the same object from first to last.
-        cost: What was spent: ``training_flops`` on the host's own steps, ``growth_flops`` and ``seconds`` on growth.
+        cost: What was spent: ``training_flops`` on the host's own steps, ``growth_flops`` and ``seconds`` on
+            growth.
         plans: Every widening carried out, in order.
     """
 
@@ -65,10 +66,10 @@ class Growth:
         if optimizer is next(iter(self.parts.optimizers.values())):
             self.optimizer_steps += 1
 
-    # -- the loop -----------------------------------------------------------------------------------------------------
+    # -- the loop --------------------------------------------------------------------------------------------
 
     def step(self, batch: Any, loss: Tensor) -> None:
-        """Call once per micro-batch, after the optimizer line; acts only when an optimizer step has happened since.
+        """Call once per micro-batch, after the optimizer line; acts only when an optimizer step has happened.
 
         Args:
             batch: What ``loss_fn`` was called with.
@@ -84,9 +85,7 @@ class Growth:
         check_finite(value, self.steps)
         self.batches.append(batch)
         examples = self._examples(batch)
-        self.cost.training_flops += (
-            3 * self.morphable.flops * examples
-        )  # backward costs twice the forward pass
+        self.cost.training_flops += 3 * self.morphable.flops * examples  # backward costs twice the forward
         self.orchestrator.examples += examples
         if self.optimizer_steps == self.steps:
             return
@@ -152,7 +151,7 @@ class Growth:
         flops = None if budget.model_flops is None else budget.model_flops - self.morphable.flops
         return Room(size, limit(budget, self.parts.host_parameters) - size, events, flops)
 
-    # -- what else a user may ask -------------------------------------------------------------------------------------
+    # -- what else a user may ask ----------------------------------------------------------------------------
 
     def epoch(self, metrics: Mapping[str, float] | None = None) -> None:
         """Note the end of an epoch, with metrics for the report."""
@@ -210,7 +209,7 @@ class Growth:
         return self.model
 
     def save(self, directory: str | Path) -> Path:
-        """Write the grown model with its genome, card and a torch-only ``rebuild.py``; see ``esper.load_into``."""
+        """Write the model with its genome, card and a torch-only ``rebuild.py``; see ``esper.load_into``."""
         card = {
             "host parameters": self.parts.host_parameters,
             "parameters": self.morphable.parameter_count(),
@@ -237,8 +236,9 @@ class Growth:
                 "this run has begun already; load the state right after esper.grow on a fresh model"
             )
         self.parts.restore(self, state)
+        self._tell_start()  # the sites are other ones by now
 
-    # -- telling ------------------------------------------------------------------------------------------------------
+    # -- telling ---------------------------------------------------------------------------------------------
 
     def tell(self, kind: str, **data: Any) -> None:
         """Emit an event."""
@@ -340,17 +340,20 @@ def grow(
 
     Args:
         model: Any ``nn.Module`` with at least one pair of Linear or convolution layers that can be widened.
-        optimizer: The one that trains it, or several by name. SGD, Adam, AdamW, RMSprop and Adagrad can follow growth.
-        loss_fn: ``loss_fn(model, batch) -> scalar``, the same one the loop calls; axis 0 of every tensor of a batch is the
-            example axis.
+        optimizer: The one that trains it, or several by name. SGD, Adam, AdamW, RMSprop and Adagrad can
+            follow growth.
+        loss_fn: ``loss_fn(model, batch) -> scalar``, the same one the loop calls; axis 0 of every tensor of a
+            batch is the example axis.
         probe: Batches held out of training, re-iterable: the evidence that growth must bring.
-        steps: Optimizer steps of the run; growth is spread over them. Without it only a stall of the loss grows.
+        steps: Optimizer steps of the run; growth is spread over them. Without it only a stall of the loss
+            grows.
         schedulers: Learning-rate schedulers; widened parameters stay in their groups, so they need no change.
         scaler: A ``GradScaler`` where one is used.
         ema: Averaged copies of the model, widened with it.
         sites: Where to grow, see ``esper.wrap``.
-        budget: Overrides of the settings' budget: ``parameters`` (a multiple of the host's up to 1000, a count above),
-            ``growth_events``, ``growth_flops``, ``model_flops``, ``wall_seconds``, ``latency_ms``.
+        budget: Overrides of the settings' budget: ``parameters`` (a multiple of the host's up to 1000, a
+            count above), ``growth_events``, ``growth_flops``, ``model_flops``, ``wall_seconds``,
+            ``latency_ms``.
         config: Settings: a ``Config``, a mapping, or a path to a YAML file.
         run_dir: Folder for ``events.jsonl``.
         seed: Of growth's own random streams.

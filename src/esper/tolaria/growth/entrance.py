@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from esper.config import Budget
@@ -36,11 +37,13 @@ def named_optimizers(
     missing = [n for n, p in trainable.items() if id(p) not in owned]
     if missing and len(missing) == len(trainable):
         raise OptimizerError(
-            "the optimizer owns none of the model's parameters; build it from model.parameters() of this model"
+            "the optimizer owns none of the model's parameters; "
+            "build it from model.parameters() of this model"
         )
     if missing:
+        listed = ", ".join(missing[:4]) + (" …" if len(missing) > 4 else "")
         raise OptimizerError(
-            f"the optimizer lacks {', '.join(missing[:4])}{' …' if len(missing) > 4 else ''}; add them, or freeze them with requires_grad_(False)"
+            f"the optimizer lacks {listed}; add them, or freeze them with requires_grad_(False)"
         )
     refuse_unsupported(given)
     return given
@@ -56,12 +59,15 @@ def refuse_host(model: nn.Module) -> None:
         raise SiteError(f"a {type(model).__name__} cannot grow; an nn.Module is needed")
     if isinstance(model, torch.jit.ScriptModule):
         raise SiteError("a ScriptModule cannot grow; give the eager module it was made from")
+    if "_orig_mod" in model._modules:  # what torch.compile returns; its class lives in a slow import
+        raise SiteError("a compiled model cannot grow yet; give the module inside, net._orig_mod")
     if isinstance(model, nn.DataParallel):
         raise SiteError(
             "DataParallel copies the model at every pass; give the module inside it (model.module)"
         )
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
+        owned = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if any(is_lazy(tensor) for tensor in owned):
             raise SiteError(
                 f"{name or 'the model'} is a lazy module without parameters yet; run one batch first"
             )
@@ -84,7 +90,8 @@ def first_probe(probe: Any, model: nn.Module, loss_fn: Any) -> Any:
                 loss = loss_fn(model, batch)
         except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:
             raise ProbeError(
-                f"loss_fn(model, batch) does not run on the first probe batch: {type(error).__name__}: {error}"
+                f"loss_fn(model, batch) does not run on the first probe batch: "
+                f"{type(error).__name__}: {error}"
             ) from error
     check_loss(loss)
     return batch
@@ -102,7 +109,8 @@ def check_loss(loss: Any) -> None:
         )
     if loss.numel() != 1 or not loss.is_floating_point():
         raise LossError(
-            f"the loss has shape {tuple(loss.shape)} and dtype {loss.dtype}; a floating-point scalar is needed, for example its mean"
+            f"the loss has shape {tuple(loss.shape)} and dtype {loss.dtype}; "
+            "a floating-point scalar is needed, for example its mean"
         )
 
 

@@ -12,9 +12,9 @@ from esper.contracts import Decision, Stage, WidenEdit, WidenPlan
 from esper.errors import StateError, nearest
 from esper.kasmina.gate import Verdict
 from esper.kasmina.isolation import same_randomness
-from esper.kasmina.orchestrator import Trial
 from esper.kasmina.race import Race
 from esper.kasmina.starts import Survey
+from esper.kasmina.trial import Trial
 from esper.kasmina.widen import WidenKernel
 
 VERSION = 1
@@ -100,7 +100,8 @@ def restore(growth: Any, state: Mapping[str, Any]) -> None:
 
 def restore_trial(growth: Any, state: Mapping[str, Any]) -> None:
     """Wake the seed that was awake."""
-    decision = Decision(**{**state["decision"], "arms": tuple(state["decision"]["arms"])})
+    facts: dict[str, Any] = {**state["decision"], "arms": tuple(state["decision"]["arms"])}
+    decision = Decision(**facts)
     orchestrator, morphable = growth.orchestrator, growth.morphable
     assert decision.site is not None
     layer = morphable.layer(decision.site, orchestrator.fault)

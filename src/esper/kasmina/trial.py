@@ -1,0 +1,100 @@
+"""One decision's way from germination to its outcome: its stages' lengths, its memory, what it is given."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from esper.config import Config
+from esper.contracts import Decision, Observer
+from esper.kasmina.flops import Ledger
+from esper.kasmina.gate import Gate, Verdict
+from esper.kasmina.layer import KasminaLayer, Tap
+from esper.kasmina.race import Race
+from esper.kasmina.widen import WidenKernel
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """How many steps each stage lasts."""
+
+    incubate: int
+    ramp: int
+    stabilise: int
+    evaluate: int
+    embargo: int
+
+    @classmethod
+    def of(cls, config: Config, steps: int | None, settling: int) -> Timing:
+        """Derive from the run's length what the settings leave open.
+
+        Args:
+            config: Settings.
+            steps: Optimizer steps of the run; None counts as 1,000.
+            settling: Steps the host's running statistics need to settle (0 without BatchNorm).
+        """
+        length = steps or 1000
+        ramp = config.blend.ramp or min(max(length // 250, 4), 100)
+        stabilise = config.blend.stabilise if config.blend.stabilise is not None else max(ramp // 2, settling)
+        return cls(
+            incubate=config.race.steps or min(max(length // 16, 8), 200),
+            ramp=ramp,
+            stabilise=stabilise,
+            evaluate=config.blend.evaluate or ramp,
+            embargo=math.ceil(config.schedule.embargo * length),
+        )
+
+
+@dataclass
+class Trial:
+    """One decision on its way from germination to its outcome."""
+
+    decision: Decision
+    seed: int
+    layer: KasminaLayer
+    started: int  # step of the last move
+    race: Race | None = None
+    tap: Tap = field(default_factory=Tap)
+    kernel: WidenKernel | None = None
+    optimizer: torch.optim.Optimizer | None = None
+    verdict: Verdict | None = None
+    before: list[float] = field(default_factory=list)  # losses ahead of exposure
+    after: list[float] = field(default_factory=list)
+    ending: str = ""  # why α is on its way down
+    spent: int = 0  # growth FLOPs before this trial
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the conductor gives the orchestrator."""
+
+    run: Callable[[Any], Tensor]  # a batch -> the scalar loss, through the host as it is
+    gate: Gate
+    ledger: Ledger
+    observe: Observer
+    optimizer: Callable[[WidenKernel], torch.optim.Optimizer]  # like the host's
+    follow: Callable[[torch.optim.Optimizer], None]  # the host's present learning rate
+    commit: Callable[[WidenKernel, torch.optim.Optimizer, Decision], str]  # "" or why it was undone
+    draw: Callable[[str], int]  # a seed of a named random stream
+    rate: float | None  # the candidates' learning rate, if the user chose one
+    scale: Callable[[], float]  # of the gradients (AMP), 1.0 without
+
+
+def worse(before: Sequence[float], after: Sequence[float]) -> bool:
+    """Tell whether losses rose by more than two standard errors."""
+    if len(before) < 2 or len(after) < 1:
+        return False
+    old, new = np.asarray(before), np.asarray(after)
+    spread = old.var(ddof=1) / len(old) + (new.var(ddof=1) if len(new) > 1 else old.var(ddof=1)) / len(new)
+    return not float(new.mean()) <= float(old.mean()) + 2 * math.sqrt(float(spread))
+
+
+def number(value: float) -> float | None:
+    """Return a finite number, or None: JSON has no infinity."""
+    return float(value) if math.isfinite(value) else None
