@@ -111,41 +111,11 @@ class SeedOrchestrator:
         return None
 
     def judge(self, batches: Sequence[Any]) -> Outcome | None:
-        """Pick a winner on training batches, its amplitude, and let the gate look at it."""
+        """Pick a winner on training batches and let the gate look at it."""
         trial, race = self.current()
-        unseen = join(batches)
-        scores = self.scores(race, unseen)
-        winner = int(scores.argmin())
-        with (
-            untouched(self.model.host, self.given.draw("evidence")),
-            self.given.ledger.growth("amplitude", trial.decision.id, self.examples),
-        ):
-            curve = torch.stack(
-                [race.amplitudes(winner, lambda b=batch: self.given.run(b)) for batch in unseen]
-            ).mean(0)
-        best = int(torch.nan_to_num(curve, nan=math.inf).argmin())
-        amplitude = AMPLITUDES[best]
-        listed = [{"start": s, "loss": number(v)} for s, v in zip(race.starts, scores.tolist(), strict=True)]
-        self.tell(
-            "race",
-            decision=trial.decision.id,
-            site=trial.decision.site,
-            candidates=listed,
-            winner=winner,
-            amplitude=amplitude,
-            nothing=number(float(curve[0])),
-            start=race.starts[winner],
-            batched=race.batched,
-        )
-        if not race.batched:
-            self.tell(
-                "fallback",
-                what="race",
-                why="the model or loss does not run under vmap; candidates ran one by one",
-            )
-        if amplitude == 0.0:
+        kernel = self.winner(trial, race, join(batches))
+        if kernel is None:
             return self.cull("doing nothing won the race")
-        kernel = race.kernel(winner, amplitude)
         trial.race = None
         with self.given.ledger.growth("gate", trial.decision.id):
             verdict = self.given.gate.look(trial.layer, kernel, batches[-1], self.given.draw("evidence"))
@@ -169,6 +139,34 @@ class SeedOrchestrator:
         self.model.layout.observe_gain(trial.seed, verdict.gain)
         self.expose(kernel)
         return None
+
+    def winner(self, trial: Trial, race: Race, batches: Sequence[Any]) -> WidenKernel | None:
+        """Return the best candidate at its best amplitude, or None where doing nothing is better."""
+        scores = self.scores(race, batches)
+        winner = int(scores.argmin())
+        with (
+            untouched(self.model.host, self.given.draw("evidence")),
+            self.given.ledger.growth("amplitude", trial.decision.id, self.examples),
+        ):
+            curves = [race.amplitudes(winner, lambda b=batch: self.given.run(b)) for batch in batches]
+        curve = torch.stack(curves).mean(0)
+        amplitude = AMPLITUDES[int(torch.nan_to_num(curve, nan=math.inf).argmin())]
+        listed = [{"start": s, "loss": number(v)} for s, v in zip(race.starts, scores.tolist(), strict=True)]
+        self.tell(
+            "race",
+            decision=trial.decision.id,
+            site=trial.decision.site,
+            candidates=listed,
+            winner=winner,
+            amplitude=amplitude,
+            nothing=number(float(curve[0])),
+            start=race.starts[winner],
+            batched=race.batched,
+        )
+        if not race.batched:
+            why = "the model or loss does not run under vmap; candidates ran one by one"
+            self.tell("fallback", what="race", why=why)
+        return race.kernel(winner, amplitude) if amplitude != 0.0 else None
 
     def scores(self, race: Race, batches: Sequence[Any]) -> Tensor:
         """Return each candidate's mean loss over training batches; non-finite counts as worst."""

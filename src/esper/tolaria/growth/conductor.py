@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from esper.config import Config, ConfigLike, load_config
-from esper.contracts import Decision, Event, Observer, WidenPlan, ignore
+from esper.contracts import Event, Observer, WidenPlan, ignore
 from esper.errors import FinishedError, SiteError, StateError, nearest
 from esper.kasmina.evidence import LossFunction, join, split_batch
 from esper.kasmina.flops import Ledger
@@ -24,6 +24,7 @@ from esper.nissa.journal import RunJournal
 from esper.tamiyo.controller import Room, Tamiyo
 from esper.tolaria.growth.assembly import Parts, assemble, limit
 from esper.tolaria.growth.entrance import check_finite, check_loss
+from esper.tolaria.growth.telling import decided, size_and_cost, started, surveyed
 
 POOL = 32  # directions a survey compares
 
@@ -123,7 +124,8 @@ class Growth:
         reports = {name: m.report for name, m in measured.items()}
         rng = self.parts.streams.generators["policy"]
         decision = self.tamiyo.decide(self.steps, why, sites, reports, self._room(), rng, only)
-        self._tell_decision(decision, measured)
+        self.tell("survey", decision=decision.id, sites=surveyed(measured, self.morphable))
+        self.tell("decision", **decided(decision))
         if decision.site is not None:
             self.orchestrator.germinate(decision, measured[decision.site], self.steps)
 
@@ -195,16 +197,13 @@ class Growth:
             hook.remove()
         self.batches.clear()
         self.finished = True
-        grown = [[plan.site, plan.units] for plan in self.plans]
         self.tell(
             "run_finished",
-            parameters=self.morphable.parameter_count(),
+            **size_and_cost(self.parts),
             flops=self.morphable.flops,
-            training_flops=self.cost.training_flops,
-            growth_flops=self.cost.growth_flops,
             seconds=time.perf_counter() - self.begun,
             growth_seconds=self.cost.seconds,
-            grown=grown,
+            grown=[[plan.site, plan.units] for plan in self.plans],
         )
         return self.model
 
@@ -245,68 +244,15 @@ class Growth:
         self.parts.observe(Event(kind, self.steps, data))
 
     def _tell_start(self) -> None:
-        parts = self.parts
-        sites = [
-            {
-                "name": p.site.name,
-                "width": p.site.width,
-                "between": list(p.site.between),
-                "unit_parameters": p.site.unit_parameters,
-                "unit_flops": p.site.unit_flops,
-            }
-            for p in self.morphable.pairs.values()
-        ]
-        self.tell(
-            "run_started",
-            model=type(self.model).__name__,
-            parameters=parts.host_parameters,
-            flops=self.morphable.flops,
-            sites=sites,
-            refused=[[r.place, r.reason] for r in self.morphable.refusals],
-            budget=parts.budget.model_dump(),
-            seed=parts.seed,
-            steps=parts.steps,
-        )
-        for message in parts.warnings:
+        self.tell("run_started", **started(self.parts))
+        for message in self.parts.warnings:
             self.tell("warning", message=message)
 
     def _tell_progress(self) -> None:
         mean = sum(self.losses) / len(self.losses)
         self.losses.clear()
         self.tell(
-            "progress",
-            loss=mean,
-            parameters=self.morphable.parameter_count(),
-            growth_flops=self.cost.growth_flops,
-            training_flops=self.cost.training_flops,
-            seconds=time.perf_counter() - self.begun,
-        )
-
-    def _tell_decision(self, decision: Decision, measured: Mapping[str, Measured]) -> None:
-        rows = [
-            {
-                "site": name,
-                "improvement": m.report.improvement,
-                "unit_flops": self.morphable.pairs[name].site.unit_flops,
-                "width": self.morphable.pairs[name].site.width,
-                "dead": m.report.dead,
-                "gradient_norm": m.report.gradient_norm,
-                "examples": m.report.examples,
-            }
-            for name, m in measured.items()
-        ]
-        self.tell("survey", decision=decision.id, sites=rows)
-        self.tell(
-            "decision",
-            decision=decision.id,
-            action=decision.action,
-            site=decision.site,
-            width=decision.width,
-            start=decision.start,
-            reason=decision.reason,
-            arms=[dict(a) for a in decision.arms],
-            propensity=decision.propensity,
-            predicted=decision.predicted,
+            "progress", loss=mean, **size_and_cost(self.parts), seconds=time.perf_counter() - self.begun
         )
 
     def _examples(self, batch: Any) -> int:
