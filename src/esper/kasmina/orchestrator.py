@@ -268,6 +268,10 @@ class SeedOrchestrator:
                 site, reason = self.model.site_of(seed), "the cool-down is over"
                 self.tell("stage", seed=seed, site=site, source="EMBARGOED", target="DORMANT", reason=reason)
 
+    def cooling(self) -> bool:
+        """Tell whether any site is cooling down; asked at every step, so it is one comparison."""
+        return bool((self.model.layout.stage == int(Stage.EMBARGOED)).any())
+
     def embargoed(self, site: str) -> bool:
         """Tell whether a site is cooling down."""
         return any(self.model.layout.stage_of(s) is Stage.EMBARGOED for s in self.model.seeds(site))

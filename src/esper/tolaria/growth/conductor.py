@@ -106,9 +106,10 @@ class Growth:
                 self.tamiyo.learn(outcome, self.steps)
             return
         self.orchestrator.advance(tuple(self.batches), loss, self.steps)
-        self.orchestrator.wake_embargoed(self.steps)
-        if all(self.orchestrator.embargoed(name) for name in self.morphable.pairs):
-            return
+        if self.orchestrator.cooling():
+            self.orchestrator.wake_embargoed(self.steps)
+            if all(self.orchestrator.embargoed(name) for name in self.morphable.pairs):
+                return
         why = self.tamiyo.due(self.steps, loss)
         if self.asked is not None:
             why = "asked for"
