@@ -46,6 +46,9 @@ def test_missing_extra_prints_its_pip_line() -> None:
     error = errors.MissingExtraError("matplotlib", "report", "esper report")
     assert str(error) == "esper report needs matplotlib; install it with: pip install 'esper-morph[report]'"
     assert isinstance(error, ImportError)
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is errors.MissingExtraError
+    assert (str(again), again.package, again.extra) == (str(error), "matplotlib", "report")
 
 
 @pytest.mark.parametrize("name", sorted(CLASSES.keys() - {"MissingExtraError"}))

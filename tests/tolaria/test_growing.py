@@ -91,6 +91,7 @@ def test_everything_alive_in_the_loop_survives_growth(
         schedulers=[scheduler],
         ema=[ema],
         budget={"parameters": 8.0},
+        config={"widths": {"shares": [0.5]}},  # small widenings, so that there are several
     )
     idle.step()
     loss = None
