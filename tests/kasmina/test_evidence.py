@@ -1,0 +1,173 @@
+"""The bet must be fair whatever the data, and win where there is something to win."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from esper.errors import ProbeError
+from esper.kasmina.evidence import BOUND, e_value, example_losses, join, split_batch
+
+magnitudes = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=7)
+practice = st.lists(st.floats(-100, 100).filter(lambda v: abs(v) > 1e-3), min_size=1, max_size=20)
+
+
+@given(magnitudes, practice)
+def test_expected_wealth_of_a_fair_bet_is_exactly_one(sizes: list[float], rehearsal: list[float]) -> None:
+    """Over all sign patterns of given magnitudes, each as likely as any: the definition of an e-value, with equality."""
+    signs = np.array(list(itertools.product((-1, 1), repeat=len(sizes))))
+    values = [e_value(pattern * np.array(sizes), np.array(rehearsal)) for pattern in signs]
+    assert np.mean(values) == pytest.approx(1.0, rel=1e-9)
+
+
+@given(st.lists(st.floats(-10, 10), min_size=1, max_size=30), practice, st.integers(-20, 20))
+def test_the_unit_of_the_loss_does_not_matter(
+    differences: list[float], rehearsal: list[float], power: int
+) -> None:
+    one = e_value(np.array(differences), np.array(rehearsal))
+    other = e_value(np.array(differences) * 2.0**power, np.array(rehearsal) * 2.0**power)
+    assert other == pytest.approx(one, rel=1e-9)
+
+
+@given(st.lists(st.floats(-10, 10), min_size=1, max_size=30), practice, st.floats(0.01, 5))
+def test_a_larger_gain_never_counts_less(
+    differences: list[float], rehearsal: list[float], more: float
+) -> None:
+    worse = e_value(np.array(differences), np.array(rehearsal))
+    assert e_value(np.array(differences) + more, np.array(rehearsal)) >= worse * (1 - 1e-9)
+
+
+NULLS = {
+    "normal": lambda rng, n: rng.normal(size=n),
+    "heavy tails": lambda rng, n: rng.standard_t(1.5, size=n),
+    "rare gains, common small harm": lambda rng, n: rng.exponential(size=n) - 1,
+    "mostly nothing": lambda rng, n: rng.normal(size=n) * (rng.random(n) < 0.1),
+    "harm": lambda rng, n: rng.normal(size=n) - 0.1,
+}
+
+
+@pytest.mark.parametrize("null", NULLS)
+@pytest.mark.parametrize("p", [0.2, 0.05, 0.01])
+def test_under_the_null_one_over_p_is_exceeded_at_most_p_of_the_time(null: str, p: float) -> None:
+    """The rehearsal is the most tempting there is: it says the kernel helps."""
+    rng = np.random.default_rng(0)
+    won = 0
+    for _ in range(1000):
+        rehearsal = np.abs(rng.normal(size=32)) + rng.normal(size=32)
+        won += e_value(NULLS[null](rng, 96), rehearsal) > 1 / p
+    assert won / 1000 <= p
+
+
+def test_a_null_look_after_every_batch_stays_within_the_budget_too() -> None:
+    """Always valid: the largest of all looks along the way obeys the same bound (Ville's inequality)."""
+    rng = np.random.default_rng(1)
+    highest = [
+        max(e_value(differences[:n], rehearsal) for n in range(8, 129, 8))
+        for differences, rehearsal in ((rng.normal(size=128), rng.normal(size=32)) for _ in range(400))
+    ]
+    assert np.mean(np.array(highest) > 20) <= 0.05
+
+
+def test_a_real_gain_wins_and_wins_more_with_more_examples() -> None:
+    rng = np.random.default_rng(0)
+    rehearsal = rng.normal(0.5, 1, size=64)
+    few, many = (
+        np.median([e_value(rng.normal(0.5, 1, size=n), rehearsal) for _ in range(50)]) for n in (30, 300)
+    )
+    assert 1 < few < 1e6 < many
+
+
+@pytest.mark.parametrize(
+    ("differences", "rehearsal"),
+    [
+        ([], [1.0]),
+        ([1.0], []),
+        ([1.0], [0.0]),
+        ([float("nan")], [1.0]),
+        ([float("inf")], [1.0]),
+        ([1.0], [float("nan")]),
+        ([1.0], [float("inf")]),
+    ],
+)
+def test_what_is_not_known_wins_nothing(differences: list[float], rehearsal: list[float]) -> None:
+    assert e_value(np.array(differences), np.array(rehearsal)) == 0.0
+
+
+def test_one_wild_example_cannot_win_alone() -> None:
+    rehearsal = np.ones(10)
+    assert e_value(np.array([1e9]), rehearsal) == e_value(np.array([BOUND]), rehearsal) <= 2
+
+
+def test_overwhelming_evidence_does_not_overflow() -> None:
+    assert np.isfinite(e_value(np.ones(100_000), np.ones(10)))
+
+
+# -- losses per example ---------------------------------------------------------------------------------------------
+
+
+def mean_loss(model: nn.Module, batch: Any) -> Tensor:
+    return F.cross_entropy(model(batch["x"]), batch["y"][0], label_smoothing=batch["smooth"])
+
+
+def test_the_loss_of_every_example_is_what_it_is_alone() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)).eval()
+    batch = {"x": torch.randn(9, 4), "y": (torch.randint(3, (9,)),), "smooth": 0.1}
+    losses, together = example_losses(model, mean_loss, batch)
+    alone = [
+        mean_loss(model, {**batch, "x": batch["x"][i : i + 1], "y": (batch["y"][0][i : i + 1],)})
+        for i in range(9)
+    ]
+    assert together
+    torch.testing.assert_close(losses, torch.stack(alone))
+    torch.testing.assert_close(losses.mean(), mean_loss(model, batch))
+
+
+def test_what_does_not_run_under_vmap_is_run_one_by_one_and_says_so() -> None:
+    model = nn.Linear(4, 3).eval()
+
+    def branching(model: nn.Module, batch: Any) -> Tensor:
+        loss = F.cross_entropy(model(batch[0]), batch[1])
+        return loss * 2 if loss.item() > 1 else loss
+
+    batch = (torch.randn(9, 4), torch.randint(3, (9,)))
+    losses, together = example_losses(model, branching, batch)
+    assert not together
+    torch.testing.assert_close(
+        losses, torch.stack([branching(model, (batch[0][[i]], batch[1][[i]])) for i in range(9)])
+    )
+
+
+def test_a_loss_that_fails_in_itself_is_not_hidden() -> None:
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        example_losses(
+            nn.Linear(5, 3), mean_loss, {"x": torch.randn(2, 4), "y": (torch.zeros(2).long(),), "smooth": 0.0}
+        )
+
+
+def test_batches_are_joined_where_they_fit_and_left_alone_where_not() -> None:
+    pairs = [(torch.randn(n, 3), torch.arange(n)) for n in (4, 4, 2)]
+    (joined,) = join(pairs)
+    assert torch.equal(joined[0], torch.cat([x for x, _ in pairs]))
+    assert torch.equal(joined[1], torch.cat([y for _, y in pairs]))
+    ragged = [(torch.randn(4, 3, t), torch.arange(4)) for t in (5, 6)]
+    assert [b[0].shape for b in join(ragged)] == [(4, 3, 5), (4, 3, 6)]
+    mixed = [pairs[0], {"x": pairs[1][0]}]
+    assert len(join(mixed)) == 2
+    assert join([]) == []
+
+
+def test_what_is_not_per_example_is_taken_from_the_first_batch() -> None:
+    weight = torch.ones(3)
+    leaves, per_example, _, count = split_batch((torch.zeros(4, 2), weight, 0.5, None))
+    assert (per_example[:3], count) == ([True, False, False], 4)
+    assert leaves[1] is weight
+    with pytest.raises(ProbeError, match="no tensor with a batch axis"):
+        split_batch({"loss": torch.tensor(1.0), "name": "x"})

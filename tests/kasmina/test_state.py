@@ -1,0 +1,149 @@
+"""The life of a seed, against the design's table written out once more."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+import threading
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from esper.contracts import Stage
+from esper.errors import TransitionError
+from esper.kasmina.state import ACTIVE, AWAKE, KasminaStateLayout
+
+SEEDS = 3
+LIFE = ["DORMANT", "GERMINATED", "TRAINING", "GRAFTING", "STABILISING", "EVALUATING", "FOSSILISED", "DORMANT"]
+LEGAL = {(Stage[a], Stage[b]) for a, b in zip(LIFE, LIFE[1:], strict=False)}
+for awake in LIFE[1:6]:
+    LEGAL |= {(Stage[awake], stage) for stage in (Stage.CULLED, Stage.ERROR, Stage.ROLLED_BACK)}
+LEGAL |= {(Stage.ERROR, Stage.CULLED), (Stage.ROLLED_BACK, Stage.CULLED)}
+LEGAL |= {(Stage.CULLED, Stage.EMBARGOED), (Stage.EMBARGOED, Stage.DORMANT)}
+
+seeds, stages = st.integers(0, SEEDS - 1), st.sampled_from(list(Stage))
+
+
+class Life(RuleBasedStateMachine):
+    """Asks for any move whatever and expects what the table says, no more and no less."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layout = KasminaStateLayout(SEEDS)
+        self.expected = [Stage.DORMANT] * SEEDS
+        self.moved = [0] * SEEDS
+        self.step = 0
+
+    @rule(seed=seeds, source=stages, to=stages)
+    def ask_for_anything(self, seed: int, source: Stage, to: Stage) -> None:
+        self.attempt(seed, source, to)
+
+    @rule(seed=seeds, to=stages)
+    def ask_from_the_present_stage(self, seed: int, to: Stage) -> None:
+        self.attempt(seed, self.expected[seed], to)
+
+    def attempt(self, seed: int, source: Stage, target: Stage) -> None:
+        self.step += 1
+        if source is self.expected[seed] and (source, target) in LEGAL:
+            self.layout.move(seed, source, target, self.step)
+            self.expected[seed], self.moved[seed] = target, self.step
+        else:
+            with pytest.raises(TransitionError, match=target.name):
+                self.layout.move(seed, source, target, self.step)
+
+    @rule(seed=seeds, gain=st.floats(-10, 10))
+    def measure(self, seed: int, gain: float) -> None:
+        self.layout.observe_gain(seed, gain)
+
+    @rule(seed=seeds)
+    def forget(self, seed: int) -> None:
+        self.layout.clear(seed)
+        assert self.layout.gain[seed].isnan()
+        assert float(self.layout.alpha[seed]) == int(self.layout.faults[seed]) == 0
+
+    @rule()
+    def save_and_load(self) -> None:
+        fresh = KasminaStateLayout(SEEDS)
+        fresh.load_state_dict(self.layout.state_dict())
+        self.layout = fresh
+
+    @invariant()
+    def only_the_asked_seed_moved(self) -> None:
+        assert [self.layout.stage_of(s) for s in range(SEEDS)] == self.expected
+        assert self.layout.changed.tolist() == self.moved
+        assert [self.layout.is_active(s) for s in range(SEEDS)] == [s in ACTIVE for s in self.expected]
+
+
+Life.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+test_no_illegal_move_is_reachable = Life.TestCase
+
+
+def test_every_stage_can_be_left_and_none_is_active_before_the_gate() -> None:
+    assert {source for source, _ in LEGAL} == set(Stage)
+    assert {target for _, target in LEGAL} == set(Stage)
+    assert {s for s, t in LEGAL if t in ACTIVE and s not in ACTIVE} == {Stage.TRAINING}
+    assert AWAKE == {source for source, target in LEGAL if target is Stage.ERROR}
+
+
+def test_stages_are_stored_by_number_so_the_numbers_stay() -> None:
+    names = "DORMANT GERMINATED TRAINING GRAFTING STABILISING EVALUATING FOSSILISED CULLED EMBARGOED ERROR ROLLED_BACK"
+    assert [stage.name for stage in sorted(Stage)] == names.split()
+
+
+def test_a_refusal_says_where_the_seed_is_and_where_it_could_go() -> None:
+    layout = KasminaStateLayout(2)
+    with pytest.raises(TransitionError, match="seed 1 is DORMANT, not TRAINING"):
+        layout.move(1, Stage.TRAINING, Stage.GRAFTING, 0)
+    with pytest.raises(TransitionError, match="from DORMANT to GRAFTING; from there: GERMINATED"):
+        layout.move(1, Stage.DORMANT, Stage.GRAFTING, 0)
+
+
+def test_gain_is_unknown_until_measured_then_smoothed() -> None:
+    layout = KasminaStateLayout(1, smoothing=0.25)
+    assert math.isnan(float(layout.gain[0]))
+    layout.observe_gain(0, 8.0)
+    layout.observe_gain(0, 4.0)
+    assert float(layout.gain[0]) == 7.0
+    assert [layout.add_fault(0), layout.add_fault(0)] == [1, 2]
+
+
+def test_only_one_of_many_threads_wins_a_move() -> None:
+    layout, won, ready = KasminaStateLayout(1), [], threading.Barrier(8)
+
+    def claim(number: int) -> None:
+        ready.wait()
+        try:
+            layout.move(0, Stage.DORMANT, Stage.GERMINATED, number)
+            won.append(number)
+        except TransitionError:
+            pass
+
+    threads = [threading.Thread(target=claim, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert won == [int(layout.changed[0])]
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda layout: pickle.loads(pickle.dumps(layout))])
+def test_a_copy_has_the_state_and_a_lock_of_its_own(how: object) -> None:
+    layout = KasminaStateLayout(2)
+    layout.move(0, Stage.DORMANT, Stage.GERMINATED, 7)
+    copied = how(layout)  # type: ignore[operator]
+    assert copied.lock is not layout.lock
+    copied.move(0, Stage.GERMINATED, Stage.TRAINING, 8)
+    assert (layout.stage_of(0), copied.stage_of(0)) == (Stage.GERMINATED, Stage.TRAINING)
+
+
+def test_alpha_keeps_its_precision_when_the_model_is_cast() -> None:
+    layout = KasminaStateLayout(2).to(torch.bfloat16).double()
+    assert (layout.alpha.dtype, layout.stage.dtype, layout.changed.dtype) == (
+        torch.float32,
+        torch.uint8,
+        torch.int64,
+    )
