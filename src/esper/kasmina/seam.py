@@ -55,7 +55,7 @@ def seam_class(base: type[nn.Module]) -> type[nn.Module]:
 
 
 def revive(base: type[nn.Module]) -> nn.Module:
-    """Begin a copied or unpickled module; its gateways come with its state, for they lead back to the module."""
+    """Begin a copied or unpickled module; its gateways come with its state: they lead back to the module."""
     return object.__new__(seam_class(base))
 
 
