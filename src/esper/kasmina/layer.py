@@ -75,7 +75,7 @@ class KasminaLayer(nn.Module):
         self.exposed = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the last pass behind, which may hang on a graph, and whoever is told of this layer's faults."""
+        """Leave behind the last pass, which may hang on a graph, and whoever is told of faults."""
         return {**self.__dict__, "x": None, "tap": None, "shown": None, "on_fault": unheard}
 
     def enter(self, x: Tensor) -> None:
