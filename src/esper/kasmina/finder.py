@@ -168,6 +168,8 @@ class Finder:
         others = [r for r in call.reads if r != value]
         if others or not call.makes or after is None:
             raise Refused(f"the output of {name} meets another tensor in {call.name}")
+        if call.reads.count(value) > 1:
+            raise Refused(f"the output of {name} meets itself in {call.name}")
         if call.parameters:
             return self.layered(call, axis, name), axis
         kwargs = {k: v for k, v in call.kwargs.items() if not isinstance(v, Tensor)}
@@ -178,13 +180,14 @@ class Finder:
             if axis == 1 and len(after) == 2 and after[0] == before[0] and after[1] == math.prod(before[1:]):
                 return Flatten("flatten"), 1
             raise Refused(f"{call.name} {tuple(before)} -> {tuple(after)} mixes the channels of {name}")
-        if call.name in ELEMENTWISE and before == after:
+        leads = not call.args or isinstance(call.args[0], Tensor)  # pow(2, x) cannot be replayed as pow(x, 2)
+        if call.name in ELEMENTWISE and before == after and leads:
             return Replay(call.name, call.func, args, kwargs, "training" in kwargs), axis
         if call.name in SPATIAL and axis == 1 and len(before) > 2 and before[:2] == after[:2]:
             return Replay(
                 call.name, call.func, args, kwargs, call.name.startswith(("dropout", "feature"))
             ), axis
-        if call.name in REDUCE and axis == 1 and before[:2] == after[:2]:
+        if call.name in REDUCE and axis == 1 and is_spatial(call, len(before)):
             return Replay(call.name, call.func, args, kwargs), axis
         raise Refused(f"{call.name} over the output of {name} does not treat every channel alone")
 
@@ -200,6 +203,11 @@ class Finder:
         )
         if any(len(self.owners[p]) > 1 for p in call.parameters):
             raise Refused(f"{path} between {name} and its consumer shares its tensors")
+        times = max(len(set(self.recording.uses[p])) for p in call.parameters)
+        if times > 1:
+            raise Refused(
+                f"{path} between {name} and its consumer is called {times} times, or read elsewhere"
+            )
         if (
             axis == 1
             and isinstance(module, NORMS)
@@ -221,6 +229,13 @@ def positions(call: Call, layer: nn.Module) -> int:
     """Count the positions per example at which a layer is applied."""
     shape = call.shape or torch.Size()
     return math.prod(shape[1:-1]) if isinstance(layer, nn.Linear) else math.prod(shape[2:])
+
+
+def is_spatial(call: Call, dims: int) -> bool:
+    """Tell a reduction that leaves batch and channels alone; equal sizes can make shapes look as if it did."""
+    given = call.argument(1, "dim")
+    axes = (given,) if isinstance(given, int) else tuple(given or ())
+    return bool(axes) and all(axis % dims > 1 for axis in axes)
 
 
 def is_depthwise(module: nn.Module) -> bool:
