@@ -134,7 +134,7 @@ def revived(layer: Any, state: Mapping[str, Any]) -> Race:
     """Build a race of the saved shape and fill it."""
     weight = layer.pair.producer.weight.detach()
     empty = Survey(weight[:1], None, torch.zeros(1), 0)
-    x = weight.new_zeros(1, *weight.shape[1:2], *[max(weight.shape[2:])] * (weight.dim() - 2))
+    x = weight.new_zeros(1, *weight.shape[1:2], *[max(weight.shape[2:], default=1)] * (weight.dim() - 2))
     race = Race(layer, state["units"], ("random",) * len(state["starts"]), empty, x, learning_rate=1.0)
     race.starts = tuple(state["starts"])
     race.load_state_dict(dict(state))
