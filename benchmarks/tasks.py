@@ -121,7 +121,7 @@ TASKS = {
             epochs=1500,
             batch=None,
             initialise=nn.init.xavier_uniform_,
-            # One unit of slack: with exactly the teacher's ten, 6 of 20 runs end in a local minimum, fixed or grown.
+            # One unit of slack: with the teacher's ten, 6 of 20 runs end in a local minimum, fixed or grown.
             limit=(11,),
             events=5,
             growth={

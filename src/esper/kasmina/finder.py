@@ -232,7 +232,7 @@ def positions(call: Call, layer: nn.Module) -> int:
 
 
 def is_spatial(call: Call, dims: int) -> bool:
-    """Tell a reduction that leaves batch and channels alone; equal sizes can make shapes look as if it did."""
+    """Tell a reduction that leaves batch and channels alone; equal sizes can make shapes look so."""
     given = call.argument(1, "dim")
     axes = (given,) if isinstance(given, int) else tuple(given or ())
     return bool(axes) and all(axis % dims > 1 for axis in axes)
