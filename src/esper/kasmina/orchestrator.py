@@ -79,6 +79,7 @@ class SeedOrchestrator:
         self.step = step
         if self.trial is None:
             self.losses.append(loss)
+            self.examples = 0
             return None
         stage = self.model.layout.stage_of(self.trial.seed)
         if stage is Stage.ERROR:
