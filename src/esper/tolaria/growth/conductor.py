@@ -144,8 +144,10 @@ class Growth:
     def _room(self) -> Room:
         """Return what the budget still allows."""
         budget = self.parts.budget
+        gate = self.parts.gate
         spent = (
-            (budget.growth_flops is not None and self.cost.growth_flops >= budget.growth_flops)
+            gate.looks >= gate.allowed  # a race that may not be judged would only cost
+            or (budget.growth_flops is not None and self.cost.growth_flops >= budget.growth_flops)
             or (budget.wall_seconds is not None and self.cost.seconds >= budget.wall_seconds)
             or (budget.latency_ms is not None and self.parts.latency_ms() >= budget.latency_ms)
         )
