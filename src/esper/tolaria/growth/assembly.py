@@ -177,24 +177,26 @@ class Donor:
 
     def __init__(self, optimizers: Mapping[str, Optimizer]) -> None:
         self.optimizers = optimizers
-        self.owners: dict[int, dict[str, Any]] = {}
+        # by place, because load_state_dict replaces the groups themselves
+        self.owners: dict[int, tuple[Optimizer, int]] = {}
 
     def like(self, kernel: WidenKernel) -> Optimizer:
         """Return an optimizer of the same kind and settings."""
         for optimizer in self.optimizers.values():
-            for group in optimizer.param_groups:
+            for index, group in enumerate(optimizer.param_groups):
                 if any(p is kernel.pair.producer.weight for p in group["params"]):
                     same: Callable[..., Optimizer] = type(optimizer)
                     own = same(kernel.parameters(), lr=group["lr"])
                     own.param_groups[0].update({k: v for k, v in group.items() if k in optimizer.defaults})
-                    self.owners[id(own)] = group
+                    self.owners[id(own)] = optimizer, index
                     return own
         return torch.optim.Adam(kernel.parameters())  # the producer is frozen: torch's own defaults
 
     def follow(self, own: Optimizer) -> None:
         """Take over what schedulers have set since."""
-        group = self.owners.get(id(own))
-        if group is not None:
+        if id(own) in self.owners:
+            optimizer, index = self.owners[id(own)]
+            group = optimizer.param_groups[index]
             for key in ("lr", "momentum", "betas", "weight_decay"):
                 if key in group:
                     own.param_groups[0][key] = group[key]
