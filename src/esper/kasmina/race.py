@@ -7,6 +7,7 @@ All candidates are one stack of tensors run under ``vmap``; what they see is wha
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -225,7 +226,7 @@ class Race:
             "scores": self.scores.clone(),
             "parameters": {k: v.detach().clone() for k, v in self.parameters.items()},
             "buffers": {k: v.clone() for k, v in self.buffers.items()},
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
