@@ -44,6 +44,7 @@ class SeedOrchestrator:
         self.trial: Trial | None = None
         self.losses: deque[float] = deque(maxlen=max(TREND, 2 * timing.evaluate))
         self.step = 0
+        self.cool_until = -1  # the last step of the latest embargo
         self.examples = 0  # since the last step, for the cost of an exposed branch
         self.stages = {
             Stage.TRAINING: self.incubate,
@@ -258,6 +259,8 @@ class SeedOrchestrator:
         self.model.release(self.model.site_of(trial.seed))
         self.model.layout.clear(trial.seed)
         self.move(target, "")
+        if target is Stage.EMBARGOED:
+            self.cool_until = self.step + self.timing.embargo + 1
         self.trial = None
 
     def wake_embargoed(self, step: int) -> None:
@@ -270,8 +273,8 @@ class SeedOrchestrator:
                 self.tell("stage", seed=seed, site=site, source="EMBARGOED", target="DORMANT", reason=reason)
 
     def cooling(self) -> bool:
-        """Tell whether any site is cooling down; asked at every step, so it is one comparison."""
-        return bool((self.model.layout.stage == int(Stage.EMBARGOED)).any())
+        """Tell whether any site is cooling down; asked at every step, so no tensor is read."""
+        return self.step <= self.cool_until
 
     def embargoed(self, site: str) -> bool:
         """Tell whether a site is cooling down."""

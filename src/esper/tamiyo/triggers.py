@@ -46,7 +46,7 @@ class Trigger:
         if (
             self.settings.plateau
             and full
-            and step % (self.settings.plateau_window // 4) == 0
+            and step % (self.settings.plateau_window // 2) == 0
             and self.stalled()
         ):
             if self.scheduled and not self.due:

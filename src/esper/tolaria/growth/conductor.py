@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from esper.config import Config, ConfigLike, load_config
 from esper.contracts import Event, Observer, WidenPlan, ignore
 from esper.errors import FinishedError, SiteError, StateError, nearest
-from esper.kasmina.evidence import LossFunction, join, split_batch
+from esper.kasmina.evidence import LossFunction, count_examples, join
 from esper.kasmina.flops import Ledger
 from esper.kasmina.health import Measured, measure
 from esper.kasmina.morphable import MorphableModel
@@ -259,7 +259,7 @@ class Growth:
         )
 
     def _examples(self, batch: Any) -> int:
-        return split_batch(batch)[3]
+        return count_examples(batch)
 
     def _refuse_finished(self, what: str) -> None:
         if self.finished:

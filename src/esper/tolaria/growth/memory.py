@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -35,6 +36,7 @@ def capture(growth: Any) -> dict[str, Any]:
         "looks": parts.gate.looks,
         "counters": [growth.steps, growth.events_kept, parts.epochs, orchestrator.examples],
         "losses": list(orchestrator.losses),
+        "cool_until": orchestrator.cool_until,
         "pending": list(growth.losses),
         "batches": list(growth.batches),
         "trial": None if orchestrator.trial is None else capture_trial(orchestrator.trial),
@@ -56,7 +58,7 @@ def capture_trial(trial: Trial) -> dict[str, Any]:
         "kernel": None
         if trial.kernel is None
         else {k: v.detach().clone() for k, v in trial.kernel.state_dict().items()},
-        "optimizer": None if trial.optimizer is None else trial.optimizer.state_dict(),
+        "optimizer": None if trial.optimizer is None else copy.deepcopy(trial.optimizer.state_dict()),
     }
 
 
@@ -92,6 +94,7 @@ def restore(growth: Any, state: Mapping[str, Any]) -> None:
     growth.optimizer_steps = growth.steps
     orchestrator.losses.extend(state["losses"])
     orchestrator.step = growth.steps
+    orchestrator.cool_until = state["cool_until"]
     growth.losses.extend(state["pending"])
     growth.batches.extend(state["batches"])
     if state["trial"] is not None:
