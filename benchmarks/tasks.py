@@ -130,7 +130,15 @@ TASKS = {
                 "widths": {"shares": [1.0, 2.0]},
             },
         ),
-        digits_recipe("digits-mlp", data.digits, partial(mlp, 64, 10), (2,), (32,), events=2),
+        digits_recipe(
+            "digits-mlp",
+            data.digits,
+            partial(mlp, 64, 10),
+            (2,),
+            (32,),
+            events=2,
+            growth={"race": {"steps": 32, "candidates": 4}},
+        ),
         # From 4-8 channels the gate refuses most widenings: that network reaches 0.957 by itself.
         digits_recipe(
             "digits-cnn",

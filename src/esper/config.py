@@ -115,7 +115,6 @@ class Config(BaseSettings):
     new_slot_state: Literal["zeros", "seed", "mean"] = Field(
         "zeros", description="optimizer state of new units; zeros measured best, see docs/decisions.md"
     )
-    deterministic: bool = Field(True, description="no clock in any decision")
 
 
 ConfigLike: TypeAlias = Config | Mapping[str, Any] | str | Path | None

@@ -18,7 +18,9 @@ def same_randomness(seed: int | None = None) -> Iterator[None]:
 
     CUDA streams are touched only where CUDA is in use: reading one would initialise it.
     """
-    python, numpy_state, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    python, cpu = random.getstate(), torch.get_rng_state()
+    numpy_generator = np.random.get_bit_generator()  # exchanged, not copied: copying costs 70 µs a pass
+    np.random.set_bit_generator(np.random.PCG64(seed or 0))
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     try:
         if seed is not None:  # torch.manual_seed would also format a stack trace for every backend (0.4 ms)
@@ -28,7 +30,7 @@ def same_randomness(seed: int | None = None) -> Iterator[None]:
         yield
     finally:
         random.setstate(python)
-        np.random.set_state(numpy_state)
+        np.random.set_bit_generator(numpy_generator)
         torch.set_rng_state(cpu)
         if cuda is not None:
             torch.cuda.set_rng_state_all(cuda)

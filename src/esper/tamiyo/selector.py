@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,7 +70,8 @@ class SeedSelector:
         scores = {}
         for site in sites:
             improvement = reports[site.name].improvement if site.name in reports else None
-            if improvement is not None and room[site.name] >= site.granularity:
+            measured = improvement is not None and math.isfinite(improvement)
+            if measured and room[site.name] >= site.granularity:
                 scores[site.name] = improvement / costs[site.name] * self.experience(site.name)
         best = max(scores.values(), default=0.0)
         made: dict[tuple[str, int, str], Arm] = {}
