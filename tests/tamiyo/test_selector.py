@@ -1,0 +1,113 @@
+"""Where and what: the arms, their order, and what experience does to it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from esper.contracts import HealthReport, Site
+from esper.tamiyo.bandits.ucb import UCB
+from esper.tamiyo.selector import OFF_SHARE, STARTS, Arm, SeedSelector, fitted
+
+SHARES = (0.5, 1.0, 2.0)
+
+
+def site(name: str, granularity: int = 1) -> Site:
+    return Site(name, "pair", name, name, (), 4, granularity, 10, 20)
+
+
+def report(name: str, improvement: float | None) -> HealthReport:
+    return HealthReport(name, improvement, 64)
+
+
+def arms(
+    improvements: dict[str, float | None], selector: SeedSelector | None = None, **given: Any
+) -> list[Arm]:
+    selector = selector or SeedSelector(UCB(), SHARES)
+    names = list(improvements)
+    costs, units, room = ({n: given.get(key, default) for n in names} for key, default in (("cost", 0.1), ("units", 8.0), ("room", 100)))  # fmt: skip
+    sites = [site(n, given.get("granularity", 1)) for n in names]
+    return selector.arms(sites, {n: report(n, v) for n, v in improvements.items()}, costs, units, room)
+
+
+def test_every_width_and_start_of_every_site_is_an_arm() -> None:
+    made = arms({"a": 1.0, "b": 0.5})
+    assert {(a.site, a.width, a.start) for a in made} == {
+        (s, w, t) for s in "ab" for w in (4, 8, 16) for t in STARTS
+    }
+
+
+def test_priors_follow_improvement_then_width_then_start() -> None:
+    priors = {(a.site, a.width, a.start): a.prior for a in arms({"a": 1.0, "b": 0.5})}
+    assert priors["a", 8, "mixed"] == 1.0
+    assert priors["b", 8, "mixed"] == 0.5
+    assert priors["a", 4, "mixed"] == priors["a", 16, "mixed"] == OFF_SHARE
+    assert priors["a", 8, "random"] == STARTS["random"] < priors["a", 8, "svd"] < 1
+
+
+def test_improvement_counts_per_share_of_the_budget() -> None:
+    selector = SeedSelector(UCB(), SHARES)
+    reports = {"cheap": report("cheap", 1.0), "dear": report("dear", 2.0)}
+    both = [site("cheap"), site("dear")]
+    made = selector.arms(
+        both, reports, {"cheap": 0.1, "dear": 0.4}, dict.fromkeys(reports, 2.0), dict.fromkeys(reports, 9)
+    )
+    assert selector.choose(made, np.random.default_rng(0))[0].site == "cheap"
+
+
+@pytest.mark.parametrize("unknown", [None, float("nan")])
+def test_an_unknown_improvement_blocks_the_site_and_no_other(unknown: float | None) -> None:
+    assert {a.site for a in arms({"a": unknown, "b": 0.1})} == {"b"}
+    assert arms({"a": unknown}) == []
+
+
+def test_without_improvement_or_room_there_is_no_arm() -> None:
+    assert arms({"a": 0.0, "b": 0.0}) == []
+    assert arms({"a": 1.0}, room=0) == []
+    assert arms({"a": 1.0}, room=3, granularity=4) == []
+
+
+def test_widths_that_come_to_the_same_are_one_arm_with_the_share_nearest_to_one() -> None:
+    made = [a for a in arms({"a": 1.0}, units=1.0) if a.start == "svd"]
+    assert sorted((a.width, a.share) for a in made) == [(1, 1.0), (2, 2.0)]
+
+
+def test_a_site_that_failed_falls_behind_one_that_was_kept() -> None:
+    selector = SeedSelector(UCB(), SHARES)
+    first = arms({"a": 1.0, "b": 0.9}, selector)
+    chosen, propensity = selector.choose(first, np.random.default_rng(0))
+    assert (chosen.site, chosen.width, chosen.start, propensity) == ("a", 8, "mixed", 1.0)
+    selector.learn(chosen, kept=False, reward=0.0)
+    assert selector.experience("a") == 0.5
+    again, _ = selector.choose(arms({"a": 1.0, "b": 0.9}, selector), np.random.default_rng(0))
+    assert again.site == "b"
+    selector.learn(again, kept=True, reward=1.0)
+    assert selector.experience("b") == 1.0
+    scores = {a.site: a.score for a in arms({"a": 1.0, "b": 0.9}, selector)}
+    assert scores["b"] > scores["a"]
+
+
+def test_what_was_learned_survives_json() -> None:
+    selector, other = (SeedSelector(UCB(), SHARES) for _ in range(2))
+    for kept in (True, False, True):
+        selector.learn(
+            selector.choose(arms({"a": 1.0, "b": 0.9}, selector), np.random.default_rng(0))[0],
+            kept,
+            kept * 0.7,
+        )
+    other.load_state_dict(json.loads(json.dumps(selector.state_dict())))
+    assert arms({"a": 1.0, "b": 0.9}, other) == arms({"a": 1.0, "b": 0.9}, selector)
+    assert other.state_dict() == selector.state_dict()
+
+
+@given(st.floats(0, 1000), st.integers(1, 8), st.integers(8, 500))
+def test_widths_are_whole_groups_within_the_room(units: float, granularity: int, room: int) -> None:
+    width = fitted(units, granularity, room)
+    assert width % granularity == 0
+    assert granularity <= width <= room
+    assert abs(width - units) <= granularity or width in {granularity, room // granularity * granularity}

@@ -1,0 +1,71 @@
+"""The bandit on problems whose answer is known."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from esper.config import load_config
+from esper.errors import RegistryError
+from esper.tamiyo.bandits.ucb import UCB
+from esper.tamiyo.controller import BANDITS, Tamiyo
+
+RNG = np.random.default_rng(0)
+ARMS = [("a>b", 0.5, "svd"), ("a>b", 1.0, "svd"), ("b>c", 1.0, "random")]
+
+
+def test_before_any_experience_the_best_prior_is_chosen_and_ties_go_to_the_first() -> None:
+    assert UCB().choose(ARMS, np.array([0.2, 0.9, 0.5]), RNG) == (1, 1.0)
+    assert UCB().choose(ARMS, np.array([0.4, 0.4, 0.4]), RNG) == (0, 1.0)
+
+
+def test_one_failure_halves_the_belief_in_an_arm() -> None:
+    bandit = UCB()
+    bandit.learn(ARMS[1], 0.0)
+    assert bandit.choose(ARMS, np.array([0.2, 0.9, 0.8]), RNG)[0] == 2
+    assert bandit.choose(ARMS, np.array([0.0, 0.9, 0.1]), RNG)[0] == 1
+
+
+def test_it_finds_the_best_arm_and_mostly_stays_with_it() -> None:
+    worth, rng, bandit = [0.2, 0.5, 0.8], np.random.default_rng(0), UCB()
+    chosen = []
+    for _ in range(300):
+        index, _ = bandit.choose(ARMS, np.full(3, 0.5), rng)
+        chosen.append(index)
+        bandit.learn(ARMS[index], float(rng.random() < worth[index]))
+    assert chosen[-100:].count(2) > 80
+    assert set(chosen) == {0, 1, 2}
+
+
+def test_more_exploration_visits_more() -> None:
+    def visits(exploration: float) -> int:
+        bandit = UCB(exploration)
+        for _ in range(60):
+            index, _ = bandit.choose(ARMS, np.full(3, 0.5), RNG)
+            bandit.learn(ARMS[index], [0.4, 0.5, 0.6][index])
+        return min(bandit.pulls.get(arm, 0) for arm in ARMS)
+
+    assert visits(0.0) < visits(0.5) < visits(3.0)
+
+
+def test_arms_that_are_not_offered_are_remembered() -> None:
+    bandit = UCB()
+    bandit.learn(ARMS[0], 1.0)
+    bandit.choose(ARMS[1:], np.array([0.1, 0.1]), RNG)
+    assert bandit.choose(ARMS, np.array([0.5, 0.5, 0.5]), RNG)[0] == 0
+
+
+def test_what_was_learned_survives_json() -> None:
+    bandit, other = UCB(), UCB()
+    for reward, arm in enumerate([*ARMS, ARMS[0], "plain"]):
+        bandit.learn(arm, reward / 5)
+    other.load_state_dict(json.loads(json.dumps(bandit.state_dict())))
+    assert (other.pulls, other.sums) == (bandit.pulls, bandit.sums)
+
+
+def test_a_bandit_is_a_name_and_a_miss_lists_what_exists() -> None:
+    assert BANDITS.get("ucb") is UCB
+    with pytest.raises(RegistryError, match="ucb"):
+        Tamiyo(load_config({"bandit": "ubc"}), 100, 4)
