@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
+from esper.kasmina.isolation import same_randomness
 from esper.kasmina.layer import KasminaLayer, Tap
 from esper.kasmina.starts import Survey, centre, place
 from esper.kasmina.widen import WidenKernel
@@ -193,7 +194,8 @@ class Race:
 
     def kernel(self, index: int, amplitude: float) -> WidenKernel:
         """Take a candidate out as a live instance of its own."""
-        kernel = WidenKernel(self.layer.pair, self.units).train()
+        with same_randomness():  # its first weights are drawn, only to be written over
+            kernel = WidenKernel(self.layer.pair, self.units).train()
         with torch.no_grad():
             for name, tensor in [*kernel.named_parameters(), *kernel.named_buffers()]:
                 tensor.copy_({**self.parameters, **self.buffers}[name][index])
