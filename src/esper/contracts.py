@@ -123,7 +123,7 @@ class Decision:
     start: str | None  # how candidates start: "svd", "random", "mixed"
     reason: str
     propensity: float  # probability with which this arm was chosen
-    predicted: float | None  # first-order improvement per share of the budget
+    predicted: float | None  # first-order loss decrease per FLOP
     arms: tuple[Mapping[str, Any], ...] = ()
 
 

@@ -100,6 +100,8 @@ class Tamiyo:
         )
         among = len({a.site for a in arms})
         reason = f"{why}; {arm.site} promises most for its share of the budget among {among} sites"
+        improvement, flops = reports[arm.site].improvement, {s.name: s.unit_flops for s in asked}
+        predicted = None if improvement is None else improvement / flops[arm.site]
         return Decision(
             self.decisions,
             step,
@@ -109,7 +111,7 @@ class Tamiyo:
             arm.start,
             reason,
             propensity,
-            arm.score,
+            predicted,
             listed,
         )
 
