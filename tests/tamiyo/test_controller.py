@@ -39,7 +39,8 @@ def test_a_decision_names_site_width_start_and_says_why() -> None:
     assert made.reason.startswith("scheduled; a promises most for its share of the budget among 2 sites")
     assert {arm["site"] for arm in made.arms} == {"a", "b"}
     assert made.propensity == 1.0
-    assert made.predicted == max(arm["score"] for arm in made.arms)
+    site = next(site for site in SITES if site.name == "a")
+    assert made.predicted == REPORTS["a"].improvement / site.unit_flops
     json.dumps(made.arms)
 
 

@@ -64,7 +64,7 @@ def refuse_host(model: nn.Module) -> None:
     compiled = [name for name, module in model.named_modules() if module._compiled_call_impl is not None]
     if compiled:
         raise SiteError(
-            f"{compiled[0] or 'the model'} was compiled in place, which cannot grow yet; grow before compile()"
+            f"{compiled[0] or 'the model'} was compiled in place and cannot grow yet; grow before compile()"
         )
     if isinstance(model, nn.DataParallel):
         raise SiteError(
