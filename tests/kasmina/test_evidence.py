@@ -22,7 +22,7 @@ practice = st.lists(st.floats(-100, 100).filter(lambda v: abs(v) > 1e-3), min_si
 
 @given(magnitudes, practice)
 def test_expected_wealth_of_a_fair_bet_is_exactly_one(sizes: list[float], rehearsal: list[float]) -> None:
-    """Over all sign patterns of given magnitudes, each as likely as any: the definition of an e-value, with equality."""
+    """Over all sign patterns of given magnitudes, each as likely as any: an e-value, with equality."""
     signs = np.array(list(itertools.product((-1, 1), repeat=len(sizes))))
     values = [e_value(pattern * np.array(sizes), np.array(rehearsal)) for pattern in signs]
     assert np.mean(values) == pytest.approx(1.0, rel=1e-9)
@@ -110,7 +110,7 @@ def test_overwhelming_evidence_does_not_overflow() -> None:
     assert np.isfinite(e_value(np.ones(100_000), np.ones(10)))
 
 
-# -- losses per example ---------------------------------------------------------------------------------------------
+# -- losses per example --
 
 
 def mean_loss(model: nn.Module, batch: Any) -> Tensor:

@@ -169,7 +169,7 @@ def test_a_materialised_model_equals_its_branch(kind: str, dtype: torch.dtype, t
         assert not torch.allclose(branch, plain, rtol=1e-3)
 
 
-# -- copies ---------------------------------------------------------------------------------------------------------
+# -- copies --
 
 
 def by_pickle(model: nn.Module) -> nn.Module:
@@ -253,7 +253,7 @@ def test_a_plain_checkpoint_loads_strictly_into_a_wrapped_model_and_back(kind: s
     assert torch.equal(wrapped(x), trained(x))
     HOSTS[kind]().load_state_dict(wrapped.state_dict(), strict=True)
     with pytest.raises(RuntimeError, match="Missing key"):
-        wrapped.load_state_dict({k: v for k, v in list(trained.state_dict().items())[1:]}, strict=True)
+        wrapped.load_state_dict(dict(list(trained.state_dict().items())[1:]), strict=True)
 
 
 def test_an_awake_model_keeps_the_hosts_keys_and_adds_its_own_behind_a_prefix() -> None:

@@ -25,7 +25,7 @@ def loss_fn(model: nn.Module, batch: Any) -> Tensor:
 
 
 class Case:
-    """A host that maps everything to zero, a kernel whose output is its input, and targets of one's choice."""
+    """A host that maps everything to zero, a kernel whose output is its input, and any targets."""
 
     def __init__(self, target: float, looks: int = 4, noise: float = 0.3, **settings: Any) -> None:
         self.host = nn.Sequential(

@@ -66,7 +66,7 @@ def test_every_move_told_is_in_the_table_and_every_event_has_its_fields() -> Non
         assert outcome.data["cost_flops"] > 0, "failures pay too"
 
 
-# -- faults ---------------------------------------------------------------------------------------------------------
+# -- faults --
 
 
 def raising(x: Tensor, hidden: bool = False) -> Tensor:
@@ -171,7 +171,7 @@ def test_an_unfinished_seed_gets_a_last_gate_at_the_end() -> None:
     assert holdings(net) == holdings(Loop("mlp", grow=False).net)
 
 
-# -- resuming -------------------------------------------------------------------------------------------------------
+# -- resuming --
 
 STEPS = 130
 
@@ -201,9 +201,15 @@ class Run:
         self.events: list[Any] = []
         torch.manual_seed(9)
         self.growth = esper.grow(
-            self.net, self.optimizer, loss_fn, probe=[batch("mlp", 256)], steps=STEPS, config=config,
-            budget={"parameters": 10.0}, on_event=self.events.append,
-        )  # fmt: skip
+            self.net,
+            self.optimizer,
+            loss_fn,
+            probe=[batch("mlp", 256)],
+            steps=STEPS,
+            config=config,
+            budget={"parameters": 10.0},
+            on_event=self.events.append,
+        )
         torch.manual_seed(1)
 
     def stage(self) -> str:
@@ -228,9 +234,14 @@ class Run:
         file = io.BytesIO()
         torch.save(
             {
-                "growth": self.growth.state_dict(), "net": self.net.state_dict(), "random": torch.get_rng_state(),
-                "optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(),
-            }, file)  # fmt: skip
+                "growth": self.growth.state_dict(),
+                "net": self.net.state_dict(),
+                "random": torch.get_rng_state(),
+                "optimizer": self.optimizer.state_dict(),
+                "scheduler": self.scheduler.state_dict(),
+            },
+            file,
+        )
         return file.getvalue()
 
     def load(self, saved: bytes) -> Run:
@@ -250,10 +261,17 @@ class Run:
 
     def result(self) -> list[Any]:
         cost = self.growth.cost
-        return frozen([
-            dict(self.net.state_dict()), self.optimizer.state_dict(), torch.get_rng_state(), self.growth.tamiyo.state_dict(),
-            cost.training_flops, cost.growth_flops, [(p.site, p.units) for p in self.growth.plans],
-        ])  # fmt: skip
+        return frozen(
+            [
+                dict(self.net.state_dict()),
+                self.optimizer.state_dict(),
+                torch.get_rng_state(),
+                self.growth.tamiyo.state_dict(),
+                cost.training_flops,
+                cost.growth_flops,
+                [(p.site, p.units) for p in self.growth.plans],
+            ]
+        )
 
 
 @pytest.mark.parametrize("shadow_every", [1, 3])
@@ -303,7 +321,7 @@ def test_a_state_of_another_model_or_version_is_refused() -> None:
         run.growth.load_state_dict(state)
 
 
-# -- parts ----------------------------------------------------------------------------------------------------------
+# -- parts --
 
 
 @pytest.mark.parametrize(

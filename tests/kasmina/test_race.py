@@ -18,7 +18,12 @@ from tests.kasmina.hosts import frozen, same
 class Teacher:
     """A host of one unit that should have four, the gradient it gets, and a race beside it."""
 
-    def __init__(self, host: nn.Module | None = None, starts: tuple[str, ...] = ("svd",) * 3 + ("random",), units: int = 2) -> None:  # fmt: skip
+    def __init__(
+        self,
+        host: nn.Module | None = None,
+        starts: tuple[str, ...] = ("svd",) * 3 + ("random",),
+        units: int = 2,
+    ) -> None:
         torch.manual_seed(0)
         self.x = torch.randn(64, 6)
         self.y = torch.tanh(self.x @ torch.randn(6, 4)) @ torch.randn(4, 3)
@@ -134,7 +139,9 @@ def test_a_non_finite_candidate_comes_last_and_harms_no_other() -> None:
             race.learn_from_shadow(run)
     assert int(made.race.scores.argmax()) == 1
     for index in (0, 2, 3):
-        assert torch.equal(made.race.parameters["consumer_weight"][index], other.race.parameters["consumer_weight"][index])  # fmt: skip
+        assert torch.equal(
+            made.race.parameters["consumer_weight"][index], other.race.parameters["consumer_weight"][index]
+        )
     made.race.halve()
     assert bool(made.losses().isfinite().all())
 

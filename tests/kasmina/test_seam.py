@@ -143,7 +143,7 @@ def test_a_tap_shows_input_scale_and_gradient_and_knows_when_it_is_stale() -> No
     assert not tap.fresh(), "the input was written over"
 
 
-# -- a thousand lives -------------------------------------------------------------------------------------------------
+# -- a thousand lives --
 
 
 @pytest.fixture

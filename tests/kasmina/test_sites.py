@@ -48,8 +48,10 @@ def tied() -> Net:
 def tied_norm() -> Net:
     net = Net(
         lambda s, x: s.d(s.norm2(s.c(s.b(s.norm1(s.a(x)))))),
-        **{n: linear() for n in "abcd"}, norm1=nn.BatchNorm1d(4), norm2=nn.BatchNorm1d(4),
-    )  # fmt: skip
+        **{n: linear() for n in "abcd"},
+        norm1=nn.BatchNorm1d(4),
+        norm2=nn.BatchNorm1d(4),
+    )
     net.norm2.weight = net.norm1.weight
     return net
 
@@ -81,38 +83,142 @@ def moody(s: Any, x: Tensor) -> Tensor:
 
 
 REFUSED: dict[str, tuple[nn.Module, Tensor, str, str]] = {
-    "grouped": (Net(lambda s, x: s.b(s.a(x)), a=nn.Conv2d(4, 4, 3, groups=2), b=nn.Conv2d(4, 2, 1)), IMAGE, "a", "a is a grouped convolution"),
-    "grouped consumer": (Net(lambda s, x: s.b(s.a(x)), a=nn.Conv2d(4, 4, 3), b=nn.Conv2d(4, 4, 3, groups=2)), IMAGE, "a", "b is grouped"),
-    "no batch axis": (Net(lambda s, x: s.b(s.a(x[0]))[None], a=nn.Conv2d(4, 3, 3), b=nn.Conv2d(3, 2, 3)), IMAGE, "a", "without a batch axis"),
-    "parametrised": (Net(lambda s, x: s.b(s.a(x)), a=weight_norm(linear()), b=linear()), FLAT, "a", "the weight of a is parametrised"),
+    "grouped": (
+        Net(lambda s, x: s.b(s.a(x)), a=nn.Conv2d(4, 4, 3, groups=2), b=nn.Conv2d(4, 2, 1)),
+        IMAGE,
+        "a",
+        "a is a grouped convolution",
+    ),
+    "grouped consumer": (
+        Net(lambda s, x: s.b(s.a(x)), a=nn.Conv2d(4, 4, 3), b=nn.Conv2d(4, 4, 3, groups=2)),
+        IMAGE,
+        "a",
+        "b is grouped",
+    ),
+    "no batch axis": (
+        Net(lambda s, x: s.b(s.a(x[0]))[None], a=nn.Conv2d(4, 3, 3), b=nn.Conv2d(3, 2, 3)),
+        IMAGE,
+        "a",
+        "without a batch axis",
+    ),
+    "parametrised": (
+        Net(lambda s, x: s.b(s.a(x)), a=weight_norm(linear()), b=linear()),
+        FLAT,
+        "a",
+        "the weight of a is parametrised",
+    ),
     "tied": (tied(), FLAT, "a", "a.weight is tied to c"),
     "unused": (two(lambda s, x: x, spare=linear()), FLAT, "spare", "was not called by the probe"),
     "called twice": (two(lambda s, x: s.c(s.c(x)), c=linear()), FLAT, "c", "c is called 2 times"),
-    "weight read elsewhere": (two(lambda s, x: x + s.a.weight.sum()), FLAT, "a", r"called 2 times, or its weight is read elsewhere \((linear, sum|sum, linear)\)"),
-    "weight used as a matrix": (Net(lambda s, x: s.b(torch.addmm(s.a.bias, x, s.a.weight)), a=linear(), b=linear()), FLAT, "a", "read by addmm, not by the layer itself"),
-    "functional weight use": (Net(lambda s, x: s.b(F.linear(x, s.a.weight, s.a.bias)), a=linear(), b=linear()), FLAT, "a", "a and b are not called as modules in training"),
+    "weight read elsewhere": (
+        two(lambda s, x: x + s.a.weight.sum()),
+        FLAT,
+        "a",
+        r"called 2 times, or its weight is read elsewhere \((linear, sum|sum, linear)\)",
+    ),
+    "weight used as a matrix": (
+        Net(lambda s, x: s.b(torch.addmm(s.a.bias, x, s.a.weight)), a=linear(), b=linear()),
+        FLAT,
+        "a",
+        "read by addmm, not by the layer itself",
+    ),
+    "functional weight use": (
+        Net(lambda s, x: s.b(F.linear(x, s.a.weight, s.a.bias)), a=linear(), b=linear()),
+        FLAT,
+        "a",
+        "a and b are not called as modules in training",
+    ),
     "output of the model": (two(lambda s, x: x), FLAT, "b", "the output of b is an output of the model"),
-    "unread": (Net(lambda s, x: (s.a(x), s.b(x))[1], a=linear(), b=linear()), FLAT, "a", "nothing the probe recorded reads the output of a"),
-    "second consumer": (two(lambda s, x: torch.relu(x) + s.c(x), c=linear()), FLAT, "a", r"the output of a has 2 consumers \(relu, linear\)"),
-    "read by numpy": (two(lambda s, x: x * float(x.detach().numpy().mean() > -1e9)), FLAT, "a", "has 2 consumers"),
-    "residual": (Net(lambda s, x: s.b(x + s.a(x)), a=linear(), b=linear()), FLAT, "a", "the output of a meets another tensor in"),
+    "unread": (
+        Net(lambda s, x: (s.a(x), s.b(x))[1], a=linear(), b=linear()),
+        FLAT,
+        "a",
+        "nothing the probe recorded reads the output of a",
+    ),
+    "second consumer": (
+        two(lambda s, x: torch.relu(x) + s.c(x), c=linear()),
+        FLAT,
+        "a",
+        r"the output of a has 2 consumers \(relu, linear\)",
+    ),
+    "read by numpy": (
+        two(lambda s, x: x * float(x.detach().numpy().mean() > -1e9)),
+        FLAT,
+        "a",
+        "has 2 consumers",
+    ),
+    "residual": (
+        Net(lambda s, x: s.b(x + s.a(x)), a=linear(), b=linear()),
+        FLAT,
+        "a",
+        "the output of a meets another tensor in",
+    ),
     "squared by itself": (two(lambda s, x: x * x), FLAT, "a", "a meets itself in mul"),
     "constant in front": (two(lambda s, x: torch.pow(2.0, x)), FLAT, "a", "pow over the output of a"),
-    "another axis": (Net(lambda s, x: s.b(s.a(x)), a=nn.Conv2d(4, 3, 3, padding=1), b=nn.Linear(8, 2)), IMAGE, "a", "b reads another axis"),
-    "literal reshape": (two(lambda s, x: x.view(6, 2, 2).flatten(1)), FLAT, "a", r"view \(6, 4\) -> \(6, 2, 2\) mixes the channels of a"),
-    "tokens into features": (Net(lambda s, x: s.b(s.a(x).flatten(1)), a=linear(), b=nn.Linear(20, 2)), torch.randn(6, 5, 4), "a", "flatten .* mixes the channels"),
-    "softmax": (two(lambda s, x: x.softmax(-1)), FLAT, "a", "softmax over the output of a does not treat every channel alone"),
-    "sum over channels": (Net(lambda s, x: s.b(s.a(x).mean(1)), a=nn.Conv1d(4, 5, 1), b=nn.Linear(5, 2)), torch.randn(6, 4, 5), "a", "mean over the output of a"),
+    "another axis": (
+        Net(lambda s, x: s.b(s.a(x)), a=nn.Conv2d(4, 3, 3, padding=1), b=nn.Linear(8, 2)),
+        IMAGE,
+        "a",
+        "b reads another axis",
+    ),
+    "literal reshape": (
+        two(lambda s, x: x.view(6, 2, 2).flatten(1)),
+        FLAT,
+        "a",
+        r"view \(6, 4\) -> \(6, 2, 2\) mixes the channels of a",
+    ),
+    "tokens into features": (
+        Net(lambda s, x: s.b(s.a(x).flatten(1)), a=linear(), b=nn.Linear(20, 2)),
+        torch.randn(6, 5, 4),
+        "a",
+        "flatten .* mixes the channels",
+    ),
+    "softmax": (
+        two(lambda s, x: x.softmax(-1)),
+        FLAT,
+        "a",
+        "softmax over the output of a does not treat every channel alone",
+    ),
+    "sum over channels": (
+        Net(lambda s, x: s.b(s.a(x).mean(1)), a=nn.Conv1d(4, 5, 1), b=nn.Linear(5, 2)),
+        torch.randn(6, 4, 5),
+        "a",
+        "mean over the output of a",
+    ),
     "split": (two(lambda s, x: x[:, [3, 2, 1, 0]]), FLAT, "a", "__getitem__ over the output of a"),
-    "layer norm": (two(lambda s, x: s.norm(x), norm=nn.LayerNorm(4)), FLAT, "a", r"LayerNorm norm \(layer_norm\) stands between a and its consumer"),
+    "layer norm": (
+        two(lambda s, x: s.norm(x), norm=nn.LayerNorm(4)),
+        FLAT,
+        "a",
+        r"LayerNorm norm \(layer_norm\) stands between a and its consumer",
+    ),
     "prelu": (two(lambda s, x: s.act(x), act=nn.PReLU(4)), FLAT, "a", r"PReLU act \(prelu\) stands between"),
     "shared norm": (tied_norm(), FLAT, "a", "norm1 between a and its consumer shares its tensors"),
-    "norm called twice": (Net(lambda s, x: s.d(s.norm(s.c(s.b(s.norm(s.a(x)))))), **{n: linear() for n in "abcd"}, norm=nn.BatchNorm1d(4)), FLAT, "a", "norm .* is called 2 times"),
-    "cumulative norm": (two(lambda s, x: s.norm(x), norm=nn.BatchNorm1d(4, momentum=None)), FLAT, "a", "BatchNorm1d norm .* stands between"),
-    "another path in eval": (Net(moody, a=linear(), b=linear()), FLAT, "a", "a takes another path in eval mode: a → relu → b, a → tanh → b"),
+    "norm called twice": (
+        Net(
+            lambda s, x: s.d(s.norm(s.c(s.b(s.norm(s.a(x)))))),
+            **{n: linear() for n in "abcd"},
+            norm=nn.BatchNorm1d(4),
+        ),
+        FLAT,
+        "a",
+        "norm .* is called 2 times",
+    ),
+    "cumulative norm": (
+        two(lambda s, x: s.norm(x), norm=nn.BatchNorm1d(4, momentum=None)),
+        FLAT,
+        "a",
+        "BatchNorm1d norm .* stands between",
+    ),
+    "another path in eval": (
+        Net(moody, a=linear(), b=linear()),
+        FLAT,
+        "a",
+        "a takes another path in eval mode: a → relu → b, a → tanh → b",
+    ),
     "fast path": (encoder(), torch.randn(6, 3, 4), "linear1", "linear1|another path|not called"),
     "out_proj": (Heads(), torch.randn(6, 3, 4), "attention.out_proj", "read by multi_head_attention_forward"),
-}  # fmt: skip
+}
 
 
 def reasons(net: nn.Module, x: Tensor) -> dict[str, str]:
@@ -140,7 +246,7 @@ def test_a_fast_path_around_the_layers_is_noticed_only_by_running_both_modes() -
     assert {"0.linear1", "0.linear2", "0.self_attn.out_proj"} <= set(refused)
 
 
-# -- what is found --------------------------------------------------------------------------------------------------
+# -- what is found --
 
 FOUND = {
     "mlp": {"fc1>fc2": ("relu",), "fc2>fc3": ("tanh",)},
@@ -167,7 +273,15 @@ def test_pairs_are_found_in_hand_written_forwards(kind: str) -> None:
 
 
 def test_sites_are_chosen_by_glob_regex_type_and_mapping() -> None:
-    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(48, 5), nn.Tanh(), nn.Linear(5, 2))  # fmt: skip
+    net = nn.Sequential(
+        nn.Conv2d(1, 2, 3),
+        nn.ReLU(),
+        nn.Conv2d(2, 3, 3),
+        nn.Flatten(),
+        nn.Linear(48, 5),
+        nn.Tanh(),
+        nn.Linear(5, 2),
+    )
     x = torch.randn(3, 1, 8, 8)
 
     def chosen(sites: Any) -> list[str]:
@@ -205,7 +319,7 @@ def test_inputs_that_do_not_run_are_the_probes_fault() -> None:
         esper.unwrap(net)  # type: ignore[arg-type]
 
 
-# -- the plan, on nets nobody wrote by hand ---------------------------------------------------------------------------
+# -- the plan, on nets nobody wrote by hand --
 
 ACTIVATIONS = [nn.ReLU, nn.GELU, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.SiLU, nn.Identity]
 
@@ -220,8 +334,19 @@ def nets(draw: Any) -> tuple[nn.Sequential, Tensor]:
     for _ in range(convolutions):
         out = draw(st.sampled_from([2, 4]))
         mode = draw(st.sampled_from(["zeros", "circular"]))
-        layers.append(nn.Conv2d(width, out, 3, padding=1, stride=draw(st.integers(1, 2)), bias=bias, padding_mode=mode))  # fmt: skip
-        layers += draw(st.sampled_from([[], [nn.BatchNorm2d(out)], [nn.GroupNorm(2, out)], [nn.Conv2d(out, out, 3, padding=1, groups=out)]]))  # fmt: skip
+        layers.append(
+            nn.Conv2d(width, out, 3, padding=1, stride=draw(st.integers(1, 2)), bias=bias, padding_mode=mode)
+        )
+        layers += draw(
+            st.sampled_from(
+                [
+                    [],
+                    [nn.BatchNorm2d(out)],
+                    [nn.GroupNorm(2, out)],
+                    [nn.Conv2d(out, out, 3, padding=1, groups=out)],
+                ]
+            )
+        )
         layers.append(draw(st.sampled_from(ACTIVATIONS))())
         width = out
     if convolutions:

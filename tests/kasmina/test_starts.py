@@ -52,8 +52,14 @@ def test_many_dimensions_are_decomposed_at_random_to_the_same_directions() -> No
 
 
 @pytest.mark.parametrize(
-    ("kind", "site"), [("mlp", "fc1>fc2"), ("residual", "block.conv1>block.conv2"), ("residual", "last>head"), ("transformer", "blocks.0.up>blocks.0.down")]
-)  # fmt: skip
+    ("kind", "site"),
+    [
+        ("mlp", "fc1>fc2"),
+        ("residual", "block.conv1>block.conv2"),
+        ("residual", "last>head"),
+        ("transformer", "blocks.0.up>blocks.0.down"),
+    ],
+)
 def test_scores_are_the_squared_gradients_of_outgoing_weights_best_first(kind: str, site: str) -> None:
     wrapped, tap = tapped(kind, site)
     assert tap.x is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import pickle
 import threading
@@ -19,7 +20,7 @@ from esper.kasmina.state import ACTIVE, AWAKE, KasminaStateLayout
 
 SEEDS = 3
 LIFE = ["DORMANT", "GERMINATED", "TRAINING", "GRAFTING", "STABILISING", "EVALUATING", "FOSSILISED", "DORMANT"]
-LEGAL = {(Stage[a], Stage[b]) for a, b in zip(LIFE, LIFE[1:], strict=False)}
+LEGAL = {(Stage[a], Stage[b]) for a, b in itertools.pairwise(LIFE)}
 for awake in LIFE[1:6]:
     LEGAL |= {(Stage[awake], stage) for stage in (Stage.CULLED, Stage.ERROR, Stage.ROLLED_BACK)}
 LEGAL |= {(Stage.ERROR, Stage.CULLED), (Stage.ROLLED_BACK, Stage.CULLED)}
@@ -86,11 +87,12 @@ def test_every_stage_can_be_left_and_none_is_active_before_the_gate() -> None:
     assert {source for source, _ in LEGAL} == set(Stage)
     assert {target for _, target in LEGAL} == set(Stage)
     assert {s for s, t in LEGAL if t in ACTIVE and s not in ACTIVE} == {Stage.TRAINING}
-    assert AWAKE == {source for source, target in LEGAL if target is Stage.ERROR}
+    assert {source for source, target in LEGAL if target is Stage.ERROR} == AWAKE
 
 
 def test_stages_are_stored_by_number_so_the_numbers_stay() -> None:
-    names = "DORMANT GERMINATED TRAINING GRAFTING STABILISING EVALUATING FOSSILISED CULLED EMBARGOED ERROR ROLLED_BACK"
+    names = "DORMANT GERMINATED TRAINING GRAFTING STABILISING EVALUATING FOSSILISED CULLED EMBARGOED "
+    names += "ERROR ROLLED_BACK"
     assert [stage.name for stage in sorted(Stage)] == names.split()
 
 

@@ -30,7 +30,10 @@ def arms(
 ) -> list[Arm]:
     selector = selector or SeedSelector(UCB(), SHARES)
     names = list(improvements)
-    costs, units, room = ({n: given.get(key, default) for n in names} for key, default in (("cost", 0.1), ("units", 8.0), ("room", 100)))  # fmt: skip
+    costs, units, room = (
+        {n: given.get(key, default) for n in names}
+        for key, default in (("cost", 0.1), ("units", 8.0), ("room", 100))
+    )
     sites = [site(n, given.get("granularity", 1)) for n in names]
     return selector.arms(sites, {n: report(n, v) for n, v in improvements.items()}, costs, units, room)
 

@@ -56,7 +56,12 @@ def test_a_stall_brings_the_next_decision_forward_and_never_adds_one() -> None:
     assert set(told.values()) == {"scheduled", "the loss stalls"}
     assert min(told) == 100
     assert max(told) < 366 + 267, "stalling, all were made before their time"
-    assert "the loss stalls" not in asked(Trigger(schedule.model_copy(update={"plateau": False}), 1000, 3), 1000, lambda step: 1.0).values()  # fmt: skip
+    assert (
+        "the loss stalls"
+        not in asked(
+            Trigger(schedule.model_copy(update={"plateau": False}), 1000, 3), 1000, lambda step: 1.0
+        ).values()
+    )
 
 
 def test_without_steps_only_a_stall_grows_and_not_before_it_can_be_judged() -> None:
