@@ -82,6 +82,18 @@ def test_growth_that_is_asked_for_comes_at_the_next_step_and_says_so() -> None:
     assert decision.data["reason"].startswith("asked for")
 
 
+def test_what_was_asked_for_is_remembered_across_processes() -> None:
+    before, after = Run(steps=None), Run(steps=None)
+    before.growth.pause()
+    before.growth.grow_now("0>2")
+    after.growth.load_state_dict(before.growth.state_dict())
+    after.train(0, 3)
+    assert not after.told("decision")  # still paused
+    after.growth.resume()
+    after.train(3, 4)
+    assert after.told("decision")[0].data["reason"].startswith("asked for")
+
+
 @pytest.mark.parametrize(
     "limit", [{"growth_flops": 1.0}, {"wall_seconds": 1e-6}, {"latency_ms": 1e-6}, {"growth_events": 0}]
 )

@@ -37,6 +37,8 @@ def capture(growth: Any) -> dict[str, Any]:
         "counters": [growth.steps, growth.events_kept, parts.epochs, orchestrator.examples],
         "losses": list(orchestrator.losses),
         "cool_until": orchestrator.cool_until,
+        "asked": growth.asked,
+        "paused": growth.paused,
         "pending": list(growth.losses),
         "batches": list(growth.batches),
         "trial": None if orchestrator.trial is None else capture_trial(orchestrator.trial),
@@ -95,6 +97,7 @@ def restore(growth: Any, state: Mapping[str, Any]) -> None:
     orchestrator.losses.extend(state["losses"])
     orchestrator.step = growth.steps
     orchestrator.cool_until = state["cool_until"]
+    growth.asked, growth.paused = state["asked"], state["paused"]
     growth.losses.extend(state["pending"])
     growth.batches.extend(state["batches"])
     if state["trial"] is not None:
