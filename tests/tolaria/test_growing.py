@@ -90,8 +90,8 @@ def test_everything_alive_in_the_loop_survives_growth(
         steps=STEPS,
         schedulers=[scheduler],
         ema=[ema],
-        budget={"parameters": 8.0},
-        config={"widths": {"shares": [0.5]}},  # small widenings, so that there are several
+        budget={"parameters": 12.0, "growth_events": 6},  # several widenings, whatever the scheduler does
+        config={"widths": {"shares": [0.5]}},
     )
     idle.step()
     loss = None
