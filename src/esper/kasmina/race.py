@@ -1,8 +1,8 @@
 """A race: candidates of one width at one site learn side by side, the model untouched, and are compared.
 
-All candidates are one stack of tensors run under ``vmap``; what they see is what training shows at the site
-(input and gradient, every step) and, every k-th step, the real loss behind the site with their output added
-(a shadow pass).
+All candidates are one stack of tensors run under ``vmap``. Their first lesson is what training showed at the
+site (input and gradient, in closed form); then, every k-th step, it is the real loss behind the site with their
+output added (a shadow pass), and between those the tapped gradient.
 """
 
 from __future__ import annotations
@@ -23,10 +23,8 @@ from esper.kasmina.widen import WidenKernel
 TRUST = 0.3  # gradient matching: how far, in output scales, a candidate should move the output
 AMPLITUDES = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)  # 0 is "do nothing", which competes in every race
 
-FASTEST, REACH = (
-    0.02,
-    0.3,
-)  # learning rate of outgoing weights: at most the first, and the second over their number
+FASTEST = 0.02  # learning rate of outgoing weights, at most
+REACH = 0.3  # and at most this over the number of weights that feed one output
 RELATIVE = 0.05  # learning rate of incoming weights, in their own root mean square
 RIDGE = 0.01  # of the mean feature power
 
@@ -107,9 +105,8 @@ class Race:
             return
         slope = gradient.flatten(0, -2)  # (rows, out)
         rows = slope.square().mean(1, keepdim=True).sqrt()
-        target = -slope * (
-            TRUST * scale / rows.clamp_min(rms(slope))
-        )  # no row is moved further than the trust
+        # No row is moved further than the trust: badly fitted ones took the loss from 0.13 to 4.9.
+        target = -slope * (TRUST * scale / rows.clamp_min(rms(slope)))
 
         def features(parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
             return functional_call(self.template, (parameters, buffers), (x,), {"hidden": True}).flatten(
