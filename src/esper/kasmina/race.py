@@ -1,8 +1,8 @@
 """A race: candidates of one width at one site learn side by side, the model untouched, and are compared.
 
 All candidates are one stack of tensors run under ``vmap``. Their first lesson is what training showed at the
-site (input and gradient, in closed form); then, every k-th step, it is the real loss behind the site with their
-output added (a shadow pass), and between those the tapped gradient.
+site (input and gradient, in closed form); then, every k-th step, it is the real loss behind the site with
+their output added (a shadow pass), and between those the tapped gradient.
 """
 
 from __future__ import annotations
