@@ -147,7 +147,7 @@ TASKS = {
             (2, 4),
             (16, 32),
             events=3,
-            growth={"schedule": {"stop": 0.7, "patience": 2}, "race": {"candidates": 2, "steps": 48}},
+            growth={"schedule": {"stop": 0.85}, "race": {"candidates": 4}},
         ),
         digits_recipe("breast-cancer", data.breast_cancer, partial(mlp, 30, 2), (8,), (32,)),
         digits_recipe(
