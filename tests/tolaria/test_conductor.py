@@ -82,6 +82,38 @@ def test_growth_that_is_asked_for_comes_at_the_next_step_and_says_so() -> None:
     assert decision.data["reason"].startswith("asked for")
 
 
+def test_a_fallback_says_at_which_step_it_happened() -> None:
+    events: list[Event] = []
+
+    def unbatchable(model: nn.Module, batch: Any) -> Tensor:
+        loss = loss_fn(model, batch)
+        return loss if loss.detach().item() >= 0 else -loss
+
+    net = make_net()
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.02)
+    growth = esper.grow(
+        net,
+        optimizer,
+        unbatchable,
+        probe=[clusters(1, 16)],
+        steps=STEPS,
+        budget={"parameters": 8.0},
+        on_event=events.append,
+    )
+    for step in range(STEPS // 2):
+        batch = clusters(step)
+        loss = unbatchable(net, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        growth.step(batch, loss)
+    fell_back = [event for event in events if event.kind == "fallback"]
+    gates = {event.step for event in events if event.kind == "gate"}
+    evidence = [event.step for event in fell_back if event.data["what"] == "evidence"]
+    assert evidence
+    assert set(evidence) <= gates
+
+
 def test_what_was_asked_for_is_remembered_across_processes() -> None:
     before, after = Run(steps=None), Run(steps=None)
     before.growth.pause()

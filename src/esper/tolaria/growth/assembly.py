@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,8 +14,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
 from esper.config import Budget, Config
-from esper.contracts import Event, Observer, WidenPlan
-from esper.kasmina.evidence import LossFunction, split_batch
+from esper.contracts import Event, Observer
+from esper.kasmina.evidence import LossFunction, count_examples
 from esper.kasmina.flops import Ledger
 from esper.kasmina.gate import Gate
 from esper.kasmina.isolation import evaluating, untouched
@@ -28,9 +27,7 @@ from esper.kasmina.widen import WidenKernel
 from esper.tamiyo.controller import Tamiyo
 from esper.tolaria.growth.commit import Committer
 from esper.tolaria.growth.entrance import first_probe, merged_budget, named_optimizers, refuse_host
-from esper.tolaria.growth.memory import capture, restore
 from esper.tolaria.growth.streams import Streams
-from esper.tolaria.saving import save
 
 SETTLING = 20  # steps until BatchNorm's running statistics (momentum 0.1) have forgotten 88 %
 
@@ -57,14 +54,6 @@ class Parts:
     seed: int
     warnings: list[str]
     epochs: int = 0
-    capture: Callable[[Any], dict[str, Any]] = field(default=capture)
-    restore: Callable[[Any, Mapping[str, Any]], None] = field(default=restore)
-
-    def save(
-        self, model: nn.Module, plans: Sequence[WidenPlan], directory: Path, card: dict[str, Any]
-    ) -> Path:
-        """Write a grown model."""
-        return save(model, plans, directory, card=card)
 
 
 def assemble(
@@ -88,12 +77,11 @@ def assemble(
     merged = merged_budget(budget, config.budget)
     config = config.model_copy(update={"budget": merged})
     batch = first_probe(probe, host, loss_fn)
-    model = MorphableModel(host, lambda: loss_fn(host, batch), split_batch(batch)[3], sites)
+    model = MorphableModel(host, lambda: loss_fn(host, batch), count_examples(batch), sites)
     streams, ledger = Streams(seed), Ledger()
-    clock = {"step": 0}
 
     def fallback(what: str, why: str) -> None:
-        observe(Event("fallback", clock["step"], {"what": what, "why": why}))
+        observe(Event("fallback", orchestrator.step, {"what": what, "why": why}))
 
     gate = Gate(host, loss_fn, probe, config.gate, looks(model, config), fallback)
     committer = Committer(

@@ -24,7 +24,9 @@ from esper.nissa.journal import RunJournal
 from esper.tamiyo.controller import Room, Tamiyo
 from esper.tolaria.growth.assembly import Parts, assemble, limit
 from esper.tolaria.growth.entrance import check_finite, check_loss
+from esper.tolaria.growth.memory import capture, restore
 from esper.tolaria.growth.telling import decided, size_and_cost, started, surveyed
+from esper.tolaria.saving import save
 
 POOL = 32  # directions a survey compares
 
@@ -219,11 +221,11 @@ class Growth:
             "growth FLOPs": self.cost.growth_flops,
             "steps": self.steps,
         }
-        return self.parts.save(self.model, self.plans, Path(directory), card)
+        return save(self.model, self.plans, Path(directory), card=card)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything but the model's and the optimizers' own state, which the user saves as always."""
-        return self.parts.capture(self)
+        return capture(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where the saved run was: widens a fresh model and its optimizers first.
@@ -237,7 +239,7 @@ class Growth:
             raise StateError(
                 "this run has begun already; load the state right after esper.grow on a fresh model"
             )
-        self.parts.restore(self, state)
+        restore(self, state)
         self._tell_start()  # the sites are other ones by now
 
     # -- telling ---------------------------------------------------------------------------------------------
