@@ -6,11 +6,13 @@ Unknown is ``None``, never a healthy default.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time as clock
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import IntEnum
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 EVENTS_VERSION = 1
 
@@ -27,6 +29,9 @@ EVENT_FIELDS: dict[str, tuple[str, ...]] = {
     "gate": ("decision", "site", "look", "e_value", "threshold", "gain", "examples", "passed", "reason"),
     "outcome": ("decision", "site", "kept", "gain", "parameters", "flops", "cost_flops", "reason"),
     "widened": ("decision", "site", "units", "edits", "parameters", "difference", "milliseconds"),
+    "grafted": ("decision", "site", "blueprint", "how", "parameters", "difference", "milliseconds"),
+    "compiled": ("site", "kernel", "pipeline", "milliseconds", "speedup"),
+    "recompiled": ("policy", "why"),
     "fault": ("seed", "site", "error", "count"),
     "fallback": ("what", "why"),
     "warning": ("message",),
@@ -79,15 +84,77 @@ class Stage(IntEnum):
 class Site:
     """A place where something can grow."""
 
-    name: str  # "fc1>fc2": producer, consumer
-    kind: Literal["pair"]
+    name: str  # "fc1>fc2": producer, consumer; "blocks.0+residual_mlp": place, blueprint
+    kind: Literal["pair", "module", "span"]
     entry: str  # module path whose input is tapped
     exit: str  # module path whose output a kernel is added to
     between: tuple[str, ...]  # what stands between, in order: "ReLU", "BatchNorm2d bn1", "flatten"
-    width: int  # units now
+    width: int  # units now; 0 where there are none to count
     granularity: int  # widths grow by multiples of this (GroupNorm widens by whole groups)
     unit_parameters: int  # parameters one more unit adds
     unit_flops: int  # forward FLOPs per example one more unit adds
+    blueprint: str = "widen"  # what grows here
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """The tensors a kernel must fit; a kernel of another signature is refused, never adapted.
+
+    The geometry is that of a convolution the kernel runs beside; everywhere else it is empty, and a kernel
+    keeps the size of every axis but the channels.
+    """
+
+    layout: Literal["vector", "sequence", "image"]  # (batch, c), (batch, time, c), (batch, c, h, w)
+    port: Literal["parallel", "serial"]  # y + α·k(x), or y + α·k(y)
+    inputs: int  # channels of the kernel's input
+    outputs: int  # channels of what it is added to
+    kernel_size: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+    groups: int = 1
+    padding_mode: str = "zeros"
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Signature:
+        """Rebuild from what ``dataclasses.asdict`` made of it, through JSON or not."""
+        facts: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        return cls(**facts)
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """A blueprint built for one signature, as facts and bytes; the live module is kasmina's."""
+
+    id: str  # digest of all that makes it: see :func:`kernel_id`
+    graph: str  # canonical JSON
+    signature: Signature
+    hidden: int  # the blueprint's free width
+    seed: int  # of the initial weights
+    pipeline: str
+    toolchain: str  # versions and device the compiled forms are for
+    weights: bytes = field(repr=False)  # initial ones, safetensors
+    variants: Mapping[str, bytes] = field(default_factory=dict, repr=False)  # compiled forms by pipeline
+    report: Mapping[str, Any] = field(default_factory=dict)  # what verification measured
+
+
+def kernel_id(graph: str, signature: Signature, hidden: int, seed: int, pipeline: str, toolchain: str) -> str:
+    """Return the digest of everything a kernel follows from: the same request is the same kernel."""
+    facts = [graph, asdict(signature), hidden, seed, pipeline, toolchain]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+class KernelStore(Protocol):
+    """One tier of kernel bytes; the bytes are a sealed container, checked before they are parsed."""
+
+    def get(self, kernel: str) -> bytes | None:
+        """Return a kernel's container, or None."""
+
+    def put(self, kernel: str, container: bytes) -> None:
+        """Keep a container; the same one twice is no error."""
+
+    def ids(self) -> list[str]:
+        """List the kernels kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,11 +180,11 @@ class HealthReport:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What to do at one decision boundary, and why: nothing, or widen one site."""
+    """What to do at one decision boundary, and why: nothing, or grow one site."""
 
     id: int
     step: int
-    action: Literal["widen", "nothing"]
+    action: Literal["widen", "graft", "nothing"]
     site: str | None
     width: int  # units to add
     start: str | None  # how candidates start: "svd", "random", "mixed"
@@ -160,3 +227,16 @@ class WidenPlan:
     units: int
     edits: tuple[WidenEdit, ...]
     attributes: tuple[tuple[str, str, int], ...]  # (module, attribute, new value)
+
+
+@dataclass(frozen=True, slots=True)
+class GraftPlan:
+    """Growth beside existing layers: a kernel that became a registered child of the host."""
+
+    site: str
+    name: str  # of the child, under the host's module of grown branches
+    entry: str  # module paths
+    exit: str
+    graph: str  # canonical JSON
+    signature: Signature
+    hidden: int

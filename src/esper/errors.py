@@ -8,6 +8,10 @@ EsperError
 ├── ProbeError           (ValueError)    the held-out batches are empty, one-shot or do not run
 ├── LossError            (ValueError)    the loss is not a finite scalar
 ├── OptimizerError       (ValueError)    the optimizer does not own the model's parameters
+├── BlueprintError       (ValueError)    a graph is not valid, or does not fit a place
+├── KernelError          (ValueError)    a kernel's container is damaged, unsigned or not what it says
+├── CompileError         (RuntimeError)  a pipeline could not compile a kernel, or what it made is wrong
+├── ForgeError           (RuntimeError)  a background compilation died, ran out of its limits or was cancelled
 ├── TransitionError      (RuntimeError)  a seed was asked for a move its stage forbids
 ├── SurgeryError         (RuntimeError)  a widening could not be carried out; everything was put back
 ├── FinishedError        (RuntimeError)  the run is over
@@ -60,6 +64,22 @@ class LossError(EsperError, ValueError):
 
 class OptimizerError(EsperError, ValueError):
     """The optimizer does not own the model's parameters."""
+
+
+class BlueprintError(EsperError, ValueError):
+    """A graph is not valid, or does not fit a place; the message names the node."""
+
+
+class KernelError(EsperError, ValueError):
+    """A kernel's container is damaged, unsigned or not what it says."""
+
+
+class CompileError(EsperError, RuntimeError):
+    """A pipeline could not compile a kernel, or what it made is wrong."""
+
+
+class ForgeError(EsperError, RuntimeError):
+    """A background compilation died, ran out of its limits or was cancelled."""
 
 
 class TransitionError(EsperError, RuntimeError):

@@ -1,0 +1,1 @@
+"""Blueprints: what may grow, as data."""

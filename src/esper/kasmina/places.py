@@ -1,0 +1,31 @@
+"""``Place``: what the race, the gate and the layer need of any spot where something can grow.
+
+A pair widens the user's own layers; a block gets a kernel beside it (parallel) or behind it (serial).
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+from torch import nn
+
+from esper.blueprints.kernel import LiveKernel
+from esper.contracts import Site
+
+
+class Place(Protocol):
+    """A site with the host's own modules at hand."""
+
+    @property
+    def site(self) -> Site:
+        """The plain facts."""
+
+    @property
+    def port(self) -> Literal["parallel", "serial"]:
+        """Whether a kernel reads the entry's input or the exit's output."""
+
+    def ends(self) -> tuple[nn.Module, nn.Module]:
+        """Return the module whose input is tapped and the module whose output is added to."""
+
+    def kernel(self, units: int) -> LiveKernel:
+        """Build a fresh kernel; random weights come from torch's global stream."""
