@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from esper.contracts import Site, WidenEdit, WidenPlan
 from esper.kasmina.between import Step
+from esper.kasmina.widen import WidenKernel
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,19 @@ class Pair:
     columns: int  # consumer columns per unit: 1, or positions per channel behind a flatten
     places: tuple[int, int]  # positions per example at which producer and consumer are applied
     step_flops: int  # forward, per example and unit, of what stands between
+
+    @property
+    def port(self) -> Literal["parallel"]:
+        """New units read what the producer reads."""
+        return "parallel"
+
+    def ends(self) -> tuple[nn.Module, nn.Module]:
+        """Return producer and consumer."""
+        return self.producer, self.consumer
+
+    def kernel(self, units: int) -> WidenKernel:
+        """Build new units; the consumer's columns are zero."""
+        return WidenKernel(self, units)
 
     def refreshed(self) -> Pair:
         """Return the pair with its layers' facts as they are now, after this or a neighbour was widened."""

@@ -8,16 +8,45 @@ with three branches).
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from esper.contracts import WidenPlan
-from esper.kasmina.pairs import Pair
+from esper.blueprints.kernel import LiveKernel
+from esper.contracts import Site, WidenPlan
+from esper.kasmina.between import Step
 
 
-class WidenKernel(nn.Module):
+class TwoLayers(Protocol):
+    """What the kernel reads of a pair."""
+
+    @property
+    def site(self) -> Site:
+        """The plain facts."""
+
+    @property
+    def producer(self) -> Any:
+        """The layer that gets rows."""
+
+    @property
+    def consumer(self) -> Any:
+        """The layer that gets columns."""
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """What stands between."""
+
+    @property
+    def columns(self) -> int:
+        """Consumer columns per unit."""
+
+    def plan(self, units: int) -> WidenPlan:
+        """Write down what grows when ``units`` are added."""
+
+
+class WidenKernel(LiveKernel):
     """New units of a pair; the consumer's new columns start at zero, so the output does not move at birth.
 
     Args:
@@ -25,7 +54,9 @@ class WidenKernel(nn.Module):
         units: How many.
     """
 
-    def __init__(self, pair: Pair, units: int) -> None:
+    outgoing = ("consumer_weight",)
+
+    def __init__(self, pair: TwoLayers, units: int) -> None:
         super().__init__()
         self.units = units
         self.pair = pair
@@ -46,6 +77,13 @@ class WidenKernel(nn.Module):
                     self.register_buffer(name, tensor)
                 else:
                     self.register_parameter(name, nn.Parameter(tensor))
+        held = [name for name, _ in [*self.named_parameters(), *self.named_buffers()]]
+        self.axes: Mapping[str, int] = {name: int(name == "consumer_weight") for name in held}
+
+    @property
+    def place(self) -> TwoLayers:
+        """The pair, under the name every kernel of the host's own layers has for it."""
+        return self.pair
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Keep the host's modules out of the kernel's own tree."""
