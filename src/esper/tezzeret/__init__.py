@@ -1,0 +1,1 @@
+"""Tezzeret compiles: kernels from blueprints, in the background, checked before use."""

@@ -1,0 +1,1 @@
+"""Urza keeps: kernels, in folders addressed by what they are."""
