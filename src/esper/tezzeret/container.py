@@ -88,7 +88,7 @@ def open_sealed(container: bytes, key: bytes, kernel: str | None = None) -> Kern
         kernel: The id that was asked for; another kernel's container is refused.
 
     Raises:
-        KernelError: It is damaged, unsigned, sealed with another key, of another version, or not what it says.
+        KernelError: It is damaged, unsigned, sealed with another key, of another version or not what it says.
     """
     manifest, parts = _unseal(container, key)
     facts = parse_object(manifest, "the manifest")
