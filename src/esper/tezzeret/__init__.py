@@ -1,1 +1,1 @@
-"""Tezzeret compiles: kernels from blueprints, in the background, checked before use."""
+"""Tezzeret compiles: a blueprint becomes a program, a compiled form, and the proof that the form is right."""
