@@ -10,13 +10,13 @@ import threading
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from esper.contracts import Stage
-from esper.errors import TransitionError
-from esper.kasmina.state import ACTIVE, AWAKE, KasminaStateLayout
+from esper.errors import ConfigError, TransitionError
+from esper.kasmina.state import ACTIVE, AWAKE, VITALS, KasminaStateLayout
 
 SEEDS = 3
 LIFE = ["DORMANT", "GERMINATED", "TRAINING", "GRAFTING", "STABILISING", "EVALUATING", "FOSSILISED", "DORMANT"]
@@ -64,7 +64,9 @@ class Life(RuleBasedStateMachine):
     def forget(self, seed: int) -> None:
         self.layout.clear(seed)
         assert self.layout.gain[seed].isnan()
+        assert self.layout.vitals_of(seed) == dict.fromkeys(VITALS)
         assert float(self.layout.alpha[seed]) == int(self.layout.faults[seed]) == 0
+        assert float(self.layout.slope[seed]) == 0
 
     @rule()
     def save_and_load(self) -> None:
@@ -111,6 +113,113 @@ def test_gain_is_unknown_until_measured_then_smoothed() -> None:
     layout.observe_gain(0, 4.0)
     assert float(layout.gain[0]) == 7.0
     assert [layout.add_fault(0), layout.add_fault(0)] == [1, 2]
+
+
+measurements = st.lists(
+    st.lists(
+        st.one_of(st.just(math.nan), st.floats(0, 128, width=32)), min_size=len(VITALS), max_size=len(VITALS)
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+@given(st.lists(measurements, min_size=1, max_size=SEEDS), st.sampled_from([0.1, 0.5, 1.0]))
+def test_all_rows_at_once_are_smoothed_as_one_by_one(
+    lives: list[list[list[float]]], smoothing: float
+) -> None:
+    together, alone = KasminaStateLayout(SEEDS, smoothing), KasminaStateLayout(SEEDS, smoothing)
+    for step in range(max(map(len, lives))):
+        samples = torch.full((len(VITALS), SEEDS), math.nan)
+        for seed, life in enumerate(lives):
+            if step < len(life):
+                samples[:, seed] = torch.tensor(life[step])
+                alone.observe_seed(seed, **dict(zip(VITALS, life[step], strict=True)))
+        together.observe(samples)
+    torch.testing.assert_close(together.vitals, alone.vitals, equal_nan=True, rtol=1e-5, atol=1e-4)
+    for seed, life in enumerate(lives):
+        for row, name in enumerate(VITALS):
+            expected = None
+            for value in (sample[row] for sample in life if not math.isnan(sample[row])):
+                expected = value if expected is None else expected + smoothing * (value - expected)
+            if expected is not None:
+                expected = pytest.approx(expected, rel=1e-5, abs=1e-4)
+            assert together.vitals_of(seed)[name] == expected
+    assert together.vitals[:, len(lives) :].isnan().all()
+
+
+def test_an_infinite_vital_is_seen_and_does_not_stay() -> None:
+    layout = KasminaStateLayout(2)
+    layout.observe_seed(0, variance=1.0, gradient=2.0, dead=0.0)
+    layout.observe(torch.tensor([[1.0, math.nan], [math.inf, math.nan], [0.0, math.nan], [1.0, math.nan]]))
+    assert layout.vitals_of(0)["gradient"] == math.inf
+    assert layout.health_score(0) == 0.0
+    for _ in range(2):
+        layout.observe(torch.ones(len(VITALS), 2))
+    assert layout.vitals_of(0)["gradient"] == 1.0
+
+
+def test_health_is_unknown_until_every_part_of_it_is_measured() -> None:
+    layout = KasminaStateLayout(2)
+    assert layout.health_score(0) is None
+    layout.observe_seed(0, variance=2.0, dead=0.25, latency=1e-4)
+    assert layout.health_score(0) is None
+    layout.observe_seed(0, gradient=0.5)
+    assert layout.health_score(0) == 0.75
+    layout.add_fault(0)
+    assert layout.health_score(0) == 0.375
+    assert layout.health_score(1) is None
+    layout.observe_seed(1, variance=0.0, dead=0.0, gradient=1.0)
+    assert layout.health_score(1) == 0.0
+    with pytest.raises(ConfigError, match="no vital pulse; known: variance, gradient, dead, latency"):
+        layout.observe_seed(0, pulse=1.0)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 7, 10, 1000])
+def test_alpha_climbs_its_ramp_and_comes_down_again(steps: int) -> None:
+    layout = KasminaStateLayout(3)
+    layout.alpha[2] = 0.5
+    layout.ramp(0, steps)
+    for _ in range(steps):
+        layout.tick()
+    assert layout.alpha.tolist() == pytest.approx([1.0, 0.0, 0.5], abs=1e-5)
+    layout.ramp(0, 0)
+    layout.tick()
+    layout.ramp(0, -steps)
+    for _ in range(steps + 1):
+        layout.tick()
+    assert layout.alpha.tolist() == [0.0, 0.0, 0.5]
+
+
+@pytest.mark.parametrize(("smoothing", "sampling"), [(0.0, 1), (1.1, 1), (math.nan, 1), (0.1, 0)])
+def test_settings_out_of_range_are_refused(smoothing: float, sampling: int) -> None:
+    with pytest.raises(ConfigError, match="smoothing must be in"):
+        KasminaStateLayout(1, smoothing, sampling)
+
+
+def test_vitals_are_due_every_kth_step() -> None:
+    layout = KasminaStateLayout(1, sampling=4)
+    assert [step for step in range(10) if layout.due(step)] == [0, 4, 8]
+
+
+def test_samples_of_many_threads_all_count() -> None:
+    layout = KasminaStateLayout(2, smoothing=1.0)
+    layout.ramp(0, 1000)
+
+    def work() -> None:
+        for _ in range(100):
+            layout.tick()
+            layout.observe(torch.ones(len(VITALS), 2))
+            layout.add_fault(1)
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert float(layout.alpha[0]) == pytest.approx(0.8, abs=1e-4)
+    assert int(layout.faults[1]) == 800
+    assert layout.vitals.eq(1).all()
 
 
 def test_only_one_of_many_threads_wins_a_move() -> None:

@@ -1,20 +1,23 @@
 """``KasminaStateLayout``: the state of a model's seeds as parallel tensors, and the table of legal moves.
 
-Structure of arrays: one tensor per field, one row per seed; at 1,000 seeds a tick is 31 times cheaper than
-over objects (measured). The layout travels in the checkpoint.
+Structure of arrays: one tensor per field, one row per seed, so that a step costs the same few torch calls
+however many seeds there are; ``benchmarks/state_layout.py`` measures it against a list of objects. The layout
+travels in the checkpoint.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from esper.contracts import Stage
-from esper.errors import TransitionError
+from esper.errors import ConfigError, TransitionError
 
 MOVES: dict[Stage, frozenset[Stage]] = {
     Stage.DORMANT: frozenset({Stage.GERMINATED}),
@@ -32,6 +35,10 @@ MOVES: dict[Stage, frozenset[Stage]] = {
 ACTIVE = frozenset({Stage.GRAFTING, Stage.STABILISING, Stage.EVALUATING, Stage.FOSSILISED})
 AWAKE = frozenset({Stage.GERMINATED, Stage.TRAINING, Stage.GRAFTING, Stage.STABILISING, Stage.EVALUATING})
 
+# Rows of ``vitals``: variance of a kernel's output, norm of its gradient, share of dead units, seconds a call
+# takes.
+VITALS = ("variance", "gradient", "dead", "latency")
+
 
 class KasminaStateLayout(nn.Module):
     """State of ``seeds`` seeds.
@@ -39,20 +46,32 @@ class KasminaStateLayout(nn.Module):
     Args:
         seeds: Number of rows.
         smoothing: Weight of a new sample in the smoothed fields, in (0, 1].
+        sampling: Vitals are measured on every ``sampling``-th step.
+
+    Raises:
+        ConfigError: A setting is out of range.
     """
 
     stage: Tensor  # (seeds,) uint8
     alpha: Tensor  # (seeds,) float32, on the model's device
+    slope: Tensor  # (seeds,) float32, beside alpha: its change per step
+    vitals: Tensor  # (len(VITALS), seeds) float32, smoothed; NaN is not measured
     gain: Tensor  # (seeds,) float32, smoothed; NaN is not measured
     faults: Tensor  # (seeds,) int32
     changed: Tensor  # (seeds,) int64, step of the last move
 
-    def __init__(self, seeds: int, smoothing: float = 0.1) -> None:
+    def __init__(self, seeds: int, smoothing: float = 0.1, sampling: int = 10) -> None:
         super().__init__()
-        self.smoothing = smoothing
+        if not 0 < smoothing <= 1 or sampling < 1:
+            raise ConfigError(
+                f"smoothing must be in (0, 1] and sampling at least 1, got {smoothing} and {sampling}"
+            )
+        self.smoothing, self.sampling = smoothing, sampling
         self.register_buffer("stage", torch.zeros(seeds, dtype=torch.uint8))
         self.register_buffer("alpha", torch.zeros(seeds))
-        self.register_buffer("gain", torch.full((seeds,), float("nan")))
+        self.register_buffer("slope", torch.zeros(seeds))
+        self.register_buffer("vitals", torch.full((len(VITALS), seeds), math.nan))
+        self.register_buffer("gain", torch.full((seeds,), math.nan))
         self.register_buffer("faults", torch.zeros(seeds, dtype=torch.int32))
         self.register_buffer("changed", torch.zeros(seeds, dtype=torch.int64))
         self.lock = threading.RLock()
@@ -85,6 +104,73 @@ class KasminaStateLayout(nn.Module):
             self.stage[seed] = int(target)
             self.changed[seed] = step
 
+    def ramp(self, seed: int, steps: int) -> None:
+        """Let a seed's α go to 1 within ``steps`` ticks, to 0 within ``-steps`` of them; 0 holds it."""
+        with self.lock:
+            self.slope[seed] = 1 / steps if steps else 0.0
+
+    def tick(self) -> None:
+        """Move every seed's α one step along its ramp; rounding leaves the end within 1e-6."""
+        with self.lock:
+            self.alpha.add_(self.slope).clamp_(0, 1)
+
+    def due(self, step: int) -> bool:
+        """Tell whether vitals are measured on this step."""
+        return step % self.sampling == 0
+
+    def observe(self, samples: Tensor) -> None:
+        """Smooth new vitals of all seeds at once; a row's first sample stands as it is.
+
+        Args:
+            samples: (len(VITALS), seeds); NaN where nothing was measured, which changes nothing there.
+        """
+        with self.lock:
+            old = self.vitals.numpy()  # the same memory; torch's masked operations take twice as long
+            new = samples.detach().to("cpu", torch.float32).numpy()  # one copy from the device for all seeds
+            np.copyto(old, new, where=np.isnan(old))
+            with np.errstate(invalid="ignore"):  # infinite less infinite: not measured, until the next sample
+                change = new - old
+                np.copyto(change, 0.0, where=np.isnan(change))
+                old += self.smoothing * change
+
+    def observe_seed(self, seed: int, **measured: float) -> None:
+        """Smooth new vitals of one seed, by name.
+
+        Raises:
+            ConfigError: No vital has that name.
+        """
+        if unknown := measured.keys() - set(VITALS):
+            raise ConfigError(f"no vital {', '.join(sorted(unknown))}; known: {', '.join(VITALS)}")
+        with self.lock:
+            for row, name in enumerate(VITALS):
+                if name in measured and not math.isnan(measured[name]):
+                    old, new = float(self.vitals[row, seed]), measured[name]
+                    self.vitals[row, seed] = new if math.isnan(old) else old + self.smoothing * (new - old)
+
+    def vitals_of(self, seed: int) -> dict[str, float | None]:
+        """Return a seed's smoothed vitals by name; None is not measured."""
+        with self.lock:
+            values = self.vitals[:, seed].tolist()
+        return {name: None if math.isnan(v) else v for name, v in zip(VITALS, values, strict=True)}
+
+    def health_score(self, seed: int) -> float | None:
+        """Return how well a kernel works, for display only: no decision reads it.
+
+        It is the share of living units over one plus the faults, ``(1 - dead) / (1 + faults)``, and 0 where
+        the output does not vary, no gradient arrives, or either has gone infinite. Latency has no say: slow
+        is not ill.
+
+        Returns:
+            A number in [0, 1], or None while one of the three parts is not measured.
+        """
+        with self.lock:
+            vitals, faults = self.vitals_of(seed), int(self.faults[seed])
+        variance, gradient, dead = vitals["variance"], vitals["gradient"], vitals["dead"]
+        if variance is None or gradient is None or dead is None:
+            return None
+        working = 0 < variance < math.inf and 0 < gradient < math.inf
+        return (1 - dead) / (1 + faults) if working else 0.0
+
     def observe_gain(self, seed: int, gain: float) -> None:
         """Smooth a newly measured gain; the first sample stands as it is."""
         with self.lock:
@@ -100,13 +186,15 @@ class KasminaStateLayout(nn.Module):
     def clear(self, seed: int) -> None:
         """Forget everything about a seed but its stage."""
         with self.lock:
-            self.alpha[seed] = 0.0
-            self.gain[seed] = float("nan")
+            self.alpha[seed] = self.slope[seed] = 0.0
+            self.vitals[:, seed] = math.nan
+            self.gain[seed] = math.nan
             self.faults[seed] = 0
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KasminaStateLayout:
         """Follow the model to another device, but never to another dtype: an α in bf16 has 8 bits."""
-        self.alpha = self.alpha.to(fn(torch.empty(0)).device)
+        device = fn(torch.empty(0)).device
+        self.alpha, self.slope = self.alpha.to(device), self.slope.to(device)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
