@@ -1,0 +1,128 @@
+"""Which of several right forms is the fastest here? Measured side by side, within a budget of time."""
+
+from __future__ import annotations
+
+import statistics
+import time as clock
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from esper.blueprints.program import Form
+
+MARGIN = 1.05  # times eager's speed; less is within the noise of a shared machine (±10 % per call)
+REFERENCE = "eager"
+LEAST, MOST = 5, 200  # rounds; each runs every form once
+CALLS_ON_DEVICE = 10  # calls per synchronisation where the device works asynchronously
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """One form's cost, on this device at one size."""
+
+    milliseconds: float  # median of forward and backward
+    speedup: float  # over eager, median of the rounds' ratios
+    memory: (
+        int | None
+    )  # peak bytes of forward and backward beyond what was held; None on CPU: not counted there
+    rounds: int
+    tags: tuple[str, ...] = ()  # "fast": the fastest, by the margin; "small": the least memory
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        return {**asdict(self), "tags": list(self.tags)}
+
+
+def characterise(
+    forms: Mapping[str, Form], weights: Sequence[Tensor], example: Tensor, budget_seconds: float
+) -> dict[str, Figures]:
+    """Measure forms in turns, so that whatever else the machine does hits all alike.
+
+    Args:
+        forms: Verified ones by pipeline, eager among them; the first is no better placed than the last.
+        weights: In the program's order.
+        example: What to run on.
+        budget_seconds: No round starts after it; at least five are run.
+    """
+    end = clock.perf_counter() + budget_seconds
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in (example, *weights)]
+    names = list(forms)
+    for _ in range(2):  # the first calls compile, allocate and choose algorithms
+        for name in names:
+            _step(forms[name], leaves)
+    memory = {name: _memory(forms[name], leaves) for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    done = 0
+    while done < LEAST or (done < MOST and clock.perf_counter() < end):
+        turned = names[done % len(names) :] + names[: done % len(names)]
+        for name in turned:
+            seconds[name].append(_seconds(forms[name], leaves))
+        done += 1
+    return _tagged(
+        {
+            name: Figures(
+                milliseconds=statistics.median(seconds[name]) * 1e3,
+                speedup=statistics.median(
+                    theirs / mine for theirs, mine in zip(seconds[REFERENCE], seconds[name], strict=True)
+                ),
+                memory=memory[name],
+                rounds=done,
+            )
+            for name in names
+        }
+    )
+
+
+def fastest(figures: Mapping[str, Figures]) -> str:
+    """Return the pipeline to keep: the fastest by the margin, or eager."""
+    best = max(figures, key=lambda name: figures[name].speedup)
+    return best if figures[best].speedup >= MARGIN else REFERENCE
+
+
+def _tagged(figures: dict[str, Figures]) -> dict[str, Figures]:
+    kept = fastest(figures)
+    sizes = {name: one.memory for name, one in figures.items() if one.memory is not None}
+    least = min(sizes.values(), default=None)
+    tags = {
+        name: ("fast",) * (name == kept != REFERENCE)
+        + ("small",) * (name in sizes and sizes[name] == least != sizes[REFERENCE])
+        for name in figures
+    }
+    return {
+        name: Figures(one.milliseconds, one.speedup, one.memory, one.rounds, tags[name])
+        for name, one in figures.items()
+    }
+
+
+def _step(form: Form, leaves: Sequence[Tensor]) -> None:
+    output = form(leaves[0], leaves[1:])
+    torch.autograd.grad(output, leaves, torch.ones_like(output), allow_unused=True)
+
+
+def _seconds(form: Form, leaves: Sequence[Tensor]) -> float:
+    device = leaves[0].device
+    if device.type != "cuda":
+        start = clock.perf_counter()
+        _step(form, leaves)
+        return clock.perf_counter() - start
+    torch.cuda.synchronize(device)
+    start = clock.perf_counter()
+    for _ in range(CALLS_ON_DEVICE):
+        _step(form, leaves)
+    torch.cuda.synchronize(device)
+    return (clock.perf_counter() - start) / CALLS_ON_DEVICE
+
+
+def _memory(form: Form, leaves: Sequence[Tensor]) -> int | None:
+    device = leaves[0].device
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    held = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    _step(form, leaves)
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - held
