@@ -36,6 +36,7 @@ from esper.tezzeret.contents import (
     parse_object,
     tensor_table,
 )
+from esper.tezzeret.pipelines.export import PIPELINE
 
 KEY, OTHER = b"k" * 32, b"o" * 32
 SIGNATURE = Signature("image", "parallel", 4, 6, (3, 3), (1, 1), (1, 1), (1, 1))
@@ -55,13 +56,13 @@ def entry(begin: int, end: int, shape: list[Any] | None = None, dtype: str = "F3
     return {"dtype": dtype, "shape": shape or [(end - begin) // 4], "data_offsets": [begin, end]}
 
 
-def archive(*names: str, mode: int = 0o100600) -> bytes:
+def archive(*names: str, mode: int = 0o100600, content: bytes = b"code") -> bytes:
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as file:
         for name in names:
             info = zipfile.ZipInfo(name)
             info.external_attr = mode << 16
-            file.writestr(info, b"code")
+            file.writestr(info, content)
     return out.getvalue()
 
 
@@ -304,6 +305,10 @@ def _weights(data: bytes) -> bytes:
     return with_parts(weights=data, variant__export=KERNEL.variants["export"])
 
 
+def variant(data: bytes) -> bytes:
+    return with_parts(weights=KERNEL.weights, variant__export=data)
+
+
 # Weights and compiled forms that a loader must never see, in containers that are sound otherwise.
 CONTENTS: dict[str, tuple[bytes, str]] = {
     "a pickle as weights": (_weights(PICKLE), "not safetensors"),
@@ -352,6 +357,19 @@ CONTENTS: dict[str, tuple[bytes, str]] = {
         with_parts(weights=KERNEL.weights, variant__aoti=archive("a", mode=0o120777)),
         "a link",
     ),
+    "a pickle in an archive": (variant(archive("kernel/model.json", content=PICKLE)), "might unpickle"),
+    "a pickle of text in an archive": (
+        variant(archive("kernel/state.pkl", content=b"cposix\nsystem\n(S'id'\ntR.")),
+        "might unpickle",
+    ),
+    "tensors in an archive": (variant(archive("kernel/data/weights/weight_0")), "might unpickle"),
+    "torch's old format, which is unpickled": (
+        variant(archive("serialized_state_dict.pt")),
+        "might unpickle",
+    ),
+    "an archive in an archive": (variant(archive("kernel/a.json", content=archive("b"))), "might unpickle"),
+    "machine code in an export": (variant(archive("kernel/model.so", content=ELF)), "machine code"),
+    "an archive with an empty name": (variant(archive("a/", "a//")), "land elsewhere"),
     "a file twice in an archive": (
         with_parts(weights=KERNEL.weights, variant__aoti=archive("ab", "cd").replace(b"cd", b"ab")),
         "repeats a name",
@@ -520,9 +538,10 @@ def test_real_weights_and_real_archives_pass() -> None:
     )
     weights = safetensors.torch.save(initial_weights(program, 0), metadata={"format": "pt"})
     assert tensor_table(weights, "weights") == {"w": ("F32", (3, 3))}
-    out = io.BytesIO()
-    torch.export.save(torch.export.export(torch.nn.Linear(3, 3), (torch.ones(2, 3),)), out)
-    kernel = make(weights=weights, variants={"export": out.getvalue()})
+    exported = PIPELINE.dump(PIPELINE.compile(program, torch.ones(2, 3)))
+    assert exported is not None
+    native = archive("kernel/data/aotinductor/model/a.wrapper.so", content=ELF)
+    kernel = make(weights=weights, variants={"export": exported, "aoti": native})
     opened = open_sealed(seal(kernel, KEY), KEY)
     assert torch.equal(safetensors.torch.load(opened.weights)["w"], torch.zeros(3, 3))
 

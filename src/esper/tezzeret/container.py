@@ -25,6 +25,7 @@ from esper.tezzeret.signing import sign
 MAGIC = b"\x89ESPERK\n"  # not text, and a transfer that rewrites line ends breaks it
 VERSION = 1
 WEIGHTS = "weights.safetensors"
+NATIVE = "variant:aoti"  # the only part that may hold machine code
 MAX_MANIFEST = 4 << 20
 MAX_PARTS_BYTES = 512 << 20
 _HEADER = struct.Struct(">8sHHIQ")
@@ -115,7 +116,7 @@ def open_sealed(container: bytes, key: bytes, kernel: str | None = None) -> Kern
     parse_object(found.graph.encode(), "the graph")
     tensor_table(weights, WEIGHTS)
     for name, content in contents.items():
-        check_archive(content, name)
+        check_archive(content, name, native=name == NATIVE)
     return found
 
 

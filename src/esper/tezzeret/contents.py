@@ -9,6 +9,7 @@ import re
 import stat
 import struct
 import zipfile
+import zlib
 from typing import Any, NoReturn
 
 from esper.errors import KernelError
@@ -20,6 +21,19 @@ MAX_UNPACKED = 1 << 30  # bytes an archive may unpack to
 DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # bytes per number; parameters are never integers
 TENSOR_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.\-]{0,127}")
 ARCHIVE = b"PK\x03\x04"
+_PICKLES = (".pt", ".pth", ".pkl", ".pickle")
+_PICKLE_STARTS = tuple(bytes((0x80, protocol)) for protocol in range(1, 6))
+_TENSOR_FOLDERS = ("weights", "constants", "sample_inputs")  # torch's names; it unpickles some files there
+_TORN = (
+    ValueError,
+    OSError,
+    EOFError,
+    zipfile.BadZipFile,
+    zlib.error,
+    NotImplementedError,
+    RuntimeError,
+    struct.error,
+)
 _STRING, _BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL), re.compile(r"[\[\]{}]")
 
 
@@ -132,20 +146,31 @@ def whole_numbers(values: Any, most: int) -> bool:
     )
 
 
-def check_archive(data: bytes, where: str) -> None:
-    """Refuse what is not a plain archive: loaders of compiled forms unpack it under the names it gives.
+def check_archive(data: bytes, where: str, native: bool = False) -> None:
+    """Refuse what is not a plain archive of text and, if ``native``, machine code.
+
+    Loaders of compiled forms unpack an archive under the names it gives, and unpickle what it holds of
+    tensors. A form holds none: they are its arguments.
 
     Raises:
-        KernelError: It is not a zip archive, or has absolute, climbing or repeated names, links, encrypted
-            files, or too many bytes when unpacked.
+        KernelError: It is no zip archive, has a name that leads elsewhere or comes twice, a link, an
+            encrypted file, a pickle, machine code where none belongs, or too many bytes when unpacked.
     """
     if not data.startswith(ARCHIVE):
         raise KernelError(f"{where} is not an archive; it starts with {data[:8]!r}")
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            files = archive.infolist()
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error, EOFError, OSError) as error:
+            _check_files(archive.infolist(), where)
+            for file in archive.infolist():
+                with archive.open(file) as content:
+                    _check_start(file.filename, content.read(4), where, native)
+    except KernelError:
+        raise
+    except _TORN as error:
         raise KernelError(f"{where} is not a whole archive: {error}") from None
+
+
+def _check_files(files: list[zipfile.ZipInfo], where: str) -> None:
     names = [file.orig_filename for file in files]
     if len(set(names)) != len(names) or len(names) > MAX_ENTRIES:
         raise KernelError(f"{where} repeats a name or has more than {MAX_ENTRIES} files")
@@ -156,3 +181,13 @@ def check_archive(data: bytes, where: str) -> None:
             raise KernelError(f"{where} has {name[:80]!r}, a link or an encrypted file")
     if (unpacked := sum(file.file_size for file in files)) > MAX_UNPACKED:
         raise KernelError(f"{where} unpacks to {unpacked} bytes; {MAX_UNPACKED} are allowed")
+
+
+def _check_start(name: str, start: bytes, where: str, native: bool) -> None:
+    """Refuse a file by what it starts with; torch leaves the file of its example inputs empty."""
+    folder, suffix = name.split("/")[-2:-1], name[name.rfind(".") :]
+    tensors = suffix in _PICKLES or (folder and folder[0] in _TENSOR_FOLDERS and suffix != ".json")
+    if (start and tensors) or start.startswith((*_PICKLE_STARTS, ARCHIVE)):
+        raise KernelError(f"{where} has {name[:80]!r}, which a loader might unpickle")
+    if start == b"\x7fELF" and not native:
+        raise KernelError(f"{where} has {name[:80]!r}, machine code that does not belong there")
