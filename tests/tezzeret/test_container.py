@@ -475,6 +475,7 @@ def test_a_damaged_archive_raises_nothing_else(position: int, mask: int) -> None
     ("kernel", "reason"),
     [
         (make(report={"loss": float("nan")}), "strict JSON"),
+        (make(report={"log": "x" * (4 << 20)}), "too large"),
         (make(report={"shape": (1, 2)}), "no tuples"),
         (make(report={"at": object()}), "strict JSON"),
         (make(variants={"../x": archive("a")}), "part named"),

@@ -125,6 +125,8 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(KernelError, match=r"cannot use the key .*Not a directory"):
         load_key(tmp_path / "file" / "kernel.key", create=True)
+    with pytest.raises(KernelError, match=r"cannot use the key /proc/none/kernel\.key"):
+        load_key(Path("/proc/none/kernel.key"), create=True)
 
 
 def test_the_variable_names_the_key_and_no_setting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from esper.contracts import KernelStore
 from esper.errors import KernelError
 
 VARIABLE = "ESPER_KERNEL_STORE"
@@ -26,8 +27,8 @@ def default_folder() -> Path:
     return Path(os.environ.get(VARIABLE) or Path.home() / ".local" / "share" / "esper" / "kernels")
 
 
-class FolderStore:
-    """Keeps containers in a folder; a ``contracts.KernelStore``.
+class FolderStore(KernelStore):
+    """Keeps containers in a folder.
 
     Bytes are kept as they come: whether they are a sound container is for the reader to say, who treats one
     that is not as missing. A write is all or nothing and survives a power cut; of writers at once, the last
