@@ -111,6 +111,12 @@ class Config(BaseSettings):
     widths: Widths = Widths()
     budget: Budget = Budget()
     telemetry: Telemetry = Telemetry()
+    blueprints: tuple[str, ...] = Field(
+        ("auto",),
+        min_length=1,
+        description="what may grow: widen, names of the catalogue, paths of JSON files; auto widens, and "
+        "offers the catalogue to a model in which nothing can be widened",
+    )
     bandit: str = Field("ucb", description="how arms are chosen: a name in tamiyo/bandits")
     new_slot_state: Literal["zeros", "seed", "mean"] = Field(
         "zeros", description="optimizer state of new units; zeros measured best, see docs/decisions.md"

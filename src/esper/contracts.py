@@ -94,6 +94,8 @@ class Site:
     unit_parameters: int  # parameters one more unit adds
     unit_flops: int  # forward FLOPs per example one more unit adds
     blueprint: str = "widen"  # what grows here
+    base_parameters: int = 0  # that the first unit brings besides its own
+    most: int | None = None  # units at a time; None: as many as the budget allows
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from torch import nn
 
 import esper
 from esper.kasmina.layer import Tap
-from esper.kasmina.starts import centre, per_unit, place, singular_directions, survey
+from esper.kasmina.starts import centre, per_unit, singular_directions, stretch, survey
 from esper.kasmina.widen import WidenKernel
 from tests.kasmina.hosts import HOSTS, batch, loss_fn
 
@@ -90,7 +90,7 @@ def test_singular_directions_beat_random_ones() -> None:
     pair = wrapped.pairs["fc1>fc2"]
     found = survey(pair, tap.x, tap.gradient, 16)
     kernel = WidenKernel(pair, 64)
-    place(kernel, torch.randn(64, 10))
+    stretch(kernel, torch.randn(64, 10))
     centre(kernel, tap.x)
     (slope,) = torch.autograd.grad((kernel(tap.x) * tap.gradient).sum(), kernel.consumer_weight)
     assert found.improvement > float(per_unit(slope, 64).median())
@@ -101,7 +101,7 @@ def test_placed_units_are_as_long_as_the_hosts_rows_and_centred_units_are_half_o
     assert tap.x is not None
     pair = wrapped.pairs["fc1>fc2"]
     kernel = WidenKernel(pair, 20)
-    place(kernel, torch.randn(20, 10) * torch.logspace(-3, 3, 20)[:, None])
+    stretch(kernel, torch.randn(20, 10) * torch.logspace(-3, 3, 20)[:, None])
     wanted = float(pair.producer.weight.detach().norm(dim=1).mean())
     torch.testing.assert_close(kernel.producer_weight.detach().norm(dim=1), torch.full((20,), wanted))
     centre(kernel, tap.x)
@@ -113,5 +113,5 @@ def test_placed_units_are_as_long_as_the_hosts_rows_and_centred_units_are_half_o
 def test_a_direction_of_zero_length_does_not_become_nan() -> None:
     wrapped, _ = tapped("mlp", "fc1>fc2")
     kernel = WidenKernel(wrapped.pairs["fc1>fc2"], 2)
-    place(kernel, torch.zeros(2, 10))
+    stretch(kernel, torch.zeros(2, 10))
     assert bool(kernel.producer_weight.isfinite().all())

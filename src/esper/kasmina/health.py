@@ -13,6 +13,7 @@ from esper.kasmina.isolation import same_randomness, untouched
 from esper.kasmina.layer import KasminaLayer, Tap
 from esper.kasmina.morphable import MorphableModel
 from esper.kasmina.pairs import Pair
+from esper.kasmina.places import Place
 from esper.kasmina.starts import Survey, survey
 from esper.kasmina.widen import affine
 
@@ -23,8 +24,8 @@ class Measured:
 
     report: HealthReport
     survey: Survey
-    x: Tensor  # inputs of the producer
-    gradient: Tensor  # of the loss for the consumer's output
+    x: Tensor  # what a kernel reads there
+    gradient: Tensor  # of the loss for the exit's output
     scale: Tensor  # root mean square of that output, 0-dim
 
 
@@ -46,7 +47,7 @@ def measure(
         pool: Directions to look for per site.
         examples: Examples read at most.
     """
-    layers = {name: KasminaLayer(model.pairs[name], lambda error: None) for name in sites}
+    layers = {name: KasminaLayer(model.places[name], lambda error: None) for name in sites}
     seen: dict[str, list[Tap]] = {name: [] for name in sites}
     host = [parameter for parameter in model.host.parameters() if parameter.requires_grad]
     try:
@@ -66,7 +67,7 @@ def measure(
         for name, taps in seen.items():
             fresh = [tap for tap in taps if tap.fresh()]
             if fresh and (scale := fresh[-1].scale) is not None:
-                found[name] = inspect(model.pairs[name], *joined(fresh, examples), scale, pool)
+                found[name] = inspect(model.places[name], *joined(fresh, examples), scale, pool)
     return found
 
 
@@ -78,22 +79,26 @@ def joined(taps: Sequence[Tap], examples: int) -> tuple[Tensor, Tensor]:
     return torch.cat(xs)[-examples:], torch.cat(gradients)[-examples:] / len(gradients)
 
 
-def inspect(pair: Pair, x: Tensor, gradient: Tensor, scale: Tensor, pool: int) -> Measured:
+def inspect(place: Place, x: Tensor, gradient: Tensor, scale: Tensor, pool: int) -> Measured:
     """Turn what the taps saw into a survey and a report."""
-    found = survey(pair, x, gradient, pool)
+    units = place.site.granularity * max(pool // place.site.granularity, 1)
+    found = survey(place, x, gradient, units)
+    units_seen = hidden(place, x) if isinstance(place, Pair) else {}
+    norm = float(gradient.norm())
+    report = HealthReport(place.site.name, found.improvement, len(x), gradient_norm=norm, **units_seen)
+    return Measured(report, found, x, gradient, scale)
+
+
+def hidden(pair: Pair, x: Tensor) -> dict[str, float]:
+    """Measure the units a pair has: mean, variance and share of dead ones."""
     with torch.no_grad():
         h = affine(pair.producer, x, pair.producer.weight, pair.producer.bias)
         for step in pair.steps:
             h = step.run(h, step.tensors(), training=False)
         flat = h.float()
         silent = (flat == 0).flatten(0, -2) if flat.dim() != 4 else (flat == 0).transpose(1, 3).flatten(0, 2)
-        report = HealthReport(
-            site=pair.site.name,
-            improvement=found.improvement,
-            examples=len(x),
-            activation_mean=float(flat.mean()),
-            activation_variance=float(flat.var()),
-            dead=float(silent.all(0).float().mean()),
-            gradient_norm=float(gradient.norm()),
-        )
-    return Measured(report, found, x, gradient, scale)
+        return {
+            "activation_mean": float(flat.mean()),
+            "activation_variance": float(flat.var()),
+            "dead": float(silent.all(0).float().mean()),
+        }

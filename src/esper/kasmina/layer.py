@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from esper.blueprints.kernel import LiveKernel
 from esper.errors import SiteError
-from esper.kasmina.pairs import Pair
+from esper.kasmina.places import Place
 from esper.kasmina.seam import open_seam
 
 Branch = Callable[[Tensor], Tensor]
@@ -22,9 +23,9 @@ Branch = Callable[[Tensor], Tensor]
 class Tap:
     """What one training pass showed at a site; gradients arrive with the backward pass."""
 
-    x: Tensor | None = None  # the producer's input, detached
+    x: Tensor | None = None  # what a kernel would read, detached
     version: int = 0  # of x; an in-place operation behind the tap moves it on
-    scale: Tensor | None = None  # root mean square of the consumer's output, 0-dim
+    scale: Tensor | None = None  # root mean square of the exit's output, 0-dim
     gradient: Tensor | None = None  # of the loss for that output
 
     def receive(self, gradient: Tensor) -> None:
@@ -40,20 +41,22 @@ class KasminaLayer(nn.Module):
     """Passes a site's output through: as it is, or with the kernel's part added.
 
     The layer hangs under ``MorphableModel``, not under the host, whose containers would otherwise run it. Two
-    seams share it: the entry's input is kept until the exit's output comes.
+    seams share it: the entry's input is kept until the exit's output comes. A serial kernel reads that output
+    itself.
 
     Args:
-        pair: The site.
+        place: The site.
         on_fault: Told the reason when a kernel raised or went non-finite and the host's own output was used
             instead.
     """
 
-    def __init__(self, pair: Pair, on_fault: Callable[[str], None]) -> None:
+    def __init__(self, place: Place, on_fault: Callable[[str], None]) -> None:
         super().__init__()
-        object.__setattr__(self, "pair", pair)
-        self.pair: Pair
+        object.__setattr__(self, "place", place)
+        self.place: Place
+        self.serial = place.port == "serial"
         self.on_fault = on_fault
-        self.kernel: nn.Module | None = None
+        self.kernel: LiveKernel | None = None
         self.alpha: Tensor | None = None  # 0-dim row of the state layout
         self.exposed = False  # alpha > 0, without reading the tensor
         self.tap: Tap | None = None
@@ -64,8 +67,8 @@ class KasminaLayer(nn.Module):
     def open(self) -> None:
         """Put seams at both ends."""
         if not self.closers:
-            entry = open_seam(self.pair.producer, "entry", self)
-            self.closers = [entry, open_seam(self.pair.consumer, "exit", self)]
+            entry, exit_ = self.place.ends()
+            self.closers = [open_seam(entry, "entry", self), open_seam(exit_, "exit", self)]
 
     def close(self) -> None:
         """Take the seams away; both modules are exactly as before."""
@@ -78,15 +81,15 @@ class KasminaLayer(nn.Module):
         """Leave behind the last pass, which may hang on a graph, and whoever is told of faults."""
         return {**self.__dict__, "x": None, "tap": None, "shown": None, "on_fault": unheard}
 
-    def enter(self, x: Tensor) -> None:
-        """Keep the producer's input until the next pass, so that a checkpointed exit can be recomputed."""
+    def enter(self, x: Tensor | None) -> None:
+        """Keep the entry's input until the next pass, so that a checkpointed exit can be recomputed."""
         self.x = x
 
     def leave(self, y: Tensor) -> Tensor:
-        """Return what stands for the consumer's output."""
-        x = self.x
+        """Return what stands for the exit's output."""
+        x = y if self.serial else self.x
         if x is None:
-            raise SiteError(f"{self.pair.site.name}: the consumer ran before the producer; exclude this site")
+            raise SiteError(f"{self.place.site.name}: the exit ran before the entry; exclude this site")
         if self.shown is not None:
             (branch,) = self.shown
             return y if branch is None else y.detach() + branch(x.detach()).to(y.dtype)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from esper.contracts import Refusal, Stage
-from esper.errors import ProbeError, SiteError
+from esper.errors import EsperError, ProbeError, SiteError
+from esper.kasmina.blocks import find_blocks
+from esper.kasmina.choice import chosen
 from esper.kasmina.flops import FlopMeter
 from esper.kasmina.isolation import evaluating, untouched
 from esper.kasmina.layer import KasminaLayer
-from esper.kasmina.pairs import Pair
+from esper.kasmina.places import Place, WidenPlace
 from esper.kasmina.recorder import tensors
 from esper.kasmina.sites import Sites, find_pairs, reachable, select
 from esper.kasmina.state import KasminaStateLayout
@@ -32,6 +34,7 @@ class MorphableModel(nn.Module):
         examples: Examples in that run, for FLOPs per example.
         sites: Which places to use, see :func:`esper.kasmina.sites.select`.
         seeds_per_site: Slots per site.
+        blueprints: What may grow, see :func:`esper.kasmina.choice.chosen`.
     """
 
     def __init__(
@@ -41,23 +44,49 @@ class MorphableModel(nn.Module):
         examples: int,
         sites: Sites = "auto",
         seeds_per_site: int = 4,
+        blueprints: Sequence[str] = ("auto",),
     ) -> None:
         super().__init__()
         self.host = host
         self.seeds_per_site = seeds_per_site
-        with untouched(host, seed=0, gather=True):
-            pairs, refusals = find_pairs(host, run)
-            pairs, unreachable = reachable(host, pairs, run)
-        self.refusals: list[Refusal] = [*refusals, *unreachable]
-        self.pairs: dict[str, Pair] = {pair.site.name: pair for pair in select(pairs, self.refusals, sites)}
-        with evaluating(host), untouched(host, seed=0), FlopMeter() as meter:
-            run()
-        self.flops = meter.total // max(examples, 1)  # forward, per example
-        self.layout = KasminaStateLayout(seeds_per_site * len(self.pairs))
+        self.examples, self.blueprints = examples, tuple(blueprints)
+        found, self.refusals = self.find(run)
+        self.places: dict[str, Place] = {p.site.name: p for p in select(found, self.refusals, sites)}
+        self.names = list(self.places)  # of all sites ever; one that growth elsewhere closed keeps its seeds
+        self.flops = 0  # forward, per example
+        self.meter(run)
+        self.layout = KasminaStateLayout(seeds_per_site * len(self.places))
         self.layout.to(next(host.parameters()).device)
         self.layers = nn.ModuleDict()  # one KasminaLayer per site with an awake seed
         self.register_state_dict_post_hook(_host_keys_verbatim)
         self.register_load_state_dict_pre_hook(_host_keys_prefixed)
+
+    def find(self, run: Callable[[], Any]) -> tuple[list[Place], list[Refusal]]:
+        """Look at the host as it is: every place with what fits there, every other with the reason."""
+        widen, graphs = chosen(self.blueprints)
+        found: list[Place] = []
+        refusals: list[Refusal] = []
+        with untouched(self.host, seed=0, gather=True):
+            if widen:
+                pairs, unfit = find_pairs(self.host, run)
+                kept, unreachable = reachable(self.host, pairs, run)
+                found.extend(kept)
+                refusals += [*unfit, *unreachable]
+            if graphs and ("auto" not in self.blueprints or not found):
+                blocks, unfit = find_blocks(self.host, run, self.examples, graphs)
+                found, refusals = [*found, *blocks], [*refusals, *unfit]
+        return found, refusals
+
+    def meter(self, run: Callable[[], Any]) -> None:
+        """Count the host's forward FLOPs per example."""
+        with evaluating(self.host), untouched(self.host, seed=0), FlopMeter() as meter:
+            run()
+        self.flops = meter.total // max(self.examples, 1)
+
+    @property
+    def pairs(self) -> dict[str, WidenPlace]:
+        """The places that widen the user's own layers."""
+        return {name: place for name, place in self.places.items() if isinstance(place, WidenPlace)}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the host."""
@@ -74,12 +103,12 @@ class MorphableModel(nn.Module):
 
     def seeds(self, site: str) -> range:
         """Return the rows of a site's seeds in the layout."""
-        first = list(self.pairs).index(site) * self.seeds_per_site
+        first = self.names.index(site) * self.seeds_per_site
         return range(first, first + self.seeds_per_site)
 
     def site_of(self, seed: int) -> str:
         """Name the site a seed belongs to."""
-        return list(self.pairs)[seed // self.seeds_per_site]
+        return self.names[seed // self.seeds_per_site]
 
     def parameter_count(self) -> int:
         """Count the host's parameters, each once."""
@@ -87,7 +116,7 @@ class MorphableModel(nn.Module):
 
     def layer(self, site: str, on_fault: Callable[[str], None]) -> KasminaLayer:
         """Open the seams of a site."""
-        layer = KasminaLayer(self.pairs[site], on_fault)
+        layer = KasminaLayer(self.places[site], on_fault)
         layer.open()
         self.layers[slug(site)] = layer
         return layer
@@ -105,14 +134,22 @@ class MorphableModel(nn.Module):
             layer.close()
             del self.layers[slug(site)]
 
-    def refresh(self) -> None:
-        """Bring the facts of all sites up to date after one of them has been widened."""
-        self.pairs = {name: pair.refreshed() for name, pair in self.pairs.items()}
+    def refresh(self, run: Callable[[], Any]) -> None:
+        """Bring the facts of all sites up to date after one of them has grown.
+
+        Pairs know their own modules. Where blueprints are in play the host is looked at again: what grew may
+        have changed a shape, or stand between two layers, and such places are closed from now on.
+        """
+        if len(self.pairs) == len(self.places):
+            self.places = {name: pair.refreshed() for name, pair in self.pairs.items()}
+            return
+        found, self.refusals = self.find(run)
+        self.places = {p.site.name: p for p in found if p.site.name in self.names}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MorphableModel:
         """Move everything, then hand the awake layers the rows of the moved layout."""
         super()._apply(fn, recurse)
-        for site in self.pairs:
+        for site in self.names:
             layer = self.awake(site)
             if layer is not None and layer.alpha is not None:
                 awake = next(s for s in self.seeds(site) if self.layout.stage_of(s) is not Stage.DORMANT)
@@ -122,7 +159,7 @@ class MorphableModel(nn.Module):
 
 def slug(site: str) -> str:
     """Write a site's name as a module name."""
-    return site.replace(".", "_").replace(">", "__")
+    return site.replace(".", "_").replace(">", "__").replace(":", "_to_").replace("+", "__")
 
 
 def _host_keys_verbatim(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
@@ -152,7 +189,12 @@ def _host_keys_prefixed(module: nn.Module, state: dict[str, Any], prefix: str, *
 
 
 def wrap(
-    model: nn.Module, example_inputs: Any, *, sites: Sites = "auto", seeds_per_site: int = 4
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    sites: Sites = "auto",
+    seeds_per_site: int = 4,
+    blueprints: Sequence[str] = ("auto",),
 ) -> MorphableModel:
     """Find the places where a model can grow, and install nothing.
 
@@ -163,6 +205,8 @@ def wrap(
         sites: "auto", or which places: globs, regular expressions, layer types, or a mapping with "include"
             and "exclude".
         seeds_per_site: Slots per place.
+        blueprints: What may grow: "widen", names of the catalogue (``esper blueprints list``), or paths of
+            JSON files. "auto" widens, and offers the catalogue to a model in which nothing can be widened.
 
     Raises:
         SiteError: The model has no place to grow, or none of those asked for.
@@ -180,21 +224,22 @@ def wrap(
     if not given:
         raise ProbeError("example_inputs holds no tensor; give what the model is called with")
     try:
-        return MorphableModel(model, lambda: model(*args, **kwargs), len(given[0]), sites, seeds_per_site)
+        run = lambda: model(*args, **kwargs)  # noqa: E731
+        return MorphableModel(model, run, len(given[0]), sites, seeds_per_site, blueprints)
+    except EsperError:
+        raise
     except (RuntimeError, TypeError, IndexError) as error:
-        if isinstance(error, (SiteError, ProbeError)):
-            raise
         raise ProbeError(f"the model does not run on example_inputs: {error}") from error
 
 
 def unwrap(model: MorphableModel) -> nn.Module:
-    """Return the host: the original object, wider where pairs were widened, without the seeds still awake.
+    """Return the host: the original object with what grew in it, without the seeds still awake.
 
     Raises:
         SiteError: ``model`` is not wrapped.
     """
     if not isinstance(model, MorphableModel):
         raise SiteError(f"a {type(model).__name__} is not wrapped; unwrap takes what esper.wrap returned")
-    for site in model.pairs:
+    for site in model.names:
         model.release(site)
     return model.host

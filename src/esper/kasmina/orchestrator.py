@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from esper.blueprints.kernel import LiveKernel
 from esper.config import Config
 from esper.contracts import Decision, Event, Outcome, Stage
 from esper.kasmina.evidence import join
@@ -22,7 +23,6 @@ from esper.kasmina.isolation import same_randomness, untouched
 from esper.kasmina.morphable import MorphableModel
 from esper.kasmina.race import AMPLITUDES, Race
 from esper.kasmina.trial import Given, Timing, Trial, number, worse
-from esper.kasmina.widen import WidenKernel
 
 FAULTS = 3  # after which a seed is culled
 UNSEEN = 4  # batches the race is judged on, kept from the candidates
@@ -142,7 +142,7 @@ class SeedOrchestrator:
         self.expose(kernel)
         return None
 
-    def winner(self, trial: Trial, race: Race, batches: Sequence[Any]) -> WidenKernel | None:
+    def winner(self, trial: Trial, race: Race, batches: Sequence[Any]) -> LiveKernel | None:
         """Return the best candidate at its best amplitude, or None where doing nothing is better."""
         scores = self.scores(race, batches)
         winner = int(scores.argmin())
@@ -183,14 +183,14 @@ class SeedOrchestrator:
                 losses.append(race.losses(lambda b=batch: self.given.run(b)))
         return torch.nan_to_num(torch.stack(losses).mean(0), nan=math.inf)
 
-    def expose(self, kernel: WidenKernel) -> None:
+    def expose(self, kernel: LiveKernel) -> None:
         """TRAINING → GRAFTING: the kernel joins the pass, α starts at 0."""
         assert self.trial is not None
         trial, layer = self.trial, self.trial.layer
         trial.kernel, trial.before = kernel, list(self.losses)
         layer.tap, layer.kernel = None, kernel
         layer.alpha = self.model.layout.alpha[trial.seed]
-        trial.optimizer = self.given.optimizer(kernel)
+        trial.optimizer = self.given.optimizer(kernel, layer.place)
         self.move(Stage.GRAFTING, "held-out evidence")
         self.set_alpha(1 / self.timing.ramp)
 
@@ -309,7 +309,7 @@ class SeedOrchestrator:
         trial = self.trial
         assert trial is not None and trial.kernel is not None and trial.optimizer is not None
         self.given.ledger.growth_flops += (
-            3 * trial.decision.width * trial.layer.pair.site.unit_flops * self.examples
+            3 * trial.decision.width * trial.layer.place.site.unit_flops * self.examples
         )
         scale = self.given.scale()
         for parameter in trial.kernel.parameters():
@@ -358,8 +358,9 @@ class SeedOrchestrator:
     def outcome(self, kept: bool, reason: str) -> Outcome:
         """Sum up the trial."""
         assert self.trial is not None
-        trial, site = self.trial, self.trial.layer.pair.site
+        trial, site = self.trial, self.trial.layer.place.site
         width = trial.decision.width if kept else 0
+        kernel = trial.kernel if kept else None
         verdict = trial.verdict
         spent = self.given.ledger.growth_flops - trial.spent
         gain = verdict.gain if verdict is not None else None
@@ -368,7 +369,7 @@ class SeedOrchestrator:
             site.name,
             kept,
             gain,
-            width * site.unit_parameters,
+            0 if kernel is None else sum(parameter.numel() for parameter in kernel.parameters()),
             width * site.unit_flops,
             spent,
             reason,

@@ -5,12 +5,12 @@ A pair widens the user's own layers; a block gets a kernel beside it (parallel) 
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Literal, Protocol, Self, runtime_checkable
 
 from torch import nn
 
 from esper.blueprints.kernel import LiveKernel
-from esper.contracts import Site
+from esper.contracts import Site, WidenPlan
 
 
 class Place(Protocol):
@@ -29,3 +29,14 @@ class Place(Protocol):
 
     def kernel(self, units: int) -> LiveKernel:
         """Build a fresh kernel; random weights come from torch's global stream."""
+
+
+@runtime_checkable
+class WidenPlace(Place, Protocol):
+    """A place whose kernel becomes part of the user's own layers."""
+
+    def plan(self, units: int) -> WidenPlan:
+        """Write down what grows when ``units`` are added."""
+
+    def refreshed(self) -> Self:
+        """Return the place with its layers' facts as they are now."""

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
+from esper.blueprints.kernel import LiveKernel
 from esper.kasmina.isolation import same_randomness
 from esper.kasmina.layer import KasminaLayer, Tap
-from esper.kasmina.starts import Survey, centre, place
+from esper.kasmina.starts import Survey, centre, sow
 from esper.kasmina.widen import WidenKernel
 
 TRUST = 0.3  # gradient matching: how far, in output scales, a candidate should move the output
@@ -38,8 +39,8 @@ class Race:
         layer: The site's layer, with open seams.
         units: Width of every candidate.
         starts: One per candidate: "svd" or "random".
-        pool: Directions for the "svd" candidates.
-        x: Inputs of the producer that biases are centred on.
+        pool: Units for the "svd" candidates.
+        x: What a kernel reads here; biases are centred on it.
         learning_rate: Of the candidates' own Adam, for their outgoing weights; None: by their number.
     """
 
@@ -54,23 +55,19 @@ class Race:
     ) -> None:
         self.layer, self.units, self.starts = layer, units, starts
         kernels = [self.candidate(i, start, pool, x) for i, start in enumerate(starts)]
-        self.template = WidenKernel(layer.pair, units)
+        self.template = layer.place.kernel(units)
         self.parameters, self.buffers = stack_module_state(kernels)
         self.optimizer = torch.optim.Adam(self.groups(learning_rate))
         self.scores = torch.zeros(len(starts))  # each candidate's own loss at its last lesson
         self.batched = True  # False once the model turned out not to run under vmap
 
-    def candidate(self, index: int, start: str, pool: Survey, x: Tensor) -> WidenKernel:
-        """Build one candidate; the first "svd" one takes the best directions, the others draw by score."""
-        kernel = WidenKernel(self.layer.pair, self.units).train()
+    def candidate(self, index: int, start: str, pool: Survey, x: Tensor) -> LiveKernel:
+        """Build one candidate; the first "svd" one takes the best units, the others draw by score."""
+        kernel = self.layer.place.kernel(self.units).train()
         if start == "svd":
-            size = min(self.units, len(pool.score))
-            chances = (pool.score.clamp_min(0) + 1e-12).cpu().float()
-            picked = torch.arange(size) if index == 0 else torch.multinomial(chances, size)
-            rows = kernel.producer_weight.detach().clone()
-            rows[:size] = pool.weight[picked.to(rows.device)]
-            place(kernel, rows)
-        centre(kernel, x)
+            sow(kernel, pool, x, best=index == 0)
+        if isinstance(kernel, WidenKernel):
+            centre(kernel, x)
         return kernel
 
     def groups(self, rate: float | None) -> list[dict[str, Any]]:
@@ -82,11 +79,12 @@ class Race:
         An absolute rate kills rectified units where incoming weights are small: of 16 units on the digits CNN
         none was left after 16 steps at 0.05.
         """
-        fan_in = self.parameters["consumer_weight"][0, 0].numel()
+        outgoing = self.template.outgoing
+        fan_in = max(self.parameters[name][0, 0].numel() for name in outgoing)
         rate = min(FASTEST, REACH / fan_in) if rate is None else rate
-        sizes = {name: float(rms(tensor.detach())) for name, tensor in self.parameters.items()}
-        relative = RELATIVE * sizes["producer_weight"]
-        rates = {name: rate if name == "consumer_weight" else relative for name in self.parameters}
+        incoming = [t for name, t in self.parameters.items() if name not in outgoing and t.dim() > 2]
+        relative = RELATIVE * float(rms(incoming[0].detach())) if incoming else rate
+        rates = {name: rate if name in outgoing else relative for name in self.parameters}
         return [{"params": [tensor], "lr": rates[name]} for name, tensor in self.parameters.items()]
 
     def forward(self, parameters: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor) -> Tensor:
@@ -101,7 +99,7 @@ class Race:
             gradient: Of the loss for the consumer's output.
             scale: Root mean square of that output.
         """
-        if not isinstance(self.layer.pair.consumer, nn.Linear):
+        if not (isinstance(self.template, WidenKernel) and isinstance(self.layer.place.ends()[1], nn.Linear)):
             return
         slope = gradient.flatten(0, -2)  # (rows, out)
         rows = slope.square().mean(1, keepdim=True).sqrt()
@@ -181,7 +179,7 @@ class Race:
     def amplitudes(self, index: int, run: Run) -> Tensor:
         """Return the loss of one candidate with its output times each of ``AMPLITUDES``."""
         parameters = {k: v[index] for k, v in self.parameters.items()}
-        scales = {"amplitude": torch.tensor(AMPLITUDES, device=parameters["consumer_weight"].device)}
+        scales = {"amplitude": torch.tensor(AMPLITUDES, device=next(iter(parameters.values())).device)}
 
         def scaled(scale: dict[str, Tensor], x: Tensor) -> Tensor:
             buffers = {k: v[index].clone() for k, v in self.buffers.items()}
@@ -189,14 +187,15 @@ class Race:
 
         return self.each(scaled, run, scales)
 
-    def kernel(self, index: int, amplitude: float) -> WidenKernel:
+    def kernel(self, index: int, amplitude: float) -> LiveKernel:
         """Take a candidate out as a live instance of its own."""
         with same_randomness():  # its first weights are drawn, only to be written over
-            kernel = WidenKernel(self.layer.pair, self.units).train()
+            kernel = self.layer.place.kernel(self.units).train()
         with torch.no_grad():
             for name, tensor in [*kernel.named_parameters(), *kernel.named_buffers()]:
                 tensor.copy_({**self.parameters, **self.buffers}[name][index])
-            kernel.consumer_weight.mul_(amplitude)
+            for name in kernel.outgoing:
+                kernel.get_parameter(name).mul_(amplitude)
         return kernel
 
     def halve(self) -> None:

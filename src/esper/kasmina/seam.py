@@ -12,6 +12,7 @@ from functools import cache, partial
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 ATTRIBUTE = "_esper_seam"
 
@@ -19,8 +20,8 @@ ATTRIBUTE = "_esper_seam"
 class Gateway(Protocol):
     """What a seam hands the module's input and output to."""
 
-    def enter(self, x: Tensor) -> None:
-        """See the input of the entry layer."""
+    def enter(self, x: Tensor | None) -> None:
+        """See the input of the entry layer: its first floating-point tensor, None where it has none."""
 
     def leave(self, y: Tensor) -> Tensor:
         """See the output of the exit layer and return what takes its place."""
@@ -34,11 +35,11 @@ def seam_class(base: type[nn.Module]) -> type[nn.Module]:
         gateways, core = self.__dict__[ATTRIBUTE]
         for role, gateway in gateways:
             if role == "entry":
-                gateway.enter(args[0] if args else next(iter(kwargs.values())))
+                gateway.enter(first_tensor(args, kwargs))
         y = core(*args, **kwargs)
         for role, gateway in gateways:
             if role == "exit":
-                y = gateway.leave(y)
+                y = gateway.leave(y) if isinstance(y, Tensor) else replaced(y, gateway.leave)
         return y
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
@@ -52,6 +53,24 @@ def seam_class(base: type[nn.Module]) -> type[nn.Module]:
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     calls = {"__call__": call, "__reduce_ex__": reduce, "__setstate__": set_state}
     return type(base.__name__, (base,), {**names, **calls, "_esper_base": base})
+
+
+def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Return the first floating-point tensor a layer was called with."""
+    if args and isinstance(args[0], Tensor) and args[0].is_floating_point():  # the usual call: no flattening
+        return args[0]
+    leaves = tree_flatten((args, kwargs))[0]
+    return next((leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()), None)
+
+
+def replaced(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Return a nest of outputs with its first floating-point tensor changed, if it has one."""
+    leaves, nest = tree_flatten(tree)
+    for index, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            leaves[index] = change(leaf)
+            return tree_unflatten(leaves, nest)
+    return tree
 
 
 def revive(base: type[nn.Module]) -> nn.Module:

@@ -17,15 +17,19 @@ from torch import Tensor, nn
 from esper.contracts import Refusal
 from esper.errors import SiteError, nearest
 from esper.kasmina.finder import LAYERS, Finder, Refused, is_depthwise
+from esper.kasmina.gated import GatedPair
+from esper.kasmina.heads import HeadsPair
 from esper.kasmina.pairs import Pair
+from esper.kasmina.places import Place
 from esper.kasmina.recorder import record
 from esper.kasmina.seam import open_seam
 
 Selector: TypeAlias = "str | re.Pattern[str] | type[nn.Module]"
+Found: TypeAlias = "Pair | GatedPair | HeadsPair"  # what widens the user's own layers
 Sites: TypeAlias = "Selector | Sequence[Selector] | Mapping[str, Selector | Sequence[Selector]]"
 
 
-def find_pairs(model: nn.Module, run: Callable[[], Any]) -> tuple[list[Pair], list[Refusal]]:
+def find_pairs(model: nn.Module, run: Callable[[], Any]) -> tuple[list[Found], list[Refusal]]:
     """Return the pairs that train and eval mode agree on, and every refusal with its reason.
 
     Args:
@@ -43,7 +47,7 @@ def find_pairs(model: nn.Module, run: Callable[[], Any]) -> tuple[list[Pair], li
     finally:
         for module, mode in modes.items():
             module.training = mode
-    pairs: list[Pair] = []
+    pairs: list[Found] = []
     refusals: list[Refusal] = []
     for name, module in model.named_modules():
         if not isinstance(module, LAYERS) or is_depthwise(module):
@@ -56,15 +60,15 @@ def find_pairs(model: nn.Module, run: Callable[[], Any]) -> tuple[list[Pair], li
 
 
 def reachable(
-    model: nn.Module, pairs: Sequence[Pair], run: Callable[[], Any]
-) -> tuple[list[Pair], list[Refusal]]:
+    model: nn.Module, pairs: Sequence[Found], run: Callable[[], Any]
+) -> tuple[list[Found], list[Refusal]]:
     """Keep the pairs whose seams see every pass, in train mode and, without gradients, in eval mode.
 
     ``nn.TransformerEncoderLayer`` is why: its fast path calls neither of its Linear layers in evaluation, so
     a branch would be there in training and absent in evaluation.
     """
     modes = {module: module.training for module in model.modules()}
-    kept: list[Pair] = []
+    kept: list[Found] = []
     refusals: list[Refusal] = []
     for pair in pairs:
         seen = []
@@ -72,8 +76,8 @@ def reachable(
             for training in (True, False):
                 witness = Witness()
                 closers = (
-                    open_seam(pair.producer, "entry", witness),
-                    open_seam(pair.consumer, "exit", witness),
+                    open_seam(pair.ends()[0], "entry", witness),
+                    open_seam(pair.ends()[1], "exit", witness),
                 )
                 try:
                     model.train(training)
@@ -105,7 +109,7 @@ class Witness:
     def __init__(self) -> None:
         self.seen: list[str] = []
 
-    def enter(self, x: Tensor) -> None:
+    def enter(self, x: Tensor | None) -> None:
         """Note the entry."""
         self.seen.append("entry")
 
@@ -115,7 +119,7 @@ class Witness:
         return y
 
 
-def agreed(train: Pair, evaluation: Pair) -> Pair:
+def agreed(train: Found, evaluation: Found) -> Found:
     """Return the pair both modes found."""
     if train.site != evaluation.site:
         raise Refused(
@@ -124,24 +128,24 @@ def agreed(train: Pair, evaluation: Pair) -> Pair:
     return train
 
 
-def describe(pair: Pair) -> str:
+def describe(pair: Found) -> str:
     """Write a pair's path."""
     return " → ".join((pair.site.entry, *pair.site.between, pair.site.exit))
 
 
-def select(pairs: Iterable[Pair], refusals: Sequence[Refusal], sites: Sites = "auto") -> list[Pair]:
-    """Keep the pairs the user asked for.
+def select(places: Iterable[Place], refusals: Sequence[Refusal], sites: Sites = "auto") -> list[Place]:
+    """Keep the places the user asked for.
 
     Args:
-        pairs: What was found.
+        places: What was found.
         refusals: Named in the error when nothing is left.
-        sites: "auto", or globs, regular expressions or layer types (one or several) that match a pair's name
-            or either of its layers; a mapping with "include" and "exclude" for both directions.
+        sites: "auto", or globs, regular expressions or layer types (one or several) that match a place's name
+            or either of its ends; a mapping with "include" and "exclude" for both directions.
 
     Raises:
-        SiteError: Nothing matches, or there is no pair at all.
+        SiteError: Nothing matches, or there is no place at all.
     """
-    found = list(pairs)
+    found = list(places)
     if not found:
         listed = (
             "; ".join(f"{r.place}: {r.reason}" for r in refusals)
@@ -149,7 +153,7 @@ def select(pairs: Iterable[Pair], refusals: Sequence[Refusal], sites: Sites = "a
         )
         raise SiteError(
             f"no place to grow was found ({listed}). "
-            "A pair of layers with only channel-wise operations between is needed"
+            "A pair of layers with only channel-wise operations between, or a fitting blueprint, is needed"
         )
     include, exclude = (
         (sites.get("include", "auto"), sites.get("exclude", ()))
@@ -165,13 +169,13 @@ def select(pairs: Iterable[Pair], refusals: Sequence[Refusal], sites: Sites = "a
     return chosen
 
 
-def matches(pair: Pair, wanted: Selector | Sequence[Selector]) -> bool:
-    """Tell whether a pair is meant by one of the selectors."""
+def matches(place: Place, wanted: Selector | Sequence[Selector]) -> bool:
+    """Tell whether a place is meant by one of the selectors."""
     if isinstance(wanted, Sequence) and not isinstance(wanted, str):
-        return any(matches(pair, one) for one in wanted)
-    names = (pair.site.name, pair.site.entry, pair.site.exit)
+        return any(matches(place, one) for one in wanted)
+    names = (place.site.name, place.site.entry, place.site.exit)
     if isinstance(wanted, re.Pattern):
         return any(wanted.search(name) for name in names)
     if isinstance(wanted, type):
-        return isinstance(pair.producer, wanted)
+        return isinstance(place.ends()[0], wanted)
     return wanted == "auto" or any(fnmatch.fnmatchcase(name, wanted) for name in names)

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from esper.blueprints.kernel import LiveKernel
 from esper.kasmina.pairs import Pair
+from esper.kasmina.places import Place
 from esper.kasmina.widen import WidenKernel, affine
 
 EXACT = 256  # dimensions up to which the decomposition is exact; randomised above
@@ -24,10 +26,9 @@ SCORED = 64  # examples on which directions are compared
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """A pool of directions at one site, best first."""
+    """A pool of units at one site, best first."""
 
-    weight: Tensor  # (pool, in, *taps)
-    bias: Tensor | None  # (pool,)
+    units: dict[str, Tensor]  # tensors with a slice per unit; empty where units cannot be told apart
     score: Tensor  # (pool,) squared gradient of each unit's outgoing weights, per example
     examples: int
 
@@ -37,32 +38,70 @@ class Survey:
         return float(self.score[0])
 
 
-def survey(pair: Pair, x: Tensor, gradient: Tensor, pool: int) -> Survey:
-    """Look for input directions at one site.
+def survey(place: Place, x: Tensor, gradient: Tensor, pool: int) -> Survey:
+    """Look for units worth having at one site.
 
     Args:
-        pair: The site.
-        x: Input of the producer, (batch, …).
-        gradient: Of the batch's mean loss for the consumer's output, (batch, …).
-        pool: Directions wanted.
+        place: The site.
+        x: What a kernel reads there, (batch, …).
+        gradient: Of the batch's mean loss for the exit's output, (batch, …).
+        pool: Units wanted.
     """
     with torch.enable_grad():
-        kernel = WidenKernel(pair, pool).train()
-        exact = isinstance(pair.producer, nn.Linear) and isinstance(pair.consumer, nn.Linear)
-        exact = exact and x.shape[:-1] == gradient.shape[:-1]
-        place(kernel, singular_directions(x, gradient, pool) if exact else kernel.producer_weight.detach())
+        kernel = place.kernel(pool).train()
+        if isinstance(place, Pair) and isinstance(kernel, WidenKernel):
+            exact = isinstance(place.producer, nn.Linear) and isinstance(place.consumer, nn.Linear)
+            exact = exact and x.shape[:-1] == gradient.shape[:-1]
+            own = kernel.producer_weight.detach()
+            stretch(kernel, singular_directions(x, gradient, pool) if exact else own)
         x, gradient = x[:SCORED], gradient[:SCORED]
-        centre(kernel, x)
-        (slope,) = torch.autograd.grad((kernel(x) * gradient).sum(), kernel.consumer_weight)
-    score = per_unit(slope, pool)
+        if isinstance(kernel, WidenKernel):
+            centre(kernel, x)
+        outgoing = {name: kernel.get_parameter(name) for name in kernel.outgoing}
+        product = (kernel(x) * gradient).sum()
+        slopes = dict(zip(outgoing, torch.autograd.grad(product, list(outgoing.values())), strict=True))
+    if not kernel.axes:
+        total = sum(float(slope.square().sum()) for slope in slopes.values())
+        return Survey({}, torch.tensor([total / pool]), x.shape[0])
+    score = sum((per_unit(slope, kernel.axes[name], pool) for name, slope in slopes.items()), torch.zeros(()))
     order = score.argsort(descending=True)
-    bias = None if kernel.producer_bias is None else kernel.producer_bias.detach()[order]
-    return Survey(kernel.producer_weight.detach()[order], bias, score[order], x.shape[0])
+    tensors = dict(kernel.named_parameters())
+    units = {
+        name: pick(tensors[name].detach(), axis, pool, order)
+        for name, axis in kernel.axes.items()
+        if name in tensors and name not in outgoing
+    }
+    return Survey(units, score[order], x.shape[0])
 
 
-def per_unit(slope: Tensor, units: int) -> Tensor:
-    """Sum the squares of each unit's columns, (out, units * columns, *taps) -> (units,)."""
-    return slope.detach().reshape(slope.shape[0], units, -1).square().sum(dim=(0, 2))
+def per_unit(slope: Tensor, axis: int, units: int) -> Tensor:
+    """Sum the squares of each unit's slices, (…, units * columns, …) -> (units,)."""
+    return slope.detach().movedim(axis, 0).reshape(units, -1).square().sum(1)
+
+
+def pick(tensor: Tensor, axis: int, units: int, which: Tensor) -> Tensor:
+    """Return the slices of some units, in the order asked for; a unit may hold several."""
+    slices = tensor.movedim(axis, 0)
+    own = slices.reshape(units, -1, *slices.shape[1:])  # (units, slices of each, …)
+    return own[which.to(tensor.device)].flatten(0, 1).movedim(0, axis)
+
+
+def sow(kernel: LiveKernel, pool: Survey, x: Tensor, best: bool) -> None:
+    """Give a candidate units of the pool: the best, or some drawn by their score."""
+    if not pool.units:
+        return
+    units = len(pool.score)
+    name, tensor = next(iter(pool.units.items()))
+    each = tensor.shape[kernel.axes[name]] // units  # slices per unit
+    size = min(kernel.get_parameter(name).shape[kernel.axes[name]] // each, units)
+    chances = (pool.score.clamp_min(0) + 1e-12).cpu().float()
+    picked = torch.arange(size) if best else torch.multinomial(chances, size)
+    with torch.no_grad():
+        for name, tensor in pool.units.items():
+            own, axis = kernel.get_parameter(name), kernel.axes[name]
+            own.narrow(axis, 0, size * (tensor.shape[axis] // units)).copy_(pick(tensor, axis, units, picked))
+    if isinstance(kernel, WidenKernel):
+        stretch(kernel, kernel.producer_weight.detach().clone())
 
 
 def singular_directions(x: Tensor, gradient: Tensor, pool: int) -> Tensor:
@@ -81,7 +120,7 @@ def singular_directions(x: Tensor, gradient: Tensor, pool: int) -> Tensor:
     return signed
 
 
-def place(kernel: WidenKernel, directions: Tensor) -> None:
+def stretch(kernel: WidenKernel, directions: Tensor) -> None:
     """Give the units these directions, as long as the host's own rows are on average."""
     with torch.no_grad():
         rows = kernel.pair.producer.weight.detach().flatten(1)  # (units, in * taps)

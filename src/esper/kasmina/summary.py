@@ -59,7 +59,7 @@ class Summary:
 def summary(model: MorphableModel) -> Summary:
     """Describe a wrapped model: sites, seeds, parameters, FLOPs, and refused places with the reason."""
     rows = []
-    for name, pair in model.pairs.items():
+    for name, pair in model.places.items():
         stages = Counter(model.layout.stage_of(seed).name.lower() for seed in model.seeds(name))
         rows.append(
             {

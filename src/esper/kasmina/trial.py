@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from esper.blueprints.kernel import LiveKernel
 from esper.config import Config
 from esper.contracts import Decision, Observer
 from esper.kasmina.flops import Ledger
 from esper.kasmina.gate import Gate, Verdict
 from esper.kasmina.layer import KasminaLayer, Tap
+from esper.kasmina.places import Place
 from esper.kasmina.race import Race
-from esper.kasmina.widen import WidenKernel
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ class Trial:
     started: int  # step of the last move
     race: Race | None = None
     tap: Tap = field(default_factory=Tap)
-    kernel: WidenKernel | None = None
+    kernel: LiveKernel | None = None
     optimizer: torch.optim.Optimizer | None = None
     verdict: Verdict | None = None
     before: list[float] = field(default_factory=list)  # losses ahead of exposure
@@ -78,9 +79,9 @@ class Given:
     gate: Gate
     ledger: Ledger
     observe: Observer
-    optimizer: Callable[[WidenKernel], torch.optim.Optimizer]  # like the host's
+    optimizer: Callable[[LiveKernel, Place], torch.optim.Optimizer]  # like the host's at that place
     follow: Callable[[torch.optim.Optimizer], None]  # the host's present learning rate
-    commit: Callable[[WidenKernel, torch.optim.Optimizer, Decision], str]  # "" or why it was undone
+    commit: Callable[[LiveKernel, torch.optim.Optimizer, Decision], str]  # "" or why it was undone
     draw: Callable[[str], int]  # a seed of a named random stream
     rate: float | None  # the candidates' learning rate, if the user chose one
     scale: Callable[[], float]  # of the gradients (AMP), 1.0 without

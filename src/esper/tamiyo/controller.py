@@ -77,8 +77,8 @@ class Tamiyo:
         spend = room.size * (
             (1 + max(room.parameters, 0) / room.size) ** (1 / left) - 1
         )  # the same factor every time
-        units = {s.name: spend / s.unit_parameters for s in asked}
-        most = {s.name: int(room.parameters // s.unit_parameters) for s in asked}
+        units = {s.name: (spend - s.base_parameters) / s.unit_parameters for s in asked}
+        most = {s.name: self.most(s, room) for s in asked}
         costs = {s.name: s.unit_parameters / max(room.parameters, 1) for s in asked}
         if room.model_flops is not None:
             costs = {s.name: costs[s.name] + s.unit_flops / max(room.model_flops, 1) for s in asked}
@@ -105,7 +105,7 @@ class Tamiyo:
         return Decision(
             self.decisions,
             step,
-            "widen",
+            "widen" if next(s for s in asked if s.name == arm.site).kind == "pair" else "graft",
             arm.site,
             arm.width,
             arm.start,
@@ -114,6 +114,11 @@ class Tamiyo:
             predicted,
             listed,
         )
+
+    def most(self, site: Site, room: Room) -> int:
+        """Return the most units the parameter budget allows at a site."""
+        units = int(max(room.parameters - site.base_parameters, 0) // site.unit_parameters)
+        return units if site.most is None else min(units, site.most)
 
     def learn(self, outcome: Outcome, step: int) -> None:
         """Take in an outcome: its gain per parameter relative to the best seen; a failure is worth 0."""

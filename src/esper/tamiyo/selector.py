@@ -17,6 +17,7 @@ STARTS = {
     "svd": 0.9,
     "random": 0.5,
 }  # prior worth; gradient directions won 7 of 8 races by hand
+ALIKE = {"random": 1.0}  # a blueprint's hidden units cannot be drawn from a survey
 OFF_SHARE = 0.85  # prior worth of a width other than the even share
 
 
@@ -80,7 +81,7 @@ class SeedSelector:
                 continue
             for share in sorted(self.shares, key=lambda s: abs(s - 1.0)):
                 width = fitted(share * units[site.name], site.granularity, room[site.name])
-                for start, worth in STARTS.items():
+                for start, worth in (STARTS if site.kind == "pair" else ALIKE).items():
                     prior = scores[site.name] / best * worth * (1.0 if share == 1.0 else OFF_SHARE)
                     made.setdefault(
                         (site.name, width, start),

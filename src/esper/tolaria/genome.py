@@ -1,22 +1,27 @@
-"""The genome of a grown model: the shapes it started with and every widening since, as JSON."""
+"""The genome of a grown model: the shapes it started with and everything that grew since, as JSON."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from esper.contracts import WidenEdit, WidenPlan
-from esper.errors import SavedModelError, nearest
+from esper.blueprints.graph import Graph
+from esper.blueprints.program import Program
+from esper.contracts import GraftPlan, Signature, WidenEdit, WidenPlan
+from esper.errors import BlueprintError, SavedModelError, nearest
+from esper.kasmina.grown import CHILD
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, 2)  # 1 knew widenings only
+Plan: TypeAlias = "WidenPlan | GraftPlan"
 Shapes: TypeAlias = dict[str, list[int]]  # of a state_dict
 
 
-def encode(model: nn.Module, plans: Sequence[WidenPlan]) -> bytes:
+def encode(model: nn.Module, plans: Sequence[Plan]) -> bytes:
     """Write down how ``model`` became what it is.
 
     Raises:
@@ -25,19 +30,38 @@ def encode(model: nn.Module, plans: Sequence[WidenPlan]) -> bytes:
     base, names = shapes_of(model), aliases(model)
     for plan in reversed(plans):
         resize(base, plan, names, grow=False)
-    genome = {"format": FORMAT, "base": base, "plans": [asdict(plan) for plan in plans]}
+    genome = {"format": FORMAT, "base": base, "plans": [written(plan) for plan in plans]}
     return json.dumps(genome, indent=1).encode()
 
 
-def decode(genome: bytes) -> tuple[Shapes, list[WidenPlan]]:
-    """Read back the shapes before any growth, and the widenings in order.
+def written(plan: Plan) -> dict[str, Any]:
+    """Write a plan; a branch brings its program, so that a reader needs torch alone."""
+    if isinstance(plan, WidenPlan):
+        return {"kind": "widen", **asdict(plan)}
+    return {"kind": "graft", **asdict(plan), "program": program_of(plan).to_json()}
+
+
+def program_of(plan: GraftPlan) -> Program:
+    """Return what a branch computes.
+
+    Raises:
+        SavedModelError: Its graph is not valid, or does not fit its place.
+    """
+    try:
+        return Graph.from_json(plan.graph).lower(plan.signature, plan.hidden)
+    except BlueprintError as error:
+        raise SavedModelError(f"the branch {plan.name!r} cannot be built: {error}") from error
+
+
+def decode(genome: bytes) -> tuple[Shapes, list[Plan]]:
+    """Read back the shapes before any growth, and the plans in order.
 
     Raises:
         SavedModelError: The format is not ours.
     """
     try:
         recipe = json.loads(genome)
-        if recipe["format"] == FORMAT:
+        if recipe["format"] in READABLE:
             return dict(recipe["base"]), [plan_from(plan) for plan in recipe["plans"]]
     except (ValueError, LookupError, TypeError) as error:
         raise SavedModelError(f"the genome is not of format {FORMAT}: {error!r}") from error
@@ -46,8 +70,12 @@ def decode(genome: bytes) -> tuple[Shapes, list[WidenPlan]]:
     )
 
 
-def plan_from(data: Mapping[str, Any]) -> WidenPlan:
+def plan_from(data: Mapping[str, Any]) -> Plan:
     """Rebuild a plan from what ``dataclasses.asdict`` made of it, through JSON or not."""
+    if "graph" in data:
+        facts: dict[str, Any] = {f.name: data[f.name] for f in fields(GraftPlan)}
+        facts["signature"] = Signature.from_dict(data["signature"])
+        return GraftPlan(**facts)
     edits = tuple(WidenEdit(**edit) for edit in data["edits"])
     return WidenPlan(data["site"], data["units"], edits, tuple((m, a, v) for m, a, v in data["attributes"]))
 
@@ -66,12 +94,15 @@ def aliases(model: nn.Module) -> dict[str, list[str]]:
     return {name: names[id(tensor)] for name, tensor in state.items()}
 
 
-def resize(shapes: Shapes, plan: WidenPlan, names: Mapping[str, Sequence[str]], *, grow: bool) -> None:
+def resize(shapes: Shapes, plan: Plan, names: Mapping[str, Sequence[str]], *, grow: bool) -> None:
     """Follow one plan on shapes alone, forwards or backwards.
 
     Raises:
         SavedModelError: A tensor is missing or has another size.
     """
+    if isinstance(plan, GraftPlan):
+        branch(shapes, plan, grow=grow)
+        return
     for edit in plan.edits:
         source, result = (edit.old, edit.new) if grow else (edit.new, edit.old)
         for name in names.get(edit.name, [edit.name]):
@@ -82,6 +113,18 @@ def resize(shapes: Shapes, plan: WidenPlan, names: Mapping[str, Sequence[str]], 
                     f"{edit.new}, but its shape is {shape}: the plans do not belong to this model"
                 )
             shape[edit.axis] = result
+
+
+def branch(shapes: Shapes, plan: GraftPlan, *, grow: bool) -> None:
+    """Add the tensors of a branch, or take them away."""
+    for weight in program_of(plan).weights:
+        name = f"{CHILD}.{plan.name}.{weight.name}"
+        if grow:
+            shapes[name] = list(weight.shape)
+        elif shapes.pop(name, None) != list(weight.shape):
+            raise SavedModelError(
+                f"the branch {plan.name!r} has no {name!r}: the plans do not belong to this model"
+            )
 
 
 def require_fit(wanted: Shapes, given: Shapes, otherwise: str) -> None:

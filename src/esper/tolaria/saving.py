@@ -1,7 +1,7 @@
 """Saves a grown model as a folder that loads with Esper or, through its own ``rebuild.py``, with torch alone.
 
 model.safetensors   the weights
-genome.json         shapes of the model before it grew, and every widening since
+genome.json         shapes of the model before it grew, and everything that grew since
 SHA256SUMS          digests of the two, checked before either is parsed
 card.md             what grew where, for people
 rebuild.py          loads the folder where Esper is not installed
@@ -13,8 +13,9 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,8 +24,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from esper.blueprints.kernel import GraphKernel
 from esper.contracts import WidenPlan
 from esper.errors import SavedModelError, StateError, SurgeryError
+from esper.kasmina.grown import attach, detach
 from esper.kasmina.materialise import empty_slices, widen
 from esper.tolaria import genome, rebuild_template
 
@@ -34,13 +37,13 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def save(
-    model: nn.Module, plans: Sequence[WidenPlan], directory: str | Path, *, card: Mapping[str, object]
+    model: nn.Module, plans: Sequence[genome.Plan], directory: str | Path, *, card: Mapping[str, object]
 ) -> Path:
     """Write a grown model to a folder, all of it or nothing.
 
     Args:
         model: The grown model, without live seeds.
-        plans: Every widening since the plain model, in order.
+        plans: Everything that grew since the plain model, in order.
         directory: Created, or replaced if it holds an earlier save and nothing else.
         card: Facts for ``card.md``, by name.
 
@@ -67,7 +70,7 @@ def save(
 
 
 def load_into(model: Model, directory: str | Path) -> Model:
-    """Widen a plain model as a saved one grew, and load its weights.
+    """Grow a plain model as a saved one grew, and load its weights.
 
     Args:
         model: Built as the saved one was before it grew; changed in place, parameters keep their identity.
@@ -97,12 +100,22 @@ def load_into(model: Model, directory: str | Path) -> Model:
     with ExitStack() as undo:
         for plan in plans:
             try:
-                undo.callback(widen(model, plan, empty_slices(model, plan)).undo)
-            except SurgeryError as error:
+                undo.callback(_repeat(model, plan))
+            except (SurgeryError, AttributeError) as error:
                 raise SavedModelError(f"{folder} does not fit this {kind}: {error}") from error
         model.load_state_dict(weights)
         undo.pop_all()
     return model
+
+
+def _repeat(model: nn.Module, plan: genome.Plan) -> Callable[[], None]:
+    """Carry one plan out with empty tensors; returns the way back."""
+    if isinstance(plan, WidenPlan):
+        return widen(model, plan, empty_slices(model, plan)).undo
+    ends = model.get_submodule(plan.entry), model.get_submodule(plan.exit)
+    kernel = GraphKernel(genome.program_of(plan), next(model.parameters()))
+    attach(model, plan.name, kernel, ends, plan.signature.port)
+    return partial(detach, model, plan.name, ends)
 
 
 def _portable(state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -181,13 +194,16 @@ def _sync(*paths: Path) -> None:
             os.close(handle)
 
 
-def _card(model: nn.Module, plans: Iterable[WidenPlan], facts: Mapping[str, object]) -> str:
+def _card(model: nn.Module, plans: Iterable[genome.Plan], facts: Mapping[str, object]) -> str:
     count = sum(parameter.numel() for parameter in model.parameters())
     lines = ["# A grown model", "", "| | |", "|---|---|"]
     for name, value in {"model": type(model).__name__, "parameters": count, **facts}.items():
         lines.append(f"| {name} | {f'{value:.6g}' if isinstance(value, float) else value} |")
     lines += ["", "## What grew", "", "| site | units | tensors |", "|---|---|---|"]
     for plan in plans:
+        if not isinstance(plan, WidenPlan):
+            lines.append(f"| {plan.site} | {plan.hidden} | new branch {plan.name} |")
+            continue
         tensors = ", ".join(f"{edit.name} {edit.old} → {edit.new}" for edit in plan.edits)
         lines.append(f"| {plan.site} | +{plan.units} | {tensors} |")
     lines += ["", "## Load it", "", "With Esper: `esper.load_into(Net(), folder)`.", ""]

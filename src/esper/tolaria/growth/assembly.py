@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
+from esper.blueprints.kernel import LiveKernel
 from esper.config import Budget, Config
 from esper.contracts import Event, Observer
 from esper.kasmina.evidence import LossFunction, count_examples
@@ -21,13 +22,14 @@ from esper.kasmina.gate import Gate
 from esper.kasmina.isolation import evaluating, untouched
 from esper.kasmina.morphable import MorphableModel
 from esper.kasmina.orchestrator import SeedOrchestrator
+from esper.kasmina.places import Place
 from esper.kasmina.sites import Sites
 from esper.kasmina.trial import Given, Timing
-from esper.kasmina.widen import WidenKernel
 from esper.tamiyo.controller import Tamiyo
 from esper.tolaria.growth.commit import Committer
 from esper.tolaria.growth.entrance import first_probe, merged_budget, named_optimizers, refuse_host
 from esper.tolaria.growth.streams import Streams
+from esper.tolaria.surgery.adoption import donor_group
 
 SETTLING = 20  # steps until BatchNorm's running statistics (momentum 0.1) have forgotten 88 %
 
@@ -77,7 +79,9 @@ def assemble(
     merged = merged_budget(budget, config.budget)
     config = config.model_copy(update={"budget": merged})
     batch = first_probe(probe, host, loss_fn)
-    model = MorphableModel(host, lambda: loss_fn(host, batch), count_examples(batch), sites)
+    model = MorphableModel(
+        host, lambda: loss_fn(host, batch), count_examples(batch), sites, blueprints=config.blueprints
+    )
     streams, ledger = Streams(seed), Ledger()
 
     def fallback(what: str, why: str) -> None:
@@ -92,10 +96,13 @@ def assemble(
         SETTLING if any(isinstance(m, _NormBase) and m.track_running_stats for m in host.modules()) else 0
     )
 
-    def commit(kernel: WidenKernel, own: Optimizer, decision: Any) -> str:
-        before = model.pairs[decision.site].site.unit_flops
+    def commit(kernel: LiveKernel, own: Optimizer, decision: Any) -> str:
+        before = model.places[decision.site].site
         why = committer.commit(kernel, own, decision, orchestrator.step)
-        model.flops += 0 if why else before * decision.width
+        if not why and before.kind == "pair":
+            model.flops += before.unit_flops * decision.width
+        elif not why:
+            model.meter(committer.run)
         return why
 
     given = Given(
@@ -144,7 +151,8 @@ def assemble(
 
 def widenings(model: MorphableModel, budget: Budget) -> int:
     """Count the smallest widenings the parameter budget has room for, at the cheapest site."""
-    smallest = min(pair.site.unit_parameters * pair.site.granularity for pair in model.pairs.values())
+    sites = [place.site for place in model.places.values()]
+    smallest = min(site.unit_parameters * site.granularity + site.base_parameters for site in sites)
     host = model.parameter_count()
     return max(int((limit(budget, host) - host) // smallest), 0)
 
@@ -168,17 +176,18 @@ class Donor:
         # by place, because load_state_dict replaces the groups themselves
         self.owners: dict[int, tuple[Optimizer, int]] = {}
 
-    def like(self, kernel: WidenKernel) -> Optimizer:
+    def like(self, kernel: LiveKernel, place: Place) -> Optimizer:
         """Return an optimizer of the same kind and settings."""
-        for optimizer in self.optimizers.values():
-            for index, group in enumerate(optimizer.param_groups):
-                if any(p is kernel.pair.producer.weight for p in group["params"]):
-                    same: Callable[..., Optimizer] = type(optimizer)
-                    own = same(kernel.parameters(), lr=group["lr"])
-                    own.param_groups[0].update({k: v for k, v in group.items() if k in optimizer.defaults})
-                    self.owners[id(own)] = optimizer, index
-                    return own
-        return torch.optim.Adam(kernel.parameters())  # the producer is frozen: torch's own defaults
+        found = donor_group(self.optimizers, place.ends())
+        if found is None:  # the place is frozen: torch's own defaults
+            return torch.optim.Adam(kernel.parameters())
+        optimizer, index = found
+        group = optimizer.param_groups[index]
+        same: Callable[..., Optimizer] = type(optimizer)
+        own = same(kernel.parameters(), lr=group["lr"])
+        own.param_groups[0].update({k: v for k, v in group.items() if k in optimizer.defaults})
+        self.owners[id(own)] = optimizer, index
+        return own
 
     def follow(self, own: Optimizer) -> None:
         """Take over what schedulers have set since."""

@@ -1,31 +1,40 @@
-"""Make a judged branch part of the user's own layers: module, optimizers and averages, or nothing at all."""
+"""Make a judged branch part of the model: modules, optimizers and averages together, or nothing at all.
+
+A pair's kernel becomes rows and columns of the user's own layers. Any other kernel is folded into a Linear
+where algebra allows it, or stays as a branch, registered under the host.
+"""
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from esper.contracts import Decision, Event, Observer, WidenPlan
+from esper.blueprints.graph import Graph
+from esper.blueprints.kernel import GraphKernel, LiveKernel
+from esper.contracts import Decision, Event, GraftPlan, Observer, WidenPlan
 from esper.errors import SurgeryError
-from esper.kasmina.isolation import evaluating, untouched
+from esper.kasmina.blocks import Block
+from esper.kasmina.grown import attach, detach
 from esper.kasmina.materialise import empty_slices, widen
-from esper.kasmina.morphable import MorphableModel
-from esper.kasmina.seam import open_seam
-from esper.kasmina.widen import WidenKernel
-from esper.tolaria.surgery.averages import widen_average
+from esper.kasmina.merge import merged, write
+from esper.kasmina.morphable import MorphableModel, slug
+from esper.tolaria.growth.check import deviation, output
+from esper.tolaria.surgery.adoption import adopt
+from esper.tolaria.surgery.averages import copy_of, widen_average
 from esper.tolaria.surgery.optimizers import widen_state
 
-ROUNDING = 24  # units of machine precision, times the largest output: 2e-6 · √2 in fp32
+# What surgery may run into; everything is put back then.
+FAILURES = (SurgeryError, RuntimeError, ValueError, TypeError, IndexError)
 
 
 class Committer:
-    """Carries out widenings.
+    """Carries out growth.
 
     Args:
         model: Owns the host.
@@ -33,7 +42,7 @@ class Committer:
         averages: EMA copies of the host.
         run: One pass over a probe batch.
         rule: State of new units in the optimizers.
-        observe: Told what was widened, and of every detour.
+        observe: Told what grew, and of every detour.
     """
 
     def __init__(
@@ -47,45 +56,98 @@ class Committer:
     ) -> None:
         self.model, self.optimizers, self.averages = model, optimizers, averages
         self.run, self.rule, self.observe = run, rule, observe
-        self.plans: list[WidenPlan] = []
+        self.plans: list[WidenPlan | GraftPlan] = []
 
-    def commit(self, kernel: WidenKernel, optimizer: Optimizer, decision: Decision, step: int) -> str:
-        """Widen the pair a kernel stands beside.
+    def commit(self, kernel: LiveKernel, optimizer: Optimizer, decision: Decision, step: int) -> str:
+        """Make a kernel part of the model it stands beside.
 
         Returns:
             "" when it was carried out, otherwise why everything was put back.
         """
         begun = time.perf_counter()
-        plan = kernel.plan()
-        slices = kernel.slices(plan)
-        layer = self.model.awake(plan.site)
+        assert decision.site is not None
+        layer = self.model.awake(decision.site)
         assert layer is not None
-        branch = self.output(kernel.pair.consumer)
+        branch = output(self.model, layer.place.ends()[1], self.run)
         layer.exposed = False
-        donor = {e.name: optimizer.state.get(getattr(kernel, e.source), {}) for e in plan.edits}
         try:
-            difference = self.carry_out(plan, slices, donor, branch, step)
-        except (SurgeryError, RuntimeError, ValueError, TypeError, IndexError) as error:
+            if layer.place.site.kind == "pair":
+                kind, facts = "widened", self.widen(kernel, optimizer, branch, step)
+            else:
+                kind, facts = "grafted", self.graft(kernel, layer.place, optimizer, branch, decision.width)
+        except FAILURES as error:
             layer.exposed = True
-            return f"the wider model was put back: {error}"
-        self.model.refresh()
-        self.plans.append(plan)
-        self.observe(
-            Event(
-                "widened",
-                step,
-                {
-                    "decision": decision.id,
-                    "site": plan.site,
-                    "units": plan.units,
-                    "edits": [[e.name, e.axis, e.old, e.new] for e in plan.edits],
-                    "parameters": self.model.parameter_count(),
-                    "difference": difference,
-                    "milliseconds": (time.perf_counter() - begun) * 1e3,
-                },
-            )
-        )
+            return f"the grown model was put back: {error}"
+        self.model.refresh(self.run)
+        facts |= {"decision": decision.id, "site": decision.site}
+        facts["parameters"] = self.model.parameter_count()
+        facts["milliseconds"] = (time.perf_counter() - begun) * 1e3
+        self.observe(Event(kind, step, facts))
         return ""
+
+    def widen(self, kernel: Any, optimizer: Optimizer, branch: Tensor, step: int) -> dict[str, Any]:
+        """Make a kernel rows and columns of the pair it stands beside."""
+        plan: WidenPlan = kernel.plan()
+        donor = {e.name: optimizer.state.get(getattr(kernel, e.source), {}) for e in plan.edits}
+        difference = self.carry_out(plan, kernel.slices(plan), donor, branch, step)
+        self.plans.append(plan)
+        edits = [[e.name, e.axis, e.old, e.new] for e in plan.edits]
+        return {"units": plan.units, "edits": edits, "difference": difference}
+
+    def graft(
+        self, kernel: LiveKernel, place: Any, optimizer: Optimizer, branch: Tensor, hidden: int
+    ) -> dict[str, Any]:
+        """Fold a kernel into the Linear it stands at, or register it as a branch of the host."""
+        assert isinstance(place, Block) and isinstance(kernel, GraphKernel)
+        facts = {"blueprint": place.graph.name}
+        folded = merged(place, kernel)
+        if folded is not None:
+            return {**facts, "how": "merged", "difference": self.fold(place, folded, branch)}
+        plan = self.plan_for(place, hidden)
+        difference = self.attach(plan, kernel, optimizer, branch)
+        self.plans.append(plan)
+        return {**facts, "how": "branch", "difference": difference, "child": plan.name}
+
+    def fold(self, place: Block, folded: tuple[Tensor, Tensor | None], branch: Tensor) -> float:
+        """Write the sum of layer and kernel into the layer."""
+        layer = place.entry
+        assert isinstance(layer, nn.Linear)
+        weight, bias = (None if t is None else t.detach().clone() for t in (layer.weight, layer.bias))
+        assert weight is not None
+        with ExitStack() as back:
+            back.callback(write, layer, weight, bias)
+            write(layer, *folded)
+            difference = deviation(branch, output(self.model, place.exit, self.run))
+            back.pop_all()
+        return difference
+
+    def plan_for(self, place: Block, hidden: int) -> GraftPlan:
+        """Write down a branch that stays; its name counts branches, so one place can have several."""
+        count = sum(isinstance(plan, GraftPlan) for plan in self.plans)
+        name, site = f"{count}_{slug(place.site.name)}", place.site
+        graph = place.graph.to_json()
+        return GraftPlan(site.name, name, site.entry, site.exit, graph, place.signature, hidden)
+
+    def attach(
+        self, plan: GraftPlan, kernel: GraphKernel, optimizer: Optimizer | None, branch: Tensor | None
+    ) -> float:
+        """Register a branch in host and averages and let the optimizer adopt it; all or nothing."""
+        host, port = self.model.host, plan.signature.port
+        ends = host.get_submodule(plan.entry), host.get_submodule(plan.exit)
+        with ExitStack() as back:
+            attach(host, plan.name, kernel, ends, port)
+            back.callback(detach, host, plan.name, ends)
+            difference = 0.0
+            if branch is not None:
+                difference = deviation(branch, output(self.model, ends[1], self.run))
+            for average in self.averages:
+                twin = copy_of(average, {plan.entry, plan.exit})
+                theirs = twin.get_submodule(plan.entry), twin.get_submodule(plan.exit)
+                attach(twin, plan.name, copy.deepcopy(kernel), theirs, port)
+                back.callback(detach, twin, plan.name, theirs)
+            back.callback(adopt(self.optimizers, ends, kernel, optimizer))
+            back.pop_all()
+        return difference
 
     def carry_out(
         self,
@@ -105,8 +167,8 @@ class Committer:
             back.callback(widened.undo)
             difference = 0.0
             if branch is not None:
-                consumer = self.model.pairs[plan.site].consumer
-                difference = self.deviation(branch, self.output(consumer))
+                exit_ = self.model.places[plan.site].ends()[1]
+                difference = deviation(branch, output(self.model, exit_, self.run))
             for average in self.averages:
                 back.callback(widen_average(average, plan, slices).undo)
             reasons = widen_state(self.optimizers, widened.changes, self.rule, donor)  # all of them or none
@@ -122,50 +184,13 @@ class Committer:
             self.observe(Event("fallback", step, {"what": "optimizer state", "why": line}))
         return difference
 
-    def replay(self, plan: WidenPlan) -> None:
-        """Repeat a widening of an earlier run on a fresh host; a checkpoint will fill its empty slices."""
-        self.carry_out(plan, empty_slices(self.model.host, plan), {}, None, 0)
-        self.model.refresh()
+    def replay(self, plan: WidenPlan | GraftPlan) -> None:
+        """Repeat growth of an earlier run on a fresh host; a checkpoint will fill its empty tensors."""
+        if isinstance(plan, WidenPlan):
+            self.carry_out(plan, empty_slices(self.model.host, plan), {}, None, 0)
+        else:
+            like = next(self.model.host.parameters())
+            program = Graph.from_json(plan.graph).lower(plan.signature, plan.hidden)
+            self.attach(plan, GraphKernel(program, like), None, None)
+        self.model.refresh(self.run)
         self.plans.append(plan)
-
-    def output(self, layer: nn.Module) -> Tensor:
-        """Return a layer's output on the probe batch, in eval mode."""
-        capture = Capture()
-        close = open_seam(layer, "exit", capture)
-        try:
-            with evaluating(self.model), untouched(self.model.host, seed=0):
-                self.run()
-        finally:
-            close()
-        if capture.y is None:
-            raise SurgeryError("the probe did not reach the widened layer")
-        return capture.y
-
-    def deviation(self, branch: Tensor, wide: Tensor) -> float:
-        """Return the largest difference between branch and widened form.
-
-        Raises:
-            SurgeryError: It is beyond rounding.
-        """
-        difference = float((branch - wide).abs().max())
-        allowed = ROUNDING * torch.finfo(wide.dtype).eps * float(branch.abs().max())
-        if not difference <= max(allowed, torch.finfo(wide.dtype).tiny):
-            raise SurgeryError(
-                f"the wider layers differ from the branch by {difference:.3g}; {allowed:.3g} is rounding"
-            )
-        return difference
-
-
-class Capture:
-    """Keeps the last output that passes a seam."""
-
-    def __init__(self) -> None:
-        self.y: Tensor | None = None
-
-    def enter(self, x: Tensor) -> None:
-        """Let inputs pass."""
-
-    def leave(self, y: Tensor) -> Tensor:
-        """Keep the output and let it pass."""
-        self.y = y.detach()
-        return y

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from esper.config import Config, ConfigLike, load_config
-from esper.contracts import Event, Observer, WidenPlan, ignore
+from esper.contracts import Event, GraftPlan, Observer, WidenPlan, ignore
 from esper.errors import FinishedError, SiteError, StateError, nearest
 from esper.kasmina.evidence import LossFunction, count_examples, join
 from esper.kasmina.flops import Ledger
@@ -38,7 +38,7 @@ class Growth:
         model: The host, the same object from first to last.
         cost: What was spent: ``training_flops`` on the host's own steps, ``growth_flops`` and ``seconds`` on
             growth.
-        plans: Every widening carried out, in order.
+        plans: Everything that grew and changed the model's shape, in order.
     """
 
     def __init__(self, parts: Parts) -> None:
@@ -61,8 +61,8 @@ class Growth:
         self._tell_start()
 
     @property
-    def plans(self) -> list[WidenPlan]:
-        """Every widening carried out, in order."""
+    def plans(self) -> list[WidenPlan | GraftPlan]:
+        """Everything that grew and changed the model's shape, in order."""
         return self.parts.committer.plans
 
     def _count(self, optimizer: Optimizer, *rest: Any) -> None:
@@ -110,7 +110,7 @@ class Growth:
         self.orchestrator.advance(tuple(self.batches), loss, self.steps)
         if self.orchestrator.cooling():
             self.orchestrator.wake_embargoed(self.steps)
-            if all(self.orchestrator.embargoed(name) for name in self.morphable.pairs):
+            if all(self.orchestrator.embargoed(name) for name in self.morphable.places):
                 return
         why = self.tamiyo.due(self.steps, loss)
         if self.asked is not None:
@@ -121,9 +121,9 @@ class Growth:
     def _decide(self, why: str) -> None:
         """Survey the free sites, let Tamiyo choose, and germinate what was chosen."""
         only, self.asked = self.asked, None
-        free = [n for n in self.morphable.pairs if not self.orchestrator.embargoed(n) and only in (None, n)]
+        free = [n for n in self.morphable.places if not self.orchestrator.embargoed(n) and only in (None, n)]
         measured = self._survey(free)
-        sites = [self.morphable.pairs[n].site for n in free]
+        sites = [self.morphable.places[n].site for n in free]
         reports = {name: m.report for name, m in measured.items()}
         rng = self.parts.streams.generators["policy"]
         decision = self.tamiyo.decide(self.steps, why, sites, reports, self._room(), rng, only)
@@ -136,7 +136,7 @@ class Growth:
         if not free:
             return {}
         seed = self.parts.streams.draw("evidence")
-        facts = tuple(self.morphable.pairs[n].site.width for n in self.morphable.pairs)
+        facts = tuple(place.site.width for place in self.morphable.places.values()), len(self.plans)
         batches = join(self.batches)
         examples = tuple(self._examples(batch) for batch in batches)
         runs = [lambda b=batch: self.parts.run(b) for batch in batches]
@@ -181,8 +181,8 @@ class Growth:
             SiteError: No such site.
         """
         self._refuse_finished("grow_now")
-        if site not in self.morphable.pairs:
-            raise SiteError(f"no site {site!r}; {nearest(site, self.morphable.pairs)}")
+        if site not in self.morphable.places:
+            raise SiteError(f"no site {site!r}; {nearest(site, self.morphable.places)}")
         self.asked = site
 
     def finish(self) -> nn.Module:
@@ -208,7 +208,7 @@ class Growth:
             flops=self.morphable.flops,
             seconds=time.perf_counter() - self.begun,
             growth_seconds=self.cost.seconds,
-            grown=[[plan.site, plan.units] for plan in self.plans],
+            grown=[[p.site, p.units if isinstance(p, WidenPlan) else p.hidden] for p in self.plans],
         )
         return self.model
 

@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 
-from esper.contracts import Decision, Stage, WidenEdit, WidenPlan
+from esper.contracts import Decision, Stage
 from esper.errors import StateError, nearest
 from esper.kasmina.gate import Verdict
 from esper.kasmina.isolation import same_randomness
+from esper.kasmina.pairs import Pair
 from esper.kasmina.race import Race
 from esper.kasmina.starts import Survey
 from esper.kasmina.trial import Trial
-from esper.kasmina.widen import WidenKernel
+from esper.tolaria.genome import plan_from
 
 VERSION = 1
 
@@ -26,7 +27,7 @@ def capture(growth: Any) -> dict[str, Any]:
     parts, orchestrator = growth.parts, growth.orchestrator
     return {
         "version": VERSION,
-        "sites": {name: pair.site.width for name, pair in growth.morphable.pairs.items()},
+        "sites": {name: pair.site.width for name, pair in growth.morphable.places.items()},
         "plans": [asdict(plan) for plan in growth.plans],
         "layout": {k: v.clone() for k, v in growth.morphable.layout.named_buffers()},
         "tamiyo": growth.tamiyo.state_dict(),
@@ -74,18 +75,15 @@ def restore(growth: Any, state: Mapping[str, Any]) -> None:
         raise StateError(
             f"the state has version {state.get('version')!r}; this Esper reads version {VERSION}"
         )
-    pairs = growth.morphable.pairs
+    places = growth.morphable.places
     for name in state["sites"]:
-        if name not in pairs:
+        if name not in places:
             raise StateError(
-                f"the state knows the site {name!r}, this model does not; {nearest(name, pairs)}"
+                f"the state knows the site {name!r}, this model does not; {nearest(name, places)}"
             )
     parts, orchestrator = growth.parts, growth.orchestrator
     for plan in state["plans"]:
-        edits = tuple(WidenEdit(**edit) for edit in plan["edits"])
-        parts.committer.replay(
-            WidenPlan(plan["site"], plan["units"], edits, tuple(tuple(a) for a in plan["attributes"]))
-        )
+        parts.committer.replay(plan_from(plan))
     for name, tensor in state["layout"].items():
         getattr(growth.morphable.layout, name).copy_(tensor)
     growth.tamiyo.load_state_dict(state["tamiyo"])
@@ -128,9 +126,9 @@ def restore_trial(growth: Any, state: Mapping[str, Any]) -> None:
             trial.race = revived(layer, state["race"])
             layer.tap = trial.tap
         if state["kernel"] is not None:
-            trial.kernel = layer.kernel = WidenKernel(layer.pair, decision.width).train()
+            trial.kernel = layer.kernel = layer.place.kernel(decision.width).train()
             trial.kernel.load_state_dict(state["kernel"])
-            trial.optimizer = orchestrator.given.optimizer(trial.kernel)
+            trial.optimizer = orchestrator.given.optimizer(trial.kernel, layer.place)
             trial.optimizer.load_state_dict(state["optimizer"])
             layer.alpha = morphable.layout.alpha[trial.seed]
             layer.exposed = bool(layer.alpha > 0) and morphable.layout.stage_of(trial.seed) is not Stage.ERROR
@@ -138,9 +136,11 @@ def restore_trial(growth: Any, state: Mapping[str, Any]) -> None:
 
 def revived(layer: Any, state: Mapping[str, Any]) -> Race:
     """Build a race of the saved shape and fill it."""
-    weight = layer.pair.producer.weight.detach()
-    empty = Survey(weight[:1], None, torch.zeros(1), 0)
-    x = weight.new_zeros(1, *weight.shape[1:2], *[max(weight.shape[2:], default=1)] * (weight.dim() - 2))
+    x = torch.empty(0)
+    if isinstance(layer.place, Pair):  # its biases are centred on inputs, if only to be written over
+        weight = layer.place.producer.weight
+        x = weight.new_zeros(1, *weight.shape[1:2], *[max(weight.shape[2:], default=1)] * (weight.dim() - 2))
+    empty = Survey({}, torch.zeros(1), 0)
     race = Race(layer, state["units"], ("random",) * len(state["starts"]), empty, x, learning_rate=1.0)
     race.starts = tuple(state["starts"])
     race.load_state_dict(dict(state))

@@ -13,8 +13,8 @@ from esper.tolaria.growth.assembly import Parts
 
 def started(parts: Parts) -> dict[str, Any]:
     """Describe the run as it begins, or goes on."""
-    facts = ("name", "width", "between", "unit_parameters", "unit_flops")
-    sites = [{fact: getattr(pair.site, fact) for fact in facts} for pair in parts.model.pairs.values()]
+    facts = ("name", "kind", "blueprint", "width", "between", "unit_parameters", "unit_flops")
+    sites = [{fact: getattr(place.site, fact) for fact in facts} for place in parts.model.places.values()]
     return {
         "model": type(parts.model.host).__name__,
         "parameters": parts.host_parameters,
@@ -42,8 +42,8 @@ def surveyed(measured: Mapping[str, Measured], model: MorphableModel) -> list[di
         {
             "site": name,
             "improvement": found.report.improvement,
-            "unit_flops": model.pairs[name].site.unit_flops,
-            "width": model.pairs[name].site.width,
+            "unit_flops": model.places[name].site.unit_flops,
+            "width": model.places[name].site.width,
             "dead": found.report.dead,
             "gradient_norm": found.report.gradient_norm,
             "examples": found.report.examples,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 
 from torch import Tensor, nn
 
@@ -26,9 +26,23 @@ def widen_average(average: nn.Module, plan: WidenPlan, slices: Mapping[str, Tens
         SurgeryError: Neither ``average`` nor a child of it has the plan's tensors; nothing was changed.
     """
     names = {edit.name for edit in plan.edits}
+    return widen(copy_of(average, names), plan, slices)
+
+
+def copy_of(average: nn.Module, names: Set[str]) -> nn.Module:
+    """Return the copy of the model in an average: itself, or a child.
+
+    Args:
+        average: A copy of the model, or a wrapper with the copy as a child.
+        names: Tensors or modules the copy must have.
+
+    Raises:
+        SurgeryError: There is none.
+    """
     for copy in (average, *average.children()):
-        if names <= {name for name, _ in (*copy.named_parameters(), *copy.named_buffers())}:
-            return widen(copy, plan, slices)
+        known = {name for name, _ in (*copy.named_parameters(), *copy.named_buffers(), *copy.named_modules())}
+        if names <= known:
+            return copy
     raise SurgeryError(
         f"the average {type(average).__name__} has no copy of {', '.join(sorted(names))}; "
         "give esper.grow(ema=...) a copy of the model it grows, or a wrapper around one"

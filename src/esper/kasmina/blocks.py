@@ -1,0 +1,223 @@
+"""Blocks: layers, containers and spans of a Sequential, beside or behind which a blueprint's kernel can live.
+
+Such places are found by running the model with a seam at every module, not by guessing (mechanics: a
+``TransformerEncoderLayer`` calls none of its children in evaluation, ``MultiheadAttention.out_proj`` is never
+called at all). A place must be passed exactly once, in train and in eval mode, with the batch on axis 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from esper.blueprints.graph import Graph
+from esper.blueprints.kernel import GraphKernel
+from esper.contracts import Refusal, Signature, Site
+from esper.errors import BlueprintError
+from esper.kasmina.flops import FlopMeter
+from esper.kasmina.geometry import signatures
+from esper.kasmina.grown import GrownBranches
+from esper.kasmina.seam import open_seam
+
+Ends = tuple[nn.Module, nn.Module]
+Port = Literal["parallel", "serial"]
+GRANULES = (1, 2, 4, 8, 16)  # smallest hidden widths tried: attention needs a multiple of its heads
+SILENT = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase, GrownBranches)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A site beside or behind modules of the host, and the blueprint that would grow there."""
+
+    site: Site
+    port: Port
+    signature: Signature
+    graph: Graph
+    entry: nn.Module
+    exit: nn.Module
+
+    def ends(self) -> Ends:
+        """Return the module whose input is tapped and the module whose output is added to."""
+        return self.entry, self.exit
+
+    def kernel(self, units: int) -> GraphKernel:
+        """Build a fresh kernel with ``units`` as its hidden width, on the device of the place."""
+        own = [*self.exit.parameters(), *self.entry.parameters()]
+        return GraphKernel(self.graph.lower(self.signature, units), own[0])
+
+
+@dataclass(slots=True)
+class Passage:
+    """A gateway that notes what passes a place in one run."""
+
+    order: str = ""  # "<>": entered once, left once
+    x: Tensor | None = None
+    version: int = 0
+    y: Tensor | None = None
+    overwritten: bool = False  # the input was changed in place before the output came
+
+    def enter(self, x: Tensor | None) -> None:
+        """Note the input."""
+        self.order += "<"
+        self.x, self.version = x, 0 if x is None else x._version
+
+    def leave(self, y: Tensor) -> Tensor:
+        """Note the output."""
+        self.order += ">"
+        self.y = y
+        self.overwritten = self.x is not None and self.x._version != self.version
+        return y
+
+
+def find_blocks(
+    model: nn.Module, run: Callable[[], Any], examples: int, graphs: Sequence[Graph]
+) -> tuple[list[Block], list[Refusal]]:
+    """Return the places where blueprints fit, and every other place with the reason.
+
+    Args:
+        model: The host; its mode is put back.
+        run: Calls the model once; the caller guards buffers and random numbers.
+        examples: Examples in that run.
+        graphs: Blueprints to offer.
+    """
+    ends = dict(places(model))
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.train()
+        train = walk(ends, run)
+        model.eval()
+        with torch.no_grad():
+            evaluation = walk(ends, run)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    found: list[Block] = []
+    refusals: list[Refusal] = []
+    for name, two in ends.items():
+        reason = refused(train[name], evaluation[name])
+        if reason is None:
+            offered, reason = offers(name, two, train[name], examples, graphs)
+            found.extend(offered)
+        if reason is not None:
+            refusals.append(Refusal(name, reason))
+    return found, refusals
+
+
+def places(model: nn.Module) -> Iterator[tuple[str, Ends]]:
+    """List modules with parameters, and each layer of a Sequential with the activations behind it."""
+    for name, module in model.named_modules():
+        holds = next(module.parameters(), None) is not None
+        if name and holds and not isinstance(module, (*SILENT, nn.ModuleList, nn.ModuleDict, GraphKernel)):
+            yield name, (module, module)
+        if isinstance(module, nn.Sequential):
+            yield from spans(name, module)
+
+
+def spans(prefix: str, sequential: nn.Sequential) -> Iterator[tuple[str, Ends]]:
+    """List the spans from a layer to the last parameter-free child behind it."""
+    children = list(sequential.named_children())
+    for start, (name, layer) in enumerate(children):
+        end = start
+        while end + 1 < len(children) and next(children[end + 1][1].parameters(), None) is None:
+            end += 1
+        bare = next(layer.parameters(), None) is None or isinstance(layer, SILENT)
+        if end > start and not bare and end + 1 < len(children):
+            yield f"{prefix}.{name}:{children[end][0]}".lstrip("."), (layer, children[end][1])
+
+
+def walk(ends: Mapping[str, Ends], run: Callable[[], Any]) -> dict[str, Passage]:
+    """Run once with a gateway at every place."""
+    passages = {name: Passage() for name in ends}
+    closers: list[Callable[[], None]] = []
+    try:
+        for name, (entry, exit_) in ends.items():
+            closers += [open_seam(entry, "entry", passages[name]), open_seam(exit_, "exit", passages[name])]
+        run()
+    finally:
+        for close in closers:
+            close()
+    return passages
+
+
+def refused(train: Passage, evaluation: Passage) -> str | None:
+    """Return why a place cannot host a kernel, whatever its shape."""
+    for passage, mode in ((train, "training"), (evaluation, "evaluation")):
+        calls = passage.order.count("<")
+        if calls == 0:
+            return f"not called as a module in {mode}"
+        if calls > 1:
+            return f"called {calls} times in one pass in {mode}"
+        if passage.order != "<>" or passage.y is None:
+            return f"returns no floating-point tensor in {mode}"
+    assert train.y is not None and evaluation.y is not None
+    if train.y.shape[1:] != evaluation.y.shape[1:]:
+        return "its output has another shape in evaluation"
+    return None
+
+
+def offers(
+    name: str, ends: Ends, passage: Passage, examples: int, graphs: Sequence[Graph]
+) -> tuple[list[Block], str | None]:
+    """Return what fits at one place, or why nothing does."""
+    assert passage.y is not None
+    reasons: list[str] = []
+    made: list[Block] = []
+    fitting = signatures(ends, passage.x, passage.y, passage.overwritten, examples)
+    for graph in graphs:
+        for port in graph.ports:
+            signature = fitting[port]
+            misfit = signature if isinstance(signature, str) else graph.misfit(signature)
+            if misfit is None and isinstance(signature, Signature):
+                made.append(offer(name, ends, port, signature, graph, passage))
+                break
+            reasons.append(f"{graph.name}: {misfit}")
+    return made, "; ".join(dict.fromkeys(reasons)) if not made else None
+
+
+def offer(name: str, ends: Ends, port: Port, signature: Signature, graph: Graph, passage: Passage) -> Block:
+    """Price a blueprint at a place: parameters and FLOPs of the first units and of one more."""
+    granule = next((g for g in GRANULES if graph.scales and lowers(graph, signature, g)), 1)
+    read = passage.y if port == "serial" or passage.x is None else passage.x
+    assert read is not None
+    sample = torch.empty(1, *read.shape[1:], device="meta")
+    (small, cheap), (large, dear) = (cost(graph, signature, granule * n, sample) for n in (1, 2))
+    unit = (large - small) // granule if graph.scales else small
+    entry, _, rest = name.partition(":")
+    last = f"{entry.rpartition('.')[0]}.{rest}".lstrip(".") if rest else entry
+    site = Site(
+        name=f"{name}+{graph.name}",
+        kind="span" if rest else "module",
+        entry=entry,
+        exit=last,
+        between=(),
+        width=0,
+        granularity=granule,
+        unit_parameters=unit,
+        unit_flops=(dear - cheap) // granule if graph.scales else cheap,
+        blueprint=graph.name,
+        base_parameters=max(small - unit * granule, 0),
+        most=None if graph.scales else 1,
+    )
+    return Block(site, port, signature, graph, *ends)
+
+
+def lowers(graph: Graph, signature: Signature, hidden: int) -> bool:
+    """Tell whether a blueprint can be built at this width."""
+    try:
+        graph.lower(signature, hidden)
+    except BlueprintError:
+        return False
+    return True
+
+
+def cost(graph: Graph, signature: Signature, hidden: int, sample: Tensor) -> tuple[int, int]:
+    """Count parameters and forward FLOPs per example, without memory or time: on the meta device."""
+    program = graph.lower(signature, hidden)
+    with FlopMeter() as meter:
+        program.run(sample, [torch.empty(weight.shape, device="meta") for weight in program.weights])
+    return program.parameter_count(), meter.total

@@ -1,0 +1,45 @@
+"""What may grow: from the names a user gives to blueprints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from esper.blueprints import CATALOGUE
+from esper.blueprints.graph import Graph
+from esper.errors import BlueprintError
+
+
+def chosen(names: Sequence[str]) -> tuple[bool, list[Graph]]:
+    """Return whether pairs may be widened, and the blueprints to offer.
+
+    Args:
+        names: "widen", names of the catalogue, or paths of JSON files. "auto" is widening and, for a model in
+            which nothing can be widened, every blueprint that has won its benchmark.
+
+    Raises:
+        RegistryError: No such blueprint.
+        BlueprintError: A file does not hold a valid graph.
+    """
+    graphs: list[Graph] = []
+    for name in names:
+        if name == "auto":
+            graphs += [g for g in map(CATALOGUE.get, CATALOGUE.names()) if not g.experimental]
+        elif name.endswith(".json"):
+            graphs.append(read_graph(name))
+        elif name != "widen":
+            graphs.append(CATALOGUE.get(name))
+    return bool({"auto", "widen"} & set(names)), graphs
+
+
+def read_graph(path: str) -> Graph:
+    """Read a blueprint of the user's own.
+
+    Raises:
+        BlueprintError: The file cannot be read or is not a valid graph.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BlueprintError(f"cannot read the blueprint {path}: {error}") from None
+    return Graph.from_json(text)

@@ -1,0 +1,64 @@
+"""Compare a place's output before and after growth became part of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esper.errors import SurgeryError
+from esper.kasmina.isolation import evaluating, untouched
+from esper.kasmina.morphable import MorphableModel
+from esper.kasmina.seam import open_seam
+
+ROUNDING = 24  # units of machine precision, times the largest output: 2e-6 · √2 in fp32
+
+
+def output(model: MorphableModel, layer: nn.Module, run: Callable[[], Any]) -> Tensor:
+    """Return a layer's output on the probe batch, in eval mode.
+
+    Raises:
+        SurgeryError: The probe does not reach it.
+    """
+    capture = Capture()
+    close = open_seam(layer, "exit", capture)
+    try:
+        with evaluating(model), untouched(model.host, seed=0):
+            run()
+    finally:
+        close()
+    if capture.y is None:
+        raise SurgeryError("the probe did not reach the grown layer")
+    return capture.y
+
+
+def deviation(branch: Tensor, grown: Tensor) -> float:
+    """Return the largest difference between the branch as it was judged and what it became.
+
+    Raises:
+        SurgeryError: It is beyond rounding.
+    """
+    difference = float((branch - grown).abs().max())
+    allowed = ROUNDING * torch.finfo(grown.dtype).eps * float(branch.abs().max())
+    if not difference <= max(allowed, torch.finfo(grown.dtype).tiny):
+        raise SurgeryError(
+            f"the grown layers differ from the branch by {difference:.3g}; {allowed:.3g} is rounding"
+        )
+    return difference
+
+
+class Capture:
+    """Keeps the last output that passes a seam."""
+
+    def __init__(self) -> None:
+        self.y: Tensor | None = None
+
+    def enter(self, x: Tensor | None) -> None:
+        """Let inputs pass."""
+
+    def leave(self, y: Tensor) -> Tensor:
+        """Keep the output and let it pass."""
+        self.y = y.detach()
+        return y
