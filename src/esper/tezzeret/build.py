@@ -168,7 +168,8 @@ def warm() -> None:
     example = example_input(signature, (2, 2))
     for name in ("torchscript", "export"):
         if pipeline(name).unavailable() is None:
-            _compiled(pipeline(name), tiny, initial_weights(tiny, 0), example)
+            made = _compiled(pipeline(name), tiny, initial_weights(tiny, 0), example)
+            pipeline(name).dump(made.form)
 
 
 def _compiled(chosen: Pipeline, program: Program, weights: Mapping[str, Tensor], example: Tensor) -> Built:

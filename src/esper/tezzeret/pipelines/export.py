@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from zipfile import BadZipFile
 
 import torch
 from torch import Tensor
@@ -71,7 +72,7 @@ class Export:
         try:
             with quiet():
                 return ExportedForm(torch.export.load(io.BytesIO(stored)))
-        except FAILURES as error:
+        except (*FAILURES, BadZipFile) as error:
             raise CompileError(f"the stored export does not load: {error}") from error
 
 

@@ -70,16 +70,16 @@ def source(program: Program) -> str:
         CompileError: A constant cannot be printed.
     """
     places = {"%x": "x"} | {f"@{weight.name}": f"w[{i}]" for i, weight in enumerate(program.weights)}
-    lines = []
-    for number, one in enumerate(program.instructions):
-        try:
+    lines = ["def kernel(x: Tensor, w: List[Tensor]) -> Tensor:"]
+    try:
+        for number, one in enumerate(program.instructions):
             given = ", ".join(_printed(argument, places) for argument in one.arguments)
-        except KeyError as error:
-            raise CompileError(f"node {one.node!r} reads {error}, which nothing made before it") from error
-        lines.append(f"    v{number} = torch.ops.aten.{one.function}({given})")
-        places[f"%{one.result}"] = f"v{number}"
-    header = "def kernel(x: Tensor, w: List[Tensor]) -> Tensor:"
-    return "\n".join([header, *lines, f"    return {places[program.result]}", ""])
+            lines.append(f"    v{number} = torch.ops.aten.{one.function}({given})")
+            places[f"%{one.result}"] = f"v{number}"
+        lines.append(f"    return {places[program.result]}")
+    except KeyError as error:
+        raise CompileError(f"the program reads {error}, which nothing made before") from error
+    return "\n".join([*lines, ""])
 
 
 def _printed(argument: Argument, places: dict[str, str]) -> str:
