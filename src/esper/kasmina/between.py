@@ -10,11 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 ELEMENTWISE = frozenset(
     "relu relu_ relu6 gelu silu mish elu elu_ selu selu_ celu leaky_relu leaky_relu_ tanh tanh_ sigmoid "
@@ -22,7 +24,8 @@ ELEMENTWISE = frozenset(
     "hardshrink threshold clamp clamp_ clamp_min clamp_max clip abs exp square sqrt sin cos neg mul mul_ div "
     "div_ add add_ sub sub_ true_divide multiply __mul__ __rmul__ __add__ __radd__ __sub__ __truediv__ "
     "__neg__ __pow__ pow clone contiguous to float bfloat16 half dropout dropout_ alpha_dropout "
-    "nan_to_num".split()
+    "nan_to_num erf erfc log log1p expm1 sign rsqrt reciprocal atan sinh maximum minimum rsub __rsub__ "
+    "__rtruediv__ __rpow__".split()
 )
 SPATIAL = frozenset(
     "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d "
@@ -90,8 +93,48 @@ class Replay(Step):
 
 def named_replay(label: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], switches: bool) -> Replay:
     """Build a replay of a torch function from its name."""
-    func = next(getattr(home, label) for home in (F, torch, Tensor) if hasattr(home, label))
-    return Replay(label, func, args, kwargs, switches)
+    return Replay(label, function(label), args, kwargs, switches)
+
+
+@cache
+def function(label: str) -> Callable[..., Any]:
+    """Find a torch function or method by its name; ``torch.float`` is a dtype, ``Tensor.float`` is meant."""
+    found = [getattr(home, label, None) for home in (F, torch, Tensor)]
+    return next(func for func in found if callable(func))
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Stands for a tensor in the arguments of a call: 0 is the input, i the result of call i."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """One call of a :class:`Composite`."""
+
+    label: str
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Composite(Step):
+    """Elementwise calls that part and meet again, as activations written by hand do: ``x * sigmoid(x)``."""
+
+    parts: tuple[Part, ...]
+
+    def run(self, x: Tensor, own: Mapping[str, Tensor], training: bool) -> Tensor:
+        """Make the same calls on fewer channels; the last one's result is the step's."""
+        made = [x]
+        for part in self.parts:
+            kwargs = {**part.kwargs, "training": training} if "training" in part.kwargs else part.kwargs
+            leaves, shape = tree_flatten((part.args, kwargs))
+            leaves = [made[leaf.index] if isinstance(leaf, Slot) else leaf for leaf in leaves]
+            args, kwargs = tree_unflatten(leaves, shape)
+            made.append(function(part.label)(*args, **kwargs))
+        return made[-1]
 
 
 @dataclass(frozen=True)

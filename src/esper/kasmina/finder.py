@@ -3,42 +3,73 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from esper.contracts import Site
+from esper.kasmina.attention import OPERATORS, Behind, attentions
 from esper.kasmina.between import (
     ELEMENTWISE,
     REDUCE,
     RESHAPE,
     SPATIAL,
     BatchNorm,
+    Composite,
     Depthwise,
     Flatten,
     GroupNorm,
+    Part,
     Replay,
+    Slot,
     Step,
 )
+from esper.kasmina.gated import GatedPair
+from esper.kasmina.heads import HeadsPair
 from esper.kasmina.pairs import Pair, in_size, out_size
-from esper.kasmina.recorder import Call, Recording
+from esper.kasmina.proof import heads_of
+from esper.kasmina.recorder import Call, Recording, Refused
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 LAYERS = (nn.Linear, *CONVOLUTIONS)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-OPERATORS = frozenset({"linear", "conv1d", "conv2d", "conv3d"})
+PRODUCTS = frozenset({"mul", "__mul__", "mul_", "multiply", "__imul__"})
+REDUCING = frozenset(  # what turns weights into a penalty on their size
+    "norm vector_norm linalg_vector_norm linalg_norm square abs pow __pow__ mul __mul__ sum mean flatten "
+    "view reshape cat stack detach float to dot".split()
+)
 
 
-class Refused(Exception):
-    """A chain cannot be widened; the message is the reason."""
+class Met(Refused):
+    """A chain came to a product with another chain's output."""
+
+    def __init__(self, name: str, call: Call) -> None:
+        super().__init__(f"the output of {name} meets another tensor in {call.name}")
+        self.call = call
+
+
+@dataclass
+class Track:
+    """How far a layer's output has been followed."""
+
+    name: str
+    value: int
+    axis: int  # of the channels
+    steps: list[Step] = field(default_factory=list)
+    flops: int = 0
+    granularity: int = 1
 
 
 class Finder:
     """Follows each layer's output through one recording until a layer consumes it."""
 
     def __init__(self, model: nn.Module, recording: Recording) -> None:
-        self.recording = recording
+        self.model, self.recording = model, recording
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.owners: dict[str, list[str]] = {}  # parameter's first name -> modules that hold that tensor
         first = {id(t): n for n, t in [*model.named_parameters(), *model.named_buffers()]}
@@ -48,31 +79,113 @@ class Finder:
                     self.owners.setdefault(first[id(tensor)], []).append(path)
         self.first = first
 
-    def pair(self, name: str) -> Pair:
-        """Return the pair that ``name`` produces for; raise the reason where there is none."""
+    def pair(self, name: str) -> Pair | GatedPair | HeadsPair:
+        """Return what can be widened behind ``name``; raise the reason where nothing can."""
+        track = self.begin(name)
+        try:
+            return self.close(track, *self.follow(track))
+        except Met as met:
+            return self.gated(track, met)
+        except Refused as refusal:
+            if name not in self.attentions:
+                raise
+            path, behind = self.attentions[name]
+            found = behind.found(path)
+            for part in found.names:
+                self.only_call(part)
+            if name != found.names[0]:
+                raise Refused(f"{name} is widened with {found.names[0]}, as heads") from refusal
+            return heads_of(self.recording, self.modules, found)
+
+    @cached_property
+    def attentions(self) -> dict[str, tuple[str, Behind]]:
+        """Map the layers in front of attention to the layer behind it."""
+        return attentions(self.recording, self.modules)
+
+    def begin(self, name: str) -> Track:
+        """Start at a layer that can produce."""
         producer = self.modules[name]
         call = self.only_call(name)
         if getattr(producer, "groups", 1) != 1:
             raise Refused(f"{name} is a grouped convolution")
-        axis = len(call.shape or ()) - 1 if isinstance(producer, nn.Linear) else 1
         if isinstance(producer, CONVOLUTIONS) and len(call.shape or ()) != len(producer.kernel_size) + 2:
             raise Refused(f"{name} runs on input without a batch axis")
-        steps: list[Step] = []
-        flops = 0
-        granularity = 1
-        value = call.makes[0]
+        axis = len(call.shape or ()) - 1 if isinstance(producer, nn.Linear) else 1
+        return Track(name, call.makes[0], axis)
+
+    def follow(self, track: Track) -> tuple[str, Call]:
+        """Go on until a layer reads the value; returns its name and call."""
         while True:
-            reader = self.only_reader(value, name)
+            readers = self.readers(track.value, track.name)
+            if len(readers) > 1 or readers[0].reads.count(track.value) > 1:
+                step, track.value = self.region(track, readers)
+                track.steps.append(step)
+                continue
+            (reader,) = readers
             following = self.layer_of(reader)
             if following is not None and not is_depthwise(following[1]):
-                return self.close(name, following, reader, steps, axis, flops, granularity, value)
-            step, axis = self.step(reader, value, axis, name)
+                return following[0], reader
+            step, track.axis = self.step(reader, track.value, track.axis, track.name)
             if isinstance(step, GroupNorm):
-                granularity = math.lcm(granularity, step.group)
+                track.granularity = math.lcm(track.granularity, step.group)
             if reader.shape is not None:
-                flops += step.unit_flops(reader.shape)
-            steps.append(step)
-            value = reader.makes[0]
+                track.flops += step.unit_flops(reader.shape)
+            track.steps.append(step)
+            track.value = reader.makes[0]
+
+    def partner(self, track: Track, met: Met) -> tuple[str, Track]:
+        """Return the other factor's layer, which must read the same input and have the same size."""
+        source, size = self.only_call(track.name).reads[:1], out_size(self.modules[track.name])
+        for path, module in self.modules.items():
+            if path == track.name or type(module) is not type(self.modules[track.name]):
+                continue
+            there = self.meets(path)
+            if there is None or there[1].call is not met.call or self.only_call(path).reads[:1] != source:
+                continue
+            if there[0].axis == track.axis and out_size(module) == size:
+                return path, there[0]
+        raise met
+
+    def meets(self, name: str) -> tuple[Track, Met] | None:
+        """Return how far a layer's output runs alone, if it then meets another's in a product."""
+        try:
+            track = self.begin(name)
+        except Refused:
+            return None
+        try:
+            self.follow(track)
+        except Met as met:
+            return track, met
+        except Refused:
+            pass
+        return None
+
+    def gated(self, track: Track, met: Met) -> GatedPair:
+        """Return the pair of two producers whose outputs meet in a product, at the first of them."""
+        path, other = self.partner(track, met)
+        first, second = (self.recording.makers[self.only_call(n).makes[0]] for n in (track.name, path))
+        if first > second:
+            raise Refused(f"{track.name} is widened with {path}, whose output its own is multiplied by")
+        joint = Track(track.name, met.call.makes[0], track.axis)
+        target, call = self.follow(joint)
+        joint.flops += track.flops + other.flops
+        joint.granularity = math.lcm(joint.granularity, track.granularity, other.granularity)
+        plain = self.close(joint, target, call)
+        between = (*labels(track.steps), f"* {path}", *labels(other.steps), *labels(joint.steps))
+        site = replace(plain.site, name=f"{track.name}*{path}>{target}", between=between)
+        return GatedPair(
+            site,
+            plain.producer,
+            self.modules[path],
+            path,
+            plain.consumer,
+            tuple(track.steps),
+            tuple(other.steps),
+            plain.steps,
+            plain.columns,
+            plain.places,
+            plain.step_flops,
+        ).refreshed()
 
     def only_call(self, name: str) -> Call:
         """Return the one call of a layer; refuse layers that are shared, altered or read elsewhere."""
@@ -91,7 +204,7 @@ class Finder:
                 raise Refused(
                     f"{name}.{own} is tied to {', '.join(o for o in self.owners[first] if o != name)}"
                 )
-            calls.update(self.recording.uses.get(first, []))
+            calls.update(self.uses(first))
         if not calls:
             raise Refused(f"{name} was not called by the probe")
         if len(calls) > 1:
@@ -102,17 +215,46 @@ class Finder:
             raise Refused(f"the weight of {name} is read by {call.name}, not by the layer itself")
         return call
 
-    def only_reader(self, value: int, name: str) -> Call:
-        """Return the one call that reads a value."""
-        readers = sorted(set(self.recording.readers.get(value, [])))
+    def uses(self, parameter: str) -> list[int]:
+        """Return the calls a parameter was given to, but for penalties on its size."""
+        return [c for c in self.recording.uses.get(parameter, []) if not is_penalty(self.recording, c)]
+
+    def readers(self, value: int, name: str) -> list[Call]:
+        """Return the calls that read a value."""
         if value in self.recording.outputs:
             raise Refused(f"the output of {name} is an output of the model")
+        readers = sorted(set(self.recording.readers.get(value, [])))
         if not readers:
             raise Refused(f"nothing the probe recorded reads the output of {name}")
-        if len(readers) > 1:
-            names = ", ".join(self.recording.calls[r].name for r in readers)
-            raise Refused(f"the output of {name} has {len(readers)} consumers ({names})")
-        return self.recording.calls[readers[0]]
+        return [self.recording.calls[r] for r in readers]
+
+    def region(self, track: Track, readers: list[Call]) -> tuple[Composite, int]:
+        """Follow a value with several readers until only one is left: an activation written by hand."""
+        names = ", ".join(call.name for call in readers)
+        many = f"has {len(readers)} consumers" if len(readers) > 1 else "meets itself"
+        refusal = Refused(f"the output of {track.name} {many} ({names})")
+        slots, parts = {track.value: Slot(0)}, list[Part]()
+        done: set[int] = set()
+        while True:
+            ahead = {v: sorted(set(self.recording.readers.get(v, [])) - done) for v in slots}
+            open_ = [v for v, calls in ahead.items() if calls]
+            if not open_ or not self.recording.outputs.isdisjoint(slots):
+                raise refusal
+            if parts and len(open_) == 1 and slots[open_[0]].index == len(parts):
+                label = "+".join(dict.fromkeys(part.label.strip("_") for part in parts))
+                return Composite(label, tuple(parts)), open_[0]
+            index = min(calls[0] for calls in ahead.values() if calls)
+            call = self.recording.calls[index]
+            alone = call.name in ELEMENTWISE and not call.parameters and set(call.reads) <= set(slots)
+            if not alone or len(call.makes) != 1 or call.shape != self.recording.shapes[track.value]:
+                raise refusal
+            given = iter([slots[r] for r in call.reads])
+            leaves, shape = tree_flatten((call.args, call.kwargs))
+            leaves = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            args, kwargs = tree_unflatten(leaves, shape)
+            parts.append(Part(call.name, args, kwargs))
+            slots[call.makes[0]] = Slot(len(parts))
+            done.add(index)
 
     def layer_of(self, call: Call) -> tuple[str, nn.Module] | None:
         """Return the Linear or convolution a call belongs to."""
@@ -122,22 +264,12 @@ class Finder:
                 return path, self.modules[path]
         return None
 
-    def close(
-        self,
-        name: str,
-        following: tuple[str, nn.Module],
-        call: Call,
-        steps: list[Step],
-        axis: int,
-        flops: int,
-        granularity: int,
-        value: int,
-    ) -> Pair:
+    def close(self, track: Track, target: str, call: Call) -> Pair:
         """Check the consumer and build the pair."""
-        target, consumer = following
+        name, axis, steps, consumer = track.name, track.axis, track.steps, self.modules[target]
         self.only_call(target)
         producer = self.modules[name]
-        shape = self.recording.shapes[value]
+        shape = self.recording.shapes[track.value]
         if isinstance(consumer, nn.Linear) and axis != len(shape) - 1:
             raise Refused(f"{target} reads another axis than the one {name} widens")
         if isinstance(consumer, CONVOLUTIONS):
@@ -152,24 +284,25 @@ class Finder:
             kind="pair",
             entry=name,
             exit=target,
-            between=tuple(s.label for s in steps),
+            between=labels(steps),
             width=out_size(producer),
-            granularity=granularity,
+            granularity=track.granularity,
             unit_parameters=0,
             unit_flops=0,
         )
         columns = in_size(consumer) // out_size(producer)
         places = positions(self.only_call(name), producer), positions(call, consumer)
-        return Pair(site, producer, consumer, tuple(steps), columns, places, flops).refreshed()
+        return Pair(site, producer, consumer, tuple(steps), columns, places, track.flops).refreshed()
 
     def step(self, call: Call, value: int, axis: int, name: str) -> tuple[Step, int]:
         """Turn a call into a step, with the axis the channels are on behind it."""
         before, after = self.recording.shapes[value], call.shape
         others = [r for r in call.reads if r != value]
+        product = call.name in PRODUCTS and len(call.reads) == 2 and not call.parameters
+        if product and len(others) == 1 and self.recording.shapes[others[0]] == before == after:
+            raise Met(name, call)
         if others or not call.makes or after is None:
             raise Refused(f"the output of {name} meets another tensor in {call.name}")
-        if call.reads.count(value) > 1:
-            raise Refused(f"the output of {name} meets itself in {call.name}")
         if call.parameters:
             return self.layered(call, axis, name), axis
         kwargs = {k: v for k, v in call.kwargs.items() if not isinstance(v, Tensor)}
@@ -203,7 +336,7 @@ class Finder:
         )
         if any(len(self.owners[p]) > 1 for p in call.parameters):
             raise Refused(f"{path} between {name} and its consumer shares its tensors")
-        times = max(len(set(self.recording.uses[p])) for p in call.parameters)
+        times = max(len(set(self.uses(p))) for p in call.parameters)
         if times > 1:
             raise Refused(
                 f"{path} between {name} and its consumer is called {times} times, or read elsewhere"
@@ -223,6 +356,29 @@ class Finder:
         raise Refused(
             f"{label} ({call.name}) stands between {name} and its consumer and mixes or owns channels"
         )
+
+
+def is_penalty(recording: Recording, index: int) -> bool:
+    """Tell a read of weights that ends in a scalar and, with it, in the loss: ``p.norm()`` for every p."""
+    todo, derived, shapes = [index], set[int](), recording.shapes
+    while todo:
+        call = recording.calls[todo.pop()]
+        own = set(call.reads) <= derived and call.name in REDUCING
+        scalars = all(shapes[v].numel() == 1 for v in call.reads) and not any(shapes[v] for v in call.makes)
+        joined = call.name in {"stack", "cat"} and all(len(shapes[v]) == 1 for v in call.makes)
+        if not call.makes or not (own or joined or (derived and scalars)):
+            return False
+        for value in call.makes:
+            if shapes[value] and value in recording.outputs:
+                return False
+            derived.add(value)
+            todo.extend(recording.readers.get(value, []))
+    return True
+
+
+def labels(steps: Sequence[Step]) -> tuple[str, ...]:
+    """Name steps, in order."""
+    return tuple(step.label for step in steps)
 
 
 def positions(call: Call, layer: nn.Module) -> int:

@@ -39,9 +39,9 @@ class Pair:
 
     def refreshed(self) -> Pair:
         """Return the pair with its layers' facts as they are now, after this or a neighbour was widened."""
-        parameters = weight_of(self.producer)[0].numel() + (self.producer.bias is not None)
         outgoing = weight_of(self.consumer)[:, : self.columns].numel()
-        parameters += outgoing + sum(step.unit_parameters() for step in self.steps)
+        parameters = unit_parameters(self.producer) + outgoing
+        parameters += sum(step.unit_parameters() for step in self.steps)
         incoming = weight_of(self.producer)[0].numel() * self.places[0]
         flops = 2 * (incoming + outgoing * self.places[1]) + self.step_flops
         site = replace(self.site, width=out_size(self.producer), unit_parameters=parameters, unit_flops=flops)
@@ -93,3 +93,8 @@ def weight_of(layer: nn.Module) -> Tensor:
     """Return a layer's weight, (out, in, …)."""
     assert isinstance(layer.weight, Tensor)
     return layer.weight
+
+
+def unit_parameters(producer: nn.Module) -> int:
+    """Count what one more row of a producer holds, its bias included."""
+    return weight_of(producer)[0].numel() + (producer.bias is not None)

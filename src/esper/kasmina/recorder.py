@@ -41,6 +41,10 @@ class Call:
         return self.args[index] if index < len(self.args) else self.kwargs.get(name, default)
 
 
+class Refused(Exception):
+    """A place cannot grow; the message is the reason."""
+
+
 @dataclass(slots=True)
 class Recording:
     """The calls of one run; a value is a tensor at one moment, so an in-place call makes a new one."""
@@ -50,6 +54,14 @@ class Recording:
     uses: dict[str, list[int]] = field(default_factory=dict)  # parameter -> calls that were given it
     shapes: list[torch.Size] = field(default_factory=list)  # of each value
     outputs: frozenset[int] = frozenset()  # values the run returned
+    makers: dict[int, int] = field(default_factory=dict)  # value -> the call that made it
+    again: Callable[[], Any] | None = None  # the run itself
+
+    def settle(self, outputs: frozenset[int], run: Callable[[], Any]) -> Recording:
+        """Note what the run returned, and who made what."""
+        self.outputs, self.again = outputs, run
+        self.makers = {value: index for index, call in enumerate(self.calls) for value in call.makes}
+        return self
 
 
 class Recorder(TorchFunctionMode):
@@ -123,5 +135,4 @@ def record(model: nn.Module, run: Callable[[], Any]) -> Recording:
     recorder = Recorder(tensor_names(model))
     with recorder:
         result = run()
-    recorder.recording.outputs = frozenset(recorder.value(t) for t in tensors(result))
-    return recorder.recording
+    return recorder.recording.settle(frozenset(recorder.value(t) for t in tensors(result)), run)

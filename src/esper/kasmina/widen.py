@@ -8,8 +8,8 @@ with three branches).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,8 +19,8 @@ from esper.contracts import Site, WidenPlan
 from esper.kasmina.between import Step
 
 
-class TwoLayers(Protocol):
-    """What the kernel reads of a pair."""
+class Widenable(Protocol):
+    """What a kernel made of the host's own layers reads of its place."""
 
     @property
     def site(self) -> Site:
@@ -28,15 +28,11 @@ class TwoLayers(Protocol):
 
     @property
     def producer(self) -> Any:
-        """The layer that gets rows."""
+        """The layer whose input is read."""
 
     @property
     def consumer(self) -> Any:
         """The layer that gets columns."""
-
-    @property
-    def steps(self) -> tuple[Step, ...]:
-        """What stands between."""
 
     @property
     def columns(self) -> int:
@@ -46,8 +42,19 @@ class TwoLayers(Protocol):
         """Write down what grows when ``units`` are added."""
 
 
-class WidenKernel(LiveKernel):
-    """New units of a pair; the consumer's new columns start at zero, so the output does not move at birth.
+class TwoLayers(Widenable, Protocol):
+    """A pair."""
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """What stands between."""
+
+
+PlaceT = TypeVar("PlaceT", bound=Widenable)
+
+
+class HostKernel(LiveKernel, Generic[PlaceT]):
+    """New units of the host's own layers; the consumer's new columns start at zero.
 
     Args:
         pair: Where the units will live; its modules are used, not owned.
@@ -56,34 +63,11 @@ class WidenKernel(LiveKernel):
 
     outgoing = ("consumer_weight",)
 
-    def __init__(self, pair: TwoLayers, units: int) -> None:
+    def __init__(self, pair: PlaceT, units: int) -> None:
         super().__init__()
         self.units = units
-        self.pair = pair
-        producer, consumer = pair.producer.weight, pair.consumer.weight
-        bound = 1 / math.sqrt(producer[0].numel())  # torch's default for Linear and convolutions
-        rows = producer.new_empty(units, *producer.shape[1:]).uniform_(-bound, bound)
-        self.producer_weight = nn.Parameter(rows)  # (units, in, *taps)
-        self.producer_bias = None if pair.producer.bias is None else nn.Parameter(producer.new_zeros(units))
-        columns = consumer.new_zeros(consumer.shape[0], units * pair.columns, *consumer.shape[2:])
-        self.consumer_weight = nn.Parameter(columns)  # (out, units * columns, *taps)
-        self.owned: list[list[str]] = []  # of each step
-        for index, step in enumerate(pair.steps):
-            fresh = step.fresh(units, producer.detach())
-            self.owned.append(list(fresh))
-            for own, tensor in fresh.items():
-                name = f"between_{index}_{own}"
-                if own.startswith("running_"):
-                    self.register_buffer(name, tensor)
-                else:
-                    self.register_parameter(name, nn.Parameter(tensor))
-        held = [name for name, _ in [*self.named_parameters(), *self.named_buffers()]]
-        self.axes: Mapping[str, int] = {name: int(name == "consumer_weight") for name in held}
-
-    @property
-    def place(self) -> TwoLayers:
-        """The pair, under the name every kernel of the host's own layers has for it."""
-        return self.pair
+        self.pair: PlaceT = pair
+        self.consumer_weight: nn.Parameter
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Keep the host's modules out of the kernel's own tree."""
@@ -92,16 +76,51 @@ class WidenKernel(LiveKernel):
         else:
             super().__setattr__(name, value)
 
-    def forward(self, x: Tensor, hidden: bool = False) -> Tensor:
-        """Map the producer's input to what the units add to the consumer's output, or to its input."""
-        h = affine(self.pair.producer, x, self.producer_weight, self.producer_bias)
-        for index, (step, names) in enumerate(zip(self.pair.steps, self.owned, strict=True)):
-            h = step.run(
-                h,
-                {own: getattr(self, f"between_{index}_{own}") for own in names},
-                self.pair.producer.training,
-            )
-        return h if hidden else affine(self.pair.consumer, h, self.consumer_weight, None)
+    @property
+    def place(self) -> PlaceT:
+        """The pair, under the name that every kernel of a place has for it."""
+        return self.pair
+
+    def draw(self, role: str, layer: Any) -> None:
+        """Make rows of a producing layer: uniform with bound 1/√fan_in, torch's default, and bias 0."""
+        host = layer.weight
+        bound = 1 / math.sqrt(host[0].numel())
+        rows = host.new_empty(self.units, *host.shape[1:]).uniform_(-bound, bound)
+        self.register_parameter(f"{role}_weight", nn.Parameter(rows))  # (units, in, *taps)
+        bias = None if layer.bias is None else nn.Parameter(host.new_zeros(self.units))
+        self.register_parameter(f"{role}_bias", bias)
+
+    def columns(self) -> None:
+        """Make the consumer's columns, all zero."""
+        host = self.pair.consumer.weight
+        columns = host.new_zeros(host.shape[0], self.units * self.pair.columns, *host.shape[2:])
+        self.consumer_weight = nn.Parameter(columns)  # (out, units * columns, *taps)
+
+    def own(self, role: str, steps: Sequence[Step], like: Tensor) -> list[list[str]]:
+        """Make the tensors that steps need for new channels; returns their names per step."""
+        owned: list[list[str]] = []
+        for index, step in enumerate(steps):
+            fresh = step.fresh(self.units, like.detach())
+            owned.append(list(fresh))
+            for own, tensor in fresh.items():
+                name = f"{role}_{index}_{own}"
+                if own.startswith("running_"):
+                    self.register_buffer(name, tensor)
+                else:
+                    self.register_parameter(name, nn.Parameter(tensor))
+        return owned
+
+    def along(self) -> Mapping[str, int]:
+        """Name every tensor's axis with one slice per unit, once all are made."""
+        held = [name for name, _ in [*self.named_parameters(), *self.named_buffers()]]
+        return {name: int(name in self.outgoing) for name in held}
+
+    def through(self, role: str, steps: Sequence[Step], owned: Sequence[Sequence[str]], h: Tensor) -> Tensor:
+        """Run steps on new channels, in the mode of the host."""
+        for index, (step, names) in enumerate(zip(steps, owned, strict=True)):
+            tensors = {name: getattr(self, f"{role}_{index}_{name}") for name in names}
+            h = step.run(h, tensors, self.pair.producer.training)
+        return h
 
     def plan(self) -> WidenPlan:
         """Say what of the host grows when this kernel is kept."""
@@ -110,6 +129,31 @@ class WidenKernel(LiveKernel):
     def slices(self, plan: WidenPlan) -> dict[str, Tensor]:
         """Return the new part of every tensor the plan names."""
         return {edit.name: getattr(self, edit.source).detach() for edit in plan.edits}
+
+
+class WidenKernel(HostKernel[TwoLayers]):
+    """New units of a pair.
+
+    Args:
+        pair: Where the units will live.
+        units: How many.
+    """
+
+    producer_weight: nn.Parameter
+    producer_bias: nn.Parameter | None
+
+    def __init__(self, pair: TwoLayers, units: int) -> None:
+        super().__init__(pair, units)
+        self.draw("producer", pair.producer)
+        self.columns()
+        self.owned = self.own("between", pair.steps, pair.producer.weight)
+        self.axes = self.along()
+
+    def forward(self, x: Tensor, hidden: bool = False) -> Tensor:
+        """Map the producer's input to what the units add to the consumer's output, or to its input."""
+        h = affine(self.pair.producer, x, self.producer_weight, self.producer_bias)
+        h = self.through("between", self.pair.steps, self.owned, h)
+        return h if hidden else affine(self.pair.consumer, h, self.consumer_weight, None)
 
 
 def affine(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,0 +1,114 @@
+"""A gated pair: two producers read one input, their outputs meet in a product, one consumer reads it.
+
+``down(act(gate(x)) * up(x))`` (GLU, SwiGLU: Shazeer, arXiv:2002.05202). A new unit is a row in both producers
+and a column in the consumer; with that column at zero the output does not move.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from esper.contracts import Site, WidenEdit, WidenPlan
+from esper.kasmina.between import Step
+from esper.kasmina.pairs import edit, in_name, in_size, out_name, out_size, unit_parameters, weight_of
+from esper.kasmina.widen import HostKernel, affine
+
+
+@dataclass(frozen=True)
+class GatedPair:
+    """A site with the host's own modules at hand."""
+
+    site: Site
+    producer: Any  # nn.Linear or a convolution, the one that runs first
+    partner: Any  # the other factor's
+    partner_name: str
+    consumer: Any
+    left: tuple[Step, ...]  # between the producer and the product
+    right: tuple[Step, ...]  # between the partner and the product
+    steps: tuple[Step, ...]  # between the product and the consumer
+    columns: int
+    places: tuple[int, int]  # positions per example at which producers and consumer are applied
+    step_flops: int
+
+    @property
+    def port(self) -> Literal["parallel"]:
+        """New units read what both producers read."""
+        return "parallel"
+
+    def ends(self) -> tuple[nn.Module, nn.Module]:
+        """Return the first producer and the consumer."""
+        return self.producer, self.consumer
+
+    def kernel(self, units: int) -> GatedKernel:
+        """Build new units; the consumer's columns are zero."""
+        return GatedKernel(self, units)
+
+    def refreshed(self) -> GatedPair:
+        """Return the pair with its layers' facts as they are now."""
+        outgoing = weight_of(self.consumer)[:, : self.columns].numel()
+        incoming = weight_of(self.producer)[0].numel() + weight_of(self.partner)[0].numel()
+        parameters = unit_parameters(self.producer) + unit_parameters(self.partner) + outgoing
+        parameters += sum(step.unit_parameters() for step in (*self.left, *self.right, *self.steps))
+        flops = 2 * (incoming * self.places[0] + outgoing * self.places[1]) + self.step_flops
+        site = replace(self.site, width=out_size(self.producer), unit_parameters=parameters, unit_flops=flops)
+        return replace(self, site=site)
+
+    def plan(self, units: int) -> WidenPlan:
+        """Write down what grows when ``units`` are added; sources are the kernel's tensor names."""
+        edits: list[WidenEdit] = []
+        attributes: list[tuple[str, str, int]] = []
+        sides = (("producer", self.site.entry, self.producer), ("partner", self.partner_name, self.partner))
+        for role, path, layer in sides:
+            edits.append(edit(f"{path}.weight", 0, layer.weight, units, f"{role}_weight"))
+            if layer.bias is not None:
+                edits.append(edit(f"{path}.bias", 0, layer.bias, units, f"{role}_bias"))
+            attributes.append((path, out_name(layer), out_size(layer) + units))
+        for role, steps in (("left", self.left), ("right", self.right), ("between", self.steps)):
+            for index, step in enumerate(steps):
+                for own, host in step.grows():
+                    edits.append(edit(host, 0, step.tensors()[own], units, f"{role}_{index}_{own}"))
+                attributes.extend(step.attributes(units))
+        added, exit_ = units * self.columns, self.site.exit
+        edits.append(edit(f"{exit_}.weight", 1, self.consumer.weight, added, "consumer_weight"))
+        attributes.append((exit_, in_name(self.consumer), in_size(self.consumer) + added))
+        return WidenPlan(self.site.name, units, tuple(edits), tuple(attributes))
+
+
+class GatedKernel(HostKernel[GatedPair]):
+    """New units of a gated pair.
+
+    Args:
+        pair: Where the units will live.
+        units: How many.
+    """
+
+    producer_weight: nn.Parameter
+    producer_bias: nn.Parameter | None
+    partner_weight: nn.Parameter
+    partner_bias: nn.Parameter | None
+
+    def __init__(self, pair: GatedPair, units: int) -> None:
+        super().__init__(pair, units)
+        self.draw("producer", pair.producer)
+        self.draw("partner", pair.partner)
+        self.columns()
+        like = pair.producer.weight
+        self.owned = {
+            "left": self.own("left", pair.left, like),
+            "right": self.own("right", pair.right, like),
+            "between": self.own("between", pair.steps, like),
+        }
+        self.axes = self.along()
+
+    def forward(self, x: Tensor, hidden: bool = False) -> Tensor:
+        """Map the producers' input to what the units add to the consumer's output, or to its input."""
+        pair = self.pair
+        left = affine(pair.producer, x, self.producer_weight, self.producer_bias)
+        right = affine(pair.partner, x, self.partner_weight, self.partner_bias)
+        left = self.through("left", pair.left, self.owned["left"], left)
+        right = self.through("right", pair.right, self.owned["right"], right)
+        h = self.through("between", pair.steps, self.owned["between"], left * right)
+        return h if hidden else affine(pair.consumer, h, self.consumer_weight, None)

@@ -1,0 +1,171 @@
+"""Prove on a copy what grows with the heads of attention, and how it is computed.
+
+How a forward pass cuts its width into heads is the user's own code, so nothing is assumed: the copy is
+widened and run, and what it computes has to be the old output plus what the kernel adds.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from itertools import combinations, takewhile
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esper.contracts import Site
+from esper.kasmina.attention import Found
+from esper.kasmina.heads import Count, HeadsPair
+from esper.kasmina.materialise import widen
+from esper.kasmina.recorder import Recording, Refused
+
+TRIES = 33  # subsets of five numbers, and the ones whose name says heads
+
+
+def enclosing(
+    recording: Recording, modules: Mapping[str, nn.Module], names: Sequence[str]
+) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
+    """Return the smallest module around the layers that is called, with what it is called with."""
+    levels = zip(*(name.split(".") for name in names), strict=False)
+    shared = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, levels)]
+    paths = [".".join(shared[:depth]) for depth in range(len(shared) + 1)]  # from the model inwards
+    calls: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+    with ExitStack() as stack:
+        for path in paths:
+            kept = calls.setdefault(path, [])
+
+            def keep(module: nn.Module, args: Any, kwargs: Any, kept: Any = kept) -> None:
+                kept.append((args, kwargs))
+
+            stack.callback(modules[path].register_forward_pre_hook(keep, with_kwargs=True).remove)
+        assert recording.again is not None
+        recording.again()
+    path = next((p for p in reversed(paths) if len(calls[p]) == 1), None)
+    if path is None:
+        raise Refused(f"no module around {', '.join(names)} is called exactly once")
+    return path, *calls[path][0]
+
+
+class Proof:
+    """Finds out by trying, on a copy, how attention is computed and what grows with its heads."""
+
+    def __init__(self, model: nn.Module, pair: HeadsPair, run: Callable[[], Any], heads: int) -> None:
+        self.copy, self.pair, self.run, self.count = model.eval(), pair, run, heads
+        self.x, self.y = self.look()
+
+    @torch.no_grad()
+    def look(self) -> tuple[Tensor, Tensor]:
+        """Return what q reads and what the layer behind makes."""
+        seen: list[Tensor] = []
+        with ExitStack() as stack:
+            first, last = self.pair.ends()
+
+            def enter(module: nn.Module, args: Any) -> None:
+                seen.append(args[0])
+
+            def leave(module: nn.Module, args: Any, y: Tensor) -> None:
+                seen.append(y)
+
+            stack.callback(first.register_forward_pre_hook(enter).remove)
+            stack.callback(last.register_forward_hook(leave).remove)
+            self.run()
+        if len(seen) != 2:
+            raise Refused(f"{self.pair.names[0]} and {self.pair.names[3]} are not called as modules")
+        return seen[0], seen[1]
+
+    def close(self, one: Tensor, other: Tensor) -> bool:
+        """Compare within the rounding of two ways to add up."""
+        allowed = 1e4 * torch.finfo(one.dtype).eps * float(one.abs().max())  # 1e-3 in fp32
+        return one.shape == other.shape and float((one - other).abs().max()) <= allowed
+
+    @torch.no_grad()
+    def formula(self, pair: HeadsPair) -> HeadsPair:
+        """Explain the host's own heads: with or without looking ahead, and which scale."""
+        q, k, v = (layer(self.x) for _, _, layer in pair.layers())
+        size, width = pair.site.granularity, pair.site.width
+        for scale in dict.fromkeys((size**-0.5, 1.0, width**-0.5, 1 / size)):
+            for causal in (False, True):
+                tried = replace(pair, causal=causal, scale=scale)
+                if self.close(self.y, pair.consumer(tried.attend(q, k, v, False))):
+                    return tried
+        raise Refused(
+            f"what {pair.names[3]} reads is not plain softmax attention, causal or not, of what is before it"
+        )
+
+    def heads(self, pair: HeadsPair) -> HeadsPair:
+        """Find numbers of the user's modules whose growth makes the wider copy compute the new heads too."""
+        size, width = pair.site.granularity, pair.site.width
+        counts = [
+            Count(path, module, name, 1 if value == self.count else size)
+            for path, module in self.copy.named_modules()
+            if module not in (pair.producer, pair.key, pair.value, pair.consumer)
+            for name, value in vars(module).items()
+            if type(value) is int and value in (self.count, width)
+        ]
+        counts.sort(key=lambda c: ("head" not in c.attribute or "dim" in c.attribute, c.per_head))
+        named = tuple(
+            c for c in counts if c.per_head == 1 and "head" in c.attribute and "dim" not in c.attribute
+        )
+        tries = [c for number in range(len(counts) + 1) for c in combinations(counts, number)]
+        why = ""
+        for chosen in [named, *tries][:TRIES]:
+            tried = replace(pair, counts=chosen)
+            why = self.fails(tried, 1) or self.fails(tried, 2)
+            if not why:
+                return tried
+        listed = ", ".join(f"{c.path}.{c.attribute}".lstrip(".") for c in counts) or "none"
+        raise Refused(
+            f"more heads in {pair.names[0]} do not fit the forward pass, whichever of its numbers grow "
+            f"({listed}): {why}"
+        )
+
+    @torch.no_grad()
+    def fails(self, pair: HeadsPair, heads: int) -> str:
+        """Widen the copy by random heads and say what is wrong; the copy is put back."""
+        kernel = pair.kernel(heads * pair.site.granularity).eval()
+        for parameter in kernel.parameters():
+            parameter.normal_(std=0.5)
+        plan = kernel.plan()
+        wanted = self.y + kernel(self.x)
+        widened = widen(self.copy, plan, kernel.slices(plan))
+        try:
+            _, y = self.look()
+        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+            return (str(error).splitlines() or [type(error).__name__])[0]
+        finally:
+            widened.undo()
+        return "" if self.close(wanted, y) else "the old heads change, or the new ones are not computed alone"
+
+
+def heads_of(recording: Recording, modules: Mapping[str, nn.Module], found: Found) -> HeadsPair:
+    """Prove on a copy what has to grow with the heads, and return the place.
+
+    Raises:
+        Refused: No growth of the user's own numbers gives what the kernel adds.
+    """
+    q, k, v, behind = found.names
+    path, args, kwargs = enclosing(recording, modules, found.names)
+    try:
+        duplicate = copy.deepcopy(modules[path])
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        raise Refused(f"{path or 'the model'} cannot be copied for a proof: {error}") from error
+    first = len(path) + 1 if path else 0
+    near = (q[first:], k[first:], v[first:], behind[first:])
+    one, two, three, last = (duplicate.get_submodule(name) for name in near)
+    assert isinstance(one, nn.Linear)
+    width, size = one.out_features, one.out_features // found.heads
+    site = Site(f"{q}>{behind}", "pair", q, behind, (k, v, "attention"), width, size, 0, 0)
+    trial = HeadsPair(site, near, one, two, three, last, False, 1.0, found.dropout, (), found.x.shape[1])
+    proof = Proof(duplicate, trial, lambda: duplicate(*args, **kwargs), found.heads)
+    trial = proof.heads(proof.formula(trial))
+    counts = []
+    for count in trial.counts:
+        name = f"{path}.{count.path}".strip(".")
+        counts.append(replace(count, path=name, module=modules[name]))
+    one, two, three, last = (modules[name] for name in found.names)
+    return replace(
+        trial, names=found.names, producer=one, key=two, value=three, consumer=last, counts=tuple(counts)
+    ).refreshed()
