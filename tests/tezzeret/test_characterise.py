@@ -20,7 +20,9 @@ def quick(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
 
 
 def slow(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    time.sleep(0.003)
+    end = time.thread_time() + 0.003
+    while time.thread_time() < end:
+        pass
     return x @ weights[0]
 
 
