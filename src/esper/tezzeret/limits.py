@@ -35,9 +35,9 @@ class Limits:
     Attributes:
         wall: Seconds one build may take.
         cpu: Seconds of CPU time one build may take.
-        memory: Bytes the worker may allocate (RLIMIT_DATA), and that it and its children may keep resident.
-            torch alone is 180 MB of the first and 220 MB of the second. RLIMIT_AS is not set: CUDA reserves
-            far more addresses than it uses.
+        memory: Bytes one process may allocate (RLIMIT_DATA; importing torch takes 180 MB); more is an error
+            the worker survives. With its children and mapped files it may keep a quarter more resident, or is
+            killed. RLIMIT_AS is not set: CUDA reserves far more addresses than it uses.
         file: Bytes of the largest file it may write.
         open_files: Files it may hold open.
         request: Bytes of the largest request.
@@ -51,7 +51,7 @@ class Limits:
     memory: int = 4096 * MIB
     file: int = 256 * MIB
     open_files: int = 512
-    request: int = MIB
+    request: int = MIB // 2  # the largest valid graph is half of it; writing one takes 1 ms
     answer: int = 512 * MIB
     start: float = 120.0
     niceness: int = 10
@@ -61,6 +61,11 @@ class Limits:
             value = getattr(self, name)
             if not (math.isfinite(value) and (value > 0 or name == "niceness")):
                 raise ConfigError(f"Limits.{name} is {value}; it must be finite and greater than 0")
+
+    @property
+    def resident(self) -> int:
+        """Bytes a worker and its children may keep resident."""
+        return self.memory + self.memory // 4
 
     def enforce(self, parent: int) -> dict[str, str]:
         """Hold this process to the limits, for good; a worker calls it before it imports torch.

@@ -143,10 +143,8 @@ class WorkerProcess:
         memory = resident(pid)
         if memory is not None:
             self.peak = max(memory, self.peak or 0)
-            if memory > self.limits.memory:
-                return (
-                    f"ran into its limits: {memory // MIB} MiB resident, {self.limits.memory // MIB} allowed"
-                )
+            if memory > (most := self.limits.resident):
+                return f"ran into its limits: {memory // MIB} MiB resident, {most // MIB} allowed"
         return f"ran into its limits: {allowed} are over" if clock.monotonic() > deadline else None
 
     def _ended(self) -> bool:
