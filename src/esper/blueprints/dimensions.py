@@ -20,7 +20,7 @@ def fault(dimension: object) -> str | None:
     if isinstance(dimension, bool) or not isinstance(dimension, int | str):
         return f"a dimension is a number or a text such as 'hidden*2', not {dimension!r:.60}"
     if isinstance(dimension, int):
-        return None if 1 <= dimension <= LARGEST else f"a dimension lies in 1…{LARGEST}, not {dimension:.4g}"
+        return None if 1 <= dimension <= LARGEST else f"a dimension lies in 1…{LARGEST}"
     return None if _parse(dimension) is not None else _explain(dimension)
 
 

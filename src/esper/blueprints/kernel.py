@@ -49,7 +49,8 @@ class GraphKernel(LiveKernel):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return what is added to the site's output, in its shape."""
-        weights = [self.get_parameter(weight.name) for weight in self.program.weights]
+        own: Mapping[str, Any] = self._parameters  # plain tensors while candidates run under functional_call
+        weights = [own[weight.name] for weight in self.program.weights]
         return (self.form or self.program.run)(x, weights)
 
     def swap(self, form: Form | None, pipeline: str) -> None:

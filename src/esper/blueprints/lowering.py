@@ -17,20 +17,20 @@ def lower(graph: str, structure: Structure, output: str, signature: Signature, h
     Raises:
         BlueprintError: The message names the node and the reason.
     """
-    first: Building | None = None
-    result = ""
-    for given, expected in example_shapes(signature):
-        building, value = _build(graph, structure, output, signature, hidden, given)
-        if value.shape != expected:
+    shapes = example_shapes(signature)
+    built = [_build(graph, structure, output, signature, hidden, given) for given, _ in shapes]
+    first, value = built[0]
+    for other, _ in built[1:]:
+        _compare(graph, first, other)
+    for (given, expected), (_, made) in zip(shapes, built, strict=True):
+        if made.shape != expected:
             raise BlueprintError(
-                f"graph {graph!r}, node {output!r}: it gives {value.shape} for an input of {given}, "
+                f"graph {graph!r}, node {output!r}: it gives {made.shape} for an input of {given}, "
                 f"where the site has {expected}"
             )
-        first = first or building
-        _compare(graph, first, building)
-        result = value.name
-    assert first is not None
-    return Program(signature, tuple(first.weights), tuple(first.instructions), result, tuple(first.outgoing))
+    return Program(
+        signature, tuple(first.weights), tuple(first.instructions), value.name, tuple(first.outgoing)
+    )
 
 
 def _build(

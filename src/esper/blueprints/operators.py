@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -36,7 +35,7 @@ class Attribute:
         if isinstance(value, bool) or not isinstance(value, int | float):
             return "must be a number"
         if self.kind == "number":
-            return None if 1e-4 <= abs(value) <= 1e4 and math.isfinite(value) else "must lie in ±1e-4…1e4"
+            return None if 1e-4 <= abs(value) <= 1e4 else "must lie in ±1e-4…1e4"
         if not isinstance(value, int) or not self.lowest <= value <= self.highest:
             return f"must be a whole number in {self.lowest}…{self.highest}"
         return None
