@@ -153,7 +153,12 @@ REFUSED: dict[str, tuple[nn.Module, Tensor, str, str]] = {
         "a",
         "the output of a meets another tensor in",
     ),
-    "squared by itself": (two(lambda s, x: x * x), FLAT, "a", "a meets itself in mul"),
+    "a product with itself across channels": (
+        two(lambda s, x: x * x.T),
+        torch.randn(4, 4),
+        "a",
+        "has 2 consumers",
+    ),
     "constant in front": (two(lambda s, x: torch.pow(2.0, x)), FLAT, "a", "pow over the output of a"),
     "another axis": (
         Net(lambda s, x: s.b(s.a(x)), a=nn.Conv2d(4, 3, 3, padding=1), b=nn.Linear(8, 2)),
@@ -223,7 +228,9 @@ REFUSED: dict[str, tuple[nn.Module, Tensor, str, str]] = {
 
 def reasons(net: nn.Module, x: Tensor) -> dict[str, str]:
     try:
-        return {refusal.place: refusal.reason for refusal in esper.wrap(net, x).refusals}
+        return {
+            refusal.place: refusal.reason for refusal in esper.wrap(net, x, blueprints=["widen"]).refusals
+        }
     except SiteError as error:  # nothing is left: the error lists every place with its reason
         return {place: str(error) for place, _ in net.named_modules()}
 
@@ -303,7 +310,7 @@ def test_without_any_place_the_error_lists_every_layer_and_what_is_needed() -> N
     with pytest.raises(SiteError, match=r"no place to grow was found \(the model has no Linear or conv"):
         esper.wrap(nn.Sequential(nn.LayerNorm(4)), FLAT)
     with pytest.raises(SiteError, match=r"0: the output of 0 is an output of the model.*is needed"):
-        esper.wrap(nn.Sequential(nn.Linear(4, 2)), FLAT)
+        esper.wrap(nn.Sequential(nn.Linear(4, 2)), FLAT, blueprints=["widen"])
 
 
 def test_inputs_that_do_not_run_are_the_probes_fault() -> None:
@@ -381,7 +388,7 @@ def test_widening_with_zero_outgoing_slices_keeps_the_output(
             kernel = WidenKernel(wrapped.pairs[name], count)
             plan = kernel.plan()
             widen(net, plan, kernel.slices(plan))
-            wrapped.refresh()
+            wrapped.refresh(lambda: net(x))
             torch.testing.assert_close(
                 wrapped(x), before, rtol=0, atol=1e-12 * (1 + float(before.abs().max()))
             )

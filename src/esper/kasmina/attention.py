@@ -47,7 +47,7 @@ def attentions(recording: Recording, modules: Mapping[str, nn.Module]) -> dict[s
         if path is None or not isinstance(modules[path], nn.Linear):
             continue
         behind = Behind(recording, modules, call)
-        if behind.core is not None and index > max(behind.sources.values(), default=index):
+        if behind.is_attention() and index > max(behind.sources.values(), default=index):
             for name in behind.sources:
                 seen.setdefault(name, (path, behind))
     return seen
@@ -98,6 +98,13 @@ class Behind:
         self.memory[value] = layers
         (self.path if layers else self.masks).append(call)
         return layers
+
+    def is_attention(self) -> bool:
+        """Tell attention from a softmax alone: what comes from layers meets what comes from layers."""
+        products = [
+            call for call in self.path if call.name in PRODUCTS and all(self.memory[r] for r in call.reads[:2])
+        ]
+        return self.core is not None and (self.core.name == FUSED or len(products) > 1)
 
     def roles(self) -> tuple[str, str, str]:
         """Tell q, k and v by the products they go into."""
