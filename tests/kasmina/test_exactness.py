@@ -158,7 +158,7 @@ def test_a_materialised_model_equals_its_branch(kind: str, dtype: torch.dtype, t
             plan = kernel.plan()
             wrapped.release(site)
             widen(host, plan, kernel.slices(plan))
-            wrapped.refresh()
+            wrapped.refresh(lambda: None)
             wide = wrapped(x)
             for name, buffer in host.named_buffers():
                 buffer[: len(buffers[name])].copy_(buffers[name]) if buffer.dim() else buffer.copy_(
@@ -216,7 +216,7 @@ def test_an_awake_model_can_be_copied_and_the_copy_is_its_own(kind: str, how: st
         assert torch.equal(copied(x), before)
         for name, pair in copied.pairs.items():
             layer = copied.layers[name.replace(".", "_").replace(">", "__")]
-            assert pair.producer is layer.pair.producer is copied.host.get_submodule(name.split(">")[0])
+            assert pair.producer is layer.place.producer is copied.host.get_submodule(name.split(">")[0])
         for kernel in [layer.kernel for layer in copied.layers.values()]:
             for parameter in kernel.parameters():
                 parameter.zero_()

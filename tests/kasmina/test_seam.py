@@ -118,7 +118,7 @@ def test_a_consumer_that_runs_alone_says_which_site_to_leave_out() -> None:
     net, x = HOSTS["mlp"](), batch("mlp")[0]
     wrapped = esper.wrap(net, x)
     wrapped.layer("fc1>fc2", print)
-    with pytest.raises(SiteError, match="fc1>fc2: the consumer ran before the producer; exclude this site"):
+    with pytest.raises(SiteError, match="fc1>fc2: the exit ran before the entry; exclude this site"):
         net.fc2(torch.randn(2, 3))
 
 

@@ -67,12 +67,12 @@ def test_scores_are_the_squared_gradients_of_outgoing_weights_best_first(kind: s
     found = survey(wrapped.pairs[site], tap.x, tap.gradient, 8)
     assert found.score.tolist() == sorted(found.score.tolist(), reverse=True)
     assert found.improvement == float(found.score[0]) > 0
-    assert found.weight.shape[1:] == wrapped.pairs[site].producer.weight.shape[1:]
+    assert found.units["producer_weight"].shape[1:] == wrapped.pairs[site].producer.weight.shape[1:]
     kernel = WidenKernel(wrapped.pairs[site], 1)
     with torch.no_grad():
-        kernel.producer_weight.copy_(found.weight[:1])
+        kernel.producer_weight.copy_(found.units["producer_weight"][:1])
         if kernel.producer_bias is not None:
-            kernel.producer_bias.copy_(found.bias[:1])  # type: ignore[index]
+            kernel.producer_bias.copy_(found.units["producer_bias"][:1])
     layer = wrapped.layers[site.replace(".", "_").replace(">", "__")]
     with layer.showing(kernel):  # the real loss, with the unit there
         torch.manual_seed(0)
@@ -80,7 +80,7 @@ def test_scores_are_the_squared_gradients_of_outgoing_weights_best_first(kind: s
         modes = [m for m in wrapped.host.modules() if isinstance(m, (nn.Dropout, nn.Dropout2d))]
         if not modes:
             (slope,) = torch.autograd.grad(loss_fn(wrapped, given), kernel.consumer_weight)
-            torch.testing.assert_close(per_unit(slope, 1)[0], found.score[0], rtol=1e-3, atol=1e-9)
+            torch.testing.assert_close(per_unit(slope, 1, 1)[0], found.score[0], rtol=1e-3, atol=1e-9)
 
 
 def test_singular_directions_beat_random_ones() -> None:
@@ -93,7 +93,7 @@ def test_singular_directions_beat_random_ones() -> None:
     stretch(kernel, torch.randn(64, 10))
     centre(kernel, tap.x)
     (slope,) = torch.autograd.grad((kernel(tap.x) * tap.gradient).sum(), kernel.consumer_weight)
-    assert found.improvement > float(per_unit(slope, 64).median())
+    assert found.improvement > float(per_unit(slope, 1, 64).median())
 
 
 def test_placed_units_are_as_long_as_the_hosts_rows_and_centred_units_are_half_on() -> None:

@@ -187,15 +187,15 @@ def test_rebuild_refuses_damage_too(folder: Path, new_host: Callable, damage: st
 
 def test_an_unknown_format_is_refused(folder: Path, new_host: Callable) -> None:
     recipe = json.loads((folder / "genome.json").read_text())
-    (folder / "genome.json").write_text(json.dumps(recipe | {"format": 2}))
+    (folder / "genome.json").write_text(json.dumps(recipe | {"format": 3}))
     sign(folder)
-    with pytest.raises(SavedModelError, match="format 2, this Esper reads 1: update"):
+    with pytest.raises(SavedModelError, match="format 3, this Esper reads 2: update"):
         load_into(new_host(), folder)
     assert "refused: " in (stderr := rebuild(folder).stderr)
     assert "or is newer" in stderr
-    (folder / "genome.json").write_text('{"format": 1, "base": {}}')
+    (folder / "genome.json").write_text('{"format": 2, "base": {}}')
     sign(folder)
-    with pytest.raises(SavedModelError, match="not of format 1: KeyError"):
+    with pytest.raises(SavedModelError, match="not of format 2: KeyError"):
         load_into(new_host(), folder)
 
 

@@ -11,13 +11,15 @@ from torch import Tensor, nn
 
 from esper.blueprints.kernel import LiveKernel
 from esper.kasmina.blocks import Block
+from esper.kasmina.seam import plain_class
 
 
 def merged(place: Block, kernel: LiveKernel) -> tuple[Tensor, Tensor | None] | None:
     """Return weight and bias of the Linear with the kernel in it, or None where that cannot be."""
     layer = place.entry
-    if not (place.graph.affine and type(layer) is nn.Linear and layer is place.exit):
+    if not (place.graph.affine and plain_class(layer) is nn.Linear and layer is place.exit):
         return None
+    assert isinstance(layer, nn.Linear)
     size = place.signature.inputs
     probe = torch.cat((torch.zeros(1, size), torch.eye(size)))  # (1 + inputs, inputs)
     probe = probe.to(layer.weight)

@@ -63,7 +63,8 @@ class SeedOrchestrator:
             s for s in self.model.seeds(decision.site) if self.model.layout.stage_of(s) is Stage.DORMANT
         )
         layer = self.model.layer(decision.site, lambda error: self.fault(error))
-        self.trial = trial = Trial(decision, seed, layer, step, spent=self.given.ledger.growth_flops)
+        size = self.model.parameter_count(), self.model.flops
+        self.trial = trial = Trial(decision, seed, layer, step, spent=self.given.ledger.growth_flops, size=size)
         self.move(Stage.GERMINATED, decision.reason)
         count = self.config.race.candidates
         sown = {"svd": count, "random": 0, "mixed": math.ceil(count * 5 / 8)}[decision.start]
@@ -359,8 +360,6 @@ class SeedOrchestrator:
         """Sum up the trial."""
         assert self.trial is not None
         trial, site = self.trial, self.trial.layer.place.site
-        width = trial.decision.width if kept else 0
-        kernel = trial.kernel if kept else None
         verdict = trial.verdict
         spent = self.given.ledger.growth_flops - trial.spent
         gain = verdict.gain if verdict is not None else None
@@ -369,8 +368,8 @@ class SeedOrchestrator:
             site.name,
             kept,
             gain,
-            0 if kernel is None else sum(parameter.numel() for parameter in kernel.parameters()),
-            width * site.unit_flops,
+            self.model.parameter_count() - trial.size[0] if kept else 0,  # 0 too where it was folded in
+            self.model.flops - trial.size[1] if kept else 0,
             spent,
             reason,
         )

@@ -99,6 +99,11 @@ def is_open(module: nn.Module) -> bool:
     return ATTRIBUTE in module.__dict__
 
 
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class a module has without its seam."""
+    return type(module.__dict__[ATTRIBUTE][1]) if is_open(module) else type(module)
+
+
 def open_seam(module: nn.Module, role: str, gateway: Gateway) -> Callable[[], None]:
     """Let ``gateway`` see a module's input ("entry") or output ("exit").
 

@@ -69,6 +69,7 @@ class Trial:
     after: list[float] = field(default_factory=list)
     ending: str = ""  # why α is on its way down
     spent: int = 0  # growth FLOPs before this trial
+    size: tuple[int, int] = (0, 0)  # the model's parameters and forward FLOPs per example before it
 
 
 @dataclass(frozen=True)

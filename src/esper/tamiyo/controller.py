@@ -124,7 +124,9 @@ class Tamiyo:
         """Take in an outcome: its gain per parameter relative to the best seen; a failure is worth 0."""
         arm = self.pending.pop(outcome.decision)
         reward = 0.0
-        if outcome.kept and outcome.gain is not None and outcome.parameters:
+        if outcome.kept and outcome.gain is not None and not outcome.parameters:
+            reward = 1.0  # folded into a layer: a gain that costs nothing
+        elif outcome.kept and outcome.gain is not None:
             rate = outcome.gain / outcome.parameters
             self.best_gain = max(self.best_gain, rate)
             reward = rate / self.best_gain if self.best_gain > 0 else 0.0

@@ -19,7 +19,7 @@ from esper.kasmina.starts import Survey
 from esper.kasmina.trial import Trial
 from esper.tolaria.genome import plan_from
 
-VERSION = 1
+VERSION = 2
 
 
 def capture(growth: Any) -> dict[str, Any]:
@@ -56,6 +56,7 @@ def capture_trial(trial: Trial) -> dict[str, Any]:
         "after": list(trial.after),
         "ending": trial.ending,
         "spent": trial.spent,
+        "size": list(trial.size),
         "verdict": None if trial.verdict is None else asdict(trial.verdict),
         "race": None if trial.race is None else trial.race.state_dict(),
         "kernel": None
@@ -118,6 +119,7 @@ def restore_trial(growth: Any, state: Mapping[str, Any]) -> None:
         after=list(state["after"]),
         ending=state["ending"],
         spent=state["spent"],
+        size=tuple(state["size"]),
     )
     trial.verdict = None if state["verdict"] is None else Verdict(**state["verdict"])
     orchestrator.trial = trial

@@ -1,0 +1,254 @@
+"""Kernels that stay: exact when kept, seen by all that sees a module, saved, rebuilt, exported, resumed."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.checkpoint import checkpoint
+
+import esper
+from esper.contracts import Decision, Event, GraftPlan
+from esper.errors import SurgeryError
+from esper.kasmina.grown import GrownBranches
+from esper.kasmina.seam import is_open
+
+
+class Residual(nn.Module):
+    """LayerNorm and a lone layer: nothing here can be widened."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm, self.mix = nn.LayerNorm(width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mix(self.norm(x))
+
+
+class Sequences(nn.Module):
+    def __init__(self, recompute: bool = False) -> None:
+        super().__init__()
+        self.embed, self.recompute = nn.Embedding(11, 8), recompute
+        self.blocks = nn.ModuleList(Residual(8) for _ in range(2))
+        self.head = nn.Linear(8, 11)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.recompute else block(x)
+        return self.head(x)
+
+
+def vectors() -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 6), nn.LayerNorm(6), nn.ReLU(), nn.Linear(6, 11))
+
+
+def images() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 11)
+    )
+
+
+HOSTS = {"vectors": vectors, "images": images, "sequences": Sequences}
+INPUTS = {
+    "vectors": lambda n: torch.randn(n, 8),
+    "images": lambda n: torch.randn(n, 2, 6, 6),
+    "sequences": lambda n: torch.randint(0, 11, (n, 5)),
+}
+PLACES = [
+    ("vectors", "0+residual_mlp"),
+    ("vectors", "0+low_rank"),
+    ("vectors", "3+gated"),
+    ("images", "0+conv3x3"),
+    ("images", "0+squeeze_excite"),
+    ("sequences", "blocks.0+bottleneck_adapter"),
+    ("sequences", "blocks.1+causal_attention"),
+    ("sequences", "blocks.0.mix+swiglu_mlp"),
+]
+
+
+def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+    y = model(batch[0])
+    return F.cross_entropy(y.flatten(0, -2), batch[1].flatten())
+
+
+def batch(kind: str, n: int = 24) -> tuple[Tensor, Tensor]:
+    x = INPUTS[kind](n)
+    return x, torch.randint(0, 11, x.shape if kind == "sequences" else (n,))
+
+
+class Kept:
+    """A model in which one kernel, its weights drawn at random, was made to stay."""
+
+    def __init__(self, kind: str, site: str, net: nn.Module | None = None, **given: Any) -> None:
+        torch.manual_seed(0)
+        self.kind, self.net = kind, HOSTS[kind]() if net is None else net
+        self.plain = copy.deepcopy(self.net)
+        self.optimizer = torch.optim.Adam(self.net.parameters(), 1e-3)
+        self.events: list[Event] = []
+        self.step()  # the optimizer has state by now
+        self.growth = esper.grow(
+            self.net, self.optimizer, loss_fn, probe=[batch(kind)], steps=100,
+            config={"blueprints": [site.partition("+")[2]]}, on_event=self.events.append, **given,
+        )  # fmt: skip
+        self.x = batch(kind)[0]
+        self.before = self.net.eval()(self.x).detach()
+        layer = self.growth.morphable.layer(site, pytest.fail)
+        layer.kernel = kernel = layer.place.kernel(
+            max(layer.place.site.granularity, 1) * (1 if layer.place.site.most else 2)
+        )
+        with torch.no_grad():
+            for name in kernel.outgoing:
+                kernel.get_parameter(name).normal_(std=0.3)
+        layer.alpha, layer.exposed = torch.ones(()), True
+        self.branch = self.net(self.x).detach()
+        parts = self.growth.parts
+        own = parts.orchestrator.given.optimizer(kernel, layer.place)
+        decision = Decision(1, 0, "graft", site, 2, "random", "asked", 1.0, None)
+        if layer.place.site.most is None:
+            decision = Decision(
+                1, 0, "graft", site, 2 * layer.place.site.granularity, "random", "asked", 1.0, None
+            )
+        self.why = parts.committer.commit(kernel, own, decision, 0)
+        self.growth.morphable.release(site)
+        self.grown = self.net(self.x).detach()
+
+    def step(self) -> None:
+        loss = loss_fn(self.net, batch(self.kind))
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+
+@pytest.fixture(params=PLACES, ids=[f"{kind}-{site}" for kind, site in PLACES])
+def kept(request: pytest.FixtureRequest) -> Kept:
+    return Kept(*request.param)
+
+
+def test_what_stays_equals_the_branch_and_learns(kept: Kept) -> None:
+    assert kept.why == ""
+    assert not torch.equal(kept.branch, kept.before)
+    torch.testing.assert_close(kept.grown, kept.branch, rtol=0, atol=3e-6 * float(kept.branch.abs().max()))
+    (event,) = [e for e in kept.events if e.kind == "grafted"]
+    added = set(dict(kept.net.named_parameters())) - set(dict(kept.plain.named_parameters()))
+    assert (event.data["how"] == "merged") == (not added)
+    owned = {id(p) for group in kept.optimizer.param_groups for p in group["params"]}
+    assert all(id(p) in owned for p in kept.net.parameters())
+    assert len(kept.optimizer.param_groups) == 1
+    before = {name: p.detach().clone() for name, p in kept.net.named_parameters()}
+    kept.net.train()
+    kept.step()
+    kept.step()
+    assert all(not torch.equal(before[name], p) for name, p in kept.net.named_parameters() if name in added)
+    assert list(kept.net.state_dict())[: len(kept.plain.state_dict())] == list(kept.plain.state_dict())
+
+
+def test_it_is_saved_rebuilt_without_esper_copied_and_exported(kept: Kept, tmp_path: Path) -> None:
+    kept.step()
+    net = kept.growth.finish().eval()
+    expected = net(kept.x)
+    folder = kept.growth.save(tmp_path / "grown")
+    assert torch.equal(esper.load_into(HOSTS[kept.kind](), folder).eval()(kept.x), expected)
+    torch.testing.assert_close(copy.deepcopy(net)(kept.x), expected, rtol=0, atol=0)
+    exported = torch.export.export(net, (kept.x,)).module()(kept.x)
+    torch.testing.assert_close(exported, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    torch.save((kept.x, expected.detach()), tmp_path / "expected.pt")
+    script = "\n".join(
+        [
+            "import sys, torch", "sys.modules['esper.tolaria'] = None", f"sys.path[:0] = [{str(folder)!r}]",
+            "from tests.integration.test_grafting import HOSTS", "import rebuild",
+            f"x, expected = torch.load({str(tmp_path / 'expected.pt')!r})",
+            f"y = rebuild.load(HOSTS[{kept.kind!r}]()).eval()(x).detach()", "print(float((y - expected).abs().max()))",
+        ]
+    )  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) <= 1e-6
+
+
+def test_several_branches_at_one_place_and_their_undoing() -> None:
+    kept = Kept("sequences", "blocks.0+bottleneck_adapter")
+    assert [type(plan) for plan in kept.growth.plans] == [GraftPlan]
+    assert isinstance(kept.net.get_submodule("grown"), GrownBranches)
+    again = kept.growth.morphable.places["blocks.0+bottleneck_adapter"].kernel(4)
+    plan = kept.growth.parts.committer.plan_for(
+        kept.growth.morphable.places["blocks.0+bottleneck_adapter"],
+        4,  # type: ignore[arg-type]
+    )
+    with pytest.raises(SurgeryError, match="differ from the branch"):
+        kept.growth.parts.committer.attach(plan, again, None, torch.randn(24, 5, 8))  # type: ignore[arg-type]
+    assert torch.equal(kept.net(kept.x), kept.grown)
+    assert len(kept.net.get_submodule("grown")._modules) == 1
+
+
+def test_averages_and_recomputed_blocks_follow() -> None:
+    net = Sequences(recompute=True)
+    average = AveragedModel(net)
+    kept = Kept("sequences", "blocks.0+bottleneck_adapter", net, ema=(average,))
+    assert kept.why == ""
+    average.update_parameters(net)
+    assert torch.equal(average.module.eval()(kept.x), kept.net(kept.x))
+    kept.net.train()
+    kept.step()
+    average.update_parameters(kept.net)
+    assert not torch.equal(average.module(kept.x), kept.grown)
+
+
+def test_a_model_with_an_attribute_of_that_name_is_left_as_it_was() -> None:
+    net = Sequences()
+    net.grown = 3  # type: ignore[assignment]
+    kept = Kept("sequences", "blocks.0+bottleneck_adapter", net)
+    assert "has an attribute 'grown' of its own" in kept.why
+    assert not any(is_open(module) for module in net.modules())
+    assert torch.equal(kept.grown, kept.before)
+
+
+@pytest.mark.parametrize("stop", [3, 30, 55])
+def test_a_run_that_grows_blocks_resumes_bit_for_bit(stop: int) -> None:
+    def begun() -> tuple[nn.Module, torch.optim.Optimizer, esper.Growth]:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(4, 4))  # two exclusive-ors: no linear layer can tell them
+        optimizer = torch.optim.Adam(net.parameters(), 0.01)
+        config = {
+            "blueprints": ["residual_mlp"], "schedule": {"warmup": 0.05}, "gate": {"false_keep": 0.99},
+            "race": {"steps": 20, "candidates": 3}, "budget": {"growth_events": 1, "parameters": 200},
+        }  # fmt: skip
+        growth = esper.grow(
+            net, optimizer, loss_fn, probe=[data(-1), data(-2), data(-3)], steps=80, config=config
+        )
+        return net, optimizer, growth
+
+    def data(step: int) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(step + 10)
+        x = torch.randn(64, 4, generator=generator)
+        return x, (x[:, 0] * x[:, 1] > 0) + 2 * (x[:, 2] * x[:, 3] > 0)
+
+    def train(net: nn.Module, optimizer: torch.optim.Optimizer, growth: esper.Growth, steps: range) -> None:
+        for step in steps:
+            loss = loss_fn(net, data(step))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            growth.step(data(step), loss)
+
+    net, optimizer, growth = begun()
+    train(net, optimizer, growth, range(stop))
+    saved = copy.deepcopy((net.state_dict(), optimizer.state_dict(), growth.state_dict()))
+    train(net, optimizer, growth, range(stop, 80))
+    assert growth.plans, "the run must have grown a branch to say anything"
+    other, its_optimizer, its_growth = begun()
+    its_growth.load_state_dict(saved[2])
+    other.load_state_dict(saved[0])
+    its_optimizer.load_state_dict(saved[1])
+    train(other, its_optimizer, its_growth, range(stop, 80))
+    mine, theirs = net.state_dict(), other.state_dict()
+    assert list(mine) == list(theirs)
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
