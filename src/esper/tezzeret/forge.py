@@ -19,7 +19,7 @@ from esper.contracts import Event, Kernel, Observer, ignore
 from esper.errors import ConfigError, EsperError, ForgeError
 from esper.tezzeret import wire
 from esper.tezzeret.limits import Limits
-from esper.tezzeret.process import Death, WorkerProcess
+from esper.tezzeret.process import Death, Worker, WorkerProcess
 from esper.tezzeret.ticket import State, Ticket
 
 Build = Callable[[Any], Kernel]
@@ -74,9 +74,9 @@ class Forge:
         self._order = itertools.count()
         self._queue: list[tuple[int, int, Ticket]] = []  # a heap; tickets no longer queued are skipped
         self._tickets: weakref.WeakValueDictionary[str, Ticket] = weakref.WeakValueDictionary()
-        self._running: dict[Ticket, WorkerProcess] = {}
+        self._running: dict[Ticket, Worker] = {}
         self._cancelled: set[Ticket] = set()  # running ones
-        self._staff: list[WorkerProcess] = []
+        self._staff: list[Worker] = []
         self._threads: list[threading.Thread] = []  # the one that tells, then one for each worker
         self._idle = 0
         self._news: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -154,6 +154,10 @@ class Forge:
     ) -> None:
         self.close()
 
+    def new_worker(self) -> Worker:
+        """Make, not start, one worker; a forge of other workers says here of which."""
+        return WorkerProcess(self.build, self.warm, self.limits, self.cache)
+
     def _usable(self) -> None:
         if self._closed or os.getpid() != self._owner:
             why = "closed" if self._closed else "made by the process this one was forked from"
@@ -177,7 +181,7 @@ class Forge:
             atexit.register(self.close)
             self._threads.append(threading.Thread(target=self._tell, name="esper-forge", daemon=True))
             self._threads[0].start()
-        worker = WorkerProcess(self.build, self.warm, self.limits, self.cache)
+        worker = self.new_worker()
         self._staff.append(worker)
         keeper = threading.Thread(target=self._keep, args=(worker,), name="esper-forge-worker", daemon=True)
         self._threads.append(keeper)
@@ -185,14 +189,14 @@ class Forge:
 
     # -- on the thread that keeps a worker -------------------------------------------------------------------
 
-    def _keep(self, worker: WorkerProcess) -> None:
+    def _keep(self, worker: Worker) -> None:
         worker.start()  # if it fails, the first request tries again and hears of it
         while (ticket := self._next(worker)) is not None:
             self._forge(ticket, worker)
             del ticket  # or its kernel would be kept until the next one comes
         worker.close()
 
-    def _next(self, worker: WorkerProcess) -> Ticket | None:
+    def _next(self, worker: Worker) -> Ticket | None:
         """Wait for the first queued ticket and mark it running; None once the forge is closed."""
         with self._changed:
             while not self._closed:
@@ -208,7 +212,7 @@ class Forge:
                 self._idle -= 1
         return None
 
-    def _forge(self, ticket: Ticket, worker: WorkerProcess) -> None:
+    def _forge(self, ticket: Ticket, worker: Worker) -> None:
         """Build until there is an answer or no attempt is left."""
         waited, attempt = clock.monotonic() - ticket.asked, 1
         start = clock.monotonic()

@@ -14,6 +14,7 @@ import threading
 import time as clock
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 from esper.errors import ForgeError
 from esper.tezzeret import wire
@@ -31,6 +32,25 @@ class Death:
     again: bool  # whether another try may end otherwise: not where a limit was hit
 
 
+class Worker(Protocol):
+    """What a forge needs of a worker; one thread calls everything but :meth:`stop`."""
+
+    held: dict[str, str]  # by which means each limit is in force
+    peak: int | None  # resident bytes during the last build
+
+    def start(self) -> Death | None:
+        """Be ready for a request, or say why not."""
+
+    def forge(self, frame: bytes) -> wire.Frame | Death:
+        """Answer a request; start first where that is needed."""
+
+    def stop(self, reason: str | None) -> None:
+        """End the build and begin none, until stopped with None; from any thread."""
+
+    def close(self) -> None:
+        """Leave nothing behind."""
+
+
 class WorkerProcess:
     """One worker at a time; a dead one is replaced when it is next needed.
 
@@ -40,8 +60,8 @@ class WorkerProcess:
 
     def __init__(self, build: str, warm: str | None, limits: Limits, cache: Path | None) -> None:
         self.build, self.warm, self.limits, self.cache = build, warm, limits, cache
-        self.held: dict[str, str] = {}  # by which means each limit is in force
-        self.peak: int | None = None  # resident bytes during the last exchange
+        self.held: dict[str, str] = {}
+        self.peak: int | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._folder = Path()
         self._stopped: str | None = None

@@ -1,0 +1,74 @@
+"""The same front on a Ray cluster of one node; what holds a build is what holds it locally."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from esper.errors import ForgeError
+from esper.tezzeret.limits import Limits
+from tests.tezzeret import forge_builds
+from tests.tezzeret.forge_builds import Ask
+from tests.tezzeret.test_forge import alive, until
+
+SECONDS = 120
+
+
+def test_without_ray_the_error_is_its_pip_line() -> None:
+    code = """
+import sys
+sys.modules["ray"] = None
+from esper.errors import MissingExtraError
+try:
+    import esper.integrations.ray
+except MissingExtraError as error:
+    print(error)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip().endswith("pip install 'esper-morph[ray]'")
+
+
+@pytest.fixture
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Start a cluster of this machine; a token is for clusters others can reach."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")  # or it phones home
+    monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    for left in ("PYTHONBREAKPOINT", "RAY_CLIENT_MODE"):  # by Ray, on import
+        monkeypatch.setenv(left, "")
+        monkeypatch.delenv(left)
+    ray = pytest.importorskip("ray")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.filterwarnings("ignore")  # Ray's own: sockets it leaves open, what it will rename
+@pytest.mark.usefixtures("cluster")
+def test_kernels_are_forged_on_a_cluster() -> None:
+    from esper.integrations.ray import RayForge
+
+    with RayForge(forge_builds.build, limits=Limits(wall=20)) as forge:
+        ticket = forge.submit(Ask(seed=4))
+        assert forge.submit(Ask(seed=4)) is ticket
+        made = ticket.result(SECONDS)
+        assert made.weights == forge_builds.build(Ask(seed=4)).weights
+        assert ticket.facts["held"]["file"] == "RLIMIT_FSIZE"
+        with pytest.raises(ForgeError, match=r"exit status 3[\s\S]*2 attempts"):
+            forge.submit(Ask("leaves_now")).result(SECONDS)
+        pid = forge.submit(Ask(seed=6)).result(SECONDS).report["pid"]
+        asleep = forge.submit(Ask("asleep"))
+        until(lambda: asleep.state == "running")
+        assert asleep.cancel()
+        with pytest.raises(ForgeError, match="cancelled"):
+            asleep.result(SECONDS)
+        until(lambda: not alive(pid))
+        last = forge.submit(Ask(seed=5)).result(SECONDS).report["pid"]
+    until(lambda: not alive(last))
+    with pytest.raises(ForgeError, match="closed"):
+        forge.submit(Ask())
