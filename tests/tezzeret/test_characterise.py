@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from esper.tezzeret.characterise import LEAST, MOST, Figures, characterise, fastest
+from esper.tezzeret.characterise import LEAST, MOST, Figures, characterise, fastest, lower_end
 
 X, W = torch.ones(2, 3), [torch.ones(3, 3)]
 
@@ -27,7 +29,7 @@ def slow(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
 
 
 def figures(**speedups: float) -> dict[str, Figures]:
-    return {name: Figures(1 / value, value, None, 5) for name, value in speedups.items()}
+    return {name: Figures(1 / value, value, value, None, 5) for name, value in speedups.items()}
 
 
 @pytest.mark.parametrize(
@@ -41,6 +43,22 @@ def figures(**speedups: float) -> dict[str, Figures]:
 )
 def test_a_form_is_kept_by_the_margin_only(speedups: dict[str, float], kept: str) -> None:
     assert fastest(figures(**speedups)) == kept
+
+
+def test_a_median_alone_is_not_enough() -> None:
+    """As fast as luck: 20 % faster in the middle, but not surely."""
+    found = figures(eager=1.0, export=1.2)
+    found["export"] = replace(found["export"], surely=1.04)
+    assert fastest(found) == "eager"
+
+
+@pytest.mark.parametrize(("count", "rank"), [(1, 0), (5, 0), (6, 0), (25, 7), (100, 40), (200, 86)])
+def test_the_lower_end_is_the_binomial_one(count: int, rank: int) -> None:
+    """The chance that so few of ``count`` values lie below the median is about 2.5 %."""
+    assert lower_end(count) == rank
+    if count >= 25:
+        below = sum(math.comb(count, k) for k in range(rank + 1)) / 2**count
+        assert 0.01 < below < 0.04
 
 
 def test_the_faster_of_two_real_forms_is_found() -> None:
