@@ -6,7 +6,6 @@ Inductor, and shipped as JSON in a saved model's ``rebuild.py``: there is one tr
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -131,10 +130,16 @@ def _plain(argument: Argument) -> Any:
     return list(argument) if isinstance(argument, tuple) else argument
 
 
-@functools.cache
-def function(name: str) -> Callable[..., Tensor]:
-    """Return the torch function an instruction names."""
+def _find(path: str) -> Callable[..., Tensor]:
     found: Any = torch
-    for part in FUNCTIONS[name].split(".")[1:]:
+    for part in path.split(".")[1:]:
         found = getattr(found, part)
     return found
+
+
+_CALLABLES = {name: _find(path) for name, path in FUNCTIONS.items()}
+
+
+def function(name: str) -> Callable[..., Tensor]:
+    """Return the torch function an instruction names."""
+    return _CALLABLES[name]  # a dict, not functools.cache: Dynamo traces this line and warns of caches

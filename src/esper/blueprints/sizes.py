@@ -13,7 +13,7 @@ PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 def example_shapes(signature: Signature) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Return pairs of a kernel's input shape and the output shape it must have.
 
-    At least two, no two axes alike; beside a strided convolution one for every remainder, because a kernel
+    At least two, never square; beside a strided convolution one for every remainder, because a kernel
     may agree with it on even sizes and be one pixel off on odd ones.
 
     Raises:

@@ -21,6 +21,7 @@ LEARNED = 0.7  # of the first loss; the worst of the catalogue is at 0.33 after 
 STEEPEST = (
     10.0  # norm of the first gradient under a mean squared error of 1; the largest of the catalogue is 1.1
 )
+VANISHED = 1e-9  # of the largest gradient of the step; the smallest of the catalogue is at 1e-4
 CLOSE = 1e-10  # float64, relative to the largest value
 BFLOAT16 = 0.1  # relative; the largest of the catalogue is 0.013
 
@@ -86,9 +87,9 @@ def shape(subject: Subject) -> Verdict:
 
 def gradients(subject: Subject) -> Verdict:
     """Every parameter receives a gradient within two steps, and the first is finite and bounded."""
-    kernel = subject.newborn()
+    kernel = subject.newborn(torch.float64)  # rounding must not pass for a gradient
     optimizer = torch.optim.SGD(kernel.parameters(), 0.1)
-    x = subject.example()
+    x = subject.example(dtype=torch.float64)
     target = torch.randn_like(kernel(x))
     waiting = {name for name, _ in kernel.named_parameters()}
     first: float | None = None
@@ -96,7 +97,8 @@ def gradients(subject: Subject) -> Verdict:
         optimizer.zero_grad()
         nn.functional.mse_loss(kernel(x), target).backward()
         norms = {name: _norm(parameter) for name, parameter in kernel.named_parameters()}
-        waiting -= {name for name, norm in norms.items() if norm > 0}
+        least = VANISHED * max(norms.values())
+        waiting -= {name for name, norm in norms.items() if norm > least}
         first = first if first is not None else sum(norm**2 for norm in norms.values()) ** 0.5
         optimizer.step()
     if waiting:
