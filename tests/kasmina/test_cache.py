@@ -387,6 +387,25 @@ def test_a_load_invalidated_under_way_reaches_its_waiters_but_is_not_kept() -> N
     assert cache.statistics().bytes == 5
 
 
+def test_a_stale_load_leaves_the_one_that_replaced_it_alone() -> None:
+    stale, fresh = Gated(lambda key: b"stale"), Gated(lambda key: b"fresh")
+    cache = KernelCache(fresh, max_bytes=100)
+    with ThreadPoolExecutor(3) as threads:
+        first = threads.submit(cache.get, key("a"), stale)
+        assert stale.started.wait(30)
+        cache.invalidate(key("a"))
+        second = threads.submit(cache.get, key("a"))
+        assert fresh.started.wait(30)
+        stale.gate.set()
+        assert first.result(30) == b"stale"
+        third = threads.submit(cache.get, key("a"))
+        waits(cache, 1)
+        fresh.gate.set()
+        assert second.result(30) is third.result(30)
+    assert fresh.calls == {key("a"): 1}
+    assert cache.get(key("a")) == b"fresh"
+
+
 def test_a_blocking_get_inside_a_running_loop_works_with_an_async_load() -> None:
     async def load(key: Key) -> bytes:
         await asyncio.sleep(0)

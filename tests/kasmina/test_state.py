@@ -59,6 +59,8 @@ class Life(RuleBasedStateMachine):
     @rule(seed=seeds, gain=st.floats(-10, 10))
     def measure(self, seed: int, gain: float) -> None:
         self.layout.observe_gain(seed, gain)
+        self.layout.observe_seed(seed, gradient=abs(gain))
+        self.layout.ramp(seed, 3)
 
     @rule(seed=seeds)
     def forget(self, seed: int) -> None:
