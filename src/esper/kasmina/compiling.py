@@ -28,9 +28,9 @@ from esper.errors import CompileError, SiteError
 Kind = Literal["none", "regional", "whole"]
 
 WRAPPED = "_orig_mod"  # where torch.compile keeps the module it was given
-SPARE = (
-    6  # graphs a code object must still have room for: awake and wider, in training, eval and a last batch
-)
+# Graphs a code object must still have room for: awake and wider, in training, evaluation and a last batch.
+SPARE = 6
+CHECKPOINTED = "skip_fwd_side_effects_in_bwd_under_checkpoint"  # a setting of torch's
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class CompilePolicy:
         return sum(_code(_inner(region).forward) is code for region in self.regions.values())
 
     def make_room(self) -> str:
-        """Raise torch's limit of graphs per code object before it is reached.
+        """Raise torch's limit of graphs per code object before it is reached; call it before a seed wakes.
 
         Twelve blocks of one class share one code object, so twelve different widths are twelve graphs there.
         The limit is a setting of the whole process and stays raised; a ``recompile_limit`` given to
@@ -122,6 +122,10 @@ class CompilePolicy:
         """
         if self.kind == "none":
             return ""
+        # A seam notes what passes. Under activation checkpointing Dynamo takes a note for unsafe and skips
+        # the frame, silently and for ever (counted). The note need not be repeated in the backward pass.
+        if hasattr(torch._dynamo.config, CHECKPOINTED):
+            setattr(torch._dynamo.config, CHECKPOINTED, True)
         most = max((len(_graphs(code)) for code in self.codes()), default=0)
         limit = torch._dynamo.config.recompile_limit
         if most + SPARE <= limit:
