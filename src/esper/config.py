@@ -91,6 +91,24 @@ class Budget(Section):
     )
 
 
+class Kernels(Section):
+    """How the kernels of blueprints run while they grow; widened layers are the host's own."""
+
+    pipeline: str = Field(
+        "eager", description="eager, torchscript, export, inductor, or auto: the fastest right one, if any"
+    )
+    store: Path | None = Field(
+        None, description="folder compiled kernels are kept in; None: $ESPER_KERNEL_STORE or the user's own"
+    )
+    budget_seconds: float = Field(
+        1.0, gt=0, description="for what auto compiles and times, in the background"
+    )
+    deterministic: bool = Field(False, description="no clock decides: auto is eager")
+    streams: bool = Field(
+        False, description="CUDA: run parallel kernels on streams of their own; not measured"
+    )
+
+
 class Telemetry(Section):
     """What is told to Nissa, and how often."""
 
@@ -110,6 +128,7 @@ class Config(BaseSettings):
     blend: Blend = Blend()
     widths: Widths = Widths()
     budget: Budget = Budget()
+    kernels: Kernels = Kernels()
     telemetry: Telemetry = Telemetry()
     blueprints: tuple[str, ...] = Field(
         ("auto",),

@@ -15,6 +15,7 @@ from esper.blueprints.kernel import LiveKernel
 from esper.errors import SiteError
 from esper.kasmina.places import Place
 from esper.kasmina.seam import open_seam
+from esper.kasmina.streams import Fork, StreamPool
 
 Branch = Callable[[Tensor], Tensor]
 
@@ -48,14 +49,16 @@ class KasminaLayer(nn.Module):
         place: The site.
         on_fault: Told the reason when a kernel raised or went non-finite and the host's own output was used
             instead.
+        pool: Streams for a parallel kernel on CUDA.
     """
 
-    def __init__(self, place: Place, on_fault: Callable[[str], None]) -> None:
+    def __init__(self, place: Place, on_fault: Callable[[str], None], pool: StreamPool | None = None) -> None:
         super().__init__()
         object.__setattr__(self, "place", place)
         self.place: Place
         self.serial = place.port == "serial"
-        self.on_fault = on_fault
+        self.on_fault, self.pool = on_fault, pool
+        self.fork: Fork | None = None
         self.kernel: LiveKernel | None = None
         self.alpha: Tensor | None = None  # 0-dim row of the state layout
         self.exposed = False  # alpha > 0, without reading the tensor
@@ -74,16 +77,19 @@ class KasminaLayer(nn.Module):
         """Take the seams away; both modules are exactly as before."""
         while self.closers:
             self.closers.pop()()
-        self.kernel = self.tap = self.shown = self.x = self.alpha = None
+        self.kernel = self.tap = self.shown = self.x = self.fork = self.alpha = None
         self.exposed = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave behind the last pass, which may hang on a graph, and whoever is told of faults."""
-        return {**self.__dict__, "x": None, "tap": None, "shown": None, "on_fault": unheard}
+        return {**self.__dict__, "x": None, "fork": None, "tap": None, "shown": None, "on_fault": unheard}
 
     def enter(self, x: Tensor | None) -> None:
         """Keep the entry's input until the next pass, so that a checkpointed exit can be recomputed."""
         self.x = x
+        if self.pool is not None and self.pool.enabled and self.exposed and not self.serial and x is not None:
+            assert self.kernel is not None
+            self.fork = self.pool.fork(x.detach(), self.kernel)
 
     def leave(self, y: Tensor) -> Tensor:
         """Return what stands for the exit's output."""
@@ -101,7 +107,8 @@ class KasminaLayer(nn.Module):
         """Return y + α·k(x); the kernel's input is detached until it is kept (measured: costs nothing)."""
         assert self.kernel is not None and self.alpha is not None
         try:
-            f = self.kernel(x.detach())
+            fork, self.fork = self.fork, None
+            f = self.kernel(x.detach()) if fork is None else fork.join()
             finite = bool(torch.isfinite(f.detach().sum(dtype=torch.float32)))
         except Exception as error:  # the one broad catch: whatever a kernel does, training goes on
             self.on_fault(f"{type(error).__name__}: {error}")

@@ -18,6 +18,7 @@ from esper.kasmina.places import Place, WidenPlace
 from esper.kasmina.recorder import tensors
 from esper.kasmina.sites import Sites, find_pairs, reachable, select
 from esper.kasmina.state import KasminaStateLayout
+from esper.kasmina.streams import StreamPool
 
 PREFIX = "_esper."
 
@@ -57,6 +58,7 @@ class MorphableModel(nn.Module):
         self.meter(run)
         self.layout = KasminaStateLayout(seeds_per_site * len(self.places))
         self.layout.to(next(host.parameters()).device)
+        self.pool = StreamPool(enabled=False)
         self.layers = nn.ModuleDict()  # one KasminaLayer per site with an awake seed
         self.register_state_dict_post_hook(_host_keys_verbatim)
         self.register_load_state_dict_pre_hook(_host_keys_prefixed)
@@ -116,7 +118,7 @@ class MorphableModel(nn.Module):
 
     def layer(self, site: str, on_fault: Callable[[str], None]) -> KasminaLayer:
         """Open the seams of a site."""
-        layer = KasminaLayer(self.places[site], on_fault)
+        layer = KasminaLayer(self.places[site], on_fault, self.pool)
         layer.open()
         self.layers[slug(site)] = layer
         return layer

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esper.blueprints.kernel import LiveKernel
+from esper.blueprints.kernel import GraphKernel, LiveKernel
 from esper.config import Config
 from esper.contracts import Decision, Event, Outcome, Stage
 from esper.kasmina.evidence import join
@@ -64,7 +64,9 @@ class SeedOrchestrator:
         )
         layer = self.model.layer(decision.site, lambda error: self.fault(error))
         size = self.model.parameter_count(), self.model.flops
-        self.trial = trial = Trial(decision, seed, layer, step, spent=self.given.ledger.growth_flops, size=size)
+        self.trial = trial = Trial(
+            decision, seed, layer, step, spent=self.given.ledger.growth_flops, size=size
+        )
         self.move(Stage.GERMINATED, decision.reason)
         count = self.config.race.candidates
         sown = {"svd": count, "random": 0, "mixed": math.ceil(count * 5 / 8)}[decision.start]
@@ -192,6 +194,7 @@ class SeedOrchestrator:
         layer.tap, layer.kernel = None, kernel
         layer.alpha = self.model.layout.alpha[trial.seed]
         trial.optimizer = self.given.optimizer(kernel, layer.place)
+        self.given.forge(kernel, layer.place, trial.decision.width, trial.tap.x)
         self.move(Stage.GRAFTING, "held-out evidence")
         self.set_alpha(1 / self.timing.ramp)
 
@@ -352,6 +355,8 @@ class SeedOrchestrator:
         count = self.model.layout.add_fault(self.trial.seed)
         self.tell("fault", seed=self.trial.seed, site=self.trial.decision.site, error=error, count=count)
         self.tell("fallback", what="kernel", why=f"the host's own output was used: {error}")
+        if isinstance(self.trial.kernel, GraphKernel):
+            self.trial.kernel.swap(None, "eager")  # a compiled form may be what is at fault
         if count == FAULTS:
             self.trial.layer.exposed = False
             self.move(Stage.ERROR, error)

@@ -83,6 +83,7 @@ class Given:
     optimizer: Callable[[LiveKernel, Place], torch.optim.Optimizer]  # like the host's at that place
     follow: Callable[[torch.optim.Optimizer], None]  # the host's present learning rate
     commit: Callable[[LiveKernel, torch.optim.Optimizer, Decision], str]  # "" or why it was undone
+    forge: Callable[[LiveKernel, Place, int, Tensor | None], None]  # file a request for a compiled form
     draw: Callable[[str], int]  # a seed of a named random stream
     rate: float | None  # the candidates' learning rate, if the user chose one
     scale: Callable[[], float]  # of the gradients (AMP), 1.0 without

@@ -28,6 +28,7 @@ from esper.kasmina.trial import Given, Timing
 from esper.tamiyo.controller import Tamiyo
 from esper.tolaria.growth.commit import Committer
 from esper.tolaria.growth.entrance import first_probe, merged_budget, named_optimizers, refuse_host
+from esper.tolaria.growth.forging import Forging
 from esper.tolaria.growth.streams import Streams
 from esper.tolaria.surgery.adoption import donor_group
 
@@ -45,6 +46,7 @@ class Parts:
     committer: Committer
     ledger: Ledger
     gate: Gate
+    forging: Forging
     streams: Streams
     config: Config
     budget: Budget
@@ -82,7 +84,9 @@ def assemble(
     model = MorphableModel(
         host, lambda: loss_fn(host, batch), count_examples(batch), sites, blueprints=config.blueprints
     )
+    model.pool.enabled = config.kernels.streams
     streams, ledger = Streams(seed), Ledger()
+    forging = Forging(config.kernels, observe)
 
     def fallback(what: str, why: str) -> None:
         observe(Event("fallback", orchestrator.step, {"what": what, "why": why}))
@@ -113,6 +117,7 @@ def assemble(
         optimizer=donor.like,
         follow=donor.follow,
         commit=commit,
+        forge=forging.file,
         draw=streams.draw,
         rate=config.race.learning_rate,
         scale=(lambda: float(scaler.get_scale())) if scaler is not None else (lambda: 1.0),
@@ -136,6 +141,7 @@ def assemble(
         committer=committer,
         ledger=ledger,
         gate=gate,
+        forging=forging,
         streams=streams,
         config=config,
         budget=merged,

@@ -101,6 +101,8 @@ class Growth:
             self._tell_progress()
 
     def _act(self, loss: float) -> None:
+        if self.parts.forging.orders:
+            self.parts.forging.collect(self.steps)
         if self.orchestrator.trial is not None:
             outcome = self.orchestrator.advance(tuple(self.batches), loss, self.steps)
             if outcome is not None:
@@ -200,6 +202,7 @@ class Growth:
         self.cost.seconds += time.perf_counter() - begun
         for hook in self.hooks:
             hook.remove()
+        self.parts.forging.close()
         self.batches.clear()
         self.finished = True
         self.tell(
