@@ -101,10 +101,9 @@ class Behind:
 
     def is_attention(self) -> bool:
         """Tell attention from a softmax alone: what comes from layers meets what comes from layers."""
-        products = [
-            call for call in self.path if call.name in PRODUCTS and all(self.memory[r] for r in call.reads[:2])
-        ]
-        return self.core is not None and (self.core.name == FUSED or len(products) > 1)
+        products = [call.reads[:2] for call in self.path if call.name in PRODUCTS]
+        met = [reads for reads in products if all(self.memory[read] for read in reads)]
+        return self.core is not None and (self.core.name == FUSED or len(met) > 1)
 
     def roles(self) -> tuple[str, str, str]:
         """Tell q, k and v by the products they go into."""

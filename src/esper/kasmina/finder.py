@@ -211,6 +211,11 @@ class Finder:
             names = ", ".join(sorted({self.recording.calls[c].name for c in calls}))
             raise Refused(f"{name} is called {len(calls)} times, or its weight is read elsewhere ({names})")
         call = self.recording.calls[calls.pop()]
+        if isinstance(self.modules.get(name.rpartition(".")[0]), nn.MultiheadAttention):
+            raise Refused(
+                f"the weight of {name} is read by {call.name}: nn.MultiheadAttention never calls it as a "
+                "layer, and fixes its width to embed_dim"
+            )
         if call.name not in OPERATORS:
             raise Refused(f"the weight of {name} is read by {call.name}, not by the layer itself")
         return call

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from esper.contracts import Site, WidenEdit, WidenPlan
 from esper.kasmina.pairs import edit, unit_parameters
-from esper.kasmina.widen import HostKernel
+from esper.kasmina.widen import HostKernel, affine
 
 ROLES = ("producer", "key", "value")
 
@@ -124,6 +124,9 @@ class HeadsKernel(HostKernel[HeadsPair]):
 
     def forward(self, x: Tensor, hidden: bool = False) -> Tensor:
         """Map what q reads to what the heads add to the output of the layer behind, or to its input."""
-        q, k, v = (F.linear(x, self.get_parameter(f"{r}_weight"), getattr(self, f"{r}_bias")) for r in ROLES)
+        q, k, v = (
+            affine(layer, x, getattr(self, f"{role}_weight"), getattr(self, f"{role}_bias"))
+            for role, _, layer in self.pair.layers()
+        )
         h = self.pair.attend(q, k, v, self.pair.producer.training)
-        return h if hidden else F.linear(h, self.consumer_weight)
+        return h if hidden else affine(self.pair.consumer, h, self.consumer_weight, None)

@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -157,7 +158,12 @@ class WidenKernel(HostKernel[TwoLayers]):
 
 
 def affine(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Apply other weights in a layer's own way: its stride, dilation, padding and padding mode."""
+    """Apply other weights in a layer's own way: its stride, dilation, padding and padding mode.
+
+    What was tapped under autocast may be half as wide as the weights; outside it has to be widened first.
+    """
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        x = x.to(weight.dtype)
     if isinstance(layer, nn.Linear):
         return F.linear(x, weight, bias)
     return layer._conv_forward(x, weight, bias)
