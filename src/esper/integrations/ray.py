@@ -31,8 +31,9 @@ _joining = threading.Lock()  # one ray.init for each process
 class RayForge(Forge):
     """A forge whose workers are actors of a Ray cluster; everything else is as in :class:`Forge`.
 
-    The cluster is joined with the first request, or by ``start()``. A cluster this forge had to start stays
-    until the program ends or calls ``ray.shutdown()``: others may have come to use it.
+    The cluster is joined with the first request, or by ``start()``, unless the program called ``ray.init``
+    before. A cluster this forge had to start stays until the program ends or calls ``ray.shutdown()``: others
+    may have come to use it.
 
     Args:
         build: What builds, importable on every node, or its ``"module:function"``.

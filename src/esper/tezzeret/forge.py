@@ -31,7 +31,7 @@ class Forge:
 
     Making one costs nothing: threads and workers start with the first request, or by :meth:`start`. Use it
     with ``with``, or close it; at the end of the interpreter it closes itself. A parent that is killed takes
-    its workers with it (Linux).
+    its workers with it (Linux); their folders stay below the temporary directory.
 
     Args:
         build: What builds: a function a worker can import, or its ``"module:function"``.
