@@ -96,9 +96,11 @@ def subject(name: str, place: str, arms: Sequence[str], repeats: int, budget: fl
     start = initial_weights(program, 0)
     weights = [moved_weight(weight, start[weight.name], stream) for weight in program.weights]
     training = {arm: form for arm, form in forms.items() if pipeline(arm).trains}
+    # Turns keep their neighbours, and right after eager the same code is 2 % faster: another form between.
+    turns = dict([*list(training.items())[:2], (AGAIN, program.run), *list(training.items())[2:]])
     eager = []
     for _ in range(repeats):
-        figures = characterise({**training, AGAIN: program.run}, weights, example, budget)
+        figures = characterise(turns, weights, example, budget)
         for arm, one in figures.items():
             found.speedups.setdefault(arm, []).append(one.speedup)
         eager.append(figures["eager"].milliseconds)
