@@ -1,4 +1,4 @@
-"""Scaled dot-product attention, written out: ``torch.func.vmap`` has no batching rule for the fused one."""
+"""Scaled dot-product attention, written out: ``torch.func.vmap`` runs the fused one in a slow loop."""
 
 from __future__ import annotations
 
