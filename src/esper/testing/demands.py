@@ -18,10 +18,8 @@ Verdict = tuple[bool | None, str]
 
 STEPS = 100
 LEARNED = 0.7  # of the first loss; the worst of the catalogue is at 0.33 after a hundred steps
-STEEPEST = (
-    10.0  # norm of the first gradient under a mean squared error of 1; the largest of the catalogue is 1.1
-)
-VANISHED = 1e-9  # of the largest gradient of the step; the smallest of the catalogue is 2e-6, rounding is below 1e-15
+STEEPEST = 10.0  # norm of the first gradient at a mean squared error of 1; the catalogue's largest is 1.1
+VANISHED = 1e-9  # of the largest gradient of the step; the catalogue's smallest is 2e-6, rounding 1e-15
 CLOSE = 1e-10  # float64, relative to the largest value
 BFLOAT16 = 0.1  # relative; the largest of the catalogue is 0.013
 
