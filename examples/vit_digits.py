@@ -1,0 +1,80 @@
+"""A ViT-like network on handwritten digits, grown: python examples/vit_digits.py."""
+
+import sys
+
+import torch
+import torch.nn.functional as F
+from arms import Batch, Parts, Task, main
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+EPOCHS, BATCH = 30, 64
+DIM, HEAD, BLOCKS, PATCH = 16, 4, 2, 2
+
+
+class Attention(nn.Module):
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(DIM, heads * HEAD, bias=False) for _ in range(3))
+        self.out = nn.Linear(heads * HEAD, DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x).unflatten(-1, (-1, HEAD)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q, k, v)  # (batch, heads, patches, HEAD)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    def __init__(self, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.before_attention, self.attention = nn.LayerNorm(DIM), Attention(heads)
+        self.before_mlp = nn.LayerNorm(DIM)
+        self.mlp = nn.Sequential(nn.Linear(DIM, hidden), nn.GELU(), nn.Linear(hidden, DIM))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.before_attention(x))
+        return x + self.mlp(self.before_mlp(x))
+
+
+class Vit(nn.Module):
+    def __init__(self, heads: int = 1, hidden: int = 2) -> None:
+        super().__init__()
+        self.patches = nn.Linear(PATCH * PATCH, DIM)
+        self.places = nn.Embedding((8 // PATCH) ** 2, DIM)
+        self.blocks = nn.Sequential(*(Block(heads, hidden) for _ in range(BLOCKS)))
+        self.norm, self.head = nn.LayerNorm(DIM), nn.Linear(DIM, 10)
+
+    def forward(self, x: Tensor) -> Tensor:  # (batch, 8, 8) -> (batch, 10)
+        x = x.unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH).flatten(3).flatten(1, 2)  # (batch, patches, 4)
+        x = self.patches(x) + self.places.weight
+        return self.head(self.norm(self.blocks(x)).mean(1))
+
+
+def loss_fn(model: nn.Module, batch: Batch) -> Tensor:
+    inputs, targets = batch
+    return F.cross_entropy(model(inputs), targets)
+
+
+def data(seed: int) -> Parts:
+    """Shuffle by the seed; cut into 1000 images to train, 240 probe, 200 validation, 357 test."""
+    order = torch.Generator().manual_seed(seed)
+    everything = load_digits()
+    images, labels = torch.tensor(everything.images / 16, dtype=torch.float32), torch.tensor(everything.target)
+    train, probe, val, test = torch.randperm(len(images), generator=order).split([1000, 240, 200, 357])
+    rows = [r for _ in range(EPOCHS) for r in train[torch.randperm(1000, generator=order)].split(BATCH)]
+    cut = [(images[r], labels[r]) for r in (*rows, probe, val, test)]
+    return Parts(cut[:-3], [cut[-3]], cut[-2], cut[-1])
+
+
+TASK = Task(
+    build=Vit,
+    data=data,
+    loss_fn=loss_fn,
+    rates=(3e-3, 1e-2, 3e-2),
+    budget={"parameters": 4.0, "growth_events": 4},
+    config={},
+    classes=True,
+)
+
+if __name__ == "__main__":
+    sys.exit(main(TASK, seeds=1))
