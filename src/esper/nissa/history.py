@@ -75,7 +75,7 @@ class DecisionHistory:
     race: Mapping[str, Any] | None = None
     looks: list[Mapping[str, Any]] = field(default_factory=list)  # of the gate, in order
     outcome: Mapping[str, Any] | None = None
-    widened: Mapping[str, Any] | None = None
+    widened: Mapping[str, Any] | None = None  # or grafted: how it became part of the model
     widened_at: int | None = None  # step
     decided_at: int | None = None  # step of the outcome
 
@@ -128,6 +128,7 @@ class RunHistory:
     decisions: dict[int, DecisionHistory] = field(default_factory=dict)
     faults: list[Event] = field(default_factory=list)
     fallbacks: list[Event] = field(default_factory=list)
+    compiled: list[Event] = field(default_factory=list)  # forms handed over, hosts compiled again
     warnings: list[Event] = field(default_factory=list)
 
     def add(self, event: Event) -> None:
@@ -294,6 +295,9 @@ _FOLDS: dict[str, Callable[[RunHistory, Event], None]] = {
     "gate": _gate,
     "outcome": _outcome,
     "widened": _widened,
+    "grafted": _widened,
+    "compiled": lambda history, event: history.compiled.append(event),
+    "recompiled": lambda history, event: history.compiled.append(event),
     "fault": lambda history, event: history.faults.append(event),
     "fallback": lambda history, event: history.fallbacks.append(event),
     "warning": lambda history, event: history.warnings.append(event),

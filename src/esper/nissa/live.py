@@ -110,6 +110,13 @@ class LiveView:
                 yield f"gate {word} at {data['site']}: {evidence}"
             case "widened":
                 yield f"{data['site']} grew by {data['units']} units, {data['parameters']:,} parameters now"
+            case "grafted":
+                how = "was folded into its layer" if data["how"] == "merged" else "became a branch"
+                yield f"{data['site']} {how}, {data['parameters']:,} parameters now"
+            case "compiled":
+                yield f"{data['site']} runs as {data['pipeline']} from now on"
+            case "recompiled":
+                yield f"the host is compiled again ({data['policy']}): {data['why']}"
             case "outcome":
                 word = "kept" if data["kept"] else "not kept"
                 yield f"{data['site']} {word}: {data['reason']}"

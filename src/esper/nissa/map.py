@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from html import escape
 from typing import Any
 
-from esper.nissa.history import RunHistory
+from esper.nissa.history import DecisionHistory, RunHistory
 from esper.nissa.palette import GREEN, GREY
 
 WIDTH = 860
@@ -29,7 +29,10 @@ def model_map(history: RunHistory) -> str:
     y, previous = 10, None
     widths = history.widths
     scale = BAR / max([after for _, after in widths.values()] or [1])
-    for site in history.started.get("sites", ()):
+    sites = history.started.get("sites", ())
+    for site in sites:
+        if "+" in site["name"]:
+            continue
         producer, _, consumer = site["name"].partition(">")
         if producer != previous:
             y += 14 if previous else 0
@@ -39,6 +42,19 @@ def model_map(history: RunHistory) -> str:
         y += GAP
         parts.append(_layer(consumer, y))
         y, previous = y + BOX, consumer
+    y += 14 if previous else 0
+    for place in tried_places(history):
+        parts.append(_layer(place, y))
+        y += BOX
+        for site in sites:
+            if site["name"].startswith(f"{place}+") and _tried(history, site["name"]):
+                parts.extend(_between(history, site, y, scale))
+                y += GAP
+    if offers := sum("+" in site["name"] for site in sites):
+        places = len({site["name"].partition("+")[0] for site in sites if "+" in site["name"]})
+        text = f"{offers} offers of blueprints at {places} places; those that were tried are drawn"
+        parts.append(_text(LEFT, y + 24, text, faint=True))
+        y += 26
     y += 22
     for refusal in history.refused:
         lines = textwrap.wrap(refusal.reason, 92) or [""]
@@ -59,6 +75,16 @@ def model_map(history: RunHistory) -> str:
     )
 
 
+def tried_places(history: RunHistory) -> list[str]:
+    """List the places at which a blueprint was tried, in the model's order."""
+    names = [site["name"] for site in history.started.get("sites", ()) if "+" in site["name"]]
+    return list(dict.fromkeys(name.partition("+")[0] for name in names if _tried(history, name)))
+
+
+def _tried(history: RunHistory, site: str) -> list[DecisionHistory]:
+    return [decision for decision in history.decisions.values() if decision.site == site]
+
+
 def _layer(name: str, y: int) -> str:
     return (
         f'<rect x="{LEFT}" y="{y}" width="190" height="{BOX}" rx="8" fill="none" stroke="currentColor" '
@@ -71,7 +97,7 @@ def _between(history: RunHistory, site: Mapping[str, Any], y: int, scale: float)
     before, after = history.widths[site["name"]]
     middle = LEFT + 95
     yield f'<path d="M{middle} {y}V{y + GAP}" stroke="currentColor" stroke-width="1.5"/>'
-    operations = " · ".join(site["between"])
+    operations = " · ".join(site["between"]) or site.get("blueprint", "")
     yield _text(
         middle + 12, y + 44, operations if len(operations) <= 36 else operations[:35] + "…", faint=True
     )
@@ -80,7 +106,7 @@ def _between(history: RunHistory, site: Mapping[str, Any], y: int, scale: float)
         yield _bar(BAR_LEFT + before * scale, y + 16, (after - before) * scale, GREEN)
     label = f"{before} → {after} units" if after > before else f"{before} units"
     yield _text(BAR_LEFT + after * scale + 12, y + 30, label, weight=600)
-    tried = [decision for decision in history.decisions.values() if decision.site == site["name"]]
+    tried = _tried(history, site["name"])
     for index, decision in enumerate(tried):
         x = BAR_LEFT + 7 + 20 * index
         fill = {True: GREEN, False: "none", None: GREY}[decision.kept]

@@ -66,6 +66,8 @@ def headline(decision: DecisionHistory) -> str:
     """Say what was decided in half a line."""
     if decision.action == "widen":
         return f"widen {decision.site} by {decision.chosen['width']}"
+    if decision.action == "graft":
+        return f"grow {decision.site} of hidden width {decision.chosen['width']}"
     return "do nothing" if decision.action else "surveyed, not decided"
 
 
@@ -102,7 +104,10 @@ def _lines(decision: DecisionHistory, story: Mapping[str, Any]) -> Iterator[str]
             f"e-value {short(look['e_value'])} of {short(look['threshold'])} needed: "
             f"{'passed' if look['passed'] else 'refused'}, {look['reason']}",
         )
-    if story["widened"]:
+    if story["widened"] and "how" in story["widened"]:
+        how = "folded into the layer" if story["widened"]["how"] == "merged" else "a branch that stays"
+        yield _row("grafted", f"{how}, at step {decision.widened_at}")
+    elif story["widened"]:
         edits = "; ".join(
             f"{edit['tensor']} axis {edit['axis']}: {edit['old']}→{edit['new']}"
             for edit in story["widened"]["edits"]
@@ -133,9 +138,8 @@ def _widened(decision: DecisionHistory) -> dict[str, Any] | None:
     """Name the columns of the edits, which the event holds as plain rows."""
     if decision.widened is None:
         return None
-    edits = [
-        dict(zip(("tensor", "axis", "old", "new"), row, strict=True)) for row in decision.widened["edits"]
-    ]
+    rows = decision.widened.get("edits", ())  # a graft edits no tensor
+    edits = [dict(zip(("tensor", "axis", "old", "new"), row, strict=True)) for row in rows]
     return {**(_without(decision.widened) or {}), "step": decision.widened_at, "edits": edits}
 
 

@@ -99,7 +99,7 @@ class Committer:
     ) -> dict[str, Any]:
         """Fold a kernel into the Linear it stands at, or register it as a branch of the host."""
         assert isinstance(place, Block) and isinstance(kernel, GraphKernel)
-        facts = {"blueprint": place.graph.name}
+        facts = {"blueprint": place.graph.name, "units": hidden}
         folded = merged(place, kernel)
         if folded is not None:
             return {**facts, "how": "merged", "difference": self.fold(place, folded, branch)}
