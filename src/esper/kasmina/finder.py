@@ -39,6 +39,7 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 LAYERS = (nn.Linear, *CONVOLUTIONS)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 PRODUCTS = frozenset({"mul", "__mul__", "mul_", "multiply", "__imul__"})
+PARTING = frozenset({"glu", "chunk", "split", "tensor_split"})
 REDUCING = frozenset(  # what turns weights into a penalty on their size
     "norm vector_norm linalg_vector_norm linalg_norm square abs pow __pow__ mul __mul__ sum mean flatten "
     "view reshape cat stack detach float to dot".split()
@@ -327,6 +328,11 @@ class Finder:
             ), axis
         if call.name in REDUCE and axis == 1 and is_spatial(call, len(before)):
             return Replay(call.name, call.func, args, kwargs), axis
+        if call.name in PARTING:
+            raise Refused(
+                f"{call.name} cuts the output of {name} into parts (a fused gate, for example): new units "
+                "would be rows in its middle; write the parts as layers of their own"
+            )
         raise Refused(f"{call.name} over the output of {name} does not treat every channel alone")
 
     def layered(self, call: Call, axis: int, name: str) -> Step:
