@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from collections.abc import Callable
 from typing import Any
@@ -16,8 +17,10 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import esper
 from esper.errors import ProbeError, SiteError
+from esper.kasmina.between import Composite
 from esper.kasmina.flops import FlopMeter
 from esper.kasmina.materialise import widen
+from esper.kasmina.sites import find_pairs
 from esper.kasmina.widen import WidenKernel
 from tests.kasmina.hosts import HOSTS, batch, holdings
 
@@ -324,6 +327,35 @@ def test_inputs_that_do_not_run_are_the_probes_fault() -> None:
         esper.wrap(esper.wrap(net, FLAT), FLAT)
     with pytest.raises(SiteError, match="is not wrapped"):
         esper.unwrap(net)  # type: ignore[arg-type]
+
+
+PENALTIES: dict[str, Callable[[nn.Module], Tensor]] = {
+    "norms": lambda net: sum((p.norm() for p in net.parameters()), torch.zeros(())),
+    "squares": lambda net: 0.1 * torch.stack([p.square().sum() for p in net.parameters()]).sum(),
+    "absolute": lambda net: sum((p.abs().sum() for p in net.parameters()), torch.zeros(())) / 3,
+    "powers": lambda net: sum((p.pow(2.0).sum() for p in net.parameters()), torch.zeros(())),
+    "products": lambda net: sum(((p * p).mean() for p in net.parameters()), torch.zeros(())),
+    "one vector": lambda net: torch.cat([p.flatten() for p in net.parameters()]).norm(),
+}
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_a_penalty_over_all_weights_hides_no_place(name: str) -> None:
+    net = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 2))
+    pairs, _ = find_pairs(net, lambda: net(FLAT).square().mean() + PENALTIES[name](net))
+    assert [pair.site.name for pair in pairs] == ["0>3"]
+    scaled, refusals = find_pairs(net, lambda: (net(FLAT) * PENALTIES[name](net)).mean())
+    assert not scaled, "a penalty that scales features is none"
+    assert {refusal.place for refusal in refusals} == {"0", "3"}
+
+
+def test_an_activation_written_by_hand_travels_with_its_pair() -> None:
+    net = two(lambda s, x: torch.relu(x) * (1 - x.float().sigmoid()) * 0.5)
+    (pair,), _ = find_pairs(net, lambda: net(FLAT))
+    (step,) = [step for step in pair.steps if isinstance(step, Composite)]
+    x = torch.randn(3, 4)
+    copied = pickle.loads(pickle.dumps(step))
+    assert torch.equal(copied.run(x, {}, True), torch.relu(x) * (1 - x.sigmoid()))
 
 
 # -- the plan, on nets nobody wrote by hand --

@@ -10,7 +10,6 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from esper.contracts import Site
 from esper.kasmina.attention import OPERATORS, Behind, attentions
@@ -20,30 +19,25 @@ from esper.kasmina.between import (
     RESHAPE,
     SPATIAL,
     BatchNorm,
-    Composite,
     Depthwise,
     Flatten,
     GroupNorm,
-    Part,
     Replay,
-    Slot,
     Step,
 )
 from esper.kasmina.gated import GatedPair
 from esper.kasmina.heads import HeadsPair
 from esper.kasmina.pairs import Pair, in_size, out_size
+from esper.kasmina.penalties import is_penalty
 from esper.kasmina.proof import heads_of
 from esper.kasmina.recorder import Call, Recording, Refused
+from esper.kasmina.regions import region
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 LAYERS = (nn.Linear, *CONVOLUTIONS)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 PRODUCTS = frozenset({"mul", "__mul__", "mul_", "multiply", "__imul__"})
 PARTING = frozenset({"glu", "chunk", "split", "tensor_split"})
-REDUCING = frozenset(  # what turns weights into a penalty on their size
-    "norm vector_norm linalg_vector_norm linalg_norm square abs pow __pow__ mul __mul__ sum mean flatten "
-    "view reshape cat stack detach float to dot".split()
-)
 
 
 class Met(Refused):
@@ -119,7 +113,7 @@ class Finder:
         while True:
             readers = self.readers(track.value, track.name)
             if len(readers) > 1 or readers[0].reads.count(track.value) > 1:
-                step, track.value = self.region(track, readers)
+                step, track.value = region(self.recording, track.value, track.name, readers)
                 track.steps.append(step)
                 continue
             (reader,) = readers
@@ -234,34 +228,6 @@ class Finder:
             raise Refused(f"nothing the probe recorded reads the output of {name}")
         return [self.recording.calls[r] for r in readers]
 
-    def region(self, track: Track, readers: list[Call]) -> tuple[Composite, int]:
-        """Follow a value with several readers until only one is left: an activation written by hand."""
-        names = ", ".join(call.name for call in readers)
-        many = f"has {len(readers)} consumers" if len(readers) > 1 else "meets itself"
-        refusal = Refused(f"the output of {track.name} {many} ({names})")
-        slots, parts = {track.value: Slot(0)}, list[Part]()
-        done: set[int] = set()
-        while True:
-            ahead = {v: sorted(set(self.recording.readers.get(v, [])) - done) for v in slots}
-            open_ = [v for v, calls in ahead.items() if calls]
-            if not open_ or not self.recording.outputs.isdisjoint(slots):
-                raise refusal
-            if parts and len(open_) == 1 and slots[open_[0]].index == len(parts):
-                label = "+".join(dict.fromkeys(part.label.strip("_") for part in parts))
-                return Composite(label, tuple(parts)), open_[0]
-            index = min(calls[0] for calls in ahead.values() if calls)
-            call = self.recording.calls[index]
-            alone = call.name in ELEMENTWISE and not call.parameters and set(call.reads) <= set(slots)
-            if not alone or len(call.makes) != 1 or call.shape != self.recording.shapes[track.value]:
-                raise refusal
-            given = iter([slots[r] for r in call.reads])
-            leaves, shape = tree_flatten((call.args, call.kwargs))
-            leaves = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-            args, kwargs = tree_unflatten(leaves, shape)
-            parts.append(Part(call.name, args, kwargs))
-            slots[call.makes[0]] = Slot(len(parts))
-            done.add(index)
-
     def layer_of(self, call: Call) -> tuple[str, nn.Module] | None:
         """Return the Linear or convolution a call belongs to."""
         for parameter in call.parameters:
@@ -367,24 +333,6 @@ class Finder:
         raise Refused(
             f"{label} ({call.name}) stands between {name} and its consumer and mixes or owns channels"
         )
-
-
-def is_penalty(recording: Recording, index: int) -> bool:
-    """Tell a read of weights that ends in a scalar and, with it, in the loss: ``p.norm()`` for every p."""
-    todo, derived, shapes = [index], set[int](), recording.shapes
-    while todo:
-        call = recording.calls[todo.pop()]
-        own = set(call.reads) <= derived and call.name in REDUCING
-        scalars = all(shapes[v].numel() == 1 for v in call.reads) and not any(shapes[v] for v in call.makes)
-        joined = call.name in {"stack", "cat"} and all(len(shapes[v]) == 1 for v in call.makes)
-        if not call.makes or not (own or joined or (derived and scalars)):
-            return False
-        for value in call.makes:
-            if shapes[value] and value in recording.outputs:
-                return False
-            derived.add(value)
-            todo.extend(recording.readers.get(value, []))
-    return True
 
 
 def labels(steps: Sequence[Step]) -> tuple[str, ...]:
