@@ -29,7 +29,7 @@ from esper.kasmina.gated import GatedPair
 from esper.kasmina.heads import HeadsPair
 from esper.kasmina.pairs import Pair, in_size, out_size
 from esper.kasmina.penalties import is_penalty
-from esper.kasmina.proof import heads_of
+from esper.kasmina.proof import Entered, around, entered, heads_of
 from esper.kasmina.recorder import Call, Recording, Refused
 from esper.kasmina.regions import region
 
@@ -90,12 +90,21 @@ class Finder:
                 self.only_call(part)
             if name != found.names[0]:
                 raise Refused(f"{name} is widened with {found.names[0]}, as heads") from refusal
-            return heads_of(self.recording, self.modules, found)
+            return heads_of(self.modules, found, self.entered)
 
     @cached_property
     def attentions(self) -> dict[str, tuple[str, Behind]]:
         """Map the layers in front of attention to the layer behind it."""
         return attentions(self.recording, self.modules)
+
+    @cached_property
+    def entered(self) -> Entered:
+        """Note what the modules around attention are called with: the smallest is run again for a proof."""
+        groups = [
+            [path, *(n for n in behind.sources if n in self.modules)]
+            for path, behind in self.attentions.values()
+        ]
+        return entered(self.recording, self.modules, [path for names in groups for path in around(names)])
 
     def begin(self, name: str) -> Track:
         """Start at a layer that can produce."""

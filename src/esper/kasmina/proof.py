@@ -7,11 +7,11 @@ widened and run, and what it computes has to be the old output plus what the ker
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import combinations, takewhile
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -22,19 +22,22 @@ from esper.kasmina.heads import Count, HeadsPair
 from esper.kasmina.materialise import widen
 from esper.kasmina.recorder import Recording, Refused
 
+Entered: TypeAlias = "dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]]"  # calls of each module
 TRIES = 33  # subsets of five numbers, and the ones whose name says heads
 
 
-def enclosing(
-    recording: Recording, modules: Mapping[str, nn.Module], names: Sequence[str]
-) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
-    """Return the smallest module around the layers that is called, with what it is called with."""
+def around(names: Sequence[str]) -> list[str]:
+    """List the modules that hold all these layers, from the model inwards."""
     levels = zip(*(name.split(".") for name in names), strict=False)
     shared = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, levels)]
-    paths = [".".join(shared[:depth]) for depth in range(len(shared) + 1)]  # from the model inwards
-    calls: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+    return [".".join(shared[:depth]) for depth in range(len(shared) + 1)]
+
+
+def entered(recording: Recording, modules: Mapping[str, nn.Module], paths: Iterable[str]) -> Entered:
+    """Run once more and note what each of these modules is called with."""
+    calls: Entered = {}
     with ExitStack() as stack:
-        for path in paths:
+        for path in dict.fromkeys(paths):
             kept = calls.setdefault(path, [])
 
             def keep(module: nn.Module, args: Any, kwargs: Any, kept: Any = kept) -> None:
@@ -43,10 +46,7 @@ def enclosing(
             stack.callback(modules[path].register_forward_pre_hook(keep, with_kwargs=True).remove)
         assert recording.again is not None
         recording.again()
-    path = next((p for p in reversed(paths) if len(calls[p]) == 1), None)
-    if path is None:
-        raise Refused(f"no module around {', '.join(names)} is called exactly once")
-    return path, *calls[path][0]
+    return calls
 
 
 class Proof:
@@ -140,14 +140,17 @@ class Proof:
         return "" if self.close(wanted, y) else "the old heads change, or the new ones are not computed alone"
 
 
-def heads_of(recording: Recording, modules: Mapping[str, nn.Module], found: Found) -> HeadsPair:
+def heads_of(modules: Mapping[str, nn.Module], found: Found, calls: Entered) -> HeadsPair:
     """Prove on a copy what has to grow with the heads, and return the place.
 
     Raises:
         Refused: No growth of the user's own numbers gives what the kernel adds.
     """
     q, k, v, behind = found.names
-    path, args, kwargs = enclosing(recording, modules, found.names)
+    path = next((p for p in reversed(around(found.names)) if len(calls[p]) == 1), None)
+    if path is None:
+        raise Refused(f"no module around {', '.join(found.names)} is called exactly once")
+    args, kwargs = calls[path][0]
     try:
         duplicate = copy.deepcopy(modules[path])
     except (RuntimeError, TypeError, NotImplementedError) as error:
