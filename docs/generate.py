@@ -8,7 +8,7 @@ tests/test_docs.py fails when a page is stale.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -103,7 +103,7 @@ def cli_page() -> str:
     """The help of every command."""
     root: Any = typer.main.get_command(app)
     parts = [f"# Commands\n\n{root.help}\n\n{root.epilog}\n"]
-    for name, command in sorted(root.commands.items()):
+    for name, command in commands(root):
         context = command.make_context(name, [], resilient_parsing=True)
         usage = " ".join(command.collect_usage_pieces(context))
         parts.append(
@@ -116,6 +116,14 @@ def cli_page() -> str:
             table(("argument or option", "meaning"), ((f"`{names}`", text) for names, text in records))
         )
     return "\n".join(parts)
+
+
+def commands(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """List the commands of a group, and those of its groups behind each."""
+    for name, command in sorted(group.commands.items()):
+        yield f"{prefix}{name}", command
+        if hasattr(command, "commands"):
+            yield from commands(command, f"{prefix}{name} ")
 
 
 def table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

@@ -229,16 +229,3 @@ class WidenPlan:
     units: int
     edits: tuple[WidenEdit, ...]
     attributes: tuple[tuple[str, str, int], ...]  # (module, attribute, new value)
-
-
-@dataclass(frozen=True, slots=True)
-class GraftPlan:
-    """Growth beside existing layers: a kernel that became a registered child of the host."""
-
-    site: str
-    name: str  # of the child, under the host's module of grown branches
-    entry: str  # module paths
-    exit: str
-    graph: str  # canonical JSON
-    signature: Signature
-    hidden: int

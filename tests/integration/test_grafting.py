@@ -5,64 +5,25 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.checkpoint import checkpoint
 
 import esper
-from esper.contracts import Decision, Event, GraftPlan
+from esper.contracts import Decision, Event
 from esper.errors import SurgeryError
 from esper.kasmina.grown import GrownBranches
 from esper.kasmina.seam import is_open
+from esper.tolaria.genome import GraftPlan
+from tests.integration.grafting_hosts import HOSTS, INPUTS, Sequences
 
-
-class Residual(nn.Module):
-    """LayerNorm and a lone layer: nothing here can be widened."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.norm, self.mix = nn.LayerNorm(width), nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.mix(self.norm(x))
-
-
-class Sequences(nn.Module):
-    def __init__(self, recompute: bool = False) -> None:
-        super().__init__()
-        self.embed, self.recompute = nn.Embedding(11, 8), recompute
-        self.blocks = nn.ModuleList(Residual(8) for _ in range(2))
-        self.head = nn.Linear(8, 11)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.embed(x)
-        for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if self.recompute else block(x)
-        return self.head(x)
-
-
-def vectors() -> nn.Module:
-    return nn.Sequential(nn.Linear(8, 6), nn.LayerNorm(6), nn.ReLU(), nn.Linear(6, 11))
-
-
-def images() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(2, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 11)
-    )
-
-
-HOSTS = {"vectors": vectors, "images": images, "sequences": Sequences}
-INPUTS = {
-    "vectors": lambda n: torch.randn(n, 8),
-    "images": lambda n: torch.randn(n, 2, 6, 6),
-    "sequences": lambda n: torch.randint(0, 11, (n, 5)),
-}
 PLACES = [
     ("vectors", "0+residual_mlp"),
     ("vectors", "0+low_rank"),
@@ -163,8 +124,8 @@ def test_it_is_saved_rebuilt_without_esper_copied_and_exported(kept: Kept, tmp_p
     torch.save((kept.x, expected), tmp_path / "expected.pt")
     script = "\n".join(
         [
-            "import sys, torch", "sys.modules['esper.tolaria'] = None", f"sys.path[:0] = [{str(folder)!r}]",
-            "from tests.integration.test_grafting import HOSTS", "import rebuild",
+            "import sys, torch", "sys.modules['esper'] = None", f"sys.path[:0] = [{str(folder)!r}]",
+            "from tests.integration.grafting_hosts import HOSTS", "import rebuild",
             f"x, expected = torch.load({str(tmp_path / 'expected.pt')!r})",
             f"y = rebuild.load(HOSTS[{kept.kind!r}]()).eval()(x).detach()",
             "print(float((y - expected).abs().max()))",
@@ -253,3 +214,18 @@ def test_a_run_that_grows_blocks_resumes_bit_for_bit(stop: int) -> None:
     mine, theirs = net.state_dict(), other.state_dict()
     assert list(mine) == list(theirs)
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+@pytest.mark.parametrize(
+    ("kind", "site"), [PLACES[0], PLACES[3], PLACES[6]], ids=["vector", "image", "sequence"]
+)
+def test_it_is_exported_to_onnx(kind: str, site: str, tmp_path: Path) -> None:
+    net = Kept(kind, site).growth.finish().eval()
+    x = batch(kind)[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's exporter warns about itself
+        torch.onnx.export(net, (x,), tmp_path / "grown.onnx", dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "grown.onnx", providers=["CPUExecutionProvider"])
+    (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    expected = net(x).detach()
+    assert float((torch.tensor(y) - expected).abs().max()) <= 1e-5 * float(expected.abs().max())

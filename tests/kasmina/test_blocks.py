@@ -147,3 +147,25 @@ def test_unknown_blueprints_and_broken_files_are_refused(tmp_path: Any) -> None:
         found(net, torch.randn(4, 6), str(tmp_path / "mine.json"))
     with pytest.raises(BlueprintError, match="cannot read the blueprint"):
         found(net, torch.randn(4, 6), str(tmp_path / "none.json"))
+
+
+def test_a_causal_model_is_offered_nothing_that_looks_ahead() -> None:
+    class Past(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.mix, self.head = nn.Embedding(9, 6), nn.Linear(6, 6), nn.Linear(6, 9)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.embed(x)
+            return self.head(torch.tril(torch.ones(5, 5)) @ self.mix(x))
+
+    tokens = torch.randint(0, 9, (4, 5))
+    offered = {
+        name.partition("+")[2] for name in found(Past(), tokens, "causal_attention", "low_rank").places
+    }
+    assert offered == {"causal_attention", "low_rank"}
+    with pytest.raises(SiteError, match="mixes all positions"):
+        found(Past(), tokens, "self_attention")
+    layer = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True, dropout=0.0)
+    both = nn.Sequential(nn.Embedding(9, 6), layer, nn.Linear(6, 9))
+    assert "1+self_attention" in found(both, tokens, "self_attention").places

@@ -64,15 +64,7 @@ def refused(error: type[EsperError], *said: str, model: nn.Module) -> Iterator[N
     assert torch.equal(torch.get_rng_state(), stream)
 
 
-def compiled_in_place() -> nn.Module:
-    net = make_net()
-    net.compile()
-    return net
-
-
 HOSTS: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "compiled": (lambda: torch.compile(make_net()), "give the module inside, net._orig_mod"),
-    "compiled in place": (compiled_in_place, "grow before compile()"),
     "data parallel": (lambda: nn.DataParallel(make_net()), "give the module inside it (model.module)"),
     "lazy": (lambda: nn.Sequential(nn.LazyLinear(3), nn.Linear(3, 2)), "0 is a lazy module"),
     "frozen": (lambda: make_net().requires_grad_(False), "the model has no trainable parameter"),

@@ -28,6 +28,7 @@ Ends = tuple[nn.Module, nn.Module]
 Port = Literal["parallel", "serial"]
 GRANULES = (1, 2, 4, 8, 16)  # smallest hidden widths tried: attention needs a multiple of its heads
 SILENT = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase, GrownBranches)
+NEVER = (*SILENT, nn.ModuleList, nn.ModuleDict, GraphKernel)
 
 
 @dataclass(frozen=True)
@@ -96,12 +97,13 @@ def find_blocks(
     finally:
         for module, mode in modes:
             module.training = mode
+    ahead = any(looks_ahead(passage) for passage in train.values())
     found: list[Block] = []
     refusals: list[Refusal] = []
     for name, two in ends.items():
         reason = refused(train[name], evaluation[name])
         if reason is None:
-            offered, reason = offers(name, two, train[name], examples, graphs)
+            offered, reason = offers(name, two, train[name], examples, graphs, ahead)
             found.extend(offered)
         if reason is not None:
             refusals.append(Refusal(name, reason))
@@ -112,7 +114,8 @@ def places(model: nn.Module) -> Iterator[tuple[str, Ends]]:
     """List modules with parameters, and each layer of a Sequential with the activations behind it."""
     for name, module in model.named_modules():
         holds = next(module.parameters(), None) is not None
-        if name and holds and not isinstance(module, (*SILENT, nn.ModuleList, nn.ModuleDict, GraphKernel)):
+        own = name.endswith("_orig_mod")  # what torch.compile wraps is bound before a seam could step in
+        if name and holds and not own and not isinstance(module, NEVER):
             yield name, (module, module)
         if isinstance(module, nn.Sequential):
             yield from spans(name, module)
@@ -144,6 +147,21 @@ def walk(ends: Mapping[str, Ends], run: Callable[[], Any]) -> dict[str, Passage]
     return passages
 
 
+def looks_ahead(passage: Passage) -> bool:
+    """Tell whether an early position of a sequence depends on a later one.
+
+    Where no place does, the model may be causal, and a kernel that mixes all positions would show it what it
+    is to predict.
+    """
+    x, y = passage.x, passage.y
+    if x is None or y is None or not (x.dim() == y.dim() == 3 and x.shape[:2] == y.shape[:2]):
+        return False
+    if not (x.requires_grad and y.requires_grad and x.shape[1] > 1):
+        return False
+    (slope,) = torch.autograd.grad(y[:, 0].float().sum(), x, retain_graph=True, allow_unused=True)
+    return slope is not None and bool(slope[:, 1:].any())
+
+
 def refused(train: Passage, evaluation: Passage) -> str | None:
     """Return why a place cannot host a kernel, whatever its shape."""
     for passage, mode in ((train, "training"), (evaluation, "evaluation")):
@@ -161,9 +179,9 @@ def refused(train: Passage, evaluation: Passage) -> str | None:
 
 
 def offers(
-    name: str, ends: Ends, passage: Passage, examples: int, graphs: Sequence[Graph]
+    name: str, ends: Ends, passage: Passage, examples: int, graphs: Sequence[Graph], ahead: bool
 ) -> tuple[list[Block], str | None]:
-    """Return what fits at one place, or why nothing does."""
+    """Return what fits at one place, or why nothing does; ``ahead``: positions may see later ones."""
     assert passage.y is not None
     reasons: list[str] = []
     made: list[Block] = []
@@ -172,6 +190,8 @@ def offers(
         for port in graph.ports:
             signature = fitting[port]
             misfit = signature if isinstance(signature, str) else graph.misfit(signature)
+            if misfit is None and passage.y.dim() == 3 and graph.mixes == "all" and not ahead:
+                misfit = "it mixes all positions, and no layer of this model lets one see a later one"
             if misfit is None and isinstance(signature, Signature):
                 made.append(offer(name, ends, port, signature, graph, passage))
                 break

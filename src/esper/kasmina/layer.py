@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from esper.blueprints.kernel import LiveKernel
 from esper.errors import SiteError
+from esper.kasmina.compiling import blended
 from esper.kasmina.places import Place
 from esper.kasmina.seam import open_seam
 from esper.kasmina.streams import Fork, StreamPool
@@ -65,6 +66,7 @@ class KasminaLayer(nn.Module):
         self.tap: Tap | None = None
         self.shown: tuple[Branch | None] | None = None  # in a shadow pass: stands for the kernel, at alpha 1
         self.x: Tensor | None = None
+        self.finite: Tensor | None = None  # in a graph: whether the kernel's last output was; nobody waited
         self.closers: list[Callable[[], None]] = []
 
     def open(self) -> None:
@@ -73,20 +75,35 @@ class KasminaLayer(nn.Module):
             entry, exit_ = self.place.ends()
             self.closers = [open_seam(entry, "entry", self), open_seam(exit_, "exit", self)]
 
-    def close(self) -> None:
-        """Take the seams away; both modules are exactly as before."""
+    def shut(self) -> None:
+        """Take the seams away; what is awake stays awake."""
         while self.closers:
             self.closers.pop()()
+        self.x = None
+
+    def close(self) -> None:
+        """Take the seams away; both modules are exactly as before."""
+        self.shut()
         self.kernel = self.tap = self.shown = self.x = self.fork = self.alpha = None
         self.exposed = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave behind the last pass, which may hang on a graph, and whoever is told of faults."""
-        return {**self.__dict__, "x": None, "fork": None, "tap": None, "shown": None, "on_fault": unheard}
+        return {
+            **self.__dict__,
+            "x": None,
+            "finite": None,
+            "fork": None,
+            "tap": None,
+            "shown": None,
+            "on_fault": unheard,
+        }
 
     def enter(self, x: Tensor | None) -> None:
         """Keep the entry's input until the next pass, so that a checkpointed exit can be recomputed."""
         self.x = x
+        if torch.compiler.is_compiling():
+            return
         if self.pool is not None and self.pool.enabled and self.exposed and not self.serial and x is not None:
             assert self.kernel is not None
             self.fork = self.pool.fork(x.detach(), self.kernel)
@@ -99,13 +116,17 @@ class KasminaLayer(nn.Module):
         if self.shown is not None:
             (branch,) = self.shown
             return y if branch is None else y.detach() + branch(x.detach()).to(y.dtype)
-        if self.tap is not None and torch.is_grad_enabled():
+        # In a graph a hook would break it: without a tap every lesson is a shadow pass.
+        if self.tap is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self.watch(self.tap, x, y)
         return self.blend(x, y) if self.exposed else y
 
     def blend(self, x: Tensor, y: Tensor) -> Tensor:
         """Return y + α·k(x); the kernel's input is detached until it is kept (measured: costs nothing)."""
         assert self.kernel is not None and self.alpha is not None
+        if torch.compiler.is_compiling():
+            y, self.finite = blended(y, self.kernel(x.detach()), self.alpha)
+            return y
         try:
             fork, self.fork = self.fork, None
             f = self.kernel(x.detach()) if fork is None else fork.join()
@@ -118,6 +139,12 @@ class KasminaLayer(nn.Module):
             return y
         return torch.addcmul(y, self.alpha.to(y.dtype), f.to(y.dtype))
 
+    def told(self) -> None:
+        """Pass on what a graph noted of its last run; asked between steps, where waiting is cheap."""
+        finite, self.finite = self.finite, None
+        if finite is not None and not bool(finite):
+            self.on_fault("a non-finite output")
+
     def watch(self, tap: Tap, x: Tensor, y: Tensor) -> None:
         """Note input, output and, once it flows back, the gradient."""
         tap.x, tap.version, tap.gradient = x.detach(), x._version, None
@@ -129,10 +156,14 @@ class KasminaLayer(nn.Module):
     def showing(self, branch: Branch | None) -> Iterator[None]:
         """Run passes with another branch in place, at full strength on detached features, or with none."""
         before, self.shown = self.shown, (branch,)
+        transient = not self.closers
         try:
+            self.open()
             yield
         finally:
             self.shown = before
+            if transient:
+                self.shut()
 
 
 def unheard(error: str) -> None:

@@ -11,6 +11,7 @@ from esper.contracts import Refusal, Stage
 from esper.errors import EsperError, ProbeError, SiteError
 from esper.kasmina.blocks import find_blocks
 from esper.kasmina.choice import chosen
+from esper.kasmina.compiling import CompilePolicy
 from esper.kasmina.flops import FlopMeter
 from esper.kasmina.isolation import evaluating, untouched
 from esper.kasmina.layer import KasminaLayer
@@ -46,9 +47,11 @@ class MorphableModel(nn.Module):
         sites: Sites = "auto",
         seeds_per_site: int = 4,
         blueprints: Sequence[str] = ("auto",),
+        policy: CompilePolicy | None = None,
     ) -> None:
         super().__init__()
         self.host = host
+        self.policy = policy or CompilePolicy("none", host)
         self.seeds_per_site = seeds_per_site
         self.examples, self.blueprints = examples, tuple(blueprints)
         found, self.refusals = self.find(run)
@@ -119,7 +122,9 @@ class MorphableModel(nn.Module):
     def layer(self, site: str, on_fault: Callable[[str], None]) -> KasminaLayer:
         """Open the seams of a site."""
         layer = KasminaLayer(self.places[site], on_fault, self.pool)
-        layer.open()
+        if self.policy.kind != "whole":  # there an open seam is a graph: it opens when the kernel is exposed
+            layer.open()
+            layer.closers.append(self.policy.stand_aside(self.places[site].ends()))
         self.layers[slug(site)] = layer
         return layer
 

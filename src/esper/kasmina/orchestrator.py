@@ -85,6 +85,7 @@ class SeedOrchestrator:
             self.losses.append(loss)
             self.examples = 0
             return None
+        self.trial.layer.told()
         stage = self.model.layout.stage_of(self.trial.seed)
         if stage is Stage.ERROR:
             return self.cull("three faults")
@@ -191,7 +192,9 @@ class SeedOrchestrator:
         assert self.trial is not None
         trial, layer = self.trial, self.trial.layer
         trial.kernel, trial.before = kernel, list(self.losses)
+        self.model.policy.make_room()
         layer.tap, layer.kernel = None, kernel
+        layer.open()
         layer.alpha = self.model.layout.alpha[trial.seed]
         trial.optimizer = self.given.optimizer(kernel, layer.place)
         self.given.forge(kernel, layer.place, trial.decision.width, trial.tap.x)

@@ -4,16 +4,30 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
 from esper.blueprints.graph import Graph
 from esper.blueprints.program import Program
-from esper.contracts import GraftPlan, Signature, WidenEdit, WidenPlan
+from esper.contracts import Signature, WidenEdit, WidenPlan
 from esper.errors import BlueprintError, SavedModelError, nearest
 from esper.kasmina.grown import CHILD
+
+
+@dataclass(frozen=True, slots=True)
+class GraftPlan:
+    """Growth beside existing layers: a kernel that became a registered child of the host."""
+
+    site: str
+    name: str  # of the child, under the host's module of grown branches
+    entry: str  # module paths
+    exit: str
+    graph: str  # canonical JSON
+    signature: Signature
+    hidden: int
+
 
 FORMAT = 2
 READABLE = (1, 2)  # 1 knew widenings only

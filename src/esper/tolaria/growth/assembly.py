@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from esper.blueprints.kernel import LiveKernel
 from esper.config import Budget, Config
 from esper.contracts import Event, Observer
+from esper.kasmina.compiling import detect
 from esper.kasmina.evidence import LossFunction, count_examples
 from esper.kasmina.flops import Ledger
 from esper.kasmina.gate import Gate
@@ -39,6 +40,7 @@ SETTLING = 20  # steps until BatchNorm's running statistics (momentum 0.1) have 
 class Parts:
     """The parts of one run."""
 
+    given: nn.Module  # what the user holds: the host, or its compiled form
     model: MorphableModel
     optimizers: dict[str, Optimizer]
     orchestrator: SeedOrchestrator
@@ -77,13 +79,21 @@ def assemble(
 ) -> Parts:
     """Check what was given and wire a run; nothing of the user's is changed."""
     refuse_host(host)
+    policy = detect(host, loss_fn)
+    given_model, host = host, policy.host
     optimizers = named_optimizers(optimizer, host)
     merged = merged_budget(budget, config.budget)
     config = config.model_copy(update={"budget": merged})
-    batch = first_probe(probe, host, loss_fn)
-    model = MorphableModel(
-        host, lambda: loss_fn(host, batch), count_examples(batch), sites, blueprints=config.blueprints
-    )
+    with policy.uncompiled():
+        batch = first_probe(probe, host, loss_fn)
+        model = MorphableModel(
+            host,
+            lambda: loss_fn(host, batch),
+            count_examples(batch),
+            sites,
+            blueprints=config.blueprints,
+            policy=policy,
+        )
     model.pool.enabled = config.kernels.streams
     streams, ledger = Streams(seed), Ledger()
     forging = Forging(config.kernels, observe)
@@ -117,7 +127,9 @@ def assemble(
         optimizer=donor.like,
         follow=donor.follow,
         commit=commit,
-        forge=forging.file,
+        forge=forging.file
+        if policy.kind != "whole"
+        else (lambda *rest: None),  # the host's own graph holds it
         draw=streams.draw,
         rate=config.race.learning_rate,
         scale=(lambda: float(scaler.get_scale())) if scaler is not None else (lambda: 1.0),
@@ -134,6 +146,7 @@ def assemble(
             "a budget in seconds makes decisions depend on the clock; runs with the same seed may differ"
         )
     return Parts(
+        given=given_model,
         model=model,
         optimizers=optimizers,
         orchestrator=orchestrator,

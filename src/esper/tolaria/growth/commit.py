@@ -15,15 +15,15 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from esper.blueprints.graph import Graph
 from esper.blueprints.kernel import GraphKernel, LiveKernel
-from esper.contracts import Decision, Event, GraftPlan, Observer, WidenPlan
+from esper.contracts import Decision, Event, Observer, WidenPlan
 from esper.errors import SurgeryError
 from esper.kasmina.blocks import Block
 from esper.kasmina.grown import attach, detach
 from esper.kasmina.materialise import empty_slices, widen
 from esper.kasmina.merge import merged, write
 from esper.kasmina.morphable import MorphableModel, slug
+from esper.tolaria.genome import GraftPlan, Plan, program_of
 from esper.tolaria.growth.check import deviation, output
 from esper.tolaria.surgery.adoption import adopt
 from esper.tolaria.surgery.averages import copy_of, widen_average
@@ -56,7 +56,7 @@ class Committer:
     ) -> None:
         self.model, self.optimizers, self.averages = model, optimizers, averages
         self.run, self.rule, self.observe = run, rule, observe
-        self.plans: list[WidenPlan | GraftPlan] = []
+        self.plans: list[Plan] = []
 
     def commit(self, kernel: LiveKernel, optimizer: Optimizer, decision: Decision, step: int) -> str:
         """Make a kernel part of the model it stands beside.
@@ -83,6 +83,9 @@ class Committer:
         facts["parameters"] = self.model.parameter_count()
         facts["milliseconds"] = (time.perf_counter() - begun) * 1e3
         self.observe(Event(kind, step, facts))
+        why = self.model.policy.after_commit(layer.place.ends())
+        if why:
+            self.observe(Event("recompiled", step, {"policy": self.model.policy.kind, "why": why}))
         return ""
 
     def widen(self, kernel: Any, optimizer: Optimizer, branch: Tensor, step: int) -> dict[str, Any]:
@@ -184,13 +187,12 @@ class Committer:
             self.observe(Event("fallback", step, {"what": "optimizer state", "why": line}))
         return difference
 
-    def replay(self, plan: WidenPlan | GraftPlan) -> None:
+    def replay(self, plan: Plan) -> None:
         """Repeat growth of an earlier run on a fresh host; a checkpoint will fill its empty tensors."""
         if isinstance(plan, WidenPlan):
             self.carry_out(plan, empty_slices(self.model.host, plan), {}, None, 0)
         else:
             like = next(self.model.host.parameters())
-            program = Graph.from_json(plan.graph).lower(plan.signature, plan.hidden)
-            self.attach(plan, GraphKernel(program, like), None, None)
+            self.attach(plan, GraphKernel(program_of(plan), like), None, None)
         self.model.refresh(self.run)
         self.plans.append(plan)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from esper.config import Config, ConfigLike, load_config
-from esper.contracts import Event, GraftPlan, Observer, WidenPlan, ignore
+from esper.contracts import Event, Observer, WidenPlan, ignore
 from esper.errors import FinishedError, SiteError, StateError, nearest
 from esper.kasmina.evidence import LossFunction, count_examples, join
 from esper.kasmina.flops import Ledger
@@ -22,6 +22,7 @@ from esper.kasmina.orchestrator import SeedOrchestrator
 from esper.kasmina.sites import Sites
 from esper.nissa.journal import RunJournal
 from esper.tamiyo.controller import Room, Tamiyo
+from esper.tolaria.genome import Plan
 from esper.tolaria.growth.assembly import Parts, assemble, limit
 from esper.tolaria.growth.entrance import check_finite, check_loss
 from esper.tolaria.growth.memory import capture, restore
@@ -44,7 +45,7 @@ class Growth:
     def __init__(self, parts: Parts) -> None:
         self.parts = parts
         self.morphable: MorphableModel = parts.model
-        self.model: nn.Module = parts.model.host
+        self.model: nn.Module = parts.given
         self.cost: Ledger = parts.ledger
         self.orchestrator: SeedOrchestrator = parts.orchestrator
         self.tamiyo: Tamiyo = parts.tamiyo
@@ -61,7 +62,7 @@ class Growth:
         self._tell_start()
 
     @property
-    def plans(self) -> list[WidenPlan | GraftPlan]:
+    def plans(self) -> list[Plan]:
         """Everything that grew and changed the model's shape, in order."""
         return self.parts.committer.plans
 
@@ -95,7 +96,8 @@ class Growth:
         self.steps = self.optimizer_steps
         self.losses.append(value)
         begun = time.perf_counter()
-        self._act(value)
+        with self.morphable.policy.uncompiled():
+            self._act(value)
         self.cost.seconds += time.perf_counter() - begun
         if self.steps % self.config.telemetry.progress_every == 0:
             self._tell_progress()
@@ -195,7 +197,8 @@ class Growth:
         """
         self._refuse_finished("finish")
         begun = time.perf_counter()
-        outcome = self.orchestrator.settle()
+        with self.morphable.policy.uncompiled():
+            outcome = self.orchestrator.settle()
         if outcome is not None:
             self.events_kept += outcome.kept
             self.tamiyo.learn(outcome, self.steps)
@@ -224,7 +227,7 @@ class Growth:
             "growth FLOPs": self.cost.growth_flops,
             "steps": self.steps,
         }
-        return save(self.model, self.plans, Path(directory), card=card)
+        return save(self.morphable.host, self.plans, Path(directory), card=card)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything but the model's and the optimizers' own state, which the user saves as always."""
@@ -242,7 +245,8 @@ class Growth:
             raise StateError(
                 "this run has begun already; load the state right after esper.grow on a fresh model"
             )
-        restore(self, state)
+        with self.morphable.policy.uncompiled():
+            restore(self, state)
         self._tell_start()  # the sites are other ones by now
 
     # -- telling ---------------------------------------------------------------------------------------------

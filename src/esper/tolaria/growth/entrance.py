@@ -59,13 +59,6 @@ def refuse_host(model: nn.Module) -> None:
         raise SiteError(f"a {type(model).__name__} cannot grow; an nn.Module is needed")
     if isinstance(model, torch.jit.ScriptModule):
         raise SiteError("a ScriptModule cannot grow; give the eager module it was made from")
-    if "_orig_mod" in model._modules:  # what torch.compile returns; its class lives in a slow import
-        raise SiteError("a compiled model cannot grow yet; give the module inside, net._orig_mod")
-    compiled = [name for name, module in model.named_modules() if module._compiled_call_impl is not None]
-    if compiled:
-        raise SiteError(
-            f"{compiled[0] or 'the model'} was compiled in place and cannot grow yet; grow before compile()"
-        )
     if isinstance(model, nn.DataParallel):
         raise SiteError(
             "DataParallel copies the model at every pass; give the module inside it (model.module)"

@@ -133,6 +133,7 @@ def restore_trial(growth: Any, state: Mapping[str, Any]) -> None:
             trial.optimizer = orchestrator.given.optimizer(trial.kernel, layer.place)
             trial.optimizer.load_state_dict(state["optimizer"])
             layer.alpha = morphable.layout.alpha[trial.seed]
+            layer.open()
             layer.exposed = bool(layer.alpha > 0) and morphable.layout.stage_of(trial.seed) is not Stage.ERROR
 
 
