@@ -86,17 +86,7 @@ def test_a_dormant_wrap_changes_nothing(kind: str) -> None:
     assert same(*left)
 
 
-LATER = {  # what the race cannot do yet
-    "GPT with checkpointing": "candidates one by one: the recomputation in backward runs without the branch",
-    "bf16 autocast": "the closed-form fit mixes float32 features with bfloat16 gradients",
-}
-INCUBATED = [
-    pytest.param(kind, marks=pytest.mark.xfail(reason=LATER[kind], strict=True)) if kind in LATER else kind
-    for kind in HOSTS
-]
-
-
-@pytest.mark.parametrize("kind", INCUBATED)
+@pytest.mark.parametrize("kind", HOSTS)
 def test_incubation_and_a_cull_leave_no_trace(kind: str) -> None:
     hosts: list[tuple[nn.Module, torch.optim.Optimizer, list[Tensor]]] = []
     for grown in (True, False):

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from esper.errors import ProbeError
@@ -103,7 +104,8 @@ def example_losses(model: nn.Module, loss_fn: LossFunction, batch: Any) -> tuple
         return loss_fn(model, tree_unflatten(filled, nest))
 
     try:
-        return vmap(one, randomness="different")(*own), True
+        with sdpa_kernel(SDPBackend.MATH):  # the fused ones have no batching rule and warn of it
+            return vmap(one, randomness="different")(*own), True
     except RuntimeError:
         return torch.stack([one(*(leaf[i] for leaf in own)) for i in range(count)]), False
 

@@ -8,12 +8,14 @@ their output added (a shadow pass), and between those the tapped gradient.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from esper.blueprints.kernel import LiveKernel
 from esper.kasmina.isolation import same_randomness
@@ -115,9 +117,9 @@ class Race:
             h = vmap(features, randomness="different")(
                 self.parameters, self.buffers
             )  # (candidates, rows, features)
-            gram = h.mT @ h
+            gram, target = h.mT @ h, target.to(h.dtype)  # autocast may leave the gradient in half width
             ridge = RIDGE * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] + 1e-8
-            gram = gram + ridge * torch.eye(gram.shape[-1], device=x.device, dtype=x.dtype)
+            gram = gram + ridge * torch.eye(gram.shape[-1], device=h.device, dtype=h.dtype)
             solved = torch.linalg.solve(gram, h.mT @ target)  # (candidates, features, out)
             self.parameters["consumer_weight"].copy_(solved.mT)
 
@@ -132,48 +134,90 @@ class Race:
         def loss(parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
             return (self.forward(parameters, buffers, x) - target).square().mean()
 
-        self.descend(vmap(loss, randomness="different")(self.parameters, self.buffers))
+        losses = vmap(loss, randomness="different")(self.parameters, self.buffers)
+        self.descend(losses, torch.autograd.grad(losses.sum(), list(self.parameters.values())))
 
     def learn_from_shadow(self, run: Run) -> None:
         """One step down the real loss behind the site."""
-        self.descend(self.losses(run))
+        own = list(self.parameters.values())
+        losses = self.together(self.branch, run, self.stack)
+        if losses is not None and (gradients := self.slopes(losses, own)) is not None:
+            self.descend(losses, gradients)
+            return
+        found: list[Tensor] = []
+        total: list[Tensor] = [torch.zeros_like(parameter) for parameter in own]
+        for row in self.rows():
+            # The gradient is taken while the branch is shown: a checkpointed host runs it again for that.
+            with self.layer.showing(lambda x, row=row: self.branch(row, x)):
+                loss = run()
+                gradients = torch.autograd.grad(loss, own)
+            found.append(loss)
+            total = [sum_ + gradient for sum_, gradient in zip(total, gradients, strict=True)]
+        self.descend(torch.stack(found), total)
 
-    def descend(self, losses: Tensor) -> None:
+    def slopes(self, losses: Tensor, own: list[Tensor]) -> tuple[Tensor, ...] | None:
+        """Return the gradients of a batched pass, or None where a checkpointed host refuses."""
+        try:
+            return torch.autograd.grad(losses.sum(), own)
+        except RuntimeError:
+            self.batched = False
+            return None
+
+    def descend(self, losses: Tensor, gradients: Sequence[Tensor]) -> None:
         """Step every candidate down its own loss, (candidates,); nothing else is updated."""
         self.scores = torch.nan_to_num(losses.detach().cpu(), nan=float("inf"))
-        names = list(self.parameters)
-        gradients = torch.autograd.grad(losses.sum(), [self.parameters[n] for n in names])
-        for name, gradient in zip(names, gradients, strict=True):
-            self.parameters[name].grad = gradient
+        for parameter, gradient in zip(self.parameters.values(), gradients, strict=True):
+            parameter.grad = gradient
         self.optimizer.step()
         self.optimizer.zero_grad()
 
+    @property
+    def stack(self) -> dict[str, Tensor]:
+        """All candidates' tensors, (candidates, …) each."""
+        return {**self.parameters, **self.buffers}
+
+    def rows(self) -> list[dict[str, Tensor]]:
+        """Return each candidate's tensors alone."""
+        return [{k: v[i] for k, v in self.stack.items()} for i in range(len(self.starts))]
+
+    def branch(self, row: dict[str, Tensor], x: Tensor) -> Tensor:
+        """Run one candidate from its row of the stack."""
+        parameters = {k: row[k] for k in self.parameters}
+        return self.forward(parameters, {k: row[k] for k in self.buffers}, x)
+
     def losses(self, run: Run) -> Tensor:
         """Return the loss of the run with each candidate added at full strength, (candidates,)."""
-        names = list(self.parameters)
-
-        def branch(stack: dict[str, Tensor], x: Tensor) -> Tensor:
-            parameters = {k: stack[k] for k in names}
-            return self.forward(parameters, {k: v for k, v in stack.items() if k not in parameters}, x)
-
-        return self.each(branch, run, {**self.parameters, **self.buffers})
+        return self.each(self.branch, run, self.stack)
 
     def each(
         self, branch: Callable[[dict[str, Tensor], Tensor], Tensor], run: Run, stack: dict[str, Tensor]
     ) -> Tensor:
         """Return the loss of the run with the branch added, once per row of the stack, (rows,)."""
-
-        def one(row: dict[str, Tensor]) -> Tensor:
-            with self.layer.showing(lambda x: branch(row, x)):
-                return run()
-
+        losses = self.together(branch, run, stack)
+        if losses is not None:
+            return losses
         rows = len(next(iter(stack.values())))
-        if self.batched and rows > 1:
-            try:
-                return vmap(one, randomness="same")(stack)
-            except RuntimeError:
-                self.batched = False
-        return torch.stack([one({k: v[i] for k, v in stack.items()}) for i in range(rows)])
+        return torch.stack([self.one(branch, run, {k: v[i] for k, v in stack.items()}) for i in range(rows)])
+
+    def together(
+        self, branch: Callable[[dict[str, Tensor], Tensor], Tensor], run: Run, stack: dict[str, Tensor]
+    ) -> Tensor | None:
+        """Return the same in one batched pass, or None where there is one row or it cannot be batched."""
+        if not self.batched or len(next(iter(stack.values()))) == 1:
+            return None
+        try:
+            with sdpa_kernel(SDPBackend.MATH):  # the fused ones have no batching rule and warn of it
+                return vmap(partial(self.one, branch, run), randomness="same")(stack)
+        except RuntimeError:
+            self.batched = False
+            return None
+
+    def one(
+        self, branch: Callable[[dict[str, Tensor], Tensor], Tensor], run: Run, row: dict[str, Tensor]
+    ) -> Tensor:
+        """Return the loss of the run with one branch added."""
+        with self.layer.showing(lambda x: branch(row, x)):
+            return run()
 
     @torch.no_grad()
     def amplitudes(self, index: int, run: Run) -> Tensor:

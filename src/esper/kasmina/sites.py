@@ -51,12 +51,23 @@ def find_pairs(model: nn.Module, run: Callable[[], Any]) -> tuple[list[Found], l
     refusals: list[Refusal] = []
     for name, module in model.named_modules():
         if not isinstance(module, LAYERS) or is_depthwise(module):
+            if is_matrix(module):
+                kind = type(module).__name__
+                refusals.append(Refusal(name, f"a {kind} is no Linear or convolution of torch's own"))
             continue
         try:
             pairs.append(agreed(train.pair(name), evaluation.pair(name)))
         except Refused as refusal:
             refusals.append(Refusal(name, str(refusal)))
     return pairs, refusals
+
+
+def is_matrix(module: nn.Module) -> bool:
+    """Tell a layer of someone's own that holds a matrix, for example Hugging Face's Conv1D."""
+    weight = module._parameters.get("weight")
+    return (
+        weight is not None and weight.dim() == 2 and not isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+    )
 
 
 def reachable(
@@ -68,39 +79,40 @@ def reachable(
     a branch would be there in training and absent in evaluation.
     """
     modes = {module: module.training for module in model.modules()}
+    seen: list[list[list[str]]] = []
+    try:
+        for training in (True, False):
+            model.train(training)
+            with torch.set_grad_enabled(training):
+                seen.append(witnessed(pairs, run))
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
     kept: list[Found] = []
     refusals: list[Refusal] = []
-    for pair in pairs:
-        seen = []
-        try:
-            for training in (True, False):
-                witness = Witness()
-                closers = (
-                    open_seam(pair.ends()[0], "entry", witness),
-                    open_seam(pair.ends()[1], "exit", witness),
-                )
-                try:
-                    model.train(training)
-                    with torch.set_grad_enabled(training):
-                        run()
-                finally:
-                    for close in closers:
-                        close()
-                seen.append(witness.seen)
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
-        if seen == [["entry", "exit"]] * 2:
+    for pair, train, evaluation in zip(pairs, *seen, strict=True):
+        if train == evaluation == ["entry", "exit"]:
             kept.append(pair)
-        else:
-            mode = "training" if seen[0] != ["entry", "exit"] else "evaluation"
-            refusals.append(
-                Refusal(
-                    pair.site.entry,
-                    f"{pair.site.entry} and {pair.site.exit} are not called as modules in {mode}",
-                )
-            )
+            continue
+        mode = "training" if train != ["entry", "exit"] else "evaluation"
+        reason = f"{pair.site.entry} and {pair.site.exit} are not called as modules in {mode}"
+        refusals.append(Refusal(pair.site.entry, reason))
     return kept, refusals
+
+
+def witnessed(pairs: Sequence[Found], run: Callable[[], Any]) -> list[list[str]]:
+    """Return the order in which each pair's seams are passed in one run."""
+    witnesses = [Witness() for _ in pairs]
+    closers: list[Callable[[], None]] = []
+    try:
+        for pair, witness in zip(pairs, witnesses, strict=True):
+            entry, exit_ = pair.ends()
+            closers += [open_seam(entry, "entry", witness), open_seam(exit_, "exit", witness)]
+        run()
+    finally:
+        for close in closers:
+            close()
+    return [witness.seen for witness in witnesses]
 
 
 class Witness:
