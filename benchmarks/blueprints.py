@@ -36,7 +36,7 @@ from benchmarks.arms import Setup
 from benchmarks.arms.fixed import Fixed
 from benchmarks.arms.grown import Grown, probe_batches
 from benchmarks.blueprint_tasks import PLACES, TASKS
-from benchmarks.data import stream
+from benchmarks.data import Split, stream
 from benchmarks.flops import parameters
 from benchmarks.promises import Promise
 from benchmarks.runs import Result, predict
@@ -51,7 +51,7 @@ NONE, WIDEN = "none", "widen"
 ARMS = (NONE, WIDEN, *CATALOGUE.names())
 FIGURES = ("test_loss", "test")
 FIRST_SELECTION_SEED, SELECTION_SEEDS = 1000, 2
-QUICK_EPOCHS = 1
+QUICK_EPOCHS, QUICK_EXAMPLES = 1, 2048
 
 Runs = Mapping[str, Sequence["Trained"]]  # of one task: an arm's runs, in the order of the seeds
 
@@ -79,9 +79,13 @@ class Trained(Result):
 def train(job: Job) -> Trained:
     """Train one arm to the end."""
     task = TASKS[job.task]
+    split = task.split(job.seed)
     if job.epochs is not None:
         task = replace(task, epochs=job.epochs)
-    setup = Setup(task, task.split(job.seed), job.seed, job.rate)
+        split = Split(
+            *((x[:QUICK_EXAMPLES], y[:QUICK_EXAMPLES]) for x, y in (split.train, split.probe, split.test))
+        )
+    setup = Setup(task, split, job.seed, job.rate)
     began = time.perf_counter()
     arm = Fixed(setup, "small") if job.arm == NONE else Grafted(setup, job.arm)
     for _ in arm.epochs():
