@@ -11,7 +11,7 @@ from esper.contracts import Refusal, Stage
 from esper.errors import EsperError, ProbeError, SiteError
 from esper.kasmina.blocks import find_blocks
 from esper.kasmina.choice import chosen
-from esper.kasmina.compiling import CompilePolicy
+from esper.kasmina.compiling import CompilePolicy, detect
 from esper.kasmina.flops import FlopMeter
 from esper.kasmina.isolation import evaluating, untouched
 from esper.kasmina.layer import KasminaLayer
@@ -231,8 +231,11 @@ def wrap(
     if not given:
         raise ProbeError("example_inputs holds no tensor; give what the model is called with")
     try:
-        run = lambda: model(*args, **kwargs)  # noqa: E731
-        return MorphableModel(model, run, len(given[0]), sites, seeds_per_site, blueprints)
+        policy = detect(model)
+        host = policy.host
+        run = lambda: host(*args, **kwargs)  # noqa: E731
+        with policy.uncompiled():
+            return MorphableModel(host, run, len(given[0]), sites, seeds_per_site, blueprints, policy)
     except EsperError:
         raise
     except (RuntimeError, TypeError, IndexError) as error:

@@ -25,6 +25,15 @@ class Summary:
     decisions: list[int] = field(default_factory=list)  # steps at which one is due; only in a plan
     room: dict[str, int] = field(default_factory=dict)  # units the budget allows per site; only in a plan
 
+    def offers(self) -> list[tuple[str, str, list[str]]]:
+        """List the places of blueprints: name, kind, and what fits there."""
+        found: dict[tuple[str, str], list[str]] = {}
+        for row in self.sites:
+            if row["kind"] != "pair":
+                place = row["name"].removesuffix(f"+{row['blueprint']}")
+                found.setdefault((place, row["kind"]), []).append(row["blueprint"])
+        return [(place, kind, names) for (place, kind), names in found.items()]
+
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON values."""
         return asdict(self)
@@ -36,10 +45,11 @@ class Summary:
         console.print(
             f"{self.model}: {self.parameters:,} parameters, {self.flops:,} FLOPs per example and forward pass"
         )
+        pairs = [row for row in self.sites if row["kind"] == "pair"]
         table = Table("site", "between", "width", "seeds", "per unit", box=None, pad_edge=False)
         if self.room:
             table.add_column("room")
-        for row in self.sites:
+        for row in pairs:
             cells = [
                 row["name"],
                 " → ".join(row["between"]) or "–",
@@ -48,7 +58,13 @@ class Summary:
                 f"{row['unit_parameters']:,} parameters, {row['unit_flops']:,} FLOPs",
             ]
             table.add_row(*cells, *([f"{self.room[row['name']]} units"] if self.room else []))
-        console.print(table)
+        if pairs:
+            console.print(table)
+        offers = Table("place", "kind", "blueprints that fit", box=None, pad_edge=False)
+        for place, kind, names in self.offers():
+            offers.add_row(place, kind, ", ".join(names))
+        if offers.rows:
+            console.print(offers)
         for row in self.refused:
             console.print(f"not at {row['place']}: {row['reason']}", highlight=False)
         if self.decisions:
@@ -59,17 +75,18 @@ class Summary:
 def summary(model: MorphableModel) -> Summary:
     """Describe a wrapped model: sites, seeds, parameters, FLOPs, and refused places with the reason."""
     rows = []
-    for name, pair in model.places.items():
+    for name, place in model.places.items():
         stages = Counter(model.layout.stage_of(seed).name.lower() for seed in model.seeds(name))
         rows.append(
             {
                 "name": name,
-                "kind": pair.site.kind,
-                "between": list(pair.site.between),
-                "width": pair.site.width,
+                "kind": place.site.kind,
+                "blueprint": place.site.blueprint,
+                "between": list(place.site.between),
+                "width": place.site.width,
                 "seeds": ", ".join(f"{count} {stage}" for stage, count in stages.items()),
-                "unit_parameters": pair.site.unit_parameters,
-                "unit_flops": pair.site.unit_flops,
+                "unit_parameters": place.site.unit_parameters,
+                "unit_flops": place.site.unit_flops,
             }
         )
     refused = [{"place": r.place, "reason": r.reason} for r in model.refusals]

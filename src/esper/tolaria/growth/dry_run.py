@@ -38,7 +38,7 @@ def plan(
     refuse_host(model)
     settings = load_config(config)
     merged = merged_budget(budget, settings.budget)
-    wrapped = wrap(model, example_inputs, sites=sites)
+    wrapped = wrap(model, example_inputs, sites=sites, blueprints=settings.blueprints)
     made = summary(wrapped)
     made.decisions = Trigger(
         settings.schedule, steps, min(merged.growth_events, widenings(wrapped, merged))
