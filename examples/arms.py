@@ -61,6 +61,8 @@ def train(task: Task, arm: str, net: nn.Module, rate: float, seed: int) -> Row:
     """Train one arm in a plain loop, and judge it."""
     parts = task.data(seed)
     optimizer = torch.optim.AdamW(net.parameters(), lr=rate)
+    steps = len(parts.train)  # the rate falls to zero over the last third
+    decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, 3 * (1 - step / steps)))
     begun, growth, flops = time.process_time(), None, 0.0
     if arm == "grown":
         growth = esper.grow(
@@ -68,7 +70,8 @@ def train(task: Task, arm: str, net: nn.Module, rate: float, seed: int) -> Row:
             optimizer,
             task.loss_fn,
             probe=parts.probe,
-            steps=len(parts.train),
+            schedulers=[decay],
+            steps=steps,
             budget=task.budget,
             config=task.config,
             seed=seed,
@@ -78,6 +81,7 @@ def train(task: Task, arm: str, net: nn.Module, rate: float, seed: int) -> Row:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        decay.step()
         if growth is not None:
             growth.step(batch, loss)
     if growth is not None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.func import vmap
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 from esper.kasmina.flops import FlopMeter, Ledger
@@ -30,6 +31,15 @@ def test_torchs_own_counter_agrees_on_a_training_step(kind: str) -> None:
             loss_fn(net, given).backward()
         counts.append(counter.total if isinstance(counter, FlopMeter) else counter.get_total_flops())
     assert counts[0] == counts[1] > 0
+
+
+def test_fused_attention_on_the_cpu_is_not_free() -> None:
+    q, k, v = torch.randn(3, 4, 2, 16, 8, requires_grad=True)
+    with FlopMeter() as meter:
+        y = scaled_dot_product_attention(q, k, v)
+        assert meter.total == 2 * (2 * 4 * 2 * 16 * 16 * 8), "two products"
+        y.sum().backward()
+    assert meter.total == 7 * (2 * 4 * 2 * 16 * 16 * 8), "and five backward: the scores are computed again"
 
 
 def test_candidates_under_vmap_are_counted_each() -> None:

@@ -6,8 +6,18 @@ from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+
+ATTENTION = "_scaled_dot_product_flash_attention"
+FORMULAS = {  # torch has none for its attention on the CPU, which counted as free; the sizes are the same
+    getattr(torch.ops.aten, f"{ATTENTION}_for_cpu"): flop_registry[getattr(torch.ops.aten, ATTENTION)],
+    getattr(torch.ops.aten, f"{ATTENTION}_for_cpu_backward"): flop_registry[
+        getattr(torch.ops.aten, f"{ATTENTION}_backward")
+    ],
+    **flop_registry,
+}
 
 
 class FlopMeter(TorchDispatchMode):
@@ -23,7 +33,7 @@ class FlopMeter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Count, then run."""
         result = func(*args, **(kwargs or {}))
-        formula = flop_registry.get(func._overloadpacket)
+        formula = FORMULAS.get(func._overloadpacket)
         if formula is not None:
             self.total += formula(*args, **(kwargs or {}), out_val=result)
         return result
