@@ -151,7 +151,7 @@ def main(task: Task, seeds: int) -> int:
     """Print the comparison; 1 where the grown network is not better than its twin."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", type=int, default=seeds, help="how many, from --first")
-    parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser.add_argument("--first", type=int, default=1, help="the first seed")
     parser.add_argument("--json", action="store_true", help="print every row as JSON")
     asked = parser.parse_args()
     torch.set_num_threads(1)

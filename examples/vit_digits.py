@@ -9,7 +9,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 EPOCHS, BATCH = 40, 64
-DIM, HEAD, BLOCKS, PATCH = 16, 4, 2, 2
+DIM, HEAD, BLOCKS, PATCH = 16, 2, 2, 2
 
 
 class Attention(nn.Module):

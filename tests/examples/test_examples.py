@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import runpy
@@ -83,3 +84,34 @@ def test_the_parts_of_the_data_do_not_overlap_and_the_seed_fixes_them(name: str)
     list(again["probe"])  # reading the probe does not change the order of training
     for mine, theirs in zip(first["train"], again["train"], strict=True):
         assert torch.equal(mine[0], theirs[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt_text", "vit_digits"])
+def test_a_transformer_grows_and_beats_its_twin_best_rate_against_best_rate(
+    name: str, tmp_path: Path
+) -> None:
+    found = json.loads(run(str(EXAMPLES / f"{name}.py"), "--json", folder=tmp_path).stdout)
+    best = {row["arm"]: row for row in found["rows"]}
+    assert found["won"]
+    assert best["grown"]["test_loss"] < best["twin"]["test_loss"]
+    assert best["fixed"]["parameters"] == best["grown"]["parameters"] > best["twin"]["parameters"]
+    assert found["grew"]
+
+
+@pytest.mark.parametrize("name", ["gpt_text", "vit_digits"])
+def test_the_parts_of_a_transformer_example_do_not_overlap(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    data = runpy.run_path(str(EXAMPLES / f"{name}.py"))["data"]
+    first, again, other = data(1), data(1), data(2)
+    parts = {"train": first.train, "probe": first.probe, "val": [first.val], "test": [first.test]}
+    rows = {
+        part: {tuple(row.flatten().tolist()) for x, _ in batches for row in x}
+        for part, batches in parts.items()
+    }
+    for one, two in itertools.combinations(rows, 2):
+        assert len(rows[one] & rows[two]) <= len(rows[two]) // 200  # the rulers of tables, as characters
+    assert all(torch.equal(mine[0], theirs[0]) for mine, theirs in zip(first.train, again.train, strict=True))
+    assert not torch.equal(first.train[0][0], other.train[0][0])
