@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.optim import LBFGS, SGD, Adafactor, Adagrad, Adam, Muon, Optimizer, Rprop
+from torch.optim import SGD, Adagrad, Adam, Optimizer, Rprop
 
-from esper.errors import OptimizerError, SurgeryError
+from esper.errors import SurgeryError
 from esper.kasmina.materialise import Widened, widen
-from esper.tolaria.surgery.optimizers import refuse_unsupported, widen_state
+from esper.tolaria.surgery.optimizers import widen_state
 
 
 def train(model: nn.Module, *optimizers: Optimizer, steps: int = 3) -> None:
@@ -173,17 +173,3 @@ def test_state_of_an_unknown_shape_is_refused_before_anything_changes(
     assert known.state[host.fc1.weight]["exp_avg"].shape == (3, 4)
     widened.undo()
     train(host, known, unknown)
-
-
-LATER = {
-    "LBFGS": LBFGS,
-    "Adafactor": Adafactor,
-    "Muon": lambda parameters: Muon([p for p in parameters if p.dim() == 2]),
-}
-
-
-@pytest.mark.parametrize("name", LATER)
-def test_optimizers_of_a_later_day_are_refused_by_name(host: nn.Module, name: str) -> None:
-    optimizer = LATER[name](list(host.parameters()))
-    with pytest.raises(OptimizerError, match=f"'big' is {name}: .*SGD, Adam"):
-        refuse_unsupported({"big": optimizer})

@@ -15,7 +15,8 @@ from esper.config import Budget
 from esper.errors import ConfigError, LossError, OptimizerError, ProbeError, SiteError, nearest
 from esper.kasmina.gate import check_probe
 from esper.kasmina.isolation import evaluating, untouched
-from esper.tolaria.surgery.optimizers import refuse_unsupported
+from esper.tolaria.surgery.kinds import kind_of
+from esper.tolaria.surgery.own import needs_closure
 
 
 def named_optimizers(
@@ -24,7 +25,7 @@ def named_optimizers(
     """Return the optimizers by name.
 
     Raises:
-        OptimizerError: Not an optimizer, one that cannot follow growth, or none owns a trainable parameter.
+        OptimizerError: Not an optimizer, one that raises the loss, or none owns a trainable parameter.
     """
     given = dict(optimizer) if isinstance(optimizer, Mapping) else {"optimizer": optimizer}
     for name, one in given.items():
@@ -45,8 +46,39 @@ def named_optimizers(
         raise OptimizerError(
             f"the optimizer lacks {listed}; add them, or freeze them with requires_grad_(False)"
         )
+    refuse_ascent(given)
     refuse_unsupported(given)
     return given
+
+
+def refuse_ascent(optimizers: Mapping[str, Optimizer]) -> None:
+    """Refuse to grow a model that is trained to raise what growth would lower.
+
+    A group that maximizes beside others that do not, as that of a multiplier, is the user's business.
+
+    Raises:
+        OptimizerError: Every group maximizes.
+    """
+    groups = [group for one in optimizers.values() for group in one.param_groups]
+    if all(group.get("maximize", False) for group in groups):
+        raise OptimizerError(
+            f"{', '.join(map(repr, optimizers))} would raise the loss (maximize=True), which growth lowers; "
+            "let loss_fn return the negative and leave maximize out"
+        )
+
+
+def refuse_unsupported(optimizers: Mapping[str, Optimizer]) -> None:
+    """Refuse optimizers that cannot train an exposed branch.
+
+    Raises:
+        OptimizerError: One needs a closure or takes only some shapes.
+    """
+    for name, optimizer in optimizers.items():
+        if needs_closure(optimizer) or kind_of(optimizer).wants:
+            raise OptimizerError(
+                f"optimizer {name!r} is {type(optimizer).__name__}, which cannot train a branch of its own yet; "
+                "give parameters that may grow to SGD, Adam, AdamW, RMSprop or Adagrad"
+            )
 
 
 def refuse_host(model: nn.Module) -> None:

@@ -1,21 +1,40 @@
-"""Lets the host's optimizer adopt a kernel that stays as a branch, with what its own optimizer has learned.
+"""Lets the host's optimizers adopt a kernel that stays as a branch, with what its own optimizer has learned.
 
-The new parameters join the group of the layer they stand beside, so every scheduler, decay group and clip
-goes on as it was: a group of their own would raise in four of torch's schedulers and silently get another
+New parameters join groups that exist, with their learning rates and decay, so every scheduler and clip goes
+on as it was: a group of their own would raise in four of torch's schedulers and silently get another
 learning rate in four more (measured).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from esper.errors import OptimizerError, SurgeryError
+from esper.tolaria.surgery.history import cleared, forget, remembers
+from esper.tolaria.surgery.kinds import kind_of
 
-def donor_group(
-    optimizers: Mapping[str, Optimizer], ends: Iterable[nn.Module]
-) -> tuple[Optimizer, int] | None:
+Home = tuple[Optimizer, int]  # an optimizer and the index of one of its groups
+
+
+@dataclass(frozen=True, slots=True)
+class Adoption:
+    """An adoption that was carried out; calling it takes everything back."""
+
+    undo: Callable[[], None]
+    lines: tuple[str, ...]  # what was lost on the way, for an event each
+
+    def __call__(self) -> None:
+        """Take the adoption back."""
+        self.undo()
+
+
+def donor_group(optimizers: Mapping[str, Optimizer], ends: Iterable[nn.Module]) -> Home | None:
     """Return the optimizer and the index of its group that train a place's own parameters."""
     near = {id(parameter) for end in ends for parameter in end.parameters()}
     for optimizer in optimizers.values():
@@ -25,29 +44,114 @@ def donor_group(
     return None
 
 
-def adopt(
-    optimizers: Mapping[str, Optimizer], ends: Iterable[nn.Module], kernel: nn.Module, own: Optimizer | None
-) -> Callable[[], None]:
-    """Give the host's optimizer a kernel's parameters and their state; returns the way back.
+def home(optimizers: Mapping[str, Optimizer], ends: Iterable[nn.Module], parameter: Tensor) -> Home | None:
+    """Return the group that a branch's parameter joins.
+
+    Of the groups whose optimizer takes it: the one that trains the place's own parameters of its sort
+    (matrices, or vectors, which users exempt from decay); else one that trains any of the place's; else one
+    that trains parameters of its sort; else the first.
 
     Args:
         optimizers: The user's, by name.
-        ends: The place; parameters that no optimizer owns (frozen ones) leave the first group as donor.
-        kernel: What stays.
-        own: The kernel's optimizer so far, None where there is no state to keep.
+        ends: The place.
+        parameter: Of the branch.
+
+    Returns:
+        None where no optimizer takes it.
     """
-    optimizer, index = donor_group(optimizers, ends) or (next(iter(optimizers.values())), 0)
-    group, parameters = optimizer.param_groups[index], list(kernel.parameters())
-    before = list(group["params"])
-    group["params"] = [*before, *parameters]
-    if own is not None and type(own) is type(optimizer):
-        for parameter in parameters:
-            if parameter in own.state:
+    near = {id(own) for end in ends for own in end.parameters()}
+    best: tuple[int, Home] | None = None
+    for optimizer in optimizers.values():
+        if not kind_of(optimizer).takes(parameter):
+            continue
+        for index, group in enumerate(optimizer.param_groups):
+            alike = [p for p in group["params"] if (p.dim() > 1) == (parameter.dim() > 1)]
+            rank = (
+                3 * any(id(p) in near for p in alike)
+                or 2 * any(id(p) in near for p in group["params"])
+                or int(bool(alike))
+            )
+            if best is None or rank > best[0]:
+                best = rank, (optimizer, index)
+    return None if best is None else best[1]
+
+
+def refuse_homeless(
+    optimizers: Mapping[str, Optimizer], ends: Iterable[nn.Module], kernel: nn.Module, site: str
+) -> None:
+    """Refuse optimizers of which none takes some parameter of a branch; ask before a run, not within one.
+
+    Raises:
+        OptimizerError: With what to add.
+    """
+    for name, parameter in kernel.named_parameters():
+        if home(optimizers, ends, parameter) is None:
+            raise OptimizerError(
+                f"no optimizer takes {name!r} of shape {tuple(parameter.shape)}, which a branch at {site} "
+                f"has: {_wants(optimizers)}; "
+                "add one for the rest, AdamW say, or set blueprints to ['widen']"
+            )
+
+
+def adopt(
+    optimizers: Mapping[str, Optimizer],
+    ends: Iterable[nn.Module],
+    kernel: nn.Module,
+    own: Optimizer | None,
+    prefix: str = "",
+) -> Adoption:
+    """Give the host's optimizers a kernel's parameters and their state.
+
+    Args:
+        optimizers: The user's, by name.
+        ends: The place, see :func:`home`.
+        kernel: What stays.
+        own: The kernel's optimizer so far, None where there is no state to keep. The state goes along where
+            the new optimizer is of the same class.
+        prefix: Path of the kernel in the host, for groups that list their parameters' names.
+
+    Raises:
+        SurgeryError: No optimizer takes one of the parameters; nothing was changed.
+    """
+    ends = tuple(ends)
+    homes: list[tuple[str, nn.Parameter, Home]] = []
+    for name, parameter in kernel.named_parameters():
+        found = home(optimizers, ends, parameter)
+        if found is None:
+            raise SurgeryError(
+                f"no optimizer takes {name!r} of shape {tuple(parameter.shape)}: {_wants(optimizers)}"
+            )
+        homes.append((name, parameter, found))
+    entered = {id(optimizer) for _, _, (optimizer, _) in homes}
+    lines: list[str] = []
+    with ExitStack() as back:
+        for name, optimizer in optimizers.items():
+            if id(optimizer) in entered:
+                lines += [cleared(name, optimizer)] if remembers(optimizer) else []
+                back.callback(forget(optimizer))
+        for name, parameter, (optimizer, index) in homes:
+            back.callback(_enter(optimizer, index, f"{prefix}{name}", parameter))
+            if own is not None and type(own) is type(optimizer) and parameter in own.state:
                 optimizer.state[parameter] = own.state[parameter]
+        return Adoption(back.pop_all().close, tuple(lines))
+
+
+def _enter(optimizer: Optimizer, index: int, name: str, parameter: nn.Parameter) -> Callable[[], None]:
+    group = optimizer.param_groups[index]
+    lists: list[list[Any]] = [group["params"]]
+    lists[0].append(parameter)  # in place: LBFGS holds the list itself
+    if "param_names" in group:
+        lists.append(group["param_names"])
+        lists[1].append(name)
 
     def undo() -> None:
-        group["params"] = before
-        for parameter in parameters:
-            optimizer.state.pop(parameter, None)
+        for members in lists:
+            members.pop()
+        optimizer.state.pop(parameter, None)
 
     return undo
+
+
+def _wants(optimizers: Mapping[str, Optimizer]) -> str:
+    wanted = ((name, optimizer, kind_of(optimizer).wants) for name, optimizer in optimizers.items())
+    return ", ".join(f"{name!r} is {type(one).__name__}, for {wants}" for name, one, wants in wanted)

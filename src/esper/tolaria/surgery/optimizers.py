@@ -13,34 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from esper.errors import OptimizerError, SurgeryError
+from esper.errors import SurgeryError
 from esper.kasmina.materialise import Change, extend
+from esper.tolaria.surgery.history import cleared, forget, remembers
+from esper.tolaria.surgery.kinds import Kind, kind_of
 
 Rule: TypeAlias = Literal["zeros", "seed", "mean"]
 Donor: TypeAlias = Mapping[str, Mapping[str, Any]]  # parameter name -> state key -> state of the new slice
-
-_UNSUPPORTED = {
-    "Adafactor": "its second moments are factored over rows and columns",
-    "LBFGS": "its history spans all parameters at once",
-    "Muon": "it orthogonalises whole matrices",
-}
-# State that is not born as zeros, with the setting of the group it is born as.
-_BORN_AS = {("Adagrad", "sum"): "initial_accumulator_value", ("Rprop", "step_size"): "lr"}
-
-
-def refuse_unsupported(optimizers: Mapping[str, Optimizer]) -> None:
-    """Refuse optimizers whose state cannot follow a widening; ask before a run, not in the middle of one.
-
-    Raises:
-        OptimizerError: One is, or builds on, Adafactor, LBFGS or Muon.
-    """
-    for name, optimizer in optimizers.items():
-        for kind in (base.__name__ for base in type(optimizer).__mro__):
-            if kind in _UNSUPPORTED:
-                raise OptimizerError(
-                    f"optimizer {name!r} is {kind}: {_UNSUPPORTED[kind]}, which cannot be widened yet; "
-                    "give parameters that may grow to SGD, Adam, AdamW, RMSprop or Adagrad"
-                )
 
 
 def widen_state(
@@ -57,19 +36,20 @@ def widen_state(
         optimizers: By name; a parameter that none of them owns (a frozen one, say) is passed over.
         changes: What ``kasmina.materialise.widen`` returned as ``changes``.
         rule: State of the new units: as at birth (``zeros``), the mean of the old units (``mean``), or what
-            the incubating seed's own optimizer had learned (``seed``).
+            the incubating seed's own optimizer had learned (``seed``). What birth is, and where it is the
+            mean, says ``kinds.py``.
         donor: For ``seed``: per parameter name the state of its new slice.
 
     Returns:
-        One line for each tensor that ``seed`` gave nothing fitting for and that was filled as at birth.
+        One line for each tensor that ``seed`` gave nothing fitting for and that was filled as at birth, and
+        for each optimizer that lost its history.
 
     Raises:
         SurgeryError: An optimizer holds state of an unknown kind.
-        OptimizerError: ``refuse_unsupported`` refuses one.
     """
-    refuse_unsupported(optimizers)
     reasons: list[str] = []
     larger: list[tuple[Optimizer, dict[str, Any], Change, dict[str, Tensor]]] = []
+    anew: dict[str, Optimizer] = {}
     for change in changes:
         given = (donor or {}).get(change.edit.name, {}) if rule == "seed" else None
         for name, optimizer in optimizers.items():
@@ -77,16 +57,16 @@ def widen_state(
             if group is None:
                 continue
             state: dict[str, Tensor] = {}
-            for key, old in optimizer.state.get(change.previous, {}).items():
-                where = f"{type(optimizer).__name__} {name!r}: state {key!r} of {change.edit.name!r}"
-                if _is_elementwise(old, change, where):
-                    new = _new_units(old, change, rule, _BORN_AS.get((type(optimizer).__name__, key)), group)
-                    if given is not None:
-                        new = _from_seed(given.get(key), new, where, reasons)
-                    state[key] = extend(old, new, change.edit.axis)
+            if kind_of(optimizer).history:
+                anew[name] = optimizer
+            else:
+                state = _larger(name, optimizer, group, change, rule, given, reasons)
             larger.append((optimizer, group, change, state))
     for optimizer, group, change, state in larger:
         _commit(optimizer, group, change, state)
+    for name, optimizer in anew.items():
+        reasons += [cleared(name, optimizer)] if remembers(optimizer) else []
+        forget(optimizer)
     return reasons
 
 
@@ -97,12 +77,38 @@ def _group_of(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any] |
     return None
 
 
-def _is_elementwise(old: object, change: Change, where: str) -> bool:
+def _larger(
+    name: str,
+    optimizer: Optimizer,
+    group: dict[str, Any],
+    change: Change,
+    rule: Rule,
+    given: Mapping[str, Any] | None,
+    reasons: list[str],
+) -> dict[str, Tensor]:
+    """Enlarge what one optimizer knows of one parameter; nothing is changed yet."""
+    kind, edit, dim = kind_of(optimizer), change.edit, change.parameter.dim()
+    state: dict[str, Tensor] = {}
+    for key, old in optimizer.state.get(change.previous, {}).items():
+        shape = list(change.parameter.shape)
+        shape[edit.axis] = edit.old
+        reduced = kind.reduced[key] % dim if key in kind.reduced else None
+        if reduced is not None:
+            shape[reduced] = 1
+        where = f"{type(optimizer).__name__} {name!r}: state {key!r} of {edit.name!r}"
+        if not _is_elementwise(old, shape, where) or reduced == edit.axis:  # a mean over the grown axis stays
+            continue
+        new = _new_units(old, change, rule, kind, key, group)
+        if given is not None:
+            new = _from_seed(given.get(key), new, where, reasons)
+        state[key] = extend(old, new, edit.axis)
+    return state
+
+
+def _is_elementwise(old: object, shape: list[int], where: str) -> bool:
     """Tell state that grows with the parameter from counters; refuse what is neither."""
     if not isinstance(old, Tensor) or old.dim() == 0:
         return False
-    shape = list(change.parameter.shape)
-    shape[change.edit.axis] = change.edit.old
     if type(old) is Tensor and list(old.shape) == shape:
         return True
     if old.numel() == 1:
@@ -113,14 +119,19 @@ def _is_elementwise(old: object, change: Change, where: str) -> bool:
     )
 
 
-def _new_units(old: Tensor, change: Change, rule: Rule, setting: str | None, group: dict[str, Any]) -> Tensor:
-    axis = change.edit.axis
-    if rule == "mean":
+def _new_units(
+    old: Tensor, change: Change, rule: Rule, kind: Kind, key: str, group: dict[str, Any]
+) -> Tensor:
+    axis, count = change.edit.axis, change.edit.new - change.edit.old
+    if key == kind.average:
+        return change.parameter.detach().narrow(axis, change.edit.old, count)
+    if rule == "mean" or kind.padded:
         unit = old.mean(axis, keepdim=True)
     else:
+        setting = kind.born.get(key)
         unit = torch.full_like(old.narrow(axis, 0, 1), float(group[setting]) if setting else 0.0)
     shape = list(old.shape)
-    shape[axis] = change.edit.new - change.edit.old
+    shape[axis] = count
     return unit.expand(shape)
 
 
