@@ -76,7 +76,7 @@ def refuse_unsupported(optimizers: Mapping[str, Optimizer]) -> None:
     for name, optimizer in optimizers.items():
         if needs_closure(optimizer) or kind_of(optimizer).wants:
             raise OptimizerError(
-                f"optimizer {name!r} is {type(optimizer).__name__}, which cannot train a branch of its own yet; "
+                f"optimizer {name!r} is {type(optimizer).__name__}, which cannot train a branch yet; "
                 "give parameters that may grow to SGD, Adam, AdamW, RMSprop or Adagrad"
             )
 
