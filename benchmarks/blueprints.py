@@ -5,7 +5,7 @@ as pictures, and the next character of Python's manual. Each has residual blocks
 and beside which blueprints fit. Arms: ``none``, the twin that never grows; ``widen``; every blueprint of the
 catalogue that fits. All but the twin go the product's whole way (survey, race, gate, blend) in the same
 places with the same budget: the parameters of the host with its pair at the task's ``big`` width, in at most
-two decisions. So the budgets are equal, what was added is not: a refused decision adds nothing, and the column
+two decisions. Budgets are equal, what was added is not: a refused decision adds nothing, and the column
 ``added`` is to be read beside every difference. What was merged into a layer adds nothing either.
 
 A task in which widening itself is refused (the first run's sequence task) tells nothing about blueprints.
