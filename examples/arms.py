@@ -138,13 +138,17 @@ def compare(task: Task, seed: int) -> tuple[list[Row], list[str]]:
     chosen = [
         min((r for r in rows if r.arm == arm), key=lambda r: r.val_loss) for arm in ("grown", "twin", "fixed")
     ]
-    small = dict(start.named_modules())
+    small = {name: shape(module) for name, module in start.named_modules()}
     became = [
-        f"{name}: {module} (was {small[name]})"
+        f"{name}: {small[name]} to {shape(module)}"
         for name, module in best[1].named_modules()
-        if isinstance(module, nn.Linear) and str(module) != str(small[name])
+        if shape(module) != small[name]
     ]
     return chosen, became
+
+
+def shape(module: nn.Module) -> str:
+    return f"{module.in_features}>{module.out_features}" if isinstance(module, nn.Linear) else ""
 
 
 def main(task: Task, seeds: int) -> int:
@@ -166,7 +170,7 @@ def main(task: Task, seeds: int) -> int:
     else:
         show(rows, task.classes)
         for seed, lines in shapes.items():
-            print(f"\nseed {seed} grew " + ("\n  ".join(["", *lines]) or "nothing"))
+            print(f"\nseed {seed} grew " + ("\n  ".join(["", *lines]) if lines else "nothing"))
     return 0 if won else 1
 
 
