@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -133,6 +134,7 @@ def adopt(
             back.callback(_enter(optimizer, index, f"{prefix}{name}", parameter))
             if own is not None and type(own) is type(optimizer) and parameter in own.state:
                 optimizer.state[parameter] = own.state[parameter]
+            _start_momentum(optimizer, index, parameter)
         return Adoption(back.pop_all().close, tuple(lines))
 
 
@@ -150,6 +152,15 @@ def _enter(optimizer: Optimizer, index: int, name: str, parameter: nn.Parameter)
         optimizer.state.pop(parameter, None)
 
     return undo
+
+
+def _start_momentum(optimizer: Optimizer, index: int, parameter: nn.Parameter) -> None:
+    # Fused SGD raises where some buffers of a group exist and others do not (torch 2.13). From zero the first
+    # step is what it would have been, but for dampening.
+    group, known = optimizer.param_groups[index], optimizer.state
+    started = any(known[p].get("momentum_buffer") is not None for p in group["params"] if p in known)
+    if group.get("fused") and started and "momentum_buffer" not in known.get(parameter, {}):
+        known[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def _wants(optimizers: Mapping[str, Optimizer]) -> str:
