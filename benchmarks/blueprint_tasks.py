@@ -159,13 +159,6 @@ recipe = partial(
     optimizer=torch.optim.Adam,
     rates=(3e-3, 1e-2, 3e-2),
     batch=128,
-    events=2,
-    growth={
-        "schedule": {"warmup": 0.2, "stop": 0.7},
-        # 64 steps at the default rates left most kernels no better than nothing at batches of 128
-        "race": {"candidates": 4, "steps": 160},
-        "widths": {"shares": [1.0]},  # every decision spends its even share
-    },
 )
 
 TASKS = {
@@ -176,9 +169,4 @@ TASKS = {
         recipe("sequence", characters, sequence_host, (4,), (36,), epochs=3),
     )
 }
-# The residual blocks and the layers in them; not spans that begin there, whose output has another layout.
-PLACES = {
-    "vector": ("2+*", "2.*"),
-    "image": ("3+*", "3.*"),
-    "sequence": ("1+*", "1.*", "2+*", "2.*"),
-}
+BLOCKS = {"vector": "2", "image": "3", "sequence": "2"}  # the residual block that grows

@@ -1,27 +1,25 @@
 """Does a blueprint's kernel beat widening and not growing, at equal added parameters?
 
 Three hosts (benchmarks/blueprint_tasks.py) too small for their data: digits shifted at random, as vectors and
-as pictures, and the next character of Python's manual. Each has residual blocks whose layers can be widened
-and beside which blueprints fit. Arms: ``none``, the twin that never grows; ``widen``; every blueprint of the
-catalogue that fits. All but the twin go the product's whole way (survey, race, gate, blend) in the same
-places with the same budget: the parameters of the host with its pair at the task's ``big`` width, in at most
-two decisions. Budgets are equal, what was added is not: a refused decision adds nothing, and the column
-``added`` is to be read beside every difference. What was merged into a layer adds nothing either.
+as pictures, and the next character of Python's manual. Each has a residual block whose pair can be widened and
+beside which blueprints fit. Arms: ``none``, the twin that never grows; ``widen``; every blueprint that fits.
 
-A task in which widening itself is refused (the first run's sequence task) tells nothing about blueprints.
+What is compared is the kernel, so no race and no gate stand between: each arm plants one, early and at the
+same step, as large as the same number of parameters allows (column ``added``). It adds zero at birth, becomes
+part of the host by the product's own commit, and learns with it. In a first run every arm went through race
+and gate; most kernels were refused, and what was compared was the gate (docs/decisions.md).
 
-All arms of a task share one learning rate, the twin's best on the probe of seeds of their own. So the arms of
-one seed are the same run bit for bit until a kernel is let in: that is what makes differences of five seeds
-tell anything.
+Every arm takes its learning rate from the same grid, by its mean probe loss on seeds of their own.
 
 A blueprint wins a task if its test loss is below the twin's, the 95 % interval of the paired difference below
-0, and its mean test loss is below widening's: beating nothing is not enough where widening does better. The
-second test is by the mean alone, and a dozen blueprints are tried: a win is a reason to offer a blueprint,
-not a proof. One that wins nowhere is experimental. The only promise is that the catalogue says so.
+0, and its mean test loss is below widening's: beating nothing is not enough where widening does better. A
+dozen blueprints are tried, so a win is a reason to offer a blueprint, not a proof. One that wins nowhere is
+experimental. The only promise is that the catalogue says so.
 """
 
 from __future__ import annotations
 
+import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -30,28 +28,28 @@ from typing import Any
 
 from rich.console import RenderableType
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
 import esper
 from benchmarks import compare, harness
 from benchmarks.arms import Setup
 from benchmarks.arms.fixed import Fixed
-from benchmarks.arms.grown import Grown, probe_batches
-from benchmarks.blueprint_tasks import PLACES, TASKS
-from benchmarks.data import Split, stream
+from benchmarks.arms.planted import Planted
+from benchmarks.blueprint_tasks import BLOCKS, TASKS
+from benchmarks.data import Split
 from benchmarks.flops import parameters
 from benchmarks.promises import Promise
 from benchmarks.runs import Result, predict
 from benchmarks.tasks import Task, hidden_widths
 from benchmarks.workers import Workers, workers
 from esper.blueprints import CATALOGUE
-from esper.contracts import Event
 from esper.errors import SiteError
 
 NAME = "blueprints"
 NONE, WIDEN = "none", "widen"
 ARMS = (NONE, WIDEN, *CATALOGUE.names())
 FIGURES = ("test_loss", "test")
+FIRST_SEED = 100  # seeds 0 to 4 were seen in the first run
 FIRST_SELECTION_SEED, SELECTION_SEEDS = 1000, 2
 QUICK_EPOCHS, QUICK_EXAMPLES = 1, 2048
 
@@ -71,11 +69,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Trained(Result):
-    """A training's figures, with what grew."""
+    """A training's figures, with what was added."""
 
     added: int
-    grew: tuple[tuple[str, int], ...]  # place and parameters, in order
-    culled: tuple[str, ...]  # why the other decisions came to nothing
+    probe_loss: float
 
 
 def train(job: Job) -> Trained:
@@ -89,13 +86,14 @@ def train(job: Job) -> Trained:
         )
     setup = Setup(task, split, job.seed, job.rate)
     began = time.perf_counter()
-    arm = Fixed(setup, "small") if job.arm == NONE else Grafted(setup, job.arm)
+    after = max(task.epochs // 5, 1)
+    arm = Fixed(setup, "small") if job.arm == NONE else Planted(setup, site(task, job.arm), after)
     for _ in arm.epochs():
         pass
     seconds = time.perf_counter() - began
-    scores = [task.score(predict(arm.net, x), y) for x, y in (setup.split.train, setup.split.probe)]
-    x, y = setup.split.test
-    outputs = predict(arm.net, x)
+    parts = setup.split.train, setup.split.probe, setup.split.test
+    outputs = [(predict(arm.net, x), y) for x, y in parts]
+    scores = [task.score(out, y) for out, y in outputs]
     own = parameters(task.build(task.small, job.seed))
     return Trained(
         task=job.task,
@@ -107,48 +105,21 @@ def train(job: Job) -> Trained:
         growths=arm.growths,
         train=scores[0],
         probe=scores[1],
-        test=task.score(outputs, y),
-        test_loss=float(task.loss(outputs, y)),
+        test=scores[2],
+        test_loss=float(task.loss(*outputs[2])),
         training_flops=arm.training_flops,
         growth_flops=arm.growth_flops,
         seconds=seconds,
         curve=(),
         added=parameters(arm.net) - own,
-        grew=tuple(arm.grew) if isinstance(arm, Grafted) else (),
-        culled=tuple(arm.culled) if isinstance(arm, Grafted) else (),
+        probe_loss=float(task.loss(*outputs[1])),
     )
 
 
-class Grafted(Grown):
-    """``esper.grow`` with one blueprint on offer, or with widening alone."""
-
-    def __init__(self, setup: Setup, blueprint: str) -> None:
-        task = setup.task
-        self.task = task
-        self.net: nn.Module = task.build(task.small, setup.seed)
-        self.optimizer = task.optimizer(self.net.parameters(), lr=setup.rate)
-        self.batches = task.batches(setup.split, setup.seed)
-        self.grew: list[tuple[str, int]] = []
-        self.culled: list[str] = []
-        own, limit = parameters(self.net), parameters(task.build(task.big, setup.seed))
-        self.growth = esper.grow(
-            self.net,
-            self.optimizer,
-            self.loss,
-            probe=probe_batches(setup),
-            steps=task.epochs * len(self.batches),
-            sites=PLACES[task.name],
-            budget={"parameters": limit / own, "growth_events": task.events},
-            config={**task.growth, "blueprints": [blueprint]},
-            seed=stream(setup.seed, "growth"),
-            on_event=self.note,
-        )
-
-    def note(self, event: Event) -> None:
-        if event.kind == "outcome" and event.data["kept"]:
-            self.grew.append((event.data["site"], event.data["parameters"]))
-        elif event.kind == "outcome":
-            self.culled.append(event.data["reason"])
+def site(task: Task, arm: str) -> str:
+    """Name where an arm is planted: the pair of the task's block, or the block with the blueprint."""
+    block = BLOCKS[task.name]
+    return f"{block}.first>{block}.second" if arm == WIDEN else f"{block}+{arm}"
 
 
 def fitting(task: Task) -> list[str]:
@@ -159,19 +130,22 @@ def fitting(task: Task) -> list[str]:
 
 def fits(task: Task, inputs: Tensor, arm: str) -> bool:
     try:
-        esper.wrap(task.build(task.small, 0), inputs, sites=PLACES[task.name], blueprints=[arm])
+        esper.wrap(task.build(task.small, 0), inputs, sites=[site(task, arm)], blueprints=[arm])
     except SiteError:
         return False
     return True
 
 
-def choose_rate(task: Task, pool: Workers, quick: bool) -> tuple[float, list[Trained]]:
-    """Choose the twin's rate by its mean probe score, on seeds that are not reported."""
+def choose_rates(task: Task, arms: Sequence[str], pool: Workers, quick: bool) -> dict[str, float]:
+    """Choose each arm's rate by its mean probe loss, on seeds that are not reported."""
     seeds = range(FIRST_SELECTION_SEED, FIRST_SELECTION_SEED + (1 if quick else SELECTION_SEEDS))
     epochs = QUICK_EPOCHS if quick else None
-    jobs = [Job(task.name, NONE, seed, rate, epochs) for rate in task.rates for seed in seeds]
-    results = pool.map(train, jobs, f"{task.name}: rates")
-    return compare.choose_rates(compare.by_arm_and_rate(results), task)[NONE], results
+    rates = task.rates[:1] if quick else task.rates
+    jobs = [Job(task.name, arm, seed, rate, epochs) for arm in arms for rate in rates for seed in seeds]
+    losses: dict[tuple[str, float], list[float]] = {}
+    for result in pool.map(train, jobs, f"{task.name}: rates"):
+        losses.setdefault((result.arm, result.rate), []).append(result.probe_loss)
+    return {arm: min(rates, key=lambda rate, arm=arm: statistics.fmean(losses[arm, rate])) for arm in arms}
 
 
 def wins(arm: str, runs: Runs) -> bool | None:
@@ -186,20 +160,18 @@ def wins(arm: str, runs: Runs) -> bool | None:
 
 def task_table(title: str, runs: Runs) -> Table:
     """Show every arm of a task."""
-    heads = ["arm", "kept", "runs", "added", "test loss", "− none [95 %]", "− widen [95 %]", "accuracy"]
-    table = compare.titled(title, [*heads, "GFLOP", "of it growth", "s", "wins"])
+    heads = ["arm", "rate", "added", "test loss", "− none [95 %]", "− widen [95 %]", "accuracy"]
+    table = compare.titled(title, [*heads, "GFLOP", "s", "wins"])
     for arm, results in runs.items():
         others = [runs[other] if other in runs and other != arm else None for other in (NONE, WIDEN)]
         table.add_row(
             arm,
-            "" if arm == NONE else f"{compare.average(results, 'growths'):.1f}",
-            "" if arm == NONE else f"{sum(result.growths > 0 for result in results)}/{len(results)}",
+            f"{results[0].rate:g}",
             f"{compare.average(results, 'added'):.0f}",
             compare.show(results, "test_loss"),
             *("" if o is None else compare.paired(results, o, "test_loss").show() for o in others),
             f"{compare.average(results, 'test'):.4f}",
             f"{compare.average(results, 'flops') / 1e9:.3f}",
-            f"{compare.average(results, 'growth_flops') / 1e9:.3f}",
             f"{compare.average(results, 'seconds'):.1f}",
             "wins" if arm not in (NONE, WIDEN) and wins(arm, runs) else "",
         )
@@ -211,7 +183,6 @@ def summary(runs: Runs) -> dict[str, Any]:
     record = compare.summary(runs, FIGURES, NONE)
     for arm, results in runs.items():
         record[arm]["added"] = compare.average(results, "added")
-        record[arm]["runs_that_kept"] = sum(result.growths > 0 for result in results)
         if WIDEN in runs and arm != WIDEN:
             record[arm]["test_loss minus widen"] = vars(compare.paired(results, runs[WIDEN], "test_loss"))
         if arm not in (NONE, WIDEN):
@@ -228,17 +199,17 @@ def main(argv: Sequence[str]) -> int:
     by_task: dict[str, Runs] = {}
     with workers(chosen.jobs) as pool:
         for task in TASKS.values():
-            rate, selection = choose_rate(task, pool, chosen.quick)
             names = [arm for arm in chosen.select(ARMS) if arm in fitting(task)]
-            jobs = [Job(task.name, arm, seed, rate, epochs) for arm in names for seed in range(chosen.seeds)]
+            rates = choose_rates(task, names, pool, chosen.quick)
+            seeds = range(FIRST_SEED, FIRST_SEED + chosen.seeds)
+            jobs = [Job(task.name, arm, seed, rates[arm], epochs) for arm in names for seed in seeds]
             results = pool.map(train, jobs, task.name)
             runs = {arm: [result for result in results if result.arm == arm] for arm in names}
             by_task[task.name] = runs
-            shown.append(task_table(f"{task.name}: {chosen.seeds} seeds, rate {rate:g}", runs))
+            shown.append(task_table(f"{task.name}: {chosen.seeds} seeds, each arm at its best rate", runs))
             figures[task.name] = {
-                "rate": rate,
+                "rates": rates,
                 "summary": summary(runs),
-                "selection": [result.to_dict() for result in selection],
                 "runs": [result.to_dict() for result in results],
             }
     won = winners(by_task)
