@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from esper.blueprints import CATALOGUE
 from esper.blueprints.kernel import GraphKernel
+from esper.blueprints.program import Program
 from esper.contracts import Signature, WidenPlan
 from esper.kasmina.grown import attach, detach
 from esper.kasmina.materialise import empty_slices, widen
@@ -34,6 +36,12 @@ from tests.tolaria.surgery.zoo import (
 
 SLICES = Callable[[nn.Module, WidenPlan], dict[str, Tensor]]
 ENDS = {"wide": ("fc1", "fc2", 4), "narrow": ("head", "head", 5)}  # where a branch goes, and what it reads
+
+
+@cache
+def program(size: int, hidden: int) -> Program:
+    graph = CATALOGUE.get("residual_mlp" if size == 4 else "low_rank")
+    return graph.lower(Signature("vector", "parallel", size, 5), hidden)
 
 
 class Training:
@@ -91,9 +99,7 @@ class Training:
     def graft(self, where: str, hidden: int = 3) -> tuple[GraphKernel, Callable[[], None]]:
         """Let a branch stay; returns it and the way back."""
         entry, exit_, size = ENDS[where]
-        graph = CATALOGUE.get("low_rank" if where == "narrow" else "residual_mlp")
-        program = graph.lower(Signature("vector", "parallel", size, 5), hidden)
-        kernel = GraphKernel(program, next(self.model.parameters()))
+        kernel = GraphKernel(program(size, hidden), next(self.model.parameters()))
         for parameter in kernel.parameters():  # what goes out starts at zero, which would teach nothing
             nn.init.normal_(parameter, std=0.1)
         ends = [self.model.get_submodule(end) for end in (entry, exit_)]

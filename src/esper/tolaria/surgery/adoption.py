@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from esper.errors import OptimizerError, SurgeryError
+from esper.tolaria.surgery.alike import alike
 from esper.tolaria.surgery.history import cleared, forget, remembers
 from esper.tolaria.surgery.kinds import kind_of
 
@@ -134,7 +135,7 @@ def adopt(
             back.callback(_enter(optimizer, index, f"{prefix}{name}", parameter))
             if own is not None and type(own) is type(optimizer) and parameter in own.state:
                 optimizer.state[parameter] = own.state[parameter]
-            _start_momentum(optimizer, index, parameter)
+            _begin(optimizer, index, parameter)
         return Adoption(back.pop_all().close, tuple(lines))
 
 
@@ -154,10 +155,15 @@ def _enter(optimizer: Optimizer, index: int, name: str, parameter: nn.Parameter)
     return undo
 
 
-def _start_momentum(optimizer: Optimizer, index: int, parameter: nn.Parameter) -> None:
+def _begin(optimizer: Optimizer, index: int, parameter: nn.Parameter) -> None:
+    """Give a newcomer without state what its optimizer cannot do without."""
+    group, known = optimizer.param_groups[index], optimizer.state
+    if kind_of(optimizer).born and parameter not in known:  # Adagrad makes its own in the constructor
+        fresh = alike(optimizer, group, [parameter])
+        if fresh is not None and parameter in fresh.state:
+            known[parameter] = fresh.state[parameter]
     # Fused SGD raises where some buffers of a group exist and others do not (torch 2.13). From zero the first
     # step is what it would have been, but for dampening.
-    group, known = optimizer.param_groups[index], optimizer.state
     started = any(known[p].get("momentum_buffer") is not None for p in group["params"] if p in known)
     if group.get("fused") and started and "momentum_buffer" not in known.get(parameter, {}):
         known[parameter]["momentum_buffer"] = torch.zeros_like(parameter)

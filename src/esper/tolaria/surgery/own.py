@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from esper.kasmina.places import Place
 from esper.tolaria.surgery.adoption import Home, donor_group
+from esper.tolaria.surgery.alike import alike
 from esper.tolaria.surgery.kinds import kind_of
 
 FOLLOWED = ("lr", "momentum", "betas", "weight_decay")  # what torch's schedulers and users change on the way
@@ -67,17 +68,9 @@ class OwnOptimizers:
 
 def built(optimizer: Optimizer, index: int, kernel: nn.Module) -> Optimizer | None:
     """Return a kernel's optimizer of the class and settings of a group, or None where it cannot have one."""
-    same: Callable[..., Optimizer] = type(optimizer)
     if needs_closure(optimizer) or not all(map(kind_of(optimizer).takes, kernel.parameters())):
         return None
-    group = optimizer.param_groups[index]
-    try:
-        own = same(kernel.parameters(), lr=group["lr"])
-    except (TypeError, ValueError, KeyError):  # a user's own class, which is made in another way
-        return None
-    own.param_groups[0].update({k: v for k, v in group.items() if k in optimizer.defaults})
-    own.state.clear()  # Adagrad's is born in the constructor, which knew the rate only
-    return own
+    return alike(optimizer, optimizer.param_groups[index], kernel.parameters())
 
 
 def needs_closure(optimizer: Optimizer) -> bool:
