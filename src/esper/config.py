@@ -37,7 +37,12 @@ class Race(Section):
     steps: int | None = Field(
         None, ge=1, description="incubation steps; None: 1/16 of the run, within 8 to 200"
     )
-    shadow_every: int = Field(1, ge=1, description="every k-th incubation step learns from the real loss")
+    shadow_every: int | None = Field(
+        None,
+        ge=1,
+        description="every k-th incubation step learns from the real loss, the others from the tapped "
+        "gradient; None: every step, and a sample of steps and examples where a step takes over 5e8 FLOPs",
+    )
     learning_rate: float | None = Field(
         None, gt=0, description="of the candidates; None: chosen from the host's"
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from esper.contracts import Decision, Event, Outcome, Stage
 from esper.kasmina.evidence import join
 from esper.kasmina.health import Measured
 from esper.kasmina.isolation import same_randomness, untouched
+from esper.kasmina.lessons import FIELD, Lessons, Step, first
 from esper.kasmina.morphable import MorphableModel
 from esper.kasmina.race import AMPLITUDES, Race
 from esper.kasmina.trial import Given, Timing, Trial, number, worse
@@ -55,7 +57,7 @@ class SeedOrchestrator:
 
     # -- from a decision to its outcome ----------------------------------------------------------------------
 
-    def germinate(self, decision: Decision, measured: Measured, step: int) -> None:
+    def germinate(self, decision: Decision, measured: Measured, step: int, examples: int = 0) -> None:
         """Wake a seed at the decided site and line up its candidates."""
         assert decision.site is not None and decision.start is not None
         self.step = step
@@ -69,6 +71,8 @@ class SeedOrchestrator:
         )
         self.move(Stage.GERMINATED, decision.reason)
         count = self.config.race.candidates
+        if Step(self.model.flops, examples).large(self.config.race):
+            count = min(count, FIELD)
         sown = {"svd": count, "random": 0, "mixed": math.ceil(count * 5 / 8)}[decision.start]
         starts = ("svd",) * sown + ("random",) * (count - sown)
         with same_randomness(self.given.draw("initialisation")):
@@ -101,44 +105,36 @@ class SeedOrchestrator:
         age, total = self.step - trial.started, self.timing.incubate
         if age > total:  # batches that no candidate has learned from
             return self.judge(batches[total - age :]) if age >= total + UNSEEN else None
-        size, ledger = len(race.starts), self.given.ledger
-        seed = self.given.draw("evidence")
-        if age % self.config.race.shadow_every == 0 or not trial.tap.fresh():
-            with (
-                untouched(self.model.host, seed),
-                ledger.growth("shadow", trial.decision.id, size, self.examples),
-            ):
-                race.learn_from_shadow(lambda: self.given.run(batches[-1]))
-        else:
+        lessons, size, ledger = self.lessons(trial), len(race.starts), self.given.ledger
+        kind, seed = lessons.kind(age), self.given.draw("evidence")
+        if kind == "shadow" or (kind == "tap" and lessons.tapped is None and not trial.tap.fresh()):
+            batch = first(batches[-1], lessons.examples)
+            key = ("shadow", trial.decision.id, size, lessons.examples, self.examples)
+            with untouched(self.model.host, seed), ledger.growth(*key):
+                race.learn_from_shadow(lambda: self.given.run(batch))
+        elif kind == "tap":
             with same_randomness(seed), ledger.growth("tap", trial.decision.id, size, self.examples):
-                race.learn_from_tap(trial.tap)
-        if age in {max(total // 16, 1), total // 8, total // 4} and size > 1:
+                race.learn_from_tap(trial.tap, lessons.tapped)
+        following = age == total or lessons.kind(age + 1) == "tap"  # at the end, what the forge asks for
+        trial.layer.tap = trial.tap if following else None
+        if age in lessons.halvings and size > 1:
             race.halve()
         return None
 
     def judge(self, batches: Sequence[Any]) -> Outcome | None:
         """Pick a winner on training batches and let the gate look at it."""
         trial, race = self.current()
-        kernel = self.winner(trial, race, join(batches))
+        few = None if self.lessons(trial).examples is None else self.examples
+        kernel = self.winner(trial, race, [first(batch, few) for batch in join(batches)])
         if kernel is None:
             return self.cull("doing nothing won the race")
         trial.race = None
         with self.given.ledger.growth("gate", trial.decision.id):
             verdict = self.given.gate.look(trial.layer, kernel, batches[-1], self.given.draw("evidence"))
         trial.verdict = verdict
-        self.tell(
-            "gate",
-            decision=trial.decision.id,
-            site=trial.decision.site,
-            look=verdict.look,
-            e_value=number(verdict.e_value),
-            threshold=number(verdict.threshold),
-            gain=verdict.gain,
-            loss=verdict.loss,
-            examples=verdict.examples,
-            passed=verdict.passed,
-            reason=verdict.reason,
-        )
+        found = {name: number(getattr(verdict, name)) for name in ("e_value", "threshold")}
+        facts = {"decision": trial.decision.id, "site": trial.decision.site, **asdict(verdict), **found}
+        self.tell("gate", **facts)
         if not verdict.passed:
             return self.cull(verdict.reason)
         assert verdict.gain is not None
@@ -310,6 +306,12 @@ class SeedOrchestrator:
         """Return the trial and its race."""
         assert self.trial is not None and self.trial.race is not None
         return self.trial, self.trial.race
+
+    def lessons(self, trial: Trial) -> Lessons:
+        """Plan the race by what the host's step costs; the same at every step of it."""
+        site, units = trial.layer.place.site, trial.decision.width
+        step = Step(self.model.flops, self.examples)
+        return Lessons.of(self.config.race, self.timing.incubate, step, site, units)
 
     def train_kernel(self) -> Trial:
         """Step the exposed kernel with the gradients the host's own backward pass left on it."""

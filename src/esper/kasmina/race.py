@@ -123,18 +123,23 @@ class Race:
             solved = torch.linalg.solve(gram, h.mT @ target)  # (candidates, features, out)
             self.parameters["consumer_weight"].copy_(solved.mT)
 
-    def learn_from_tap(self, tap: Tap) -> None:
+    def learn_from_tap(self, tap: Tap, examples: int | None = None) -> None:
         """Match gradients: move the output a share of its scale down the gradient, without a pass."""
         if not tap.fresh():
             return
         assert tap.x is not None and tap.gradient is not None and tap.scale is not None
-        x, gradient = tap.x, tap.gradient
+        x, gradient = tap.x[:examples], tap.gradient[:examples]
         target = -gradient * (TRUST * tap.scale / rms(gradient))  # (batch, …) as the consumer's output
 
         def loss(parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
             return (self.forward(parameters, buffers, x) - target).square().mean()
 
-        losses = vmap(loss, randomness="different")(self.parameters, self.buffers)
+        if len(self.starts) == 1:  # vmap would cost more than the lesson
+            (row,) = self.rows()
+            alone = {name: row.pop(name) for name in self.parameters}
+            losses = loss(alone, row).unsqueeze(0)
+        else:
+            losses = vmap(loss, randomness="different")(self.parameters, self.buffers)
         self.descend(losses, torch.autograd.grad(losses.sum(), list(self.parameters.values())))
 
     def learn_from_shadow(self, run: Run) -> None:

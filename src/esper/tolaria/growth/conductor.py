@@ -17,6 +17,7 @@ from esper.errors import FinishedError, SiteError, StateError, nearest
 from esper.kasmina.evidence import LossFunction, count_examples, join
 from esper.kasmina.flops import Ledger
 from esper.kasmina.health import Measured, measure
+from esper.kasmina.lessons import Step, first
 from esper.kasmina.morphable import MorphableModel
 from esper.kasmina.orchestrator import SeedOrchestrator
 from esper.kasmina.sites import Sites
@@ -30,6 +31,7 @@ from esper.tolaria.growth.telling import decided, size_and_cost, started, survey
 from esper.tolaria.saving import save
 
 POOL = 32  # directions a survey compares
+SURVEYED = 32  # examples, on a host whose steps are dear
 
 
 class Growth:
@@ -134,14 +136,15 @@ class Growth:
         self.tell("survey", decision=decision.id, sites=surveyed(measured, self.morphable))
         self.tell("decision", **decided(decision))
         if decision.site is not None:
-            self.orchestrator.germinate(decision, measured[decision.site], self.steps)
+            self.orchestrator.germinate(decision, measured[decision.site], self.steps, self._latest())
 
     def _survey(self, free: Sequence[str]) -> dict[str, Measured]:
         if not free:
             return {}
         seed = self.parts.streams.draw("evidence")
         facts = tuple(place.site.width for place in self.morphable.places.values()), len(self.plans)
-        batches = join(self.batches)
+        few = SURVEYED if Step(self.morphable.flops, self._latest()).large(self.config.race) else None
+        batches = [first(batch, few) for batch in join(self.batches)]
         examples = tuple(self._examples(batch) for batch in batches)
         runs = [lambda b=batch: self.parts.run(b) for batch in batches]
         with self.cost.growth("survey", facts, tuple(free), examples):
@@ -269,6 +272,9 @@ class Growth:
 
     def _examples(self, batch: Any) -> int:
         return count_examples(batch)
+
+    def _latest(self) -> int:
+        return self._examples(self.batches[-1])
 
     def _refuse_finished(self, what: str) -> None:
         if self.finished:
