@@ -1,4 +1,4 @@
-"""Three small residual hosts on real data, each with pairs to widen and blocks for blueprints to live at."""
+"""Four small residual hosts on real data, each with pairs to widen and blocks for blueprints to live at."""
 
 from __future__ import annotations
 
@@ -49,18 +49,21 @@ class ResidualImage(nn.Module):
 
 
 class Attention(nn.Module):
-    """x plus one head of causal self-attention behind a norm."""
+    """x plus one head of self-attention behind a norm."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, causal: bool = True) -> None:
         super().__init__()
+        self.causal = causal
         self.norm = nn.LayerNorm(width)
         self.read, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = self.read(self.norm(x)).chunk(3, dim=-1)  # (batch, steps, width)
         scores = query @ key.mT / query.shape[-1] ** 0.5
-        future = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
-        return x + self.out(scores.masked_fill(future, -torch.inf).softmax(-1) @ value)
+        if self.causal:
+            future = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
+            scores = scores.masked_fill(future, -torch.inf)
+        return x + self.out(scores.softmax(-1) @ value)
 
 
 class Characters(nn.Module):
@@ -73,6 +76,30 @@ class Characters(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.letter(x) + self.place  # (batch, CONTEXT, width)
+
+
+class Patches(nn.Module):
+    """An 8x8 picture as 16 patches of 2x2, and their places, as vectors."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.read, self.place = nn.Linear(4, width), nn.Parameter(torch.empty(16, width))
+        nn.init.normal_(self.place, std=0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        patches = F.unfold(x, 2, stride=2).mT  # (batch, 16, 4)
+        return self.read(patches) + self.place
+
+
+class Mean(nn.Module):
+    """The mean of all steps, behind a norm."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x).mean(1)
 
 
 class Last(nn.Module):
@@ -130,6 +157,14 @@ def sequence_host(widths: Widths) -> nn.Sequential:
     )
 
 
+def patch_host(widths: Widths) -> nn.Sequential:
+    """Build one layer of a transformer over patches, 8 wide, where every patch sees every other."""
+    (hidden,) = widths
+    return nn.Sequential(
+        Patches(8), Attention(8, causal=False), Residual(8, hidden), Mean(8), nn.Linear(8, 10)
+    )
+
+
 @functools.cache
 def text() -> Tensor:
     """Return Python's own manual as numbers of letters, lower case, runs of one sign shortened to three."""
@@ -166,7 +201,8 @@ TASKS = {
     for task in (
         recipe("vector", shifted, vector_host, (2,), (20,), epochs=14),
         recipe("image", partial(shifted, images=True), image_host, (2,), (8,), epochs=14),
+        recipe("patches", partial(shifted, images=True), patch_host, (2,), (20,), epochs=14),
         recipe("sequence", characters, sequence_host, (4,), (36,), epochs=3),
     )
 }
-BLOCKS = {"vector": "2", "image": "3", "sequence": "2"}  # the residual block that grows
+BLOCKS = {"vector": "2", "image": "3", "patches": "2", "sequence": "2"}  # the residual block that grows

@@ -1,8 +1,9 @@
 """Does a blueprint's kernel beat widening and not growing, at equal added parameters?
 
-Three hosts (benchmarks/blueprint_tasks.py) too small for their data: digits shifted at random, as vectors and
-as pictures, and the next character of Python's manual. Each has a residual block whose pair can be widened and
-beside which blueprints fit. Arms: ``none``, the twin that never grows; ``widen``; every blueprint that fits.
+Four hosts (benchmarks/blueprint_tasks.py) too small for their data: digits shifted at random, as vectors and
+as pictures and as patches, and the next character of Python's manual. Each has a residual block whose pair
+can be widened and beside which blueprints fit. Arms: ``none``, the twin that never grows; ``widen``; every
+blueprint that fits.
 
 What is compared is the kernel, so no race and no gate stand between: each arm plants one, early and at the
 same step, as large as the same number of parameters allows (column ``added``). It adds zero at birth, becomes

@@ -1,7 +1,7 @@
-"""A small host into which one kernel is planted early, without a race or a gate: what is compared is the kernel.
+"""A small host into which one kernel is planted early, without race or gate: the kernel is what is compared.
 
-It goes the product's own way from there on: zero at birth, committed by the Committer (a pair becomes wider, a
-blueprint becomes a branch), adopted by the host's optimizer.
+It goes the product's own way from there on: zero at birth, committed by the Committer (a pair becomes wider,
+a blueprint becomes a branch), adopted by the host's optimizer.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from benchmarks.arms.fixed import Fixed
 from benchmarks.data import stream
 from benchmarks.flops import STEP, forward_flops, parameters
 from esper.contracts import Decision, ignore
+from esper.kasmina.blocks import Block
 from esper.kasmina.morphable import MorphableModel
+from esper.kasmina.places import Place
 from esper.tolaria.growth.commit import Committer
 
 
@@ -51,8 +53,7 @@ class Planted(Fixed):
         blueprint = self.site.partition("+")[2] or "widen"
         model = MorphableModel(self.net, run, len(x), sites=[self.site], blueprints=[blueprint])
         place = model.places[self.site]
-        units = (self.room - place.site.base_parameters) // place.site.unit_parameters
-        units -= units % place.site.granularity
+        units = most_units(place, self.room)
         layer = model.layer(self.site, self.fail)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream(self.seed, "growth"))
@@ -70,3 +71,17 @@ class Planted(Fixed):
 
     def fail(self, why: str) -> None:
         raise RuntimeError(f"{self.site} could not be planted: {why}")
+
+
+def most_units(place: Place, room: int) -> int:
+    """Return the most units whose parameters fit."""
+    step = units = place.site.granularity
+    while size(place, units + step) <= room and place.site.most != units:
+        units += step
+    return units
+
+
+def size(place: Place, units: int) -> int:
+    if isinstance(place, Block):
+        return place.graph.lower(place.signature, units).parameter_count()
+    return units * place.site.unit_parameters

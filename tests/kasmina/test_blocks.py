@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import esper
+from esper.blueprints import CATALOGUE
 from esper.contracts import Signature
 from esper.errors import BlueprintError, RegistryError, SiteError
 from esper.kasmina.blocks import Block
@@ -101,7 +102,7 @@ def test_a_convolution_keeps_its_geometry_in_the_signature(conv: nn.Conv2d, kept
 
 def test_prices_are_those_of_real_kernels() -> None:
     net = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 3, 3, padding=1))
-    for place in found(net, torch.randn(3, 2, 6, 6)).places.values():
+    for place in found(net, torch.randn(3, 2, 6, 6), "residual_mlp", "conv3x3", "conv1x1").places.values():
         site = place.site
         for units in (site.granularity, 3 * site.granularity) if site.most is None else (1,):
             counted = sum(p.numel() for p in place.kernel(units).parameters())
@@ -169,3 +170,31 @@ def test_a_causal_model_is_offered_nothing_that_looks_ahead() -> None:
     layer = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True, dropout=0.0)
     both = nn.Sequential(nn.Embedding(9, 6), layer, nn.Linear(6, 9))
     assert "1+self_attention" in found(both, tokens, "self_attention").places
+
+
+@pytest.mark.parametrize("name", CATALOGUE.names())
+def test_no_kernel_costs_more_than_its_price(name: str) -> None:
+    encoder = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True)
+    hosts = [
+        (nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 3)), torch.randn(4, 6)),
+        (
+            nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.Flatten(), nn.Linear(144, 3)),
+            torch.randn(4, 2, 6, 6),
+        ),
+        (nn.Sequential(nn.Linear(6, 6), encoder), torch.randn(4, 5, 6)),
+    ]
+    priced = 0
+    for net, x in hosts:
+        inner = nn.Sequential(net, nn.Identity())
+        try:
+            places = found(inner, x, name).places.values()
+        except SiteError:
+            continue
+        for place in places:
+            site, step = place.site, place.site.granularity
+            assert isinstance(place, Block)
+            for units in range(step, min(site.most or 40 * step, 40 * step) + 1, step):
+                real = place.graph.lower(place.signature, units).parameter_count()
+                assert real <= site.base_parameters + units * site.unit_parameters, (site, units)
+                priced += 1
+    assert priced

@@ -20,12 +20,13 @@ from esper.blueprints.kernel import GraphKernel
 from esper.contracts import Refusal, Signature, Site
 from esper.errors import BlueprintError
 from esper.kasmina.flops import FlopMeter
-from esper.kasmina.geometry import signatures
+from esper.kasmina.geometry import channels, signatures
 from esper.kasmina.grown import GrownBranches
 from esper.kasmina.seam import open_seam
 
 Ends = tuple[nn.Module, nn.Module]
 Port = Literal["parallel", "serial"]
+WIDEST = 4  # hidden width over channels up to which a price that is not linear is drawn as a line
 GRANULES = (1, 2, 4, 8, 16)  # smallest hidden widths tried: attention needs a multiple of its heads
 SILENT = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase, GrownBranches)
 NEVER = (*SILENT, nn.ModuleList, nn.ModuleDict, GraphKernel)
@@ -207,6 +208,13 @@ def offer(name: str, ends: Ends, port: Port, signature: Signature, graph: Graph,
     sample = torch.empty(1, *read.shape[1:], device="meta")
     (small, cheap), (large, dear) = (cost(graph, signature, granule * n, sample) for n in (1, 2))
     unit = (large - small) // granule if graph.scales else small
+    most = None if graph.scales else 1
+    wide = granule * max(WIDEST * channels(read) // granule, 2)
+    if graph.scales and (last_cost := cost(graph, signature, wide, sample)[0]) > small + unit * (
+        wide - granule
+    ):
+        most = wide  # a price that grows with the width: the chord is never below it
+        unit = -((small - last_cost) // (wide - granule))
     entry, _, rest = name.partition(":")
     last = f"{entry.rpartition('.')[0]}.{rest}".lstrip(".") if rest else entry
     site = Site(
@@ -221,7 +229,7 @@ def offer(name: str, ends: Ends, port: Port, signature: Signature, graph: Graph,
         unit_flops=(dear - cheap) // granule if graph.scales else cheap,
         blueprint=graph.name,
         base_parameters=max(small - unit * granule, 0),
-        most=None if graph.scales else 1,
+        most=most,
     )
     return Block(site, port, signature, graph, *ends)
 
