@@ -112,6 +112,7 @@ def test_the_parts_of_a_transformer_example_do_not_overlap(
         for part, batches in parts.items()
     }
     for one, two in itertools.combinations(rows, 2):
-        assert len(rows[one] & rows[two]) <= len(rows[two]) // 100  # the rulers of tables, as characters
+        shared = [row for row in rows[one] & rows[two] if len(set(row)) > 5]  # rulers of tables repeat
+        assert len(shared) <= len(rows[two]) // 200
     assert all(torch.equal(mine[0], theirs[0]) for mine, theirs in zip(first.train, again.train, strict=True))
     assert not torch.equal(first.train[0][0], other.train[0][0])
