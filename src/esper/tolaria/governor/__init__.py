@@ -1,0 +1,20 @@
+"""Keeps a run alive: vital signs, tests of them, and what is done about a fault."""
+
+from esper.tolaria.governor.detectors import Detectors, Finding
+from esper.tolaria.governor.governor import Actions, Governor, Settings
+from esper.tolaria.governor.rollback import Snapshots
+from esper.tolaria.governor.vitals import Reading, Vitals, Watcher
+from esper.tolaria.governor.watch import Watch
+
+__all__ = [
+    "Actions",
+    "Detectors",
+    "Finding",
+    "Governor",
+    "Reading",
+    "Settings",
+    "Snapshots",
+    "Vitals",
+    "Watch",
+    "Watcher",
+]

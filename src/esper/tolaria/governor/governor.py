@@ -1,0 +1,161 @@
+"""``Governor``: what is done about a finding, by severity: notify, hold growth, roll back, stop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from esper.errors import ConfigError
+from esper.tolaria.governor.detectors import Detectors, Finding
+from esper.tolaria.governor.vitals import Vitals
+
+Action = Literal["notify", "hold", "rollback", "stop"]
+ACTIONS: tuple[Action, ...] = ("notify", "hold", "rollback", "stop")  # by severity
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the governor does, and when.
+
+    Each ladder lists what is done at the first alarm of its kind, the second, and so on; the last rung is
+    repeated. Alarms count together while none is further than ``memory`` steps from the one before.
+    """
+
+    nonfinite: tuple[Action, ...] = ("rollback",)
+    spike: tuple[Action, ...] = ("notify", "hold", "rollback")
+    divergence: tuple[Action, ...] = ("notify", "hold")
+    rate: tuple[Action, ...] = ("notify",)
+    exposed: Action = "rollback"  # at least, at a spike while a seed is exposed
+    memory: int = 256
+    rollbacks: int = 3  # within ``memory`` of each other; one more is a stop
+    calm: int = 64  # steps without an alarm until held growth goes on
+    every: int = 100  # steps from one snapshot to the next
+    grace: int = 24  # steps a discontinuity is expected to show, unless it is told otherwise
+
+    def __post_init__(self) -> None:
+        for kind in ("nonfinite", "spike", "divergence", "rate"):
+            ladder = getattr(self, kind)
+            if not ladder or any(rung not in ACTIONS for rung in ladder):
+                raise ConfigError(f"governor.{kind} is {ladder!r}; give at least one of {', '.join(ACTIONS)}")
+        if self.exposed not in ACTIONS:
+            raise ConfigError(f"governor.exposed is {self.exposed!r}; give one of {', '.join(ACTIONS)}")
+        for name in ("memory", "rollbacks", "calm", "every", "grace"):
+            if getattr(self, name) < (0 if name == "rollbacks" else 1):
+                raise ConfigError(f"governor.{name} is {getattr(self, name)}; that is too few")
+
+
+@dataclass(frozen=True)
+class Actions:
+    """What the governor may do; the conductor says how."""
+
+    notify: Callable[[Finding, Action], None]  # of every finding; "notify" too where it was expected
+    hold: Callable[[Finding], None]  # growth: no new decision
+    release: Callable[[], None]  # growth goes on
+    rollback: Callable[[Finding], int | None]  # steps lost, or None where there is no way back
+    stop: Callable[[Finding], None]
+
+
+class Governor:
+    """Looks at every step's vital signs and acts on what it finds.
+
+    Attributes:
+        lost: Steps undone by rollbacks so far.
+        alarms: Findings acted on so far.
+    """
+
+    def __init__(self, settings: Settings, actions: Actions) -> None:
+        self.settings, self.actions = settings, actions
+        self.detectors = Detectors()
+        self.rungs: dict[str, int] = {}  # kind -> alarms in a row
+        self.latest: dict[str, int] = {}  # kind -> step of the latest
+        self.turned: list[int] = []  # steps of rollbacks, while they are near each other
+        self.held: int | None = None  # step of the latest alarm while growth is held
+        self.lost = self.alarms = 0
+
+    def expect(self, step: int, why: str, steps: int | None = None, excused: float = math.inf) -> None:
+        """Announce a discontinuity: a graft, a widening, a new learning rate.
+
+        Args:
+            step: When it begins.
+            why: What findings are annotated with.
+            steps: How long it may show; None: the settings' grace.
+            excused: e-folds above anything recent that stay an alarm; values that are not finite always do.
+        """
+        self.detectors.expect(step, why, self.settings.grace if steps is None else steps, excused)
+
+    def check(self, vitals: Vitals, step: int, least: Action = "notify") -> Action | None:
+        """Look at a step that has been done.
+
+        Args:
+            vitals: Of the step.
+            step: Its number.
+            least: What is done about a spike at least.
+
+        Returns:
+            What was done about it, None where all is well.
+        """
+        finding = self.detectors.look(vitals, step)
+        if finding is None:
+            if self.held is not None and step - self.held >= self.settings.calm:
+                self.held = None
+                self.actions.release()
+            return None
+        if finding.expected:
+            self.actions.notify(finding, "notify")
+            return None
+        self.alarms += 1
+        return self.act(finding, self.rung(finding, least if finding.kind == "spike" else "notify"))
+
+    def rung(self, finding: Finding, least: Action) -> Action:
+        """Choose the action by how many alarms of the kind came one after another."""
+        kind, step, memory = finding.kind, finding.step, self.settings.memory
+        near = step - self.latest.get(kind, -memory - 1) <= memory
+        self.rungs[kind] = self.rungs[kind] + 1 if near else 0
+        self.latest[kind] = step
+        ladder: tuple[Action, ...] = getattr(self.settings, kind)
+        action = ladder[min(self.rungs[kind], len(ladder) - 1)]
+        action = max(action, least, key=ACTIONS.index)
+        if action == "rollback":
+            self.turned = [s for s in self.turned if step - s <= memory]
+            if len(self.turned) >= self.settings.rollbacks:
+                return "stop"
+        return action
+
+    def act(self, finding: Finding, action: Action) -> Action:
+        """Carry out an action; what cannot be rolled back stops."""
+        if action in ("hold", "rollback") or self.held is not None:
+            if self.held is None:
+                self.actions.hold(finding)
+            self.held = finding.step
+        if action == "rollback":
+            steps = self.actions.rollback(finding)
+            if steps is None:
+                action = "stop"
+            else:
+                self.lost += steps
+                self.turned.append(finding.step)
+                self.detectors.forget()
+        self.actions.notify(finding, action)
+        if action == "stop":
+            self.actions.stop(finding)
+        return action
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything later actions depend on; snapshots stay in memory."""
+        return {
+            "detectors": self.detectors.state_dict(),
+            "rungs": dict(self.rungs),
+            "latest": dict(self.latest),
+            "turned": list(self.turned),
+            "held": self.held,
+            "counts": [self.lost, self.alarms],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on governing."""
+        self.detectors.load_state_dict(state["detectors"])
+        self.rungs, self.latest = dict(state["rungs"]), dict(state["latest"])
+        self.turned, self.held = list(state["turned"]), state["held"]
+        self.lost, self.alarms = state["counts"]

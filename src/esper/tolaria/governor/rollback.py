@@ -1,0 +1,240 @@
+"""A ring of snapshots in memory, and the way back to one of them, bit for bit and in place.
+
+A snapshot holds what the next step depends on: weights, buffers, the optimizers' state and settings,
+averages, schedulers, scaler and every global random stream. Spent gradients are not kept; they are cleared on
+the way back. Restoring copies into the tensors that are there, so parameters, optimizer state and whatever
+the user holds keep their identity.
+
+The rule for growth: no snapshot outlives a change of topology. The ring is cleared when a widening commits
+and begins again behind it; a snapshot whose tensors no longer fit is refused, never adapted.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from esper.errors import StateError
+
+Capture = tuple[Callable[[], Any], Callable[[Any], None]]  # what else goes back: how to read and to write it
+LAG = 3  # steps a fault may work before it shows in the loss
+KEEP = 2  # detection lags by a few steps, so the newest snapshot may hold the fault already
+
+
+@dataclass
+class Snapshot:
+    """A moment of a run; tensors are copies."""
+
+    step: int
+    tensors: dict[str, Tensor]  # of models and averages, by name
+    states: list[list[tuple[Tensor, dict[str, Any]]]]  # per optimizer: parameter and its state
+    groups: list[list[dict[str, Any]]]  # per optimizer: its groups, parameters by identity
+    settings: list[dict[str, Any]]  # of schedulers and scaler
+    randomness: Randomness
+    captured: dict[str, Any]
+
+    @property
+    def nbytes(self) -> int:
+        """Return the memory it takes."""
+        states = (v for one in self.states for _, state in one for v in state.values())
+        tensors = [*self.tensors.values(), *(v for v in states if isinstance(v, Tensor))]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+
+@dataclass(frozen=True)
+class Randomness:
+    """The state of every global random stream; CUDA's only where CUDA is in use."""
+
+    python: Any
+    numpy: Any
+    cpu: Tensor
+    cuda: list[Tensor] | None
+
+    @classmethod
+    def now(cls) -> Randomness:
+        """Read the streams."""
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+        return cls(random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda)
+
+    def restore(self) -> None:
+        """Put the streams back."""
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+        torch.set_rng_state(self.cpu)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state_all(self.cuda)
+
+
+class Snapshots:
+    """Keeps the latest snapshots of a run.
+
+    Args:
+        models: The model first, then its averages; all their parameters and buffers are kept.
+        optimizers: By name.
+        stateful: Schedulers and scaler: whatever has ``state_dict`` and ``load_state_dict``.
+        captures: What else goes back, by name: how to read it and how to write it.
+        keep: Snapshots in the ring.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[nn.Module],
+        optimizers: Mapping[str, Optimizer],
+        stateful: Sequence[Any] = (),
+        captures: Mapping[str, Capture] | None = None,
+        keep: int = KEEP,
+    ) -> None:
+        self.models, self.optimizers = list(models), dict(optimizers)
+        self.stateful, self.captures = list(stateful), dict(captures or {})
+        self.ring: deque[Snapshot] = deque(maxlen=keep)
+
+    def take(self, step: int) -> Snapshot | None:
+        """Copy the run as it is; None, and nothing is kept, where a weight or buffer is not finite."""
+        tensors = dict(self.tensors())
+        if not finite(tensors.values()):
+            return None
+        snapshot = Snapshot(
+            step,
+            {name: tensor.detach().clone() for name, tensor in tensors.items()},
+            [[(p, duplicate(s)) for p, s in o.state.items()] for o in self.optimizers.values()],
+            [
+                [{**duplicate(others(g)), "params": list(g["params"])} for g in o.param_groups]
+                for o in self.each()
+            ],
+            [copy.deepcopy(one.state_dict()) for one in self.stateful],
+            Randomness.now(),
+            {name: copy.deepcopy(read()) for name, (read, _) in self.captures.items()},
+        )
+        self.ring.append(snapshot)
+        return snapshot
+
+    def before(self, since: int) -> Snapshot | None:
+        """Return the snapshot to go back to: the newest that is a little older than the first evidence.
+
+        Where there is none so old, the oldest from before it, or None.
+        """
+        fitting = [s for s in self.ring if s.step < since and self.misfit(s) is None]
+        older = [s for s in fitting if s.step < since - LAG]
+        return (older[-1:] or fitting[:1] or [None])[0]
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Bring the run back to a snapshot; later ones are forgotten.
+
+        Raises:
+            StateError: The model has grown since; nothing was changed.
+        """
+        if (why := self.misfit(snapshot)) is not None:
+            raise StateError(f"the snapshot of step {snapshot.step} does not fit any more: {why}")
+        with torch.no_grad():
+            for name, tensor in self.tensors():
+                tensor.copy_(snapshot.tensors[name])
+        for model in self.models:
+            model.zero_grad(set_to_none=True)
+        for optimizer, states, groups in zip(self.each(), snapshot.states, snapshot.groups, strict=True):
+            put_back(optimizer, states, groups)
+        for one, settings in zip(self.stateful, snapshot.settings, strict=True):
+            one.load_state_dict(copy.deepcopy(settings))
+        for name, (_, write) in self.captures.items():
+            write(copy.deepcopy(snapshot.captured[name]))
+        snapshot.randomness.restore()
+        while self.ring and self.ring[-1].step > snapshot.step:
+            self.ring.pop()
+
+    def clear(self) -> None:
+        """Forget all snapshots: the topology has changed."""
+        self.ring.clear()
+
+    def misfit(self, snapshot: Snapshot) -> str | None:
+        """Say why a snapshot does not fit the model as it is now, or None."""
+        now = {name: (tuple(t.shape), t.dtype) for name, t in self.tensors()}
+        then = {name: (tuple(t.shape), t.dtype) for name, t in snapshot.tensors.items()}
+        if now != then:
+            name = next(n for n in {**then, **now} if now.get(n) != then.get(n))
+            return f"{name} was {then.get(name)} and is {now.get(name)}"
+        for optimizer, groups in zip(self.each(), snapshot.groups, strict=True):
+            if [[id(p) for p in g["params"]] for g in optimizer.param_groups] != [
+                [id(p) for p in g["params"]] for g in groups
+            ]:
+                return f"{type(optimizer).__name__} has other parameters than it had"
+        return None
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Name every parameter and buffer, each once, also those a state dict leaves out."""
+        for index, model in enumerate(self.models):
+            for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+                yield f"{index}.{name}", tensor
+
+    def each(self) -> list[Optimizer]:
+        """List the optimizers in their order."""
+        return list(self.optimizers.values())
+
+
+def finite(tensors: Any) -> bool:
+    """Tell whether all floating-point tensors are finite; one number is read per device."""
+    floating = [t.detach() for t in tensors if t.is_floating_point() and t.numel()]
+    if not floating:
+        return True
+    sums = [t.sum(dtype=torch.float64 if t.dtype == torch.float64 else torch.float32) for t in floating]
+    if all(bool(torch.isfinite(s)) for s in sums):
+        return True
+    return all(bool(torch.isfinite(t).all()) for t in floating)  # a sum may overflow without a fault
+
+
+def others(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a group's settings."""
+    return {key: value for key, value in group.items() if key != "params"}
+
+
+def duplicate(value: Any) -> Any:
+    """Copy state: tensors without their graph, containers of them, numbers."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: duplicate(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [duplicate(item) for item in value]
+    if type(value) is tuple:
+        return tuple(duplicate(item) for item in value)
+    return copy.deepcopy(value)
+
+
+def put_back(
+    optimizer: Optimizer, states: list[tuple[Tensor, dict[str, Any]]], groups: list[dict[str, Any]]
+) -> None:
+    """Restore an optimizer; tensors that are there and fit are written into, for CUDA graphs hold them."""
+    kept = {id(parameter) for parameter, _ in states}
+    for parameter in [p for p in optimizer.state if id(p) not in kept]:
+        del optimizer.state[parameter]
+    for parameter, state in states:
+        write(optimizer.state[parameter], state)
+    for group, settings in zip(optimizer.param_groups, groups, strict=True):
+        write(group, settings, skip=("params",))
+
+
+def write(target: dict[str, Any], source: Mapping[str, Any], skip: tuple[str, ...] = ()) -> None:
+    """Make a dict equal to another, in place; tensors keep their identity where they fit."""
+    for key in [key for key in target if key not in source]:
+        del target[key]
+    for key, value in source.items():
+        if key in skip:
+            continue
+        old = target.get(key)
+        if isinstance(value, Tensor) and isinstance(old, Tensor) and same_kind(old, value):
+            with torch.no_grad():
+                old.copy_(value)
+        else:
+            target[key] = duplicate(value)
+
+
+def same_kind(one: Tensor, other: Tensor) -> bool:
+    """Tell whether one tensor can be written into the other without loss."""
+    return one.shape == other.shape and one.dtype == other.dtype and one.device == other.device

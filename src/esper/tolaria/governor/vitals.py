@@ -1,0 +1,148 @@
+"""What is read off a run at every step: the gradient norm, the weights' finiteness, the learning rate.
+
+The norm is read where the optimizer is about to use the gradients, so clipping has happened and a loop that
+clears them right after the step is no matter; the number itself is waited for after the step, where the loss
+is read anyway. How much is read follows from what a step costs, in FLOPs, not from a clock: see
+:meth:`Reading.of`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+SMALL = 1e8  # FLOPs of a step, forth and back: about 10 ms; below it a reading (10 µs) is felt
+SPARSE = 3  # steps from one reading to the next on such a step
+DEAR = 5000  # FLOPs of a step per number read; 0.14 ns a number and 40 GFLOP/s make that 0.11 % of the step
+WHOLE = 4096  # numbers of a tensor that are always read together
+WEIGHTS = 8  # readings until every weight has had its turn: a lost weight shows in the next loss, too
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How much of a step is read."""
+
+    every: int = 1  # steps from one reading of the gradients to the next
+    share: float = 1.0  # of every large tensor, another part at every reading
+
+    @classmethod
+    def of(cls, step_flops: float, parameters: int) -> Reading:
+        """Choose by what a step costs.
+
+        A step under 1e8 FLOPs is read on every third; a larger one always, but at most one number per 5,000
+        FLOPs: all of them where a weight is used for some 800 examples (or tokens, or places of an image) a
+        step, otherwise a part that moves through each tensor.
+
+        Args:
+            step_flops: Forward and backward, of all examples.
+            parameters: Trainable numbers.
+        """
+        if step_flops < SMALL:
+            return cls(every=SPARSE)
+        return cls(share=min(step_flops / DEAR / max(parameters, 1), 1.0))
+
+
+@dataclass(frozen=True, slots=True)
+class Vitals:
+    """One step's vital signs; None is not read."""
+
+    loss: float
+    gradient: float | None = None  # norm over everything the optimizers step, scaled up where a part was read
+    weights: bool | None = None  # whether those that were read are finite
+    rate: float | None = None  # the largest learning rate
+
+
+class Watcher:
+    """Reads the vital signs of a run.
+
+    Args:
+        model: The host; its buffers count as weights.
+        optimizers: By name; they are hooked, and only the gradients they step are read.
+    """
+
+    def __init__(self, model: nn.Module, optimizers: Mapping[str, Optimizer]) -> None:
+        self.model, self.optimizers = model, dict(optimizers)
+        self.reading = Reading()
+        self.steps = self.turn = 0
+        self.pending: list[Tensor] = []  # norms on their device, not waited for
+        self.kept: list[Tensor] = []  # weights and buffers of this round
+        self.hooks = [o.register_step_pre_hook(self._before) for o in self.optimizers.values()]
+
+    def _before(self, optimizer: Optimizer, *rest: Any) -> None:
+        if optimizer is next(iter(self.optimizers.values())):
+            self.steps += 1
+            self.pending.clear()
+        if self.steps % self.reading.every:
+            return
+        gradients = [p.grad for g in optimizer.param_groups for p in g["params"]]
+        given = [g._values() if g.is_sparse else g for g in gradients if g is not None]
+        self.pending += norms(given, self.reading.share, self.turn)
+
+    def read(self, loss: float) -> Vitals:
+        """Read the step that has just been done."""
+        if self.steps % self.reading.every:
+            return Vitals(loss, rate=self.rate())
+        gradient = weights = None
+        if self.pending:
+            gradient = total(self.pending) / math.sqrt(self.reading.share)
+            self.pending.clear()
+        place = self.turn % WEIGHTS
+        if place == 0 or not self.kept:  # growth exchanges buffers, and walking a model takes 100 µs
+            buffers = [b for b in self.model.buffers() if b.is_floating_point()]
+            self.kept = [p.detach() for group in self.groups() for p in group["params"]] + buffers
+        if tensors := self.kept[place::WEIGHTS]:
+            weights = math.isfinite(total(norms(tensors, self.reading.share, self.turn // WEIGHTS)))
+        self.turn += 1
+        return Vitals(loss, gradient, weights, self.rate())
+
+    def rate(self) -> float:
+        """Return the largest learning rate there is."""
+        return max(float(group["lr"]) for group in self.groups())
+
+    def groups(self) -> list[dict[str, Any]]:
+        """List the parameter groups of all optimizers."""
+        return [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]
+
+    def close(self) -> None:
+        """Take the hooks away."""
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks.clear()
+
+    def state_dict(self) -> dict[str, int]:
+        """Return where the reading stands."""
+        return {"steps": self.steps, "turn": self.turn}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on reading."""
+        self.steps, self.turn = state["steps"], state["turn"]
+
+
+def norms(tensors: Sequence[Tensor], share: float, turn: int) -> list[Tensor]:
+    """Return norms in float32, one per tensor, of the part whose turn it is; nothing is waited for."""
+    parts = list(tensors) if share >= 1 else [part(t, share, turn) for t in tensors]
+    return list(torch._foreach_norm(parts, 2, dtype=torch.float32)) if parts else []
+
+
+def part(tensor: Tensor, share: float, turn: int) -> Tensor:
+    """Return some rows of a large tensor, others at every turn; a small one whole."""
+    rows = tensor.shape[0] if tensor.dim() else 0
+    if tensor.numel() <= WHOLE or rows < 2:
+        return tensor
+    count = max(round(share * rows), 1)
+    start = turn * count % rows
+    return tensor.narrow(0, start, min(count, rows - start))
+
+
+def total(found: Iterable[Tensor]) -> float:
+    """Return the norm of norms; the one place that waits for a device, once for each there is."""
+    devices: dict[torch.device, list[Tensor]] = {}
+    for norm in found:
+        devices.setdefault(norm.device, []).append(norm)
+    return math.hypot(*(v for group in devices.values() for v in torch.stack(group).tolist()))

@@ -1,0 +1,168 @@
+"""Ties a governor to a run that grows: who reads, who is told, what goes back.
+
+Growth goes forward when the host goes back. A rollback ends the seed that is awake (ROLLED_BACK, then
+CULLED); what Tamiyo has learned, the gate's looks and the cost stay spent: restored, the same decision would
+come again. Snapshots are taken only while no seed is exposed, the last one right before an exposure, so the
+way back leads to a host that never felt the seed; a commit clears the ring and begins it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from esper.contracts import Event, Stage
+from esper.errors import LossError
+from esper.kasmina.morphable import MorphableModel
+from esper.kasmina.orchestrator import SeedOrchestrator
+from esper.kasmina.state import AWAKE
+from esper.tolaria.governor.detectors import Finding
+from esper.tolaria.governor.governor import Action, Actions, Governor, Settings
+from esper.tolaria.governor.rollback import Capture, Snapshots
+from esper.tolaria.governor.vitals import Reading, Watcher
+
+GRAFTING, FOSSILISED = Stage.GRAFTING.name, Stage.FOSSILISED.name
+EXCUSED = 2.5  # e-folds a graft may lift the loss by; a judged one lowers it
+
+
+class Watch:
+    """Governs one run.
+
+    Args:
+        growth: The conductor: ``parts``, ``morphable``, ``orchestrator``, ``tamiyo``, ``pause``, ``resume``,
+            ``tell``.
+        settings: Of the governor.
+        averages: EMA copies, which go back too.
+        stateful: Schedulers and scaler, which go back too.
+        captures: What else goes back, see ``Snapshots``.
+    """
+
+    def __init__(
+        self,
+        growth: Any,
+        settings: Settings | None = None,
+        averages: Sequence[nn.Module] = (),
+        stateful: Sequence[Any] = (),
+        captures: Mapping[str, Capture] | None = None,
+    ) -> None:
+        self.growth, self.settings = growth, settings or Settings()
+        self.model: MorphableModel = growth.morphable
+        self.orchestrator: SeedOrchestrator = growth.orchestrator
+        actions = Actions(self._notify, self._hold, self._release, self._roll_back, self._stop)
+        self.governor = Governor(self.settings, actions)
+        optimizers = growth.parts.optimizers
+        self.watcher = Watcher(self.model.host, optimizers)
+        self.snapshots = Snapshots([self.model.host, *averages], optimizers, stateful, captures)
+        self.paused_before = False
+        self.snapshots.take(growth.steps)
+
+    def step(self, loss: float, step: int) -> Action | None:
+        """Look at a step right after the optimizer's, before growth acts on it.
+
+        Args:
+            loss: Of the step; it need not be finite.
+            step: Its number.
+
+        Returns:
+            What was done; after "rollback" the host is an earlier one, and growth has nothing to do.
+        """
+        flops = 3.0 * self.model.flops * self.orchestrator.examples
+        if self.watcher.turn % self.settings.every == 0:
+            self.watcher.reading = Reading.of(flops, self.model.parameter_count())
+        least: Action = self.settings.exposed if self.exposed() else "notify"
+        action = self.governor.check(self.watcher.read(loss), step, least)
+        if action != "rollback":
+            self.keep(step)
+        return action
+
+    def keep(self, step: int) -> None:
+        """Take a snapshot where one is due and nothing of a seed is in the host's output."""
+        if self.exposed() or self.governor.detectors.evidence > 0:
+            return
+        ring = self.snapshots.ring
+        if not ring or step - ring[-1].step >= self.settings.every:
+            self.snapshots.take(step)
+
+    def told(self, event: Event) -> None:
+        """Hear what growth tells: expect what a stage does to the loss, begin again behind a commit."""
+        if event.kind in ("widened", "grafted"):
+            self.snapshots.clear()
+            self.watcher.kept.clear()
+        if event.kind != "stage" or event.data["target"] not in (GRAFTING, FOSSILISED):
+            return
+        ramp = self.orchestrator.timing.ramp if event.data["target"] == GRAFTING else 0
+        why = f"{event.data['target']} at {event.data['site']}"
+        self.governor.expect(event.step, why, ramp + self.settings.grace, EXCUSED)
+        self.snapshots.take(event.step)  # before the host feels the seed; behind the commit
+
+    def exposed(self) -> bool:
+        """Tell whether a seed takes part in the host's output."""
+        trial = self.orchestrator.trial
+        return trial is not None and trial.kernel is not None
+
+    def close(self) -> None:
+        """Take the hooks away and forget the snapshots."""
+        self.watcher.close()
+        self.snapshots.clear()
+
+    # -- the actions -----------------------------------------------------------------------------------------
+
+    def _notify(self, finding: Finding, action: Action) -> None:
+        facts = {"alarm": finding.kind, "signal": finding.signal, "action": action, "since": finding.since}
+        facts |= {"value": finding.value, "usual": finding.usual, "expected": finding.expected}
+        self.growth.tell("warning", message=f"{finding}; {action}", **facts)
+
+    def _hold(self, finding: Finding) -> None:
+        self.paused_before = self.growth.paused
+        self.growth.pause()
+
+    def _release(self) -> None:
+        if not self.paused_before:
+            self.growth.resume()
+
+    def _roll_back(self, finding: Finding) -> int | None:
+        """Bring the host back to before the evidence; the seed that is awake is dropped."""
+        snapshot = self.snapshots.before(finding.since)
+        if snapshot is None:
+            return None
+        reason = f"rolled back to step {snapshot.step}: {finding}"
+        self.drop(reason)
+        self.snapshots.restore(snapshot)
+        self.orchestrator.losses.clear()  # of steps that are undone
+        self.growth.batches.clear()  # the fault may be in them
+        lost = finding.step - snapshot.step
+        facts = {"to": snapshot.step, "lost": lost, "lost_in_all": self.governor.lost + lost}
+        self.growth.tell("warning", message=f"{reason}; {lost} steps are lost", **facts)
+        return lost
+
+    def drop(self, reason: str) -> None:
+        """End the seed that is awake; the site cools down as after any cull."""
+        orchestrator = self.orchestrator
+        trial = orchestrator.trial
+        if trial is None:
+            return
+        if self.model.layout.stage_of(trial.seed) in AWAKE:
+            orchestrator.move(Stage.ROLLED_BACK, reason)
+        self.growth.tamiyo.learn(orchestrator.cull(reason), orchestrator.step)
+
+    def _stop(self, finding: Finding) -> None:
+        raise LossError(
+            f"the governor stopped the run: {finding}; {self.governor.lost} steps were rolled back before. "
+            "Lower the learning rate, clip gradients or check the data"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps; snapshots are not in it, the checkpoint is one itself."""
+        return {
+            "governor": self.governor.state_dict(),
+            "watcher": self.watcher.state_dict(),
+            "paused_before": self.paused_before,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on watching; the first snapshot is taken at the next step."""
+        self.governor.load_state_dict(state["governor"])
+        self.watcher.load_state_dict(state["watcher"])
+        self.paused_before = state["paused_before"]
