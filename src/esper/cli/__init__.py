@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from esper.cli import bench, blueprints, demo, doctor, kernels, report, train, why
+from esper.cli import bench, blueprints, checkpoints, demo, doctor, kernels, report, train, why
 from esper.cli.application import app, main
 
 __all__ = ["app", "main"]
@@ -15,3 +15,4 @@ app.command(context_settings={"ignore_unknown_options": True, "help_option_names
 app.command()(doctor.doctor)
 app.add_typer(blueprints.blueprints, name="blueprints")
 app.add_typer(kernels.kernels, name="kernels")
+app.add_typer(checkpoints.checkpoints, name="checkpoints")

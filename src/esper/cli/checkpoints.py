@@ -1,0 +1,175 @@
+"""``esper checkpoints``: what a folder of checkpoints holds, whether it is sound, and what of it to keep."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from esper.cli.application import FAILED
+from esper.cli.output import print_json
+from esper.errors import StateError, nearest
+from esper.nissa.wording import short
+
+checkpoints = typer.Typer(
+    help="List, verify, prune and export the checkpoints in FOLDER: a run's folder, or its checkpoints'.",
+    no_args_is_help=True,
+)
+Folder = Annotated[Path, typer.Argument(help="The folder.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Names = Annotated[list[str] | None, typer.Argument(help="Checkpoints by name or step; all by default.")]
+INSIDE = "checkpoints"  # of a run's folder
+
+
+@checkpoints.command("list")
+def list_checkpoints(folder: Folder, json: Json = False) -> None:
+    """List checkpoints, oldest first; a damaged one is listed with the reason. Parts are not read."""
+    from esper.tolaria.checkpoint.format import read_manifest
+
+    storage, names = opened(folder)
+    rows: list[dict[str, Any]] = []
+    for name in names:
+        try:
+            manifest = read_manifest(storage, name)
+        except StateError as error:
+            rows.append({"name": name, "damaged": str(error)})
+            continue
+        facts = {"step": manifest.step, "time": manifest.time, "bytes": manifest.size}
+        more = {"metrics": dict(manifest.metrics), "code": dict(manifest.code), **manifest.summary}
+        rows.append({"name": name, "damaged": None, **facts, **more})
+    if json:
+        print_json(rows)
+    elif rows:
+        print("\n".join(table(rows)))
+    else:
+        print(f"no checkpoints in {storage.folder}")
+
+
+@checkpoints.command()
+def verify(folder: Folder, names: Names = None, json: Json = False) -> None:
+    """Check every part against its digest; one line per damaged part, and exit 1."""
+    from esper.tolaria.checkpoint.format import damage
+
+    storage, known = opened(folder)
+    wanted = [find(known, one) for one in names] if names else known
+    found = {name: dict(damage(storage, name)) for name in wanted}
+    damaged = {name: parts for name, parts in found.items() if parts}
+    if json:
+        print_json({"verified": [name for name in wanted if name not in damaged], "damaged": damaged})
+    else:
+        for parts in damaged.values():
+            print("\n".join(parts.values()))
+        print(f"{len(wanted) - len(damaged)} of {len(wanted)} checkpoints in {storage.folder} are sound")
+    if damaged:
+        raise typer.Exit(FAILED)
+
+
+@checkpoints.command()
+def prune(
+    folder: Folder,
+    keep: Annotated[int, typer.Option(help="How many of the newest sound ones to keep; at least 1.")] = 3,
+    best: Annotated[
+        str | None, typer.Option(help="Keep the best besides, by a metric: loss:min, accuracy:max.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be deleted.")] = False,
+    json: Json = False,
+) -> None:
+    """Delete old checkpoints; all are verified first, and the newest sound one always stays."""
+    from esper.tolaria.checkpoint.loading import sound_among
+    from esper.tolaria.checkpoint.retention import Retention
+
+    storage, names = opened(folder)
+    rule = Retention(keep, metric_of(best))
+    deleted = rule.superfluous(names, sound_among(storage, names))
+    for name in deleted if not dry_run else ():
+        storage.delete(name)
+    kept = [name for name in names if name not in deleted]
+    if json:
+        print_json({"kept": kept, "deleted": deleted, "dry_run": dry_run})
+    else:
+        verb = "would be deleted" if dry_run else "deleted"
+        print(f"{verb}: {', '.join(deleted) or 'none'}; kept: {', '.join(kept) or 'none'}")
+
+
+@checkpoints.command()
+def export(
+    folder: Folder,
+    to: Annotated[Path, typer.Argument(help="The folder to write; esper.load_into loads it.")],
+    name: Annotated[
+        str | None, typer.Option(help="A checkpoint by name or step; the newest sound one by default.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Write a checkpoint's model as a saved model: for esper.load_into, or for torch alone."""
+    from esper.tolaria.checkpoint.exporting import export_model
+    from esper.tolaria.checkpoint.loading import newest, read
+
+    storage, names = opened(folder)
+    told: list[str] = []
+    found = newest(storage, told.append) if name is None else read(storage, find(names, name))
+    if found is None:
+        raise StateError(f"{storage.folder} holds no sound checkpoint: {'; '.join(told) or 'it is empty'}")
+    export_model(found, to)
+    if json:
+        print_json({"checkpoint": found.manifest.name, "model": str(to), "passed_over": told})
+        return
+    for line in told:
+        print(line)
+    print(f"{to}: the model of {found.manifest.name}; seeds that were awake are not part of it")
+
+
+def opened(folder: Path) -> tuple[Any, list[str]]:
+    """Return the storage in a run's folder, or the folder itself, and its checkpoints.
+
+    Raises:
+        StateError: There is no such folder.
+    """
+    from esper.tolaria.checkpoint.folder import FolderStorage
+    from esper.tolaria.checkpoint.loading import steps_kept
+
+    if not folder.is_dir():
+        raise StateError(f"no folder {folder}; give a run's folder, or the one CheckpointManager was given")
+    storage = FolderStorage(folder / INSIDE if (folder / INSIDE).is_dir() else folder)
+    return storage, steps_kept(storage)
+
+
+def find(known: list[str], asked: str) -> str:
+    """Return the checkpoint of a name or a step.
+
+    Raises:
+        StateError: There is none.
+    """
+    name = f"step-{int(asked):08d}" if asked.isdecimal() else asked
+    if name not in known:
+        raise StateError(f"no checkpoint {asked[:80]!r}; {nearest(name, known)}")
+    return name
+
+
+def metric_of(text: str | None) -> Any:
+    """Read ``loss:min``."""
+    if text is None:
+        return None
+    name, _, sense = text.rpartition(":")
+    if not name or sense not in ("min", "max"):
+        raise typer.BadParameter(f"--best {text!r} is not a metric and min or max, as in loss:min")
+    return name, sense
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Write the list as lines."""
+    lines = [
+        f"{'checkpoint':<14} {'written':<20} {'bytes':>12} {'parameters':>12} {'grown':>5}  awake, metrics"
+    ]
+    for row in rows:
+        if row["damaged"] is not None:
+            lines.append(f"{row['name']:<14} damaged: {row['damaged']}")
+            continue
+        when = datetime.datetime.fromtimestamp(row["time"], datetime.UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+        more = [*row["awake"], *(f"{name} {short(value)}" for name, value in row["metrics"].items())]
+        lines.append(
+            f"{row['name']:<14} {when:<20} {row['bytes']:>12,} {row['parameters']:>12,} {row['grown']:>5}  "
+            f"{', '.join(more)}".rstrip()
+        )
+    return ["".join(c if c.isprintable() else "?" for c in line) for line in lines]

@@ -1,0 +1,97 @@
+"""How often to save: from what a checkpoint was measured to cost, within a share of the run's time."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TypeAlias
+
+from esper.errors import ConfigError
+
+Every: TypeAlias = "int | timedelta | None"
+
+SHARE = 0.015  # of the run's time that checkpoints may take
+GUESSED_RATE = (
+    100e6  # bytes per second until a checkpoint was measured: copied, hashed twice, written, synced
+)
+GUESSED_START = 0.02  # seconds
+
+
+class Cadence:
+    """Says when a checkpoint is due.
+
+    By default as often as loses least: with a cost C and one failure in M seconds, the best interval is
+    √(2·C·M) (Young, 1974; Daly, 2006, refines it where C is not small). It is never shorter than what keeps
+    all checkpoints together within 1.5 % of the run's time. C counts the stall of training and the processor
+    time of the writing thread, which a busy machine takes from training too.
+
+    Args:
+        every: Optimizer steps; or a ``timedelta``; None: as above.
+        failure_every: M, seconds between failures.
+        size: Bytes of a checkpoint, for a first guess of its cost.
+        clock: Seconds that only go forward.
+
+    Raises:
+        ConfigError: ``every`` or ``failure_every`` is not positive.
+    """
+
+    def __init__(
+        self, every: Every, failure_every: float, size: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        seconds = every.total_seconds() if isinstance(every, timedelta) else every
+        if (seconds is not None and seconds <= 0) or failure_every <= 0:
+            raise ConfigError(
+                f"a checkpoint every {every}, a failure every {failure_every} s: both must be positive"
+            )
+        self.every, self.failure_every, self.clock = every, failure_every, clock
+        self.begun = self.last = clock()
+        self.last_step = 0
+        self.spent = 0.0  # seconds, by all checkpoints so far
+        self.costs: deque[float] = deque(maxlen=5)
+        self.guess = GUESSED_START + size / GUESSED_RATE
+
+    @property
+    def cost(self) -> float:
+        """Seconds one checkpoint costs: the mean of the last five, a guess before the first."""
+        return sum(self.costs) / len(self.costs) if self.costs else self.guess
+
+    @property
+    def interval(self) -> float:
+        """Seconds between checkpoints that a run of any length keeps to."""
+        if isinstance(self.every, timedelta):
+            return self.every.total_seconds()
+        return max(self.cost / SHARE, math.sqrt(2 * self.cost * self.failure_every))
+
+    def due(self, step: int) -> bool:
+        """Tell whether to save now; asked after every step."""
+        if isinstance(self.every, int):
+            return step - self.last_step >= self.every
+        now = self.clock()
+        if now - self.last < self.interval:
+            return False
+        return isinstance(self.every, timedelta) or self.spent + self.cost <= SHARE * (now - self.begun)
+
+    def saved(self, step: int) -> None:
+        """Note that a snapshot was taken."""
+        self.last, self.last_step = self.clock(), step
+
+    def measured(self, seconds: float) -> None:
+        """Note what one checkpoint cost."""
+        self.costs.append(seconds)
+        self.spent += seconds
+
+    def told(self) -> str:
+        """Say how often, at what cost, and what a failure loses."""
+        cost = f"a checkpoint costs {self.cost * 1e3:.3g} ms{'' if self.costs else ' (a guess)'}"
+        if isinstance(self.every, int):
+            return (
+                f"{cost}; one every {self.every} steps; a failure loses {self.every / 2:.3g} steps on average"
+            )
+        interval = self.interval
+        return (
+            f"{cost}; one every {interval:.3g} s takes {self.cost / interval:.2%} of the run; "
+            f"a failure loses {interval / 2 + self.cost:.3g} s on average"
+        )

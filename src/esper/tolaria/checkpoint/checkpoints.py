@@ -1,0 +1,289 @@
+"""``CheckpointManager``: snapshot → compress → persist → validate → load."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from esper.contracts import Event, Observer, ignore
+from esper.errors import ConfigError, FinishedError, StateError
+from esper.tolaria.checkpoint.cadence import Cadence, Every
+from esper.tolaria.checkpoint.folder import FolderStorage
+from esper.tolaria.checkpoint.format import Manifest, finite, name_of, packed, parts_of, step_of
+from esper.tolaria.checkpoint.loading import Checkpoint, newest, sound, sound_among, steps_kept
+from esper.tolaria.checkpoint.retention import Best, Retention
+from esper.tolaria.checkpoint.run import Run, capture_run, genome_of, restore_run, summary_of, versions
+from esper.tolaria.checkpoint.storage import Storage
+from esper.tolaria.checkpoint.writer import Writer
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A run's state, copied."""
+
+    manifest: Manifest
+    genome: bytes
+    skeleton: Any
+    tensors: Mapping[str, Tensor]
+    stall: float  # seconds training stood still for it
+
+
+class CheckpointManager:
+    """Saves a run in the background, and brings a fresh run to where the newest sound checkpoint was.
+
+    A snapshot is a copy made on the calling thread; one thread of its own writes, verifies and prunes. While
+    one snapshot is written at most one more waits, and a newer one takes its place. Whatever goes wrong there
+    (a full disk, a folder that became read-only) is told as an event and never ends training.
+
+    Gradients are not part of a checkpoint: it is taken right after an optimizer step, never between the
+    micro-batches of one.
+
+    Args:
+        storage: A folder, or anything that keeps the ``Storage`` contract; one manager writes to it.
+        run: What to save.
+        every: Optimizer steps, or a ``timedelta``, between checkpoints; None: from their measured cost,
+            within 1.5 % of the run's time.
+        keep: How many of the newest are kept; None keeps all.
+        best: A metric and its better direction, ``("loss", "min")``; the best checkpoint is kept besides.
+        failure_every: Seconds between failures that ``every=None`` reckons with.
+        observe: Called with every event, on the thread that calls the manager.
+
+    Attributes:
+        steps: Optimizer steps of the run.
+        cadence: When the next one is due, and ``told()``, what that costs and loses.
+        written: Checkpoints kept and verified.
+        failures: Checkpoints that could not be.
+        stalls: Seconds training stood still, per snapshot, the last thousand.
+    """
+
+    def __init__(
+        self,
+        storage: Storage | str | Path,
+        run: Run,
+        *,
+        every: Every = None,
+        keep: int | None = 3,
+        best: Best | None = None,
+        failure_every: float = 3600.0,
+        observe: Observer = ignore,
+    ) -> None:
+        self.storage: Storage = FolderStorage(storage) if isinstance(storage, str | Path) else storage
+        self.run, self.observe = run, observe
+        self.retention = Retention(keep, best)
+        weights = sum(p.nbytes for module in run.trained.values() for p in module.parameters())
+        self.cadence = Cadence(every, failure_every, 3 * weights)  # Adam keeps two numbers per weight
+        self.writer = Writer()
+        self.sound: dict[str, Manifest] = {}  # verified by this process; the writer's own
+        self.steps = self.written = self.failures = 0
+        self.offered = 0  # the steps after which step() last asked
+        self.stalls: deque[float] = deque(maxlen=1000)
+        self.messages: deque[str] = deque()  # from the writer, told on the caller's thread
+        self.closed = self.resumed = False
+        first = next(iter(run.named.values()))
+        self.hook = first.register_step_post_hook(self._count)
+        try:
+            self.storage.mend()
+        except StateError as error:
+            self.messages.append(f"the checkpoints could not be mended: {error}")
+
+    def _count(self, optimizer: Optimizer, *rest: Any) -> None:
+        self.steps += 1
+
+    # -- saving ----------------------------------------------------------------------------------------------
+
+    def step(self, metrics: Mapping[str, Any] | None = None) -> bool:
+        """Call once per batch, last; saves where a checkpoint is due and an optimizer step has happened.
+
+        Returns:
+            Whether a snapshot was taken.
+
+        Raises:
+            ConfigError: The storage holds the checkpoints of a run that this one was not resumed from.
+        """
+        self._tell()
+        if self.steps == self.offered:
+            return False
+        if not self.resumed:
+            self._refuse_strangers()
+        self.offered = self.steps
+        if not self.cadence.due(self.steps):
+            return False
+        try:
+            self.save(metrics)
+        except StateError as error:
+            self._failed(name_of(self.steps), error)
+            self.cadence.saved(self.steps)
+            self._tell()
+            return False
+        return True
+
+    def save(self, metrics: Mapping[str, Any] | None = None, *, wait: bool = False) -> str:
+        """Take a snapshot now and have it written.
+
+        Args:
+            metrics: Numbers for tables and for ``best``.
+            wait: Return when it was written, or could not be.
+
+        Returns:
+            The checkpoint's name; where it can be written, it will be there.
+
+        Raises:
+            StateError: The run holds something that no checkpoint can; the message names it.
+            FinishedError: The manager is closed.
+        """
+        if self.closed:
+            raise FinishedError("save() after close(): make a new CheckpointManager")
+        if not self.resumed:
+            self._refuse_strangers()
+        snapshot = self._snapshot(metrics or {})
+        self.stalls.append(snapshot.stall)
+        self.cadence.saved(self.steps)
+        self.writer.submit(lambda: self._write(snapshot))
+        if wait:
+            self.writer.flush()
+        self._tell()
+        return snapshot.manifest.name
+
+    def _refuse_strangers(self) -> None:
+        """Keep a fresh run from deleting an older one's checkpoints; asked before the first is saved."""
+        try:
+            known = steps_kept(self.storage)
+        except StateError:
+            return
+        if known:
+            raise ConfigError(
+                f"the storage holds {known[-1]} of another run; call resume() to go on from it, or give "
+                "another folder"
+            )
+        self.resumed = True
+
+    def _snapshot(self, metrics: Mapping[str, Any]) -> Snapshot:
+        begun = time.perf_counter()
+        skeleton, tensors = packed(capture_run(self.run, self.steps))
+        manifest = Manifest(self.steps, time.time(), versions(), finite(metrics), summary_of(self.run))
+        return Snapshot(manifest, genome_of(self.run), skeleton, tensors, time.perf_counter() - begun)
+
+    def _write(self, snapshot: Snapshot) -> None:
+        """Persist, validate, prune; on the writer's thread."""
+        begun, name = time.thread_time(), snapshot.manifest.name
+        self.sound.pop(name, None)
+        try:
+            parts = parts_of(snapshot.manifest, snapshot.genome, snapshot.skeleton, snapshot.tensors)
+            self.storage.put(name, parts)
+            found = sound(self.storage, name)
+        except (StateError, OSError, MemoryError) as error:
+            self._failed(name, error)
+        else:
+            self.written += 1
+            self.sound[name] = found
+            self._give_up(snapshot.manifest.step)
+            self._prune()
+        self.cadence.measured(snapshot.stall + time.thread_time() - begun)
+
+    def _failed(self, name: str, error: BaseException) -> None:
+        self.failures += 1
+        self.messages.append(f"the checkpoint {name} was not written, training goes on: {error}")
+
+    def _give_up(self, step: int) -> None:
+        """Delete the checkpoints of later steps: the run went back, and goes another way from here."""
+        try:
+            for name in steps_kept(self.storage):
+                if (step_of(name) or 0) > step:
+                    self.storage.delete(name)
+                    self.sound.pop(name, None)
+                    self.messages.append(f"{name} was deleted: the run goes on from an earlier step")
+        except StateError as error:
+            self.messages.append(f"later checkpoints were not deleted: {error}")
+
+    def _prune(self) -> None:
+        if self.retention.keep is None:
+            return
+        try:
+            names = steps_kept(self.storage)
+            # those of an earlier process are verified once
+            self.sound |= sound_among(self.storage, [name for name in names if name not in self.sound])
+            known = {name: manifest for name, manifest in self.sound.items() if name in names}
+            for name in self.retention.superfluous(names, known):
+                self.storage.delete(name)
+                self.sound.pop(name, None)
+        except StateError as error:
+            self.messages.append(f"old checkpoints were not deleted: {error}")
+
+    def _tell(self) -> None:
+        while self.messages:
+            self.observe(Event("warning", self.steps, {"message": self.messages.popleft()}))
+
+    # -- loading ---------------------------------------------------------------------------------------------
+
+    def latest(self) -> Checkpoint | None:
+        """Return the newest checkpoint that verifies, read; None where there is none.
+
+        Damaged ones are passed over, and an event says which and why.
+
+        Raises:
+            StateError: The storage cannot be listed.
+        """
+        self.writer.flush()
+        found = newest(self.storage, self.messages.append)
+        self._tell()
+        return found
+
+    def resume(self) -> Manifest | None:
+        """Bring the run, which must be fresh, to the newest sound checkpoint; None where there is none.
+
+        Raises:
+            StateError: The checkpoint is of another run; the run is not usable then.
+        """
+        found = self.latest()
+        self.resumed = True
+        return None if found is None else self._restore(found)
+
+    def restore(self, checkpoint: Checkpoint) -> Manifest:
+        """Bring the run, which must be fresh, to a checkpoint; those of later steps are deleted.
+
+        Topology comes first, then models and optimizers by name, random streams and the data's position last.
+
+        Raises:
+            StateError: The checkpoint is of another run; the run is not usable then.
+        """
+        self.writer.flush()
+        self.resumed = True
+        manifest = self._restore(checkpoint)
+        self._give_up(manifest.step)
+        self._tell()
+        return manifest
+
+    def _restore(self, checkpoint: Checkpoint) -> Manifest:
+        manifest = checkpoint.manifest
+        different = restore_run(self.run, checkpoint.state)
+        now = versions()
+        different += [f"{k} was {v} and is {now.get(k)}" for k, v in manifest.code.items() if now.get(k) != v]
+        self.steps = self.offered = checkpoint.state["steps"]
+        self.cadence.saved(self.steps)
+        if different:
+            self.messages.append(f"the run goes on from {manifest.name}, but {'; '.join(different)}")
+        self._tell()
+        return manifest
+
+    def close(self) -> None:
+        """Wait for the last checkpoint to be written; the manager saves no more."""
+        self.closed = True
+        self.hook.remove()
+        self.writer.flush()
+        self._tell()
+
+    def __enter__(self) -> CheckpointManager:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,179 @@
+"""Nested state as JSON and named tensors, and back: nothing is pickled, and nothing is guessed.
+
+``None``, ``bool``, ``int``, ``str``, finite numbers and lists stand for themselves. Everything else is an
+object with one tag: ``{"tuple": […]}``, ``{"dict": {…}}``, ``{"tensor": name}``. Dictionaries that have keys
+other than strings are lists of pairs. What has no tag is refused with its path.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from esper.errors import StateError
+
+MAX_DEPTH = 64  # nested containers; an optimizer's state needs 5, a growing run's 8
+# As safetensors calls them; others (quantised, complex128, …) are refused.
+DTYPES: dict[torch.dtype, str] = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.complex64: "C64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_MAPPINGS = (dict, OrderedDict, defaultdict)
+_ARRAY_KINDS = "biufc"  # truth values and numbers
+
+
+class Packing:
+    """Turns one state into JSON values, and copies its tensors out under names made of their paths."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self.known: dict[tuple[Any, ...], str] = {}  # the same memory twice is stored once: tied weights
+
+    def pack(self, value: Any, path: str = "", depth: int = 0) -> Any:
+        """Encode one value.
+
+        Raises:
+            StateError: There is something in it that cannot be encoded; the message names its path.
+        """
+        kind = type(value)
+        if value is None or kind in (bool, int, str):
+            return value
+        if kind is float:
+            return value if math.isfinite(value) else {"float": str(value)}
+        if depth > MAX_DEPTH:
+            raise StateError(f"cannot keep {path[:80]!r}: it is nested deeper than {MAX_DEPTH}, or in itself")
+        if kind is list:
+            return [self.pack(item, f"{path}/{i}", depth + 1) for i, item in enumerate(value)]
+        if kind in (tuple, torch.Size):
+            return {"tuple": [self.pack(item, f"{path}/{i}", depth + 1) for i, item in enumerate(value)]}
+        if kind is Counter:
+            return {"counter": self._pairs(value, path, depth)}
+        if kind in _MAPPINGS:
+            if all(type(key) is str for key in value):
+                return {"dict": {k: self.pack(v, f"{path}/{k}", depth + 1) for k, v in value.items()}}
+            return {"pairs": self._pairs(value, path, depth)}
+        if kind is bytes:
+            return {"bytes": base64.b64encode(value).decode()}
+        if isinstance(value, np.ndarray | np.generic):
+            return self._array(value, path)
+        if kind in (Tensor, nn.Parameter):
+            return self._tensor(value, path)
+        raise StateError(
+            f"cannot keep {path or 'the state'!r}, a {kind.__module__}.{kind.__qualname__}: a checkpoint "
+            "holds tensors, arrays, numbers, strings, bytes, None, and lists, tuples and dicts of them"
+        )
+
+    def _pairs(self, value: Mapping[Any, Any], path: str, depth: int) -> list[list[Any]]:
+        return [
+            [self.pack(k, f"{path}/key {k!r}", depth + 1), self.pack(v, f"{path}/{k}", depth + 1)]
+            for k, v in value.items()
+        ]
+
+    def _array(self, value: np.ndarray | np.generic, path: str) -> dict[str, Any]:
+        if value.dtype.kind not in _ARRAY_KINDS:
+            raise StateError(f"cannot keep {path!r}, an array of {value.dtype}: only numbers are kept")
+        content = base64.b64encode(np.ascontiguousarray(value).tobytes()).decode()
+        whole = [value.dtype.str, list(value.shape), content]
+        return {"array" if isinstance(value, np.ndarray) else "scalar": whole}
+
+    def _tensor(self, value: Tensor, path: str) -> dict[str, Any]:
+        if value.layout is not torch.strided or value.dtype not in DTYPES or value.is_meta:
+            raise StateError(
+                f"cannot keep {path!r}, a tensor of {value.dtype} and {value.layout} on {value.device}: only "
+                "dense tensors of ordinary types are kept"
+            )
+        memory = value.untyped_storage().data_ptr(), value.storage_offset(), value.device
+        identity = (*memory, value.dtype, tuple(value.shape), value.stride())
+        if identity not in self.known or not value.numel():
+            self.known[identity] = name = self._name(path)
+            self.tensors[name] = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        found: dict[str, Any] = {"tensor": self.known[identity]}
+        return found if value.device.type == "cpu" else {**found, "device": str(value.device)}
+
+    def _name(self, path: str) -> str:
+        name = path.removeprefix("/") or "tensor"
+        while name in self.tensors or name == "__metadata__":  # a key may hold a slash itself
+            name += "'"
+        return name
+
+
+class Unpacking:
+    """Turns what :class:`Packing` made back into what it was made of.
+
+    Args:
+        tensors: By name; those of a device that this machine does not have stay on the CPU.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.tensors = tensors
+        self.given: set[str] = set()
+
+    def unpack(self, value: Any) -> Any:
+        """Decode one value.
+
+        Raises:
+            StateError: It was not encoded by this format.
+        """
+        if isinstance(value, list):
+            return [self.unpack(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        try:
+            return self._tagged(value)
+        except (LookupError, ValueError, TypeError, AttributeError, StopIteration) as error:
+            raise StateError(f"the state is not in a checkpoint's format: {error!r}") from error
+
+    def _tagged(self, value: dict[str, Any]) -> Any:
+        tag, content = next(iter(value.items()))
+        if tag == "dict":
+            return {key: self.unpack(item) for key, item in content.items()}
+        if tag == "tuple":
+            return tuple(self.unpack(item) for item in content)
+        if tag == "tensor":
+            return self._tensor(content, value.get("device", "cpu"))
+        if tag in ("pairs", "counter"):
+            pairs = {self.unpack(key): self.unpack(item) for key, item in content}
+            return pairs if tag == "pairs" else Counter(pairs)
+        if tag in ("array", "scalar"):
+            kind, shape, text = content
+            array = np.frombuffer(base64.b64decode(text), np.dtype(kind)).reshape(shape).copy()
+            return array if tag == "array" else array[()]
+        if tag == "float":
+            return float(content)
+        if tag == "bytes":
+            return base64.b64decode(content)
+        raise StateError(f"the state has a value of the unknown kind {tag[:80]!r}; update esper-morph")
+
+    def _tensor(self, name: str, device: str) -> Tensor:
+        tensor = self.tensors[name]
+        if name in self.given:  # each place gets memory of its own; who ties weights ties them again
+            tensor = tensor.clone()
+        self.given.add(name)
+        return tensor.to(device) if _exists(device) else tensor
+
+
+def _exists(device: str) -> bool:
+    if not device.startswith("cuda"):
+        return True
+    return torch.cuda.is_available() and (torch.device(device).index or 0) < torch.cuda.device_count()

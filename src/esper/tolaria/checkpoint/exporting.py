@@ -1,0 +1,84 @@
+"""A checkpoint's model as a saved model's folder; no class of the user's is needed for that."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from esper.contracts import WidenPlan
+from esper.errors import StateError
+from esper.tolaria import rebuild_template, saving
+from esper.tolaria.checkpoint.folder import sync, write_file
+from esper.tolaria.checkpoint.format import digest, safetensors_chunks
+from esper.tolaria.checkpoint.loading import Checkpoint
+from esper.tolaria.checkpoint.storage import Chunks
+from esper.tolaria.genome import decode
+
+
+def export_model(checkpoint: Checkpoint, directory: str | Path) -> Path:
+    """Write what ``growth.save`` would have written at that step.
+
+    Args:
+        checkpoint: Any; kernels of seeds that were awake are not part of the model yet, and are left out.
+        directory: Created.
+
+    Raises:
+        StateError: The model's state is not all plain tensors, or the folder exists or cannot be written.
+    """
+    target = Path(directory)
+    tensors = safetensors_chunks(weights_of(checkpoint.state))
+    files: dict[str, Chunks] = {saving.GENOME: [checkpoint.genome], saving.TENSORS: tensors}
+    sums = "".join(f"{digest(chunks)}  {name}\n" for name, chunks in files.items())
+    files[saving.SUMS] = [sums.encode()]
+    files["card.md"] = [card(checkpoint).encode()]
+    files["rebuild.py"] = [Path(rebuild_template.__file__).read_bytes()]
+    draft = target.with_name(f".{target.name}.draft")
+    try:
+        if target.exists():
+            raise StateError(f"{target} exists; choose another folder")
+        draft.mkdir(parents=True)
+        for name, chunks in files.items():
+            write_file(draft / name, chunks)
+        sync(draft)
+        draft.rename(target)
+        sync(target.parent)
+    except OSError as error:
+        raise StateError(f"cannot export to {target}: {error.strerror}") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return target
+
+
+def weights_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the model's tensors.
+
+    Raises:
+        StateError: The model's state is not all plain tensors.
+    """
+    weights = state["modules"][""]["state"]
+    for name, value in weights.items():
+        if not isinstance(value, Tensor) or value.dtype not in rebuild_template.DTYPES.values():
+            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise StateError(
+                f"cannot export {name!r}, a {kind}: a saved model holds tensors of ordinary types"
+            )
+    return weights
+
+
+def card(checkpoint: Checkpoint) -> str:
+    """Say for people what the folder holds."""
+    manifest = checkpoint.manifest
+    facts = {"model": manifest.summary["model"], "parameters": manifest.summary["parameters"]}
+    facts |= {"steps": manifest.step, "checkpoint": manifest.name, **manifest.metrics}
+    lines = ["# A growing model, as a checkpoint held it", "", "| | |", "|---|---|"]
+    lines += [f"| {name} | {f'{v:.6g}' if isinstance(v, float) else v} |" for name, v in facts.items()]
+    lines += ["", "## What grew", "", "| site | units |", "|---|---|"]
+    for plan in decode(checkpoint.genome)[1]:
+        widened = isinstance(plan, WidenPlan)
+        lines.append(f"| {plan.site} | {f'+{plan.units}' if widened else f'new branch {plan.name}'} |")
+    lines += ["", "Load it: `esper.load_into(Net(), folder)`, or with torch alone, from inside this folder:"]
+    return "\n".join([*lines, "`from rebuild import load; model = load(Net())`.", ""])

@@ -1,0 +1,172 @@
+"""A folder of checkpoints, each a folder of its own: ``step-00000123/``."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import secrets
+import shutil
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+
+from esper.errors import StateError
+from esper.tolaria.checkpoint.storage import Chunks
+
+NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
+PART = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_DRAFT = re.compile(r"\.([a-z0-9-]+)\.[0-9a-f]{16}\.(draft|ready|old)")
+
+
+class FolderStorage:
+    """Keeps checkpoints in a folder; survives kill -9 and power cuts at any instant.
+
+    A checkpoint is written into a hidden folder, every file is synced, then the folder; only then it gets its
+    name, and the folder above is synced. A hidden one is nobody's checkpoint.
+
+    Args:
+        folder: Created with the first checkpoint.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    def put(self, name: str, parts: Mapping[str, Chunks]) -> None:
+        """Keep a checkpoint.
+
+        Raises:
+            StateError: The folder cannot be written; what was there is untouched.
+        """
+        _require(name, NAME, "a checkpoint's name")
+        draft = self.folder / f".{name}.{secrets.token_hex(8)}.draft"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            draft.mkdir()
+            for part, chunks in parts.items():
+                write_file(draft / _require(part, PART, "a part's name"), chunks)
+            sync(draft)
+            self._publish(draft, self.folder / name)
+        except OSError as error:
+            raise _refusal(f"cannot keep {name} in {self.folder}", error) from None
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+
+    def _publish(self, draft: Path, target: Path) -> None:
+        if not target.exists():
+            draft.rename(target)
+            sync(self.folder)
+            return
+        # No call swaps two folders. Killed between the two renames, mend() ends what was begun.
+        ready, old = draft.with_suffix(".ready"), draft.with_suffix(".old")
+        draft.rename(ready)
+        try:
+            target.rename(old)
+            ready.rename(target)
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            ready.rename(draft)
+            raise
+        sync(self.folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def get(self, name: str, part: str) -> bytes:
+        """Return one part; no link is followed below the folder.
+
+        Raises:
+            StateError: There is no such checkpoint or part, or it is not a readable file.
+        """
+        path = self.folder / _require(name, NAME, "a checkpoint's name") / _require(part, PART, "a part")
+        try:
+            if path.parent.is_symlink():
+                raise StateError(f"{path.parent} is a link; a checkpoint is a folder of its own")
+            # O_NONBLOCK: a pipe in a file's place never answers.
+            handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+            with os.fdopen(handle, "rb") as file:
+                if not stat.S_ISREG(os.fstat(handle).st_mode):
+                    raise StateError(f"{path} is not a file")
+                return file.read()
+        except OSError as error:
+            raise _refusal(f"cannot read {path}", error) from None
+
+    def names(self) -> list[str]:
+        """List the checkpoints, sorted.
+
+        Raises:
+            StateError: The folder cannot be read.
+        """
+        try:
+            return sorted(p.name for p in self.folder.iterdir() if NAME.fullmatch(p.name) and p.is_dir())
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise _refusal(f"cannot list {self.folder}", error) from None
+
+    def delete(self, name: str) -> None:
+        """Remove a checkpoint: it loses its name first, so that a kill leaves no half of it.
+
+        Raises:
+            StateError: The folder cannot be written.
+        """
+        path = self.folder / _require(name, NAME, "a checkpoint's name")
+        hidden = self.folder / f".{name}.{secrets.token_hex(8)}.draft"
+        try:
+            path.rename(hidden)
+            sync(self.folder)
+            shutil.rmtree(hidden)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise _refusal(f"cannot delete {path}", error) from None
+
+    def mend(self) -> None:
+        """Give a finished replacement its name, and remove drafts.
+
+        Raises:
+            StateError: The folder cannot be written.
+        """
+        try:
+            left = sorted(self.folder.iterdir(), reverse=True) if self.folder.is_dir() else []
+            found = [(path, match) for path in left if (match := _DRAFT.fullmatch(path.name))]
+            for path, match in sorted(found, key=lambda one: one[1][2] != "ready"):
+                target = self.folder / match[1]
+                if match[2] != "draft" and not target.exists():
+                    path.rename(target)
+                else:
+                    shutil.rmtree(path)
+            if found:
+                sync(self.folder)
+        except OSError as error:
+            raise _refusal(f"cannot mend {self.folder}", error) from None
+
+
+def _require(name: str, pattern: re.Pattern[str], what: str) -> str:
+    if not pattern.fullmatch(name):
+        raise StateError(f"{name[:80]!r} is not {what}: a-z, 0-9 and - are allowed")
+    return name
+
+
+def write_file(path: Path, chunks: Chunks) -> None:
+    """Write a new file and sync it."""
+    with open(path, "xb", buffering=0) as file:
+        for chunk in chunks:
+            rest = memoryview(chunk).cast("B")
+            while rest:  # a disk that runs full writes a part of it first
+                rest = rest[file.write(rest) :]
+        os.fsync(file.fileno())
+
+
+def sync(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _refusal(what: str, error: OSError) -> StateError:
+    if error.errno == errno.ELOOP:
+        return StateError(f"{what}: it is a link; a checkpoint holds files of its own")
+    return StateError(f"{what}: {error.strerror}")

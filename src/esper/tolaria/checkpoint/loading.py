@@ -1,0 +1,87 @@
+"""Find the newest checkpoint that verifies, and read it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from esper.errors import StateError
+from esper.tolaria.checkpoint.format import (
+    GENOME,
+    PARTS,
+    Manifest,
+    decode_state,
+    read_manifest,
+    read_part,
+    step_of,
+)
+from esper.tolaria.checkpoint.storage import Storage
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A sound checkpoint, read."""
+
+    manifest: Manifest
+    genome: bytes  # JSON: shapes before growth, what grew, the seeds that were awake
+    state: Mapping[str, Any]
+
+
+def steps_kept(storage: Storage) -> list[str]:
+    """List the checkpoints, oldest first; whatever else lies there is not ours.
+
+    Raises:
+        StateError: The storage cannot be listed.
+    """
+    return sorted(
+        (name for name in storage.names() if step_of(name) is not None), key=lambda n: step_of(n) or 0
+    )
+
+
+def sound(storage: Storage, name: str) -> Manifest:
+    """Verify one checkpoint, part by part.
+
+    Raises:
+        StateError: It is damaged; the message names the part.
+    """
+    manifest = read_manifest(storage, name)
+    for part in PARTS:
+        read_part(storage, manifest, part)
+    return manifest
+
+
+def sound_among(storage: Storage, names: Iterable[str]) -> dict[str, Manifest]:
+    """Verify checkpoints; return the manifests of those that are sound."""
+    found: dict[str, Manifest] = {}
+    for name in names:
+        try:
+            found[name] = sound(storage, name)
+        except StateError:
+            continue  # latest() and the command line tell why
+    return found
+
+
+def read(storage: Storage, name: str) -> Checkpoint:
+    """Verify one checkpoint and read it.
+
+    Raises:
+        StateError: It is damaged; the message names the part.
+    """
+    manifest = read_manifest(storage, name)
+    parts = {part: read_part(storage, manifest, part) for part in PARTS}
+    return Checkpoint(manifest, parts[GENOME], decode_state(manifest, parts))
+
+
+def newest(storage: Storage, tell: Callable[[str], None]) -> Checkpoint | None:
+    """Read the newest checkpoint that verifies, and tell which were passed over and why.
+
+    Raises:
+        StateError: The storage cannot be listed.
+    """
+    for name in reversed(steps_kept(storage)):
+        try:
+            return read(storage, name)
+        except StateError as error:
+            tell(f"a damaged checkpoint was passed over: {error}")
+    return None

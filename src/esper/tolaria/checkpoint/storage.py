@@ -1,0 +1,78 @@
+"""Where checkpoints are kept: the contract, and the smallest thing that keeps it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Protocol, TypeAlias
+
+from esper.errors import StateError
+
+Chunks: TypeAlias = Sequence["bytes | memoryview"]  # of one part, end to end; tensors are never joined
+
+
+class Storage(Protocol):
+    """Keeps checkpoints: groups of named parts that appear and vanish as a whole.
+
+    One process writes, on one thread at a time; any number read. Whether a checkpoint is sound is for the
+    reader to say, who has digests. Every method raises ``StateError``, which says what the storage said.
+    """
+
+    def put(self, name: str, parts: Mapping[str, Chunks]) -> None:
+        """Keep a checkpoint durably, and replace one of this name.
+
+        The commit is atomic: a reader, also one after a power cut, finds all parts or none of them, and where
+        this raises, what was there before. Where single parts are written in turn (an object store), the
+        last one of ``parts`` is the commit: a group without it does not exist.
+        """
+
+    def get(self, name: str, part: str) -> bytes:
+        """Return one part."""
+
+    def names(self) -> list[str]:
+        """List the checkpoints, sorted."""
+
+    def delete(self, name: str) -> None:
+        """Remove a checkpoint; one that is not there is no error."""
+
+    def mend(self) -> None:
+        """Finish or remove what a writer that was killed left behind; called by the next writer."""
+
+
+class MemoryStorage:
+    """Keeps checkpoints in this process: for tests, and for rolling back without a disk."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, dict[str, bytes]] = {}
+        self.lock = threading.Lock()
+
+    def put(self, name: str, parts: Mapping[str, Chunks]) -> None:
+        """Keep a checkpoint."""
+        whole = {part: b"".join(chunks) for part, chunks in parts.items()}
+        with self.lock:
+            self.kept[name] = whole
+
+    def get(self, name: str, part: str) -> bytes:
+        """Return one part.
+
+        Raises:
+            StateError: There is no such checkpoint or part.
+        """
+        with self.lock:
+            found = self.kept.get(name, {}).get(part)
+        if found is None:
+            raise StateError(f"{name} has no {part}")
+        return found
+
+    def names(self) -> list[str]:
+        """List the checkpoints, sorted."""
+        with self.lock:
+            return sorted(self.kept)
+
+    def delete(self, name: str) -> None:
+        """Remove a checkpoint."""
+        with self.lock:
+            self.kept.pop(name, None)
+
+    def mend(self) -> None:
+        """Do nothing: what a killed process kept is gone with it."""

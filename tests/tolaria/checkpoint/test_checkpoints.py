@@ -1,0 +1,331 @@
+"""A run goes on bit for bit, saving is out of training's way, and trouble never ends training."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from esper.contracts import Event
+from esper.errors import ConfigError, FinishedError, StateError
+from esper.tolaria.checkpoint import Batches, CheckpointManager, FolderStorage, MemoryStorage, Run
+from esper.tolaria.checkpoint.loading import sound
+from esper.tolaria.checkpoint.storage import Chunks
+from tests.tolaria.checkpoint.killable import STEPS, Training
+
+
+class Plain:
+    """A run without growth: dropout, a scheduler, several optimizers, an object of the user's."""
+
+    def __init__(self, storage: Any, turned: bool = False, **options: Any) -> None:
+        torch.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)
+        self.net = nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.5), nn.Linear(6, 2))
+        self.net[0].bias.requires_grad_(False)
+        self.net.register_buffer("seen", torch.zeros(()), persistent=False)
+        self.head = nn.Linear(2, 1)
+        own = [p for p in self.net.parameters() if p.requires_grad]
+        self.optimizers = {
+            "net": torch.optim.Adam([{"params": own[:1], "lr": 0.1}, {"params": own[1:]}], lr=0.01),
+            "head": torch.optim.SGD(self.head.parameters(), lr=0.1, momentum=0.9),
+        }
+        if turned:  # other rates, and the parameters in another order
+            turned_groups = [{"params": own[:1], "lr": 0.7}, {"params": own[:0:-1]}]
+            self.optimizers["net"] = torch.optim.Adam(turned_groups, lr=0.5)
+        self.scheduler = torch.optim.lr_scheduler.MultiStepLR(self.optimizers["net"], [3, 5])
+        self.rng = np.random.default_rng(5)
+        self.told: list[str] = []
+        run = Run(
+            self.net,
+            self.optimizers,
+            modules={"head": self.head},
+            others={"scheduler": self.scheduler},
+            generators={"noise": self.rng},
+        )
+        self.manager = CheckpointManager(storage, run, observe=self.hear, **{"every": 10**9, **options})
+
+    def hear(self, event: Event) -> None:
+        assert threading.current_thread() is threading.main_thread()
+        self.told.append(event.data["message"])
+
+    def train(self, steps: int) -> None:
+        for _ in range(steps):
+            x = torch.randn(8, 4) + random.random() + float(np.random.rand()) + float(self.rng.random())
+            loss = self.head(self.net(x)).square().mean()
+            for optimizer in self.optimizers.values():
+                optimizer.zero_grad()
+            loss.backward()
+            for optimizer in self.optimizers.values():
+                optimizer.step()
+            self.net.seen += 1
+            self.scheduler.step()
+            self.manager.step({"loss": loss})
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return {
+            **dict(self.net.named_parameters()),
+            **{f"h.{k}": v for k, v in self.head.state_dict().items()},
+        }
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("at", [0, 1, 4])
+def test_a_plain_run_goes_on_bit_for_bit(at: int, turned: bool) -> None:
+    storage = MemoryStorage()
+    whole = Plain(MemoryStorage())
+    whole.train(8)
+    cut = Plain(storage)
+    cut.train(at)
+    cut.manager.save(wait=True)
+    torch.rand(3)
+    again = Plain(storage, turned=turned)
+    again.net[0].bias.requires_grad_(True)
+    found = again.manager.resume()
+    assert found is not None
+    assert found.step == again.manager.steps == at
+    assert not again.net[0].bias.requires_grad
+    again.train(8 - at)
+    assert again.told == []
+    assert all(torch.equal(v, again.weights()[k]) for k, v in whole.weights().items())
+    assert float(again.net.seen) == 8
+    assert again.scheduler.state_dict() == whole.scheduler.state_dict()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_growing_run_goes_on_bit_for_bit(workers: int) -> None:
+    whole = Training(MemoryStorage(), workers, every=10**9)
+    whole.train()
+    storage, steps, slept = MemoryStorage(), 0, False
+    while steps < STEPS:  # killed in an epoch, at its end, asleep and awake
+        one = Training(storage, workers, every=10**9)
+        found = one.manager.resume()
+        assert (found.step if found else 0) == steps
+        one.train(until=min(steps + 40 - 13 * slept, STEPS))
+        steps, slept = one.manager.steps, not slept
+        if steps < STEPS:
+            one.manager.save(wait=True)
+        assert [event for event in one.events if event.kind == "warning"] == []
+    assert one.digest() == whole.digest()
+    assert len(one.growth.plans) > 1
+
+
+class Slow(MemoryStorage):
+    """Waits until it is told to go on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.begun = threading.Event(), threading.Event()
+
+    def put(self, name: str, parts: Mapping[str, Chunks]) -> None:
+        self.begun.set()
+        assert self.gate.wait(30)
+        super().put(name, parts)
+
+
+def test_of_snapshots_that_wait_only_the_newest_is_written() -> None:
+    storage = Slow()
+    run = Plain(storage, every=1)
+    run.train(1)
+    assert storage.begun.wait(30)
+    run.train(4)  # training does not wait
+    assert storage.names() == []
+    storage.gate.set()
+    run.manager.close()
+    assert storage.names() == ["step-00000001", "step-00000005"]
+    assert run.manager.writer.overtaken == 3
+    assert (run.manager.written, len(run.manager.stalls)) == (2, 5)
+    with pytest.raises(FinishedError, match=r"save\(\) after close\(\)"):
+        run.manager.save()
+    run.manager.close()
+
+
+class Broken(MemoryStorage):
+    """Fails on the calls it is told to."""
+
+    failing = True
+
+    def put(self, name: str, parts: Mapping[str, Chunks]) -> None:
+        if self.failing:
+            raise StateError(f"cannot keep {name}: No space left on device")
+        super().put(name, parts)
+
+
+def test_trouble_is_told_and_training_goes_on() -> None:
+    storage = Broken()
+    run = Plain(storage, every=2)
+    run.train(5)
+    run.manager.save(wait=True)
+    assert run.manager.failures >= 1
+    assert any("not written, training goes on: " in line and "No space" in line for line in run.told)
+    storage.failing = False
+    run.train(2)
+    run.manager.close()
+    assert storage.names() == ["step-00000007"]
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    run = Plain(tmp_path / "file", every=1)
+    run.train(2)
+    run.manager.close()
+    assert any("cannot keep step-0000000" in line for line in run.told)
+
+
+def test_what_cannot_be_kept_is_refused_by_save_and_told_by_step() -> None:
+    run = Plain(MemoryStorage(), every=1)
+    run.manager.run.config = {"made by": object()}
+    run.train(1)
+    assert any("/config/made by" in line for line in run.told)
+    with pytest.raises(StateError, match="/config/made by"):
+        run.manager.save()
+
+
+def test_a_parameter_of_no_module_is_refused() -> None:
+    net = nn.Linear(1, 1)
+    stray = torch.optim.SGD([nn.Parameter(torch.zeros(3))], lr=0.1)
+    with pytest.raises(StateError, match=r"'optimizer' has a parameter of shape \(3,\) in group 0"):
+        CheckpointManager(MemoryStorage(), Run(net, stray)).save()
+
+
+def test_latest_steps_back_past_damage_and_says_why(tmp_path: Path) -> None:
+    run = Plain(tmp_path, every=1, keep=None)
+    for _ in range(4):
+        run.train(1)
+        run.manager.writer.flush()
+    (tmp_path / "step-00000004" / "manifest.json").unlink()
+    part = tmp_path / "step-00000003" / "tensors.safetensors"
+    content = bytearray(part.read_bytes())
+    content[len(content) // 2] ^= 1
+    part.write_bytes(content)
+    again = Plain(tmp_path)
+    found = again.manager.resume()
+    assert found is not None
+    assert found.step == 2
+    assert len(again.told) == 2
+    assert "manifest.json" in again.told[0]
+    assert "step-00000003: tensors.safetensors is damaged: its SHA-256 digest is another" in again.told[1]
+    again.train(1)
+    again.manager.save(wait=True)  # takes the damaged one's place, and what came later goes
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-0000000{n}" for n in (1, 2, 3)]
+    assert sound(FolderStorage(tmp_path), "step-00000003").step == 3
+    assert "step-00000004 was deleted: the run goes on from an earlier step" in again.told
+
+
+def test_retention_keeps_the_newest_and_the_best() -> None:
+    storage = MemoryStorage()
+    run = Plain(storage, keep=2, best=("score", "max"))
+    for score in (0.1, 0.9, 0.3, float("nan"), 0.2):
+        run.train(1)
+        run.manager.save({"score": score}, wait=True)
+    assert storage.names() == ["step-00000002", "step-00000004", "step-00000005"]
+    again = Plain(storage, keep=1, best=("score", "max"))
+    again.manager.resume()
+    again.train(1)
+    again.manager.save(wait=True)
+    assert storage.names() == ["step-00000002", "step-00000006"]
+
+
+def test_a_fresh_run_does_not_touch_another_runs_checkpoints() -> None:
+    storage = MemoryStorage()
+    first = Plain(storage)
+    first.train(3)
+    first.manager.save(wait=True)
+    second = Plain(storage)
+    with pytest.raises(ConfigError, match=r"holds step-00000003 of another run; call resume\(\)"):
+        second.train(1)
+    with pytest.raises(ConfigError):
+        second.manager.save()
+    assert storage.names() == ["step-00000003"]
+
+
+def test_the_state_of_another_run_is_refused_by_name() -> None:
+    storage = MemoryStorage()
+    Plain(storage).manager.save(wait=True)
+
+    def resumed(**changes: Any) -> None:
+        run = Plain(MemoryStorage()).manager.run
+        facts = {name: getattr(run, name) for name in ("optimizers", "modules", "others", "generators")}
+        CheckpointManager(storage, Run(run.model, **{**facts, **changes})).resume()
+
+    base = Plain(MemoryStorage())
+    with pytest.raises(StateError, match=r"optimizers 'head', the run does not"):
+        resumed(optimizers={"net": base.optimizers["net"]})
+    with pytest.raises(StateError, match=r"others 'scheduler', the run does not"):
+        resumed(others={})
+    with pytest.raises(StateError, match="no batches"):
+        resumed(batches=Batches([1, 2]))
+    with pytest.raises(StateError, match="give the run those it had"):
+        resumed(generators={})
+    with pytest.raises(StateError, match="does not fit head"):
+        resumed(modules={"head": nn.Linear(3, 1)}, optimizers=base.optimizers)
+
+
+def test_accumulation_is_never_cut(tmp_path: Path) -> None:
+    net = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    manager = CheckpointManager(tmp_path, Run(net, optimizer), every=1, keep=None)
+    taken = []
+    for index in range(9):
+        net(torch.ones(1, 2)).sum().backward()
+        if index % 3 == 2:
+            optimizer.step()
+            optimizer.zero_grad()
+        taken.append(manager.step())
+        manager.writer.flush()
+    manager.close()
+    assert taken == [False, False, True] * 3
+    assert FolderStorage(tmp_path).names() == [f"step-0000000{n}" for n in (1, 2, 3)]
+
+
+def test_other_settings_and_versions_are_told() -> None:
+    storage = MemoryStorage()
+    one = Plain(storage)
+    one.manager.run.config = {"rate": 0.1, "same": 1}
+    one.manager.save(wait=True)
+    two = Plain(storage)
+    two.manager.run.config = {"rate": 0.2, "same": 1}
+    two.manager.resume()
+    assert two.told == ["the run goes on from step-00000000, but config.rate was 0.1 and is 0.2"]
+
+
+def test_groups_that_are_others_are_refused_by_name() -> None:
+    storage = MemoryStorage()
+    net = nn.Linear(2, 1)
+    CheckpointManager(storage, Run(net, torch.optim.SGD(net.parameters(), lr=0.1))).save(wait=True)
+
+    def resumed(optimizer: torch.optim.Optimizer) -> None:
+        CheckpointManager(storage, Run(net, optimizer)).resume()
+
+    with pytest.raises(StateError, match="is SGD, the run's Adam"):
+        resumed(torch.optim.Adam(net.parameters()))
+    with pytest.raises(
+        StateError, match="the checkpoint's optimizer 'optimizer' has 'bias', the run's has not"
+    ):
+        resumed(torch.optim.SGD([net.weight], lr=0.1))
+    with pytest.raises(StateError, match="has 2 groups, the checkpoint's 1"):
+        resumed(torch.optim.SGD([{"params": [net.weight]}, {"params": [net.bias]}], lr=0.1))
+
+
+def test_moments_keep_their_own_precision() -> None:
+    """torch casts an optimizer's state to the parameter's type on load."""
+
+    def build() -> tuple[nn.Module, torch.optim.Optimizer]:
+        net = nn.Linear(2, 1, bias=False).to(torch.bfloat16)
+        return net, torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+
+    net, optimizer = build()
+    moment = torch.tensor([[1.0001, 2.0002]])
+    optimizer.state[net.weight] = {"momentum_buffer": moment}
+    storage = MemoryStorage()
+    CheckpointManager(storage, Run(net, optimizer)).save(wait=True)
+    net, optimizer = build()
+    CheckpointManager(storage, Run(net, optimizer)).resume()
+    assert torch.equal(optimizer.state[net.weight]["momentum_buffer"], moment)

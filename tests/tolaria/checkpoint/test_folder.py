@@ -1,0 +1,108 @@
+"""Folders and memory keep the one contract; a folder survives a writer that was killed anywhere."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+
+import pytest
+
+from esper.errors import StateError
+from esper.tolaria.checkpoint.folder import FolderStorage
+from esper.tolaria.checkpoint.storage import MemoryStorage, Storage
+
+ONE, TWO = {"a.json": [b"1", b"23"], "z.json": [b""]}, {"a.json": [b"other"], "z.json": [memoryview(b"z")]}
+
+
+@pytest.fixture(params=["folder", "memory"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    return FolderStorage(tmp_path / "deep" / "kept") if request.param == "folder" else MemoryStorage()
+
+
+def test_the_contract(storage: Storage) -> None:
+    storage.mend()
+    assert storage.names() == []
+    storage.delete("step-1")
+    storage.put("step-2", ONE)
+    storage.put("step-1", TWO)
+    assert storage.names() == ["step-1", "step-2"]
+    assert (storage.get("step-2", "a.json"), storage.get("step-2", "z.json")) == (b"123", b"")
+    storage.put("step-2", TWO)
+    assert (storage.get("step-2", "a.json"), storage.get("step-2", "z.json")) == (b"other", b"z")
+    for missing in (("step-3", "a.json"), ("step-2", "b.json")):
+        with pytest.raises(StateError, match=missing[1]):
+            storage.get(*missing)
+    storage.delete("step-2")
+    assert storage.names() == ["step-1"]
+
+
+@pytest.mark.parametrize("name", ["..", ".hidden", "a/b", "", "A", "a" * 65])
+def test_names_cannot_lead_elsewhere(tmp_path: Path, name: str) -> None:
+    storage = FolderStorage(tmp_path / "kept")
+    with pytest.raises(StateError, match="is not a"):
+        storage.put(name, ONE)
+    with pytest.raises(StateError, match="is not a"):
+        storage.get("step-1", name)
+    with pytest.raises(StateError, match="is not a"):
+        storage.delete(name)
+
+
+def test_links_are_not_followed(tmp_path: Path) -> None:
+    storage = FolderStorage(tmp_path / "kept")
+    storage.put("step-1", ONE)
+    part = tmp_path / "kept" / "step-1" / "a.json"
+    part.unlink()
+    part.symlink_to("/etc/hostname")
+    with pytest.raises(StateError, match="it is a link"):
+        storage.get("step-1", "a.json")
+    (tmp_path / "kept" / "step-2").symlink_to(tmp_path / "kept" / "step-1")
+    with pytest.raises(StateError, match="is a link"):
+        storage.get("step-2", "z.json")
+
+
+def test_a_disk_that_is_full_leaves_what_was_there(tmp_path: Path) -> None:
+    storage = FolderStorage(tmp_path)
+    storage.put("step-1", ONE)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # no file may be larger
+        with pytest.raises(StateError, match=r"cannot keep step-1 in .*: File too large"):
+            storage.put("step-1", {"a.json": [b"x" * 600, b"y" * 600]})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert storage.get("step-1", "a.json") == b"123"
+    assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
+
+
+def test_a_file_in_the_folders_place_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for storage in (FolderStorage(tmp_path / "file"), FolderStorage(tmp_path / "file" / "below")):
+        with pytest.raises(StateError, match="cannot keep step-1"):
+            storage.put("step-1", ONE)
+
+
+HEX = "0" * 16
+
+
+@pytest.mark.parametrize(
+    ("left", "found"),
+    [
+        ({f".step-1.{HEX}.draft": b"new"}, None),  # killed while writing
+        ({f".step-1.{HEX}.draft": b"new", "step-1": b"old"}, b"old"),
+        ({f".step-1.{HEX}.ready": b"new", "step-1": b"old"}, b"old"),  # before the first rename
+        ({f".step-1.{HEX}.ready": b"new", f".step-1.{HEX}.old": b"old"}, b"new"),  # between the two
+        ({f".step-1.{HEX}.old": b"old", "step-1": b"new"}, b"new"),  # behind the second
+        ({f".step-1.{HEX}.old": b"old"}, b"old"),
+    ],
+)
+def test_a_kill_at_any_instant_is_mended(tmp_path: Path, left: dict[str, bytes], found: bytes | None) -> None:
+    for name, content in left.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.json").write_bytes(content)
+    storage = FolderStorage(tmp_path)
+    assert storage.names() == ["step-1"] * ("step-1" in left)
+    storage.mend()
+    assert storage.names() == ["step-1"] * (found is not None)
+    if found is not None:
+        assert storage.get("step-1", "a.json") == found
+    assert not list(tmp_path.glob(".*"))
