@@ -46,7 +46,7 @@ def test_a_gradient_or_weight_that_is_not_finite_is_seen() -> None:
 
 @pytest.mark.parametrize("where", ["0.weight", "2.bias", "1.running_var"])
 def test_every_weight_and_buffer_has_its_turn(where: str) -> None:
-    net, optimizer, watcher = make()
+    net, _optimizer, watcher = make()
     with torch.no_grad():
         dict(net.state_dict())[where].view(-1)[-1] = math.nan
     seen = [watcher.read(1.0).weights for _ in range(WEIGHTS)]

@@ -117,13 +117,17 @@ class Snapshots:
         self.ring.append(snapshot)
         return snapshot
 
-    def before(self, since: int) -> Snapshot | None:
+    def before(self, since: int, lag: int = LAG) -> Snapshot | None:
         """Return the snapshot to go back to: the newest that is a little older than the first evidence.
 
         Where there is none so old, the oldest from before it, or None.
+
+        Args:
+            since: Step of the first evidence.
+            lag: Steps the fault may have worked unseen.
         """
         fitting = [s for s in self.ring if s.step < since and self.misfit(s) is None]
-        older = [s for s in fitting if s.step < since - LAG]
+        older = [s for s in fitting if s.step < since - lag]
         return (older[-1:] or fitting[:1] or [None])[0]
 
     def restore(self, snapshot: Snapshot) -> None:

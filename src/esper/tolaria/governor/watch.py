@@ -20,10 +20,11 @@ from esper.kasmina.orchestrator import SeedOrchestrator
 from esper.kasmina.state import AWAKE
 from esper.tolaria.governor.detectors import Finding
 from esper.tolaria.governor.governor import Action, Actions, Governor, Settings
-from esper.tolaria.governor.rollback import Capture, Snapshots
-from esper.tolaria.governor.vitals import Reading, Watcher
+from esper.tolaria.governor.rollback import LAG, Capture, Snapshots
+from esper.tolaria.governor.vitals import Reading, Watcher, norms, total
 
 GRAFTING, FOSSILISED = Stage.GRAFTING.name, Stage.FOSSILISED.name
+SILENT = 4  # steps without any gradient after which an exposed kernel is dead
 EXCUSED = 2.5  # e-folds a graft may lift the loss by; a judged one lowers it
 
 
@@ -56,6 +57,7 @@ class Watch:
         self.watcher = Watcher(self.model.host, optimizers)
         self.snapshots = Snapshots([self.model.host, *averages], optimizers, stateful, captures)
         self.paused_before = False
+        self.silent = 0  # steps in which no gradient reached the exposed kernel
         self.snapshots.take(growth.steps)
 
     def step(self, loss: float, step: int) -> Action | None:
@@ -74,8 +76,21 @@ class Watch:
         least: Action = self.settings.exposed if self.exposed() else "notify"
         action = self.governor.check(self.watcher.read(loss), step, least)
         if action != "rollback":
+            self.examine()
             self.keep(step)
         return action
+
+    def examine(self) -> None:
+        """Drop an exposed seed that no gradient has reached for some steps: it is dead, and would be kept."""
+        trial = self.orchestrator.trial
+        if trial is None or trial.kernel is None:
+            self.silent = 0
+            return
+        gradients = [p.grad for p in trial.kernel.parameters() if p.grad is not None]
+        self.silent = 0 if gradients and total(norms(gradients, 1.0, 0)) != 0.0 else self.silent + 1
+        if self.silent >= SILENT:
+            self.silent = 0
+            self.drop(f"dead: no gradient reached it in {SILENT} steps")
 
     def keep(self, step: int) -> None:
         """Take a snapshot where one is due and nothing of a seed is in the host's output."""
@@ -124,11 +139,12 @@ class Watch:
 
     def _roll_back(self, finding: Finding) -> int | None:
         """Bring the host back to before the evidence; the seed that is awake is dropped."""
-        snapshot = self.snapshots.before(finding.since)
+        # An exposed seed is what to blame, and the last snapshot has not felt it.
+        snapshot = self.snapshots.before(finding.since, 0 if self.exposed() else LAG)
         if snapshot is None:
             return None
         reason = f"rolled back to step {snapshot.step}: {finding}"
-        self.drop(reason)
+        self.drop(reason, Stage.ROLLED_BACK)
         self.snapshots.restore(snapshot)
         self.orchestrator.losses.clear()  # of steps that are undone
         self.growth.batches.clear()  # the fault may be in them
@@ -137,14 +153,14 @@ class Watch:
         self.growth.tell("warning", message=f"{reason}; {lost} steps are lost", **facts)
         return lost
 
-    def drop(self, reason: str) -> None:
-        """End the seed that is awake; the site cools down as after any cull."""
+    def drop(self, reason: str, way: Stage = Stage.CULLED) -> None:
+        """End the seed that is awake, on its way through a stage; the site cools down as after any cull."""
         orchestrator = self.orchestrator
         trial = orchestrator.trial
         if trial is None:
             return
-        if self.model.layout.stage_of(trial.seed) in AWAKE:
-            orchestrator.move(Stage.ROLLED_BACK, reason)
+        if way is not Stage.CULLED and self.model.layout.stage_of(trial.seed) in AWAKE:
+            orchestrator.move(way, reason)
         self.growth.tamiyo.learn(orchestrator.cull(reason), orchestrator.step)
 
     def _stop(self, finding: Finding) -> None:
@@ -159,10 +175,11 @@ class Watch:
             "governor": self.governor.state_dict(),
             "watcher": self.watcher.state_dict(),
             "paused_before": self.paused_before,
+            "silent": self.silent,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on watching; the first snapshot is taken at the next step."""
         self.governor.load_state_dict(state["governor"])
         self.watcher.load_state_dict(state["watcher"])
-        self.paused_before = state["paused_before"]
+        self.paused_before, self.silent = state["paused_before"], state["silent"]
