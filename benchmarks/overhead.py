@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import sys
 import tempfile
@@ -31,6 +32,8 @@ WIDTH, NARROW = 14, 6  # channels: the narrowest host of this kind whose step ta
 DIGIT, COPIES = 20, 4  # side of a digit in its image; places each training digit is put at
 ROUNDS, BURST = 60, {"MLP": 50, "CNN": 1}  # interleaved rounds of the dormant comparison, steps in each
 PARTS = ("kernels", "incubation", "evidence", "survey", "surgery", "telemetry", "bookkeeping")
+JUDGED = (("MLP", "wrapped"), ("CNN", "wrapped"), ("CNN", "growing, no decision yet"))
+ARMS = ("bare", "bare again", "wrapped", "growing, no decision yet")  # the second shows the noise
 Batch = tuple[Tensor, Tensor]
 
 
@@ -91,10 +94,10 @@ def main(argv: Sequence[str]) -> int:
         second.add_row(str(seed), *figures, f"{one['host']:.1f}", *cells, f"{one['overhead']:.2%}", grown)
     judged = [
         *(
-            Promise(f"{name}, {arm}: CPU time over the bare host's", middle(arms, arm), "<=", 1.01, digits=3)
+            Promise(f"{name}, {arm}: CPU time over bare, lower end", least(arms, arm), "<=", 1.0, digits=3)
             for name, arms in dormant.items()
             for arm in arms
-            if arm != "bare" and not (name == "MLP" and arm == "growing, no decision yet")
+            if (name, arm) in JUDGED
         ),
         Promise("a growing run: overhead", statistics.mean(one["overhead"] for one in runs), "<=", 0.05),
         Promise("widenings kept in it, least", min(one["kept"] for one in runs), ">=", 1, digits=0),
@@ -107,7 +110,7 @@ def main(argv: Sequence[str]) -> int:
 
 def compared(name: str, rounds: int) -> dict[str, list[float]]:
     """Return seconds a step in every round, by arm; the arms take turns."""
-    arms = {arm: stepper(name, arm) for arm in ("bare", "wrapped", "growing, no decision yet")}
+    arms = {arm: stepper(name, arm) for arm in ARMS}
     taken: dict[str, list[float]] = {arm: [] for arm in arms}
     for step in arms.values():
         step(), step()
@@ -152,8 +155,10 @@ def against(arms: Mapping[str, Sequence[float]], arm: str) -> list[float]:
     return sorted(one / bare for one, bare in zip(arms[arm], arms["bare"], strict=True))
 
 
-def middle(arms: Mapping[str, Sequence[float]], arm: str) -> float:
-    return statistics.median(against(arms, arm))
+def least(arms: Mapping[str, Sequence[float]], arm: str) -> float:
+    """Return the lower end of the median's 95 % interval, by ranks: above 1 the arm is surely slower."""
+    ratios = against(arms, arm)
+    return ratios[max(round(len(ratios) / 2 - 0.98 * math.sqrt(len(ratios))) - 1, 0)]
 
 
 def show(ratios: Sequence[float]) -> str:

@@ -42,8 +42,14 @@ def test_steps_are_split_into_the_hosts_own_part_and_what_a_seed_added() -> None
 def test_dormant_arms_take_the_same_steps() -> None:
     torch.set_num_threads(1)
     taken = overhead.compared("MLP", 2)
-    assert list(taken) == ["bare", "wrapped", "growing, no decision yet"]
+    assert tuple(taken) == overhead.ARMS
     assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in taken.values())
+
+
+def test_an_arm_is_slower_only_where_the_interval_of_its_median_says_so() -> None:
+    arms = {"bare": [1.0] * 100, "wrapped": [0.9] * 45 + [1.2] * 55, "slow": [0.9] * 10 + [1.2] * 90}
+    assert overhead.least(arms, "wrapped") == 0.9
+    assert overhead.least(arms, "slow") == 1.2
 
 
 def test_digits_are_put_somewhere_into_larger_images() -> None:
