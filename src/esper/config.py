@@ -118,6 +118,8 @@ class Telemetry(Section):
     """What is told to Nissa, and how often."""
 
     progress_every: int = Field(20, ge=1, description="steps between progress events")
+    sampling: int = Field(10, ge=1, description="steps between measurements of an exposed kernel's vitals")
+    smoothing: float = Field(0.1, gt=0, le=1, description="weight of a new measurement in a smoothed one")
 
 
 class Config(BaseSettings):

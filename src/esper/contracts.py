@@ -32,6 +32,7 @@ EVENT_FIELDS: dict[str, tuple[str, ...]] = {
     "grafted": ("decision", "site", "blueprint", "how", "parameters", "difference", "milliseconds"),
     "compiled": ("site", "kernel", "pipeline", "milliseconds", "speedup"),
     "recompiled": ("policy", "why"),
+    "vitals": ("seed", "site", "score"),
     "fault": ("seed", "site", "error", "count"),
     "fallback": ("what", "why"),
     "warning": ("message",),

@@ -63,9 +63,8 @@ class Kept:
         self.x = batch(kind)[0]
         self.before = self.net.eval()(self.x).detach()
         layer = self.growth.morphable.layer(site, pytest.fail)
-        layer.kernel = kernel = layer.place.kernel(
-            max(layer.place.site.granularity, 1) * (1 if layer.place.site.most else 2)
-        )
+        units = layer.place.site.granularity * (1 if layer.place.site.most == 1 else 2)
+        layer.kernel = kernel = layer.place.kernel(units)
         with torch.no_grad():
             for name in kernel.outgoing:
                 kernel.get_parameter(name).normal_(std=0.3)
@@ -73,11 +72,7 @@ class Kept:
         self.branch = self.net(self.x).detach()
         parts = self.growth.parts
         own = parts.orchestrator.given.optimizer(kernel, layer.place)
-        decision = Decision(1, 0, "graft", site, 2, "random", "asked", 1.0, None)
-        if layer.place.site.most is None:
-            decision = Decision(
-                1, 0, "graft", site, 2 * layer.place.site.granularity, "random", "asked", 1.0, None
-            )
+        decision = Decision(1, 0, "graft", site, units, "random", "asked", 1.0, None)
         self.why = parts.committer.commit(kernel, own, decision, 0)
         self.growth.morphable.release(site)
         self.grown = self.net(self.x).detach()
@@ -229,3 +224,36 @@ def test_it_is_exported_to_onnx(kind: str, site: str, tmp_path: Path) -> None:
     (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     expected = net(x).detach()
     assert float((torch.tensor(y) - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
+
+
+def test_an_exposed_kernels_vitals_are_sampled_smoothed_and_told() -> None:
+    kept = Kept("vectors", "0+residual_mlp")
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 4))
+    optimizer = torch.optim.Adam(net.parameters(), 0.01)
+    events: list[Event] = []
+    x = torch.randn(256, 4)
+    data = x, (x[:, 0] * x[:, 1] > 0) + 2 * (x[:, 2] * x[:, 3] > 0)
+    config = {
+        "blueprints": ["residual_mlp"], "gate": {"false_keep": 0.99}, "race": {"steps": 20},
+        "blend": {"ramp": 10}, "telemetry": {"sampling": 3}, "budget": {"parameters": 200},
+    }  # fmt: skip
+    growth = esper.grow(
+        net, optimizer, loss_fn, probe=[data], steps=80, config=config, on_event=events.append
+    )
+    for _ in range(80):
+        loss = loss_fn(net, data)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        growth.step(data, loss)
+    told = [event for event in events if event.kind == "vitals"]
+    assert told
+    assert all(event.step % 3 == 0 for event in told)
+    last = told[-1].data
+    assert 0 < last["score"] <= 1
+    assert last["variance"] > 0
+    assert last["gradient"] > 0
+    assert last["latency"] > 0
+    assert 0 <= last["dead"] < 1
+    assert not any(event.kind == "vitals" for event in kept.events)

@@ -314,7 +314,7 @@ def test_a_state_of_another_model_or_version_is_refused() -> None:
     assert other is not None
     with pytest.raises(StateError, match="knows the site 'fc1>fc2', this model does not; known: "):
         other.load_state_dict(state)
-    with pytest.raises(StateError, match="version 99; this Esper reads version 1"):
+    with pytest.raises(StateError, match="version 99; this Esper reads version 2"):
         run.growth.load_state_dict({**state, "version": 99})
     run.step()
     with pytest.raises(StateError, match="has begun already"):

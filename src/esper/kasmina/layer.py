@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -67,6 +68,8 @@ class KasminaLayer(nn.Module):
         self.tap: Tap | None = None
         self.shown: tuple[Branch | None] | None = None  # in a shadow pass: stands for the kernel, at alpha 1
         self.x: Tensor | None = None
+        self.sampling = False  # whether the next pass notes what the kernel gave and how long it took
+        self.sample: tuple[Tensor, float] | None = None  # output, milliseconds
         self.finite: Tensor | None = None  # in a graph: whether the kernel's last output was; nobody waited
         self.closers: list[Callable[[], None]] = []
 
@@ -80,12 +83,12 @@ class KasminaLayer(nn.Module):
         """Take the seams away; what is awake stays awake."""
         while self.closers:
             self.closers.pop()()
-        self.x = None
+        self.__dict__["x"] = None
 
     def close(self) -> None:
         """Take the seams away; both modules are exactly as before."""
         self.shut()
-        self.kernel = self.tap = self.shown = self.x = self.fork = self.alpha = None
+        self.kernel = self.tap = self.shown = self.x = self.fork = self.sample = self.alpha = None
         self.exposed = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -95,6 +98,7 @@ class KasminaLayer(nn.Module):
             "x": None,
             "finite": None,
             "fork": None,
+            "sample": None,
             "tap": None,
             "shown": None,
             "on_fault": unheard,
@@ -131,7 +135,9 @@ class KasminaLayer(nn.Module):
             y, self.finite = blended(y, kernel(x.detach()), alpha)
             return y
         try:
-            if self.fork is None:
+            if self.sampling:
+                f = self.timed(kernel, x.detach())
+            elif self.fork is None:
                 f = kernel(x.detach())
             else:
                 fork, self.fork = self.fork, None
@@ -147,6 +153,13 @@ class KasminaLayer(nn.Module):
         if y.dtype != alpha.dtype or f.dtype != y.dtype:  # two calls that do nothing take 2 µs
             alpha, f = alpha.to(y.dtype), f.to(y.dtype)
         return torch.addcmul(y, alpha, f)
+
+    def timed(self, kernel: LiveKernel, x: Tensor) -> Tensor:
+        """Run the kernel and note it; on CUDA the time is that of the launches."""
+        begun = time.perf_counter()
+        f = kernel(x)
+        self.sample = f.detach(), (time.perf_counter() - begun) * 1e3
+        return f
 
     def told(self) -> None:
         """Pass on what a graph noted of its last run; asked between steps, where waiting is cheap."""

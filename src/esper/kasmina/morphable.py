@@ -37,6 +37,9 @@ class MorphableModel(nn.Module):
         sites: Which places to use, see :func:`esper.kasmina.sites.select`.
         seeds_per_site: Slots per site.
         blueprints: What may grow, see :func:`esper.kasmina.choice.chosen`.
+        policy: How the host is compiled; None: not at all.
+        smoothing: Weight of a new measurement of a kernel's vitals.
+        sampling: Steps between such measurements.
     """
 
     def __init__(
@@ -48,6 +51,8 @@ class MorphableModel(nn.Module):
         seeds_per_site: int = 4,
         blueprints: Sequence[str] = ("auto",),
         policy: CompilePolicy | None = None,
+        smoothing: float = 0.1,
+        sampling: int = 10,
     ) -> None:
         super().__init__()
         self.host = host
@@ -59,7 +64,7 @@ class MorphableModel(nn.Module):
         self.names = list(self.places)  # of all sites ever; one that growth elsewhere closed keeps its seeds
         self.flops = 0  # forward, per example
         self.meter(run)
-        self.layout = KasminaStateLayout(seeds_per_site * len(self.places))
+        self.layout = KasminaStateLayout(seeds_per_site * len(self.places), smoothing, sampling)
         self.layout.to(next(host.parameters()).device)
         self.pool = StreamPool(enabled=False)
         self.layers = nn.ModuleDict()  # one KasminaLayer per site with an awake seed

@@ -329,7 +329,25 @@ class SeedOrchestrator:
             self.given.follow(trial.optimizer)
             trial.optimizer.step()
         trial.optimizer.zero_grad()
+        if trial.layer.sample is not None:
+            self.observe(trial, float(norm))
+        trial.layer.sampling = self.model.layout.due(self.step + 1)
         return trial
+
+    def observe(self, trial: Trial, gradient: float) -> None:
+        """Smooth what a sampled pass showed of the exposed kernel, and tell; no decision reads it."""
+        sample, trial.layer.sample = trial.layer.sample, None
+        assert sample is not None
+        output, milliseconds = sample
+        units = output.transpose(1, -1).flatten(0, -2) if output.dim() == 4 else output.flatten(0, -2)
+        dead = float((units == 0).all(0).float().mean())  # (rows, channels) -> share of silent channels
+        layout = self.model.layout
+        measured = {"variance": float(output.float().var()), "gradient": gradient, "dead": dead}
+        layout.observe_seed(trial.seed, **measured, latency=milliseconds)
+        score = layout.health_score(trial.seed)
+        self.tell(
+            "vitals", seed=trial.seed, site=trial.decision.site, score=score, **layout.vitals_of(trial.seed)
+        )
 
     def set_alpha(self, alpha: float) -> None:
         """Write α where the layer reads it."""

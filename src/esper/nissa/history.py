@@ -46,6 +46,7 @@ class SeedHistory:
     site: str
     spans: list[Span] = field(default_factory=list)
     alpha: Series = field(default_factory=Series)
+    vitals: Mapping[str, Any] | None = None  # the last told: smoothed, with a score
 
     @property
     def stage(self) -> str:
@@ -256,6 +257,10 @@ def _alpha(history: RunHistory, event: Event) -> None:
     history._seed(event).alpha.add(event.step, event.data["alpha"])
 
 
+def _vitals(history: RunHistory, event: Event) -> None:
+    history._seed(event).vitals = event.data
+
+
 def _race(history: RunHistory, event: Event) -> None:
     history._decision(event).race = event.data
 
@@ -298,6 +303,7 @@ _FOLDS: dict[str, Callable[[RunHistory, Event], None]] = {
     "grafted": _widened,
     "compiled": lambda history, event: history.compiled.append(event),
     "recompiled": lambda history, event: history.compiled.append(event),
+    "vitals": _vitals,
     "fault": lambda history, event: history.faults.append(event),
     "fallback": lambda history, event: history.fallbacks.append(event),
     "warning": lambda history, event: history.warnings.append(event),

@@ -120,6 +120,8 @@ class LiveView:
             case "outcome":
                 word = "kept" if data["kept"] else "not kept"
                 yield f"{data['site']} {word}: {data['reason']}"
+            case "vitals" if data["score"] is not None and data["score"] < 0.5:
+                yield f"the kernel at {data['site']} is not well: health {short(data['score'])}"
             case "fault":
                 yield f"fault {data['count']} at {data['site']}: {data['error']}"
             case "fallback":

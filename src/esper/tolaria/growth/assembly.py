@@ -93,6 +93,8 @@ def assemble(
             sites,
             blueprints=config.blueprints,
             policy=policy,
+            smoothing=config.telemetry.smoothing,
+            sampling=config.telemetry.sampling,
         )
     model.pool.enabled = config.kernels.streams
     streams, ledger = Streams(seed), Ledger()
