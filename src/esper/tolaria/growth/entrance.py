@@ -74,7 +74,7 @@ def refuse_unsupported(optimizers: Mapping[str, Optimizer]) -> None:
         OptimizerError: One needs a closure or takes only some shapes.
     """
     for name, optimizer in optimizers.items():
-        if needs_closure(optimizer) or kind_of(optimizer).wants:
+        if needs_closure(type(optimizer)) or kind_of(optimizer).wants:
             raise OptimizerError(
                 f"optimizer {name!r} is {type(optimizer).__name__}, which cannot train a branch yet; "
                 "give parameters that may grow to SGD, Adam, AdamW, RMSprop or Adagrad"

@@ -68,12 +68,12 @@ class OwnOptimizers:
 
 def built(optimizer: Optimizer, index: int, kernel: nn.Module) -> Optimizer | None:
     """Return a kernel's optimizer of the class and settings of a group, or None where it cannot have one."""
-    if needs_closure(optimizer) or not all(map(kind_of(optimizer).takes, kernel.parameters())):
+    if needs_closure(type(optimizer)) or not all(map(kind_of(optimizer).takes, kernel.parameters())):
         return None
     return alike(optimizer, optimizer.param_groups[index], kernel.parameters())
 
 
-def needs_closure(optimizer: Optimizer) -> bool:
+def needs_closure(kind: type[Optimizer]) -> bool:
     """Tell whether a step needs a closure, as that of LBFGS does."""
-    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    closure = inspect.signature(kind.step).parameters.get("closure")
     return closure is not None and closure.default is inspect.Parameter.empty
