@@ -251,7 +251,7 @@ def bad_seed(fault: str, seed: int) -> str:
         actions.append(run.train())
         if "rollback" in actions:
             for name, tensor in run.watch.snapshots.tensors():
-                assert torch.equal(tensor, before.tensors[name])
+                assert torch.equal(tensor, before.tensors[name].copy)
             break
     outcome = [e.data for e in run.events if e.kind == "outcome"][-1]
     assert not outcome["kept"]

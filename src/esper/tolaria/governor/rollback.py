@@ -1,4 +1,4 @@
-"""A ring of snapshots in memory, and the way back to one of them, bit for bit and in place.
+"""A ring of snapshots in the host's memory, and the way back to one of them, bit for bit and in place.
 
 A snapshot holds what the next step depends on: weights, buffers, the optimizers' state and settings,
 averages, schedulers, scaler and every global random stream. Spent gradients are not kept; they are cleared on
@@ -30,12 +30,25 @@ LAG = 3  # steps a fault may work before it shows in the loss
 KEEP = 2  # detection lags by a few steps, so the newest snapshot may hold the fault already
 
 
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A copy of a tensor in the host's memory, and where it came from."""
+
+    copy: Tensor
+    device: torch.device
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Kept:
+        """Copy a tensor."""
+        return cls(tensor.detach().to("cpu", copy=True), tensor.device)
+
+
 @dataclass
 class Snapshot:
     """A moment of a run; tensors are copies."""
 
     step: int
-    tensors: dict[str, Tensor]  # of models and averages, by name
+    tensors: dict[str, Kept]  # of models and averages, by name
     states: list[list[tuple[Tensor, dict[str, Any]]]]  # per optimizer: parameter and its state
     groups: list[list[dict[str, Any]]]  # per optimizer: its groups, parameters by identity
     settings: list[dict[str, Any]]  # of schedulers and scaler
@@ -46,8 +59,8 @@ class Snapshot:
     def nbytes(self) -> int:
         """Return the memory it takes."""
         states = (v for one in self.states for _, state in one for v in state.values())
-        tensors = [*self.tensors.values(), *(v for v in states if isinstance(v, Tensor))]
-        return sum(t.numel() * t.element_size() for t in tensors)
+        tensors = [*self.tensors.values(), *(v for v in states if isinstance(v, Kept))]
+        return sum(k.copy.numel() * k.copy.element_size() for k in tensors)
 
 
 @dataclass(frozen=True)
@@ -104,7 +117,7 @@ class Snapshots:
             return None
         snapshot = Snapshot(
             step,
-            {name: tensor.detach().clone() for name, tensor in tensors.items()},
+            {name: Kept.of(tensor) for name, tensor in tensors.items()},
             [[(p, duplicate(s)) for p, s in o.state.items()] for o in self.optimizers.values()],
             [
                 [{**duplicate(others(g)), "params": list(g["params"])} for g in o.param_groups]
@@ -140,7 +153,7 @@ class Snapshots:
             raise StateError(f"the snapshot of step {snapshot.step} does not fit any more: {why}")
         with torch.no_grad():
             for name, tensor in self.tensors():
-                tensor.copy_(snapshot.tensors[name])
+                tensor.copy_(snapshot.tensors[name].copy)
         for model in self.models:
             model.zero_grad(set_to_none=True)
         for optimizer, states, groups in zip(self.each(), snapshot.states, snapshot.groups, strict=True):
@@ -160,7 +173,7 @@ class Snapshots:
     def misfit(self, snapshot: Snapshot) -> str | None:
         """Say why a snapshot does not fit the model as it is now, or None."""
         now = {name: (tuple(t.shape), t.dtype) for name, t in self.tensors()}
-        then = {name: (tuple(t.shape), t.dtype) for name, t in snapshot.tensors.items()}
+        then = {name: (tuple(k.copy.shape), k.copy.dtype) for name, k in snapshot.tensors.items()}
         if now != then:
             name = next(n for n in {**then, **now} if now.get(n) != then.get(n))
             return f"{name} was {then.get(name)} and is {now.get(name)}"
@@ -199,9 +212,11 @@ def others(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def duplicate(value: Any) -> Any:
-    """Copy state: tensors without their graph, containers of them, numbers."""
+    """Copy state there or back: tensors without their graph, containers of them, numbers."""
     if isinstance(value, Tensor):
-        return value.detach().clone()
+        return Kept.of(value)
+    if isinstance(value, Kept):
+        return value.copy.to(value.device, copy=True)
     if isinstance(value, dict):
         return {key: duplicate(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -232,13 +247,14 @@ def write(target: dict[str, Any], source: Mapping[str, Any], skip: tuple[str, ..
         if key in skip:
             continue
         old = target.get(key)
-        if isinstance(value, Tensor) and isinstance(old, Tensor) and same_kind(old, value):
+        if isinstance(value, Kept) and isinstance(old, Tensor) and same_kind(old, value):
             with torch.no_grad():
-                old.copy_(value)
+                old.copy_(value.copy)
         else:
             target[key] = duplicate(value)
 
 
-def same_kind(one: Tensor, other: Tensor) -> bool:
-    """Tell whether one tensor can be written into the other without loss."""
-    return one.shape == other.shape and one.dtype == other.dtype and one.device == other.device
+def same_kind(tensor: Tensor, kept: Kept) -> bool:
+    """Tell whether a copy can be written into a tensor without loss."""
+    copied = kept.copy
+    return tensor.shape == copied.shape and tensor.dtype == copied.dtype and tensor.device == kept.device

@@ -182,4 +182,5 @@ class Watch:
         """Go on watching; the first snapshot is taken at the next step."""
         self.governor.load_state_dict(state["governor"])
         self.watcher.load_state_dict(state["watcher"])
+        self.snapshots.clear()
         self.paused_before, self.silent = state["paused_before"], state["silent"]
