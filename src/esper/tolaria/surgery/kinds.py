@@ -73,11 +73,15 @@ KINDS: Mapping[str, Kind] = {
     "LBFGS": Kind(
         "the history spans all parameters at once: it starts anew and an event says so", history=True
     ),
-    "Muon": Kind("the momentum is padded with zeros", takes=matrices, wants="matrices"),
+    "Muon": Kind(
+        "the momentum is padded with zeros; torch scales its steps by the new shape",
+        takes=matrices,
+        wants="matrices",
+    ),
     "Rprop": Kind(
         "one number per weight, new step sizes are the learning rate, all else zero", born={"step_size": "lr"}
     ),
-    "SparseAdam": Kind(_ZEROS, takes=nothing, wants="parameters with sparse gradients, which no branch has"),
+    "SparseAdam": Kind(_ZEROS, takes=nothing, wants="sparse gradients"),
 }
 
 
