@@ -41,6 +41,12 @@ class Clusters(Dataset[tuple[Tensor, int]]):
         return 2 * torch.eye(CLASSES)[label] + noise, label
 
 
+def host() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(CLASSES, 1), nn.Tanh(), nn.Dropout(0.1), nn.Linear(1, CLASSES), nn.BatchNorm1d(CLASSES)
+    )
+
+
 def loss_fn(model: nn.Module, batch: Any) -> Tensor:
     return nn.functional.cross_entropy(model(batch[0]), batch[1])
 
@@ -52,9 +58,7 @@ class Training:
         torch.manual_seed(0)
         random.seed(0)
         np.random.seed(0)
-        self.net = nn.Sequential(
-            nn.Linear(CLASSES, 1), nn.Tanh(), nn.Dropout(0.1), nn.Linear(1, CLASSES), nn.BatchNorm1d(CLASSES)
-        )
+        self.net = host()
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=0.02)
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, EPOCHS)
         self.average = torch.optim.swa_utils.AveragedModel(self.net)

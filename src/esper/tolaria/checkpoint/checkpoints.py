@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -81,6 +82,7 @@ class CheckpointManager:
         weights = sum(p.nbytes for module in run.trained.values() for p in module.parameters())
         self.cadence = Cadence(every, failure_every, 3 * weights)  # Adam keeps two numbers per weight
         self.writer = Writer()
+        self.spare: Mapping[str, Tensor] = {}  # of a snapshot that was written; the next one writes it over
         self.sound: dict[str, Manifest] = {}  # verified by this process; the writer's own
         self.steps = self.written = self.failures = 0
         self.offered = 0  # the steps after which step() last asked
@@ -167,7 +169,10 @@ class CheckpointManager:
 
     def _snapshot(self, metrics: Mapping[str, Any]) -> Snapshot:
         begun = time.perf_counter()
-        skeleton, tensors = packed(capture_run(self.run, self.steps))
+        spare = self.spare
+        self.spare = {}
+        with torch.no_grad():
+            skeleton, tensors = packed(capture_run(self.run, self.steps), spare)
         manifest = Manifest(self.steps, time.time(), versions(), finite(metrics), summary_of(self.run))
         return Snapshot(manifest, genome_of(self.run), skeleton, tensors, time.perf_counter() - begun)
 
@@ -186,6 +191,7 @@ class CheckpointManager:
             self.sound[name] = found
             self._give_up(snapshot.manifest.step)
             self._prune()
+        self.spare = snapshot.tensors
         self.cadence.measured(snapshot.stall + time.thread_time() - begun)
 
     def _failed(self, name: str, error: BaseException) -> None:

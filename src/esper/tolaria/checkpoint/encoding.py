@@ -44,9 +44,15 @@ _ARRAY_KINDS = "biufc"  # truth values and numbers
 
 
 class Packing:
-    """Turns one state into JSON values, and copies its tensors out under names made of their paths."""
+    """Turns one state into JSON values, and copies its tensors out under names made of their paths.
 
-    def __init__(self) -> None:
+    Args:
+        spare: Tensors of an earlier copy that nobody needs; written over where name, type and shape fit.
+            Memory that was never touched costs more than the copy itself: 120 MB take 160 ms instead of 40.
+    """
+
+    def __init__(self, spare: Mapping[str, Tensor] | None = None) -> None:
+        self.spare = spare or {}
         self.tensors: dict[str, Tensor] = {}
         self.known: dict[tuple[Any, ...], str] = {}  # the same memory twice is stored once: tied weights
 
@@ -107,9 +113,15 @@ class Packing:
         identity = (*memory, value.dtype, tuple(value.shape), value.stride())
         if identity not in self.known or not value.numel():
             self.known[identity] = name = self._name(path)
-            self.tensors[name] = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            self.tensors[name] = self._copy(value.detach(), name)
         found: dict[str, Any] = {"tensor": self.known[identity]}
         return found if value.device.type == "cpu" else {**found, "device": str(value.device)}
+
+    def _copy(self, value: Tensor, name: str) -> Tensor:
+        old = self.spare.get(name)
+        if old is None or old.dtype != value.dtype or old.shape != value.shape:
+            return value.to("cpu", copy=True, memory_format=torch.contiguous_format)
+        return old.copy_(value)
 
     def _name(self, path: str) -> str:
         name = path.removeprefix("/") or "tensor"

@@ -230,7 +230,7 @@ def finite(metrics: Mapping[str, Any]) -> dict[str, float | None]:
     return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
 
 
-def packed(state: Any) -> tuple[Any, dict[str, Tensor]]:
-    """Copy a state out of a run: JSON values, and tensors by name."""
-    packing = Packing()
+def packed(state: Any, spare: Mapping[str, Tensor] | None = None) -> tuple[Any, dict[str, Tensor]]:
+    """Copy a state out of a run: JSON values, and tensors by name; ``spare`` ones are written over."""
+    packing = Packing(spare)
     return packing.pack(state), packing.tensors

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import version
 from typing import Any, Protocol
 
@@ -67,6 +68,7 @@ class Run:
             self.streams |= {f"batches.{name}": one for name, one in self.batches.generators.items()}
 
 
+@cache
 def versions() -> dict[str, str]:
     """Return the versions on which bits depend."""
     python = ".".join(map(str, sys.version_info[:3]))

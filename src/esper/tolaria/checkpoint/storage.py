@@ -23,7 +23,8 @@ class Storage(Protocol):
 
         The commit is atomic: a reader, also one after a power cut, finds all parts or none of them, and where
         this raises, what was there before. Where single parts are written in turn (an object store), the
-        last one of ``parts`` is the commit: a group without it does not exist.
+        last one of ``parts`` is the commit: a group without it does not exist. The chunks are the caller's
+        memory, which is written over once this returns.
         """
 
     def get(self, name: str, part: str) -> bytes:
