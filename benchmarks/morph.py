@@ -30,7 +30,7 @@ from esper.kasmina.trial import Trial
 from esper.tolaria.growth import Growth
 
 NAME = "morph"
-REPEATS = 100  # of every row; a widening needs a new host each time
+REPEATS = 60  # of every row; a widening needs a new host each time
 UNITS = 8
 CALLS = 300  # in one sample of dispatch, whose calls are too short to be timed one by one
 POOL = 32
