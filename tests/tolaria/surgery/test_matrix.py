@@ -217,8 +217,10 @@ def copy_without_words(host: nn.Module) -> nn.Module:
 def grow_and_check(training: Training, plan: WidenPlan, slices_of: SLICES) -> None:
     """Widen; what was there stays bit for bit, what is new follows the stated rule."""
     named = dict(training.model.named_parameters())
-    before = [{n: dict(one.state[p]) for n, p in named.items() if p in one.state} for one in
-              training.optimizers.values()]  # fmt: skip
+    before = [
+        {name: copy.deepcopy(one.state[p]) for name, p in named.items() if p in one.state}
+        for one in training.optimizers.values()
+    ]
     slices = slices_of(training.model, plan)
     lines = training.widen(plan, slices)
     edits = {edit.name: edit for edit in plan.edits}
