@@ -13,17 +13,17 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from esper.blueprints.kernel import GraphKernel, LiveKernel
 from esper.config import Config
 from esper.contracts import Decision, Event, Outcome, Stage
 from esper.kasmina.evidence import join
+from esper.kasmina.finals import decide
 from esper.kasmina.health import Measured
 from esper.kasmina.isolation import same_randomness, untouched
 from esper.kasmina.lessons import FIELD, Lessons, Step, first
 from esper.kasmina.morphable import MorphableModel
-from esper.kasmina.race import AMPLITUDES, Race
+from esper.kasmina.race import Race
 from esper.kasmina.trial import Given, Timing, Trial, number, worse
 
 FAULTS = 3  # after which a seed is culled
@@ -125,7 +125,13 @@ class SeedOrchestrator:
         """Pick a winner on training batches and let the gate look at it."""
         trial, race = self.current()
         few = None if self.lessons(trial).examples is None else self.examples
-        kernel = self.winner(trial, race, [first(batch, few) for batch in join(batches)])
+        unseen = [first(batch, few) for batch in join(batches)]
+        final = decide(race, unseen, self.given, self.model.host, trial.decision.id, self.examples)
+        self.tell("race", decision=trial.decision.id, site=trial.decision.site, **final.facts)
+        if not race.batched:
+            why = "the model or loss does not run under vmap; candidates ran one by one"
+            self.tell("fallback", what="race", why=why)
+        kernel = final.kernel
         if kernel is None:
             return self.cull("doing nothing won the race")
         trial.race = None
@@ -141,47 +147,6 @@ class SeedOrchestrator:
         self.model.layout.observe_gain(trial.seed, verdict.gain)
         self.expose(kernel)
         return None
-
-    def winner(self, trial: Trial, race: Race, batches: Sequence[Any]) -> LiveKernel | None:
-        """Return the best candidate at its best amplitude, or None where doing nothing is better."""
-        scores = self.scores(race, batches)
-        winner = int(scores.argmin())
-        with (
-            untouched(self.model.host, self.given.draw("evidence")),
-            self.given.ledger.growth("amplitude", trial.decision.id, self.examples),
-        ):
-            curves = [race.amplitudes(winner, lambda b=batch: self.given.run(b)) for batch in batches]
-        curve = torch.stack(curves).mean(0)
-        amplitude = AMPLITUDES[int(torch.nan_to_num(curve, nan=math.inf).argmin())]
-        listed = [{"start": s, "loss": number(v)} for s, v in zip(race.starts, scores.tolist(), strict=True)]
-        self.tell(
-            "race",
-            decision=trial.decision.id,
-            site=trial.decision.site,
-            candidates=listed,
-            winner=winner,
-            amplitude=amplitude,
-            nothing=number(float(curve[0])),
-            start=race.starts[winner],
-            batched=race.batched,
-        )
-        if not race.batched:
-            why = "the model or loss does not run under vmap; candidates ran one by one"
-            self.tell("fallback", what="race", why=why)
-        return race.kernel(winner, amplitude) if amplitude != 0.0 else None
-
-    def scores(self, race: Race, batches: Sequence[Any]) -> Tensor:
-        """Return each candidate's mean loss over training batches; non-finite counts as worst."""
-        assert self.trial is not None
-        losses = []
-        for batch in batches:
-            with (
-                untouched(self.model.host, self.given.draw("evidence")),
-                torch.no_grad(),
-                self.given.ledger.growth("score", self.trial.decision.id, len(race.starts), self.examples),
-            ):
-                losses.append(race.losses(lambda b=batch: self.given.run(b)))
-        return torch.nan_to_num(torch.stack(losses).mean(0), nan=math.inf)
 
     def expose(self, kernel: LiveKernel) -> None:
         """TRAINING → GRAFTING: the kernel joins the pass, α starts at 0."""

@@ -1,0 +1,75 @@
+"""The end of a race: the best candidate at its best amplitude, on training batches none has learned from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esper.blueprints.kernel import LiveKernel
+from esper.kasmina.isolation import untouched
+from esper.kasmina.race import AMPLITUDES, Race
+from esper.kasmina.trial import Given, number
+
+
+@dataclass(frozen=True, slots=True)
+class Final:
+    """Who won, and what is told of it."""
+
+    kernel: LiveKernel | None  # None: doing nothing was better
+    facts: dict[str, Any]
+
+
+def decide(
+    race: Race, batches: Sequence[Any], given: Given, host: nn.Module, decision: int, examples: int
+) -> Final:
+    """Return the winner; amplitude 0 is "do nothing", which competes in every race.
+
+    Args:
+        race: Its candidates have learned.
+        batches: Training batches that no candidate has seen.
+        given: How to run the host, random streams and the ledger.
+        host: Left untouched.
+        decision: Whose cost it is.
+        examples: In a step, for the ledger.
+    """
+    scores = score(race, batches, given, host, decision, examples)
+    winner = int(scores.argmin())
+    with (
+        untouched(host, given.draw("evidence")),
+        given.ledger.growth("amplitude", decision, examples),
+    ):
+        curves = [race.amplitudes(winner, lambda b=batch: given.run(b)) for batch in batches]
+    curve = torch.stack(curves).mean(0)
+    amplitude = AMPLITUDES[int(torch.nan_to_num(curve, nan=math.inf).argmin())]
+    facts = {
+        "candidates": [
+            {"start": start, "loss": number(loss)}
+            for start, loss in zip(race.starts, scores.tolist(), strict=True)
+        ],
+        "winner": winner,
+        "amplitude": amplitude,
+        "nothing": number(float(curve[0])),
+        "start": race.starts[winner],
+        "batched": race.batched,
+    }
+    return Final(race.kernel(winner, amplitude) if amplitude != 0.0 else None, facts)
+
+
+def score(
+    race: Race, batches: Sequence[Any], given: Given, host: nn.Module, decision: int, examples: int
+) -> Tensor:
+    """Return each candidate's mean loss over the batches; non-finite counts as worst."""
+    losses = []
+    for batch in batches:
+        with (
+            untouched(host, given.draw("evidence")),
+            torch.no_grad(),
+            given.ledger.growth("score", decision, len(race.starts), examples),
+        ):
+            losses.append(race.losses(lambda b=batch: given.run(b)))
+    return torch.nan_to_num(torch.stack(losses).mean(0), nan=math.inf)
