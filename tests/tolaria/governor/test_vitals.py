@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from esper.tolaria.governor.vitals import WEIGHTS, WHOLE, Reading, Watcher, part
+from esper.tolaria.governor.vitals import SELDOM, WEIGHTS, WHOLE, Reading, Watcher, part
 
 
 def make(rows: int = 4) -> tuple[nn.Module, torch.optim.Optimizer, Watcher]:
@@ -49,14 +49,14 @@ def test_every_weight_and_buffer_has_its_turn(where: str) -> None:
     net, _optimizer, watcher = make()
     with torch.no_grad():
         dict(net.state_dict())[where].view(-1)[-1] = math.nan
-    seen = [watcher.read(1.0).weights for _ in range(WEIGHTS)]
+    seen = [watcher.read(1.0).weights for _ in range(WEIGHTS * SELDOM)]
     assert seen.count(False) == 1
 
 
 def test_small_steps_are_read_on_every_third_and_large_ones_in_part() -> None:
-    assert Reading.of(1e6, 1000) == Reading(3, 1.0)
-    assert Reading.of(1e12, 1000) == Reading(1, 1.0)
-    assert Reading.of(5e9, 10_000_000).share == pytest.approx(0.1)
+    assert Reading.of(1e7, 1000) == Reading(3, 1.0, 4)
+    assert Reading.of(1e12, 1000) == Reading(1, 1.0, 20_000)
+    assert Reading.of(5e9, 10_000_000) == Reading(1, 0.025, 100)
     net, optimizer, watcher = make()
     watcher.reading = Reading(every=3)
     seen = []

@@ -9,7 +9,7 @@ is read anyway. How much is read follows from what a step costs, in FLOPs, not f
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +17,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-SMALL = 1e8  # FLOPs of a step, forth and back: about 10 ms; below it a reading (10 µs) is felt
+SMALL = 2e9  # FLOPs of a step, forth and back: some 40 ms; below, a reading (200 µs out of cold caches) shows
 SPARSE = 3  # steps from one reading to the next on such a step
-DEAR = 5000  # FLOPs of a step per number read; 0.14 ns a number and 40 GFLOP/s make that 0.11 % of the step
+DEAR = 20_000  # FLOPs of a step per number read: 0.4 ns a number out of cold memory are 0.1 % of them
+CALL = 5e7  # FLOPs of a step per tensor read: 4 µs a tensor are 0.3 % of them
 WHOLE = 4096  # numbers of a tensor that are always read together
-WEIGHTS = 8  # readings until every weight has had its turn: a lost weight shows in the next loss, too
+WEIGHTS = (
+    8  # readings of weights until every weight has had its turn: a lost weight shows in the next loss, too
+)
+
+SELDOM = 4  # readings of gradients to one of weights
+ROUNDS = 8 * WEIGHTS  # readings until the model is asked again which weights and buffers it has
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,22 +36,26 @@ class Reading:
 
     every: int = 1  # steps from one reading of the gradients to the next
     share: float = 1.0  # of every large tensor, another part at every reading
+    tensors: int | None = None  # gradients at a time, evenly spaced and always the same ones; None: all
 
     @classmethod
     def of(cls, step_flops: float, parameters: int) -> Reading:
         """Choose by what a step costs.
 
-        A step under 1e8 FLOPs is read on every third; a larger one always, but at most one number per 5,000
-        FLOPs: all of them where a weight is used for some 800 examples (or tokens, or places of an image) a
-        step, otherwise a part that moves through each tensor.
+        A step under 2e9 FLOPs is read on every third; a larger one always. A reading takes at most one number
+        per 20,000 FLOPs since the last and one tensor per 5e7: all of them where a weight is used for some
+        3,300 examples (or tokens, or places of an image) a step, otherwise a part that moves through each
+        large tensor.
 
         Args:
             step_flops: Forward and backward, of all examples.
             parameters: Trainable numbers.
         """
-        if step_flops < SMALL:
-            return cls(every=SPARSE)
-        return cls(share=min(step_flops / DEAR / max(parameters, 1), 1.0))
+        if step_flops <= 0:
+            return cls()  # nobody knows
+        every = SPARSE if step_flops < SMALL else 1
+        share = min(every * step_flops / DEAR / max(parameters, 1), 1.0)
+        return cls(every, share, max(int(every * step_flops / CALL), 4))
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +92,8 @@ class Watcher:
             return
         gradients = [p.grad for g in optimizer.param_groups for p in g["params"]]
         given = [g._values() if g.is_sparse else g for g in gradients if g is not None]
+        if self.reading.tensors is not None:
+            given = given[:: -(-len(given) // self.reading.tensors) or 1]
         self.pending += norms(given, self.reading.share, self.turn)
 
     def read(self, loss: float) -> Vitals:
@@ -92,11 +104,11 @@ class Watcher:
         if self.pending:
             gradient = total(self.pending) / math.sqrt(self.reading.share)
             self.pending.clear()
-        place = self.turn % WEIGHTS
-        if place == 0 or not self.kept:  # growth exchanges buffers, and walking a model takes 100 µs
+        place, idle = divmod(self.turn % (WEIGHTS * SELDOM), SELDOM)
+        if self.turn % ROUNDS == 0 or not self.kept:  # walking a model takes 100 µs
             buffers = [b for b in self.model.buffers() if b.is_floating_point()]
             self.kept = [p.detach() for group in self.groups() for p in group["params"]] + buffers
-        if tensors := self.kept[place::WEIGHTS]:
+        if not idle and (tensors := self.kept[place::WEIGHTS]):
             weights = math.isfinite(total(norms(tensors, self.reading.share, self.turn // WEIGHTS)))
         self.turn += 1
         return Vitals(loss, gradient, weights, self.rate())
@@ -140,9 +152,11 @@ def part(tensor: Tensor, share: float, turn: int) -> Tensor:
     return tensor.narrow(0, start, min(count, rows - start))
 
 
-def total(found: Iterable[Tensor]) -> float:
+def total(found: Sequence[Tensor]) -> float:
     """Return the norm of norms; the one place that waits for a device, once for each there is."""
     devices: dict[torch.device, list[Tensor]] = {}
     for norm in found:
         devices.setdefault(norm.device, []).append(norm)
+    if list(devices) == [torch.device("cpu")]:  # nothing to wait for, and stacking takes longer
+        return math.hypot(*(norm.item() for norm in found))
     return math.hypot(*(v for group in devices.values() for v in torch.stack(group).tolist()))

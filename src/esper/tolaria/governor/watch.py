@@ -57,6 +57,7 @@ class Watch:
         self.watcher = Watcher(self.model.host, optimizers)
         self.snapshots = Snapshots([self.model.host, *averages], optimizers, stateful, captures)
         self.paused_before = False
+        self.metered = False  # whether a step's cost is known
         self.silent = 0  # steps in which no gradient reached the exposed kernel
         self.snapshots.take(growth.steps)
 
@@ -71,8 +72,8 @@ class Watch:
             What was done; after "rollback" the host is an earlier one, and growth has nothing to do.
         """
         flops = 3.0 * self.model.flops * self.orchestrator.examples
-        if self.watcher.turn % self.settings.every == 0:
-            self.watcher.reading = Reading.of(flops, self.model.parameter_count())
+        if not self.metered and flops > 0:  # once: another share would be another norm
+            self.watcher.reading, self.metered = Reading.of(flops, self.model.parameter_count()), True
         least: Action = self.settings.exposed if self.exposed() else "notify"
         action = self.governor.check(self.watcher.read(loss), step, least)
         if action != "rollback":
@@ -105,6 +106,7 @@ class Watch:
         if event.kind in ("widened", "grafted"):
             self.snapshots.clear()
             self.watcher.kept.clear()
+            self.metered = False
         if event.kind != "stage" or event.data["target"] not in (GRAFTING, FOSSILISED):
             return
         ramp = self.orchestrator.timing.ramp if event.data["target"] == GRAFTING else 0
