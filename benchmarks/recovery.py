@@ -123,6 +123,7 @@ def comes_back(folder: Path, times: int) -> dict[str, float]:
 def child(folder: Path, wide: int, until: int, born: float) -> int:
     """Train from wherever the newest checkpoint is; in another process than the bench."""
     import torch
+    import torch._dynamo  # torch's first optimizer imports it: half of torch's own start
     from torch import nn
 
     imported = time.monotonic() - born
