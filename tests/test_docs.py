@@ -57,7 +57,7 @@ def test_the_first_pages_have_snippets() -> None:
     assert {"README.md", "quickstart.md"} <= {page.name for page in WITH_SNIPPETS}
 
 
-@pytest.mark.parametrize("name", ["settings.md", "cli.md", "errors.md"])
+@pytest.mark.parametrize("name", ["settings.md", "cli.md", "errors.md", "optimizers.md"])
 def test_generated_pages_are_fresh(name: str) -> None:
     generate = generator()
     written = (DOCS / name).read_text(encoding="utf-8")

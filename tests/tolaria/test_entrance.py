@@ -113,7 +113,6 @@ OPTIMIZERS: dict[str, tuple[Callable[[nn.Module], Any], tuple[str, ...]]] = {
         lambda net: sgd(net[0]),
         ("lacks 1.weight, 1.bias, 3.weight, 3.bias; add them", "requires_grad_(False)"),
     ),
-    "cannot follow": (lambda net: torch.optim.LBFGS(net.parameters()), ("LBFGS", "SGD")),
     "uphill": (
         lambda net: torch.optim.SGD(net.parameters(), lr=0.1, maximize=True),
         ("'optimizer' would raise the loss (maximize=True)", "return the negative"),

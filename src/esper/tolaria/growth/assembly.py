@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
@@ -20,10 +19,9 @@ from esper.kasmina.compiling import detect
 from esper.kasmina.evidence import LossFunction, count_examples
 from esper.kasmina.flops import Ledger
 from esper.kasmina.gate import Gate
-from esper.kasmina.isolation import evaluating, untouched
+from esper.kasmina.isolation import evaluating, same_randomness, untouched
 from esper.kasmina.morphable import MorphableModel
 from esper.kasmina.orchestrator import SeedOrchestrator
-from esper.kasmina.places import Place
 from esper.kasmina.sites import Sites
 from esper.kasmina.trial import Given, Timing
 from esper.tamiyo.controller import Tamiyo
@@ -31,7 +29,8 @@ from esper.tolaria.growth.commit import Committer
 from esper.tolaria.growth.entrance import first_probe, merged_budget, named_optimizers, refuse_host
 from esper.tolaria.growth.forging import Forging
 from esper.tolaria.growth.streams import Streams
-from esper.tolaria.surgery.adoption import donor_group
+from esper.tolaria.surgery.adoption import refuse_homeless
+from esper.tolaria.surgery.own import OwnOptimizers
 
 SETTLING = 20  # steps until BatchNorm's running statistics (momentum 0.1) have forgotten 88 %
 
@@ -96,6 +95,7 @@ def assemble(
             smoothing=config.telemetry.smoothing,
             sampling=config.telemetry.sampling,
         )
+    refuse_branches(model, optimizers)
     model.pool.enabled = config.kernels.streams
     streams, ledger = Streams(seed), Ledger()
     forging = Forging(config.kernels, observe)
@@ -107,7 +107,7 @@ def assemble(
     committer = Committer(
         model, optimizers, ema, lambda: loss_fn(host, batch), config.new_slot_state, observe
     )
-    donor = Donor(optimizers)
+    donor = OwnOptimizers(optimizers, fallback)
     settling = (
         SETTLING if any(isinstance(m, _NormBase) and m.track_running_stats for m in host.modules()) else 0
     )
@@ -189,35 +189,16 @@ def looks(model: MorphableModel, config: Config) -> int:
     return config.gate.looks or max(math.ceil(1.5 * planned), 1)
 
 
-class Donor:
-    """Makes a kernel's optimizer like that of the host's layer, and keeps their learning rates together."""
+def refuse_branches(model: MorphableModel, optimizers: Mapping[str, Optimizer]) -> None:
+    """Refuse optimizers that could not adopt a branch that may stay.
 
-    def __init__(self, optimizers: Mapping[str, Optimizer]) -> None:
-        self.optimizers = optimizers
-        # by place, because load_state_dict replaces the groups themselves
-        self.owners: dict[int, tuple[Optimizer, int]] = {}
-
-    def like(self, kernel: LiveKernel, place: Place) -> Optimizer:
-        """Return an optimizer of the same kind and settings."""
-        found = donor_group(self.optimizers, place.ends())
-        if found is None:  # the place is frozen: torch's own defaults
-            return torch.optim.Adam(kernel.parameters())
-        optimizer, index = found
-        group = optimizer.param_groups[index]
-        same: Callable[..., Optimizer] = type(optimizer)
-        own = same(kernel.parameters(), lr=group["lr"])
-        own.param_groups[0].update({k: v for k, v in group.items() if k in optimizer.defaults})
-        self.owners[id(own)] = optimizer, index
-        return own
-
-    def follow(self, own: Optimizer) -> None:
-        """Take over what schedulers have set since."""
-        if id(own) in self.owners:
-            optimizer, index = self.owners[id(own)]
-            group = optimizer.param_groups[index]
-            for key in ("lr", "momentum", "betas", "weight_decay"):
-                if key in group:
-                    own.param_groups[0][key] = group[key]
+    Raises:
+        OptimizerError: With what to add.
+    """
+    with same_randomness(0):
+        for name, place in model.places.items():
+            if place.site.kind != "pair":
+                refuse_homeless(optimizers, place.ends(), place.kernel(place.site.granularity), name)
 
 
 def latency(model: nn.Module, run: Callable[[], Any]) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from esper.blueprints.kernel import GraphKernel, LiveKernel
 from esper.contracts import Decision, Event, Observer, WidenPlan
 from esper.errors import SurgeryError
 from esper.kasmina.blocks import Block
-from esper.kasmina.grown import attach, detach
+from esper.kasmina.grown import CHILD, attach, detach
 from esper.kasmina.materialise import empty_slices, widen
 from esper.kasmina.merge import merged, write
 from esper.kasmina.morphable import MorphableModel, slug
@@ -74,7 +74,8 @@ class Committer:
             if layer.place.site.kind == "pair":
                 kind, facts = "widened", self.widen(kernel, optimizer, branch, step)
             else:
-                kind, facts = "grafted", self.graft(kernel, layer.place, optimizer, branch, decision.width)
+                width = decision.width
+                kind, facts = "grafted", self.graft(kernel, layer.place, optimizer, branch, width, step)
         except FAILURES as error:
             layer.exposed = True
             return f"the grown model was put back: {error}"
@@ -98,7 +99,7 @@ class Committer:
         return {"units": plan.units, "edits": edits, "difference": difference}
 
     def graft(
-        self, kernel: LiveKernel, place: Any, optimizer: Optimizer, branch: Tensor, hidden: int
+        self, kernel: LiveKernel, place: Any, optimizer: Optimizer, branch: Tensor, hidden: int, step: int
     ) -> dict[str, Any]:
         """Fold a kernel into the Linear it stands at, or register it as a branch of the host."""
         assert isinstance(place, Block) and isinstance(kernel, GraphKernel)
@@ -107,7 +108,7 @@ class Committer:
         if folded is not None:
             return {**facts, "how": "merged", "difference": self.fold(place, folded, branch)}
         plan = self.plan_for(place, hidden)
-        difference = self.attach(plan, kernel, optimizer, branch)
+        difference = self.attach(plan, kernel, optimizer, branch, step)
         self.plans.append(plan)
         return {**facts, "how": "branch", "difference": difference, "child": plan.name}
 
@@ -132,7 +133,12 @@ class Committer:
         return GraftPlan(site.name, name, site.entry, site.exit, graph, place.signature, hidden)
 
     def attach(
-        self, plan: GraftPlan, kernel: GraphKernel, optimizer: Optimizer | None, branch: Tensor | None
+        self,
+        plan: GraftPlan,
+        kernel: GraphKernel,
+        optimizer: Optimizer | None,
+        branch: Tensor | None,
+        step: int = 0,
     ) -> float:
         """Register a branch in host and averages and let the optimizer adopt it; all or nothing."""
         host, port = self.model.host, plan.signature.port
@@ -148,8 +154,10 @@ class Committer:
                 theirs = twin.get_submodule(plan.entry), twin.get_submodule(plan.exit)
                 attach(twin, plan.name, copy.deepcopy(kernel), theirs, port)
                 back.callback(detach, twin, plan.name, theirs)
-            back.callback(adopt(self.optimizers, ends, kernel, optimizer))
+            adopted = adopt(self.optimizers, ends, kernel, optimizer, f"{CHILD}.{plan.name}.")
+            back.callback(adopted)
             back.pop_all()
+        self.tell_lost(adopted.lines, step)
         return difference
 
     def carry_out(
@@ -183,9 +191,13 @@ class Committer:
                     "fallback", step, {"what": "identity", "why": f"{lost}; optimizers were repaired by name"}
                 )
             )
-        for line in reasons:
-            self.observe(Event("fallback", step, {"what": "optimizer state", "why": line}))
+        self.tell_lost(reasons, step)
         return difference
+
+    def tell_lost(self, lines: Iterable[str], step: int) -> None:
+        """Tell what the optimizers could not keep."""
+        for line in lines:
+            self.observe(Event("fallback", step, {"what": "optimizer state", "why": line}))
 
     def replay(self, plan: Plan) -> None:
         """Repeat growth of an earlier run on a fresh host; a checkpoint will fill its empty tensors."""

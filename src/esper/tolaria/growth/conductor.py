@@ -29,6 +29,7 @@ from esper.tolaria.growth.entrance import check_finite, check_loss
 from esper.tolaria.growth.memory import capture, restore
 from esper.tolaria.growth.telling import decided, size_and_cost, started, surveyed
 from esper.tolaria.saving import save
+from esper.tolaria.surgery.closures import before_closures
 
 POOL = 32  # directions a survey compares
 SURVEYED = 32  # examples, on a host whose steps are dear
@@ -61,6 +62,8 @@ class Growth:
         self.asked: str | None = None
         self.losses: list[float] = []  # since the last progress event
         self.hooks = [o.register_step_post_hook(self._count) for o in parts.optimizers.values()]
+        self.evaluations = 0  # of closures, since the last step
+        self.hooks += [before_closures(o, self._begin_evaluation) for o in parts.optimizers.values()]
         self._tell_start()
 
     @property
@@ -71,6 +74,13 @@ class Growth:
     def _count(self, optimizer: Optimizer, *rest: Any) -> None:
         if optimizer is next(iter(self.parts.optimizers.values())):
             self.optimizer_steps += 1
+
+    def _begin_evaluation(self) -> None:
+        """Clear an exposed kernel's gradients: a closure clears the host's and knows of no other."""
+        self.evaluations += 1
+        trial = self.orchestrator.trial
+        if trial is not None and trial.kernel is not None:
+            trial.kernel.zero_grad()
 
     # -- the loop --------------------------------------------------------------------------------------------
 
@@ -90,7 +100,8 @@ class Growth:
         value = float(loss.detach())
         check_finite(value, self.steps)
         self.batches.append(batch)
-        examples = self._examples(batch)
+        examples = self._examples(batch) * max(self.evaluations, 1)
+        self.evaluations = 0
         self.cost.training_flops += 3 * self.morphable.flops * examples  # backward costs twice the forward
         self.orchestrator.examples += examples
         if self.optimizer_steps == self.steps:
@@ -304,8 +315,7 @@ def grow(
 
     Args:
         model: Any ``nn.Module`` with at least one pair of Linear or convolution layers that can be widened.
-        optimizer: The one that trains it, or several by name. SGD, Adam, AdamW, RMSprop and Adagrad can
-            follow growth.
+        optimizer: The one that trains it, or several by name: any of ``torch.optim``, see docs/optimizers.md.
         loss_fn: ``loss_fn(model, batch) -> scalar``, the same one the loop calls; axis 0 of every tensor of a
             batch is the example axis.
         probe: Batches held out of training, re-iterable: the evidence that growth must bring.

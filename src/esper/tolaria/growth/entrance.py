@@ -15,8 +15,6 @@ from esper.config import Budget
 from esper.errors import ConfigError, LossError, OptimizerError, ProbeError, SiteError, nearest
 from esper.kasmina.gate import check_probe
 from esper.kasmina.isolation import evaluating, untouched
-from esper.tolaria.surgery.kinds import kind_of
-from esper.tolaria.surgery.own import needs_closure
 
 
 def named_optimizers(
@@ -47,7 +45,6 @@ def named_optimizers(
             f"the optimizer lacks {listed}; add them, or freeze them with requires_grad_(False)"
         )
     refuse_ascent(given)
-    refuse_unsupported(given)
     return given
 
 
@@ -65,20 +62,6 @@ def refuse_ascent(optimizers: Mapping[str, Optimizer]) -> None:
             f"{', '.join(map(repr, optimizers))} would raise the loss (maximize=True), which growth lowers; "
             "let loss_fn return the negative and leave maximize out"
         )
-
-
-def refuse_unsupported(optimizers: Mapping[str, Optimizer]) -> None:
-    """Refuse optimizers that cannot train an exposed branch.
-
-    Raises:
-        OptimizerError: One needs a closure or takes only some shapes.
-    """
-    for name, optimizer in optimizers.items():
-        if needs_closure(type(optimizer)) or kind_of(optimizer).wants:
-            raise OptimizerError(
-                f"optimizer {name!r} is {type(optimizer).__name__}, which cannot train a branch yet; "
-                "give parameters that may grow to SGD, Adam, AdamW, RMSprop or Adagrad"
-            )
 
 
 def refuse_host(model: nn.Module) -> None:
