@@ -254,6 +254,6 @@ def test_an_exposed_kernels_vitals_are_sampled_smoothed_and_told() -> None:
     assert 0 < last["score"] <= 1
     assert last["variance"] > 0
     assert last["gradient"] > 0
-    assert last["latency"] > 0
+    assert "latency" not in last  # the same seed tells the same events
     assert 0 <= last["dead"] < 1
     assert not any(event.kind == "vitals" for event in kept.events)

@@ -310,9 +310,9 @@ class SeedOrchestrator:
         measured = {"variance": float(output.float().var()), "gradient": gradient, "dead": dead}
         layout.observe_seed(trial.seed, **measured, latency=milliseconds)
         score = layout.health_score(trial.seed)
-        self.tell(
-            "vitals", seed=trial.seed, site=trial.decision.site, score=score, **layout.vitals_of(trial.seed)
-        )
+        told = {name: value for name, value in layout.vitals_of(trial.seed).items() if name != "latency"}
+        # Latency stays in the layout: the same seed tells the same events, on any machine.
+        self.tell("vitals", seed=trial.seed, site=trial.decision.site, score=score, **told)
 
     def set_alpha(self, alpha: float) -> None:
         """Write α where the layer reads it."""
