@@ -12,6 +12,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from esper.errors import ConfigError, nearest
 
+Rung = Literal["notify", "hold", "rollback", "stop"]  # what a governor may do, by severity
+
 
 class Section(BaseModel):
     """A frozen group of settings."""
@@ -122,6 +124,30 @@ class Telemetry(Section):
     smoothing: float = Field(0.1, gt=0, le=1, description="weight of a new measurement in a smoothed one")
 
 
+class Governor(Section):
+    """What is done about a fault; each ladder's last rung is repeated."""
+
+    enabled: bool = Field(
+        False, description="watch every step and act on faults; off, a loss that is not finite raises"
+    )
+    nonfinite: tuple[Rung, ...] = Field(
+        ("rollback",), min_length=1, description="at the first, second, … value that is not finite"
+    )
+    spike: tuple[Rung, ...] = Field(
+        ("notify", "hold", "rollback"), min_length=1, description="at spikes of loss or gradient norm"
+    )
+    divergence: tuple[Rung, ...] = Field(("notify", "hold"), min_length=1, description="at a slow rise")
+    rate: tuple[Rung, ...] = Field(
+        ("notify",), min_length=1, description="at a learning rate 10 × any before"
+    )
+    exposed: Rung = Field("rollback", description="least action at a spike while a seed is exposed")
+    memory: int = Field(256, ge=1, description="steps within which alarms of a kind count together")
+    rollbacks: int = Field(3, ge=0, description="near each other; one more is a stop")
+    calm: int = Field(64, ge=1, description="steps without an alarm until held growth goes on")
+    every: int = Field(100, ge=1, description="steps from one snapshot to the next")
+    grace: int = Field(24, ge=1, description="steps an expected discontinuity may show")
+
+
 class Config(BaseSettings):
     """All settings; environment variables look like ``ESPER_RACE__CANDIDATES=4``."""
 
@@ -137,6 +163,7 @@ class Config(BaseSettings):
     budget: Budget = Budget()
     kernels: Kernels = Kernels()
     telemetry: Telemetry = Telemetry()
+    governor: Governor = Governor()
     blueprints: tuple[str, ...] = Field(
         ("auto",),
         min_length=1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,6 +25,7 @@ from esper.kasmina.sites import Sites
 from esper.nissa.journal import RunJournal
 from esper.tamiyo.controller import Room, Tamiyo
 from esper.tolaria.genome import Plan
+from esper.tolaria.governor import Settings, Watch
 from esper.tolaria.growth.assembly import Parts, assemble, limit
 from esper.tolaria.growth.entrance import check_finite, check_loss
 from esper.tolaria.growth.memory import capture, restore
@@ -61,6 +63,7 @@ class Growth:
         self.finished = self.paused = False
         self.asked: str | None = None
         self.losses: list[float] = []  # since the last progress event
+        self.watch: Watch | None = None  # the governor, where the settings want one
         self.hooks = [o.register_step_post_hook(self._count) for o in parts.optimizers.values()]
         self.evaluations = 0  # of closures, since the last step
         self.hooks += [before_closures(o, self._begin_evaluation) for o in parts.optimizers.values()]
@@ -92,13 +95,15 @@ class Growth:
             loss: What it returned: a finite scalar.
 
         Raises:
-            LossError: The loss is not a finite scalar.
+            LossError: The loss is not a scalar, or the governor stopped the run; without a governor also
+                where it is not finite.
             FinishedError: The run is over.
         """
         self._refuse_finished("step")
         check_loss(loss)
         value = float(loss.detach())
-        check_finite(value, self.steps)
+        if self.watch is None:
+            check_finite(value, self.steps)
         self.batches.append(batch)
         examples = self._examples(batch) * max(self.evaluations, 1)
         self.evaluations = 0
@@ -107,6 +112,12 @@ class Growth:
         if self.optimizer_steps == self.steps:
             return
         self.steps = self.optimizer_steps
+        if self.watch is not None:
+            with self.morphable.policy.uncompiled():
+                action = self.watch.step(value, self.steps)
+            if action == "rollback" or not math.isfinite(value):
+                self.orchestrator.examples = 0
+                return  # this step is undone, or teaches nothing
         self.losses.append(value)
         begun = time.perf_counter()
         with self.morphable.policy.uncompiled():
@@ -176,6 +187,16 @@ class Growth:
         flops = None if budget.model_flops is None else budget.model_flops - self.morphable.flops
         return Room(size, limit(budget, self.parts.host_parameters) - size, events, flops)
 
+    def expect(self, why: str, steps: int | None = None) -> None:
+        """Announce a discontinuity, such as other data or another learning rate: it is no alarm then.
+
+        Args:
+            why: What findings are annotated with.
+            steps: How long it may show; None: ``governor.grace``.
+        """
+        if self.watch is not None:
+            self.watch.governor.expect(self.steps, why, steps)
+
     # -- what else a user may ask ----------------------------------------------------------------------------
 
     def epoch(self, metrics: Mapping[str, float] | None = None) -> None:
@@ -219,6 +240,8 @@ class Growth:
         self.cost.seconds += time.perf_counter() - begun
         for hook in self.hooks:
             hook.remove()
+        if self.watch is not None:
+            self.watch.close()
         self.parts.forging.close()
         self.batches.clear()
         self.finished = True
@@ -358,4 +381,10 @@ def grow(
         seed=seed,
         observe=observe,
     )
-    return Growth(parts)
+    growth = Growth(parts)
+    if settings.governor.enabled:
+        chosen = Settings(**settings.governor.model_dump(exclude={"enabled"}))
+        stateful = [*schedulers, *([scaler] if scaler is not None else [])]
+        growth.watch = Watch(growth, chosen, averages=ema, stateful=stateful)
+        watchers.append(growth.watch.told)
+    return growth

@@ -42,6 +42,7 @@ def capture(growth: Any) -> dict[str, Any]:
         "paused": growth.paused,
         "pending": list(growth.losses),
         "batches": list(growth.batches),
+        "governor": None if growth.watch is None else growth.watch.state_dict(),
         "trial": None if orchestrator.trial is None else capture_trial(orchestrator.trial),
     }
 
@@ -99,6 +100,10 @@ def restore(growth: Any, state: Mapping[str, Any]) -> None:
     growth.asked, growth.paused = state["asked"], state["paused"]
     growth.losses.extend(state["pending"])
     growth.batches.extend(state["batches"])
+    if growth.watch is not None:
+        growth.watch.snapshots.clear()  # the model is another one by now
+        if state.get("governor") is not None:
+            growth.watch.load_state_dict(state["governor"])
     if state["trial"] is not None:
         restore_trial(growth, state["trial"])
 
