@@ -1,7 +1,9 @@
 """Recipes as files, in a folder with the modules they name, run by the real command."""
 
 import json
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -112,6 +114,28 @@ def test_the_result_as_json_and_the_saved_model(inside, recipe, tmp_path: Path) 
     assert told["run"] == str(tmp_path / "here")
     net = library.load_into(resolve("host:build")(), tmp_path / "here" / "model")
     assert sum(parameter.numel() for parameter in net.parameters()) == told["parameters_after"]
+
+
+def test_a_killed_training_goes_on_by_the_same_command(esper, recipe, tmp_path: Path) -> None:
+    path, whole, cut = recipe(), tmp_path / "whole", tmp_path / "cut"
+    command = [sys.executable, "-m", "esper", "train", str(path), "--resume", "auto", "--run-dir"]
+    assert (
+        subprocess.run([*command, str(whole)], cwd=tmp_path, capture_output=True, check=False).returncode == 0
+    )
+    process = subprocess.Popen(
+        [*command, str(cut)], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not list((cut / "checkpoints").glob("step-*")) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert (
+        subprocess.run([*command, str(cut)], cwd=tmp_path, capture_output=True, check=False).returncode == 0
+    )
+    mine, theirs = ((folder / "model" / "model.safetensors").read_bytes() for folder in (cut, whole))
+    assert mine == theirs
 
 
 def test_settings_of_growth_are_read(inside, recipe) -> None:

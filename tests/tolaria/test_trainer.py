@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import esper
 from esper.contracts import Event
-from esper.errors import ConfigError, FinishedError
+from esper.errors import ConfigError, FinishedError, StateError
 from esper.tolaria.trainer import Trainer
 
 EPOCHS = 8
@@ -220,3 +220,46 @@ def test_metrics_over_batches_of_any_kind_are_weighted_by_examples() -> None:
     values = trainer.evaluate(batches)
     expected = square(model, {"x": torch.cat([b["x"] for b in batches])}).detach()
     assert values == {"loss": pytest.approx(float(expected))}
+
+
+@pytest.mark.parametrize("stop", [7, 16, 41])
+def test_a_stopped_training_resumes_bit_for_bit(stop: int, tmp_path: Path) -> None:
+    class Stopped(Exception):
+        pass
+
+    def begun(folder: Path, last: int | None = None) -> Trainer:
+        seen = 0
+
+        def stopping(model: nn.Module, batch: Any) -> Tensor:
+            nonlocal seen
+            seen += model.training
+            if last is not None and seen > last:
+                raise Stopped
+            return loss_fn(model, batch)
+
+        data, model = Data(), make_model()
+        optimizer = Adam(model.parameters(), lr=0.02)
+        given = {"train": data.train, "val": data.val, "probe": data.probe, "epochs": 6}
+        torch.manual_seed(4)
+        return Trainer(model, optimizer, stopping, **given, checkpoints=folder, every=1, keep=2)
+
+    whole = begun(tmp_path / "whole")
+    whole.fit()
+    cut = begun(tmp_path / "cut", last=stop)
+    with pytest.raises(Stopped):
+        cut.fit()
+    assert cut.manager is not None
+    cut.manager.close()
+    again = begun(tmp_path / "cut")
+    assert again.resume() is not None
+    again.fit()
+    assert again.history == whole.history
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(again.model.state_dict().values(), whole.model.state_dict().values(), strict=True)
+    )
+
+
+def test_resuming_without_checkpoints_says_what_to_give() -> None:
+    with pytest.raises(StateError, match="give it checkpoints="):
+        trainer_of(make_model(), Data()).resume()

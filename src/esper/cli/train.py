@@ -15,6 +15,10 @@ def train(
     run_dir: Annotated[
         Path | None, typer.Option(help="Where to write; the config's run_dir by default.")
     ] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(help="auto: keep checkpoints in the run folder, and go on from the newest sound one."),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the run's totals as JSON.")] = False,
     plain: Annotated[bool, typer.Option("--plain", help="Progress as lines, always.")] = False,
 ) -> None:
@@ -22,6 +26,8 @@ def train(
     from esper.cli import resolve
     from esper.cli.recipe import growth_settings, read_recipe
 
+    if resume not in (None, "auto"):
+        raise typer.BadParameter(f"--resume {resume!r}: auto is all there is")
     recipe = read_recipe(config)
     settings = growth_settings(config, recipe)
     resolve.see_folder(config)
@@ -48,7 +54,10 @@ def train(
             epochs=recipe.epochs,
             seed=recipe.seed,
             on_event=view,
+            checkpoints=folder / "checkpoints" if resume else None,
         )
+        if resume is not None:
+            trainer.resume()
         trainer.fit()
     trainer.growth.save(folder / "model")
     if json:

@@ -13,7 +13,11 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from esper.config import ConfigLike
 from esper.contracts import Observer, ignore
-from esper.errors import ConfigError, FinishedError
+from esper.errors import ConfigError, FinishedError, StateError
+from esper.tolaria.checkpoint import Batches, CheckpointManager, Run, Storage
+from esper.tolaria.checkpoint.cadence import Every
+from esper.tolaria.checkpoint.format import Manifest
+from esper.tolaria.checkpoint.retention import Best
 from esper.tolaria.growth import grow
 
 Metric = Callable[[nn.Module, Any], float | Tensor]
@@ -38,6 +42,10 @@ class Trainer:
         run_dir: Folder of the run's events.
         seed: Of all choices growth makes; the model and the data have their own.
         on_event: Called with every event.
+        checkpoints: A folder or another storage of checkpoints; None keeps none.
+        every: Optimizer steps, or a ``timedelta``, between checkpoints; None: from their measured cost.
+        keep: How many of the newest checkpoints stay.
+        best: A metric and ``"min"`` or ``"max"``: the best checkpoint stays besides.
 
     Attributes:
         growth: The ``esper.Growth`` at work: what has grown, what it cost, ``save``.
@@ -62,6 +70,10 @@ class Trainer:
         run_dir: str | Path | None = None,
         seed: int = 0,
         on_event: Observer = ignore,
+        checkpoints: Storage | str | Path | None = None,
+        every: Every = None,
+        keep: int | None = 3,
+        best: Best | None = None,
     ) -> None:
         self.model, self.loss_fn, self.train, self.val, self.epochs = model, loss_fn, train, val, epochs
         self.scheduler, self.scheduler_interval = scheduler, scheduler_interval
@@ -85,6 +97,37 @@ class Trainer:
             seed=seed,
             on_event=on_event,
         )
+        self._done = False
+        self._sums: list[Any] = [torch.zeros(()), 0]  # of the present epoch: loss times examples, examples
+        self.manager: CheckpointManager | None = None
+        self.batches: Batches | None = None
+        if checkpoints is not None:
+            self.batches = Batches(train)
+            others: dict[str, Any] = {"trainer": self}
+            others |= {} if scheduler is None else {"scheduler": scheduler}
+            named = optimizer if isinstance(optimizer, Mapping) else {"optimizer": optimizer}
+            run = Run(model, named, growth=self.growth, others=others, batches=self.batches)
+            self.manager = CheckpointManager(
+                checkpoints, run, every=every, keep=keep, best=best, observe=on_event
+            )
+
+    def resume(self) -> Manifest | None:
+        """Go on from the newest checkpoint that verifies, at the next :meth:`fit`; None where there is none.
+
+        Raises:
+            StateError: There are no checkpoints to look for, or they are of another run.
+        """
+        if self.manager is None:
+            raise StateError("this Trainer keeps no checkpoints; give it checkpoints=")
+        return self.manager.resume()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the trainer itself knows: past epochs, and the sums of the present one."""
+        return {"history": self.history, "sums": self._sums}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take it back."""
+        self.history, self._sums = list(state["history"]), list(state["sums"])
 
     def fit(self) -> nn.Module:
         """Train for all epochs and return the model: the same object, wider.
@@ -93,9 +136,11 @@ class Trainer:
             FinishedError: This trainer has run already.
             ConfigError: ``train`` gave no batch.
         """
-        if self.history:
+        if self._done:
             raise FinishedError("this Trainer has run; make a new one to train the model further")
-        for epoch in range(1, self.epochs + 1):
+        self._done = True
+        done = 0 if self.batches is None else self.batches.epoch
+        for epoch in range(done + 1, self.epochs + 1):
             row = {"epoch": epoch, "train_loss": self._train_epoch()}
             if self.val is not None:
                 row |= self.evaluate(self.val)
@@ -105,6 +150,8 @@ class Trainer:
                 self.scheduler.step()
             self.history.append(row)
             self.growth.epoch({name: value for name, value in row.items() if name != "epoch"})
+        if self.manager is not None:
+            self.manager.close()
         return self.growth.finish()
 
     def evaluate(self, batches: Iterable[Any]) -> dict[str, float]:
@@ -123,8 +170,7 @@ class Trainer:
 
     def _train_epoch(self) -> float:
         self.model.train()
-        total, examples = torch.zeros(()), 0
-        for batch in self.train:
+        for batch in self.train if self.batches is None else self.batches:
             loss = self.loss_fn(self.model, batch)
             for optimizer in self._optimizers:
                 optimizer.zero_grad()
@@ -134,11 +180,12 @@ class Trainer:
             if self.scheduler is not None and self.scheduler_interval == "step":
                 self.scheduler.step()
             self.growth.step(batch, loss)
+            total, examples = self._sums
             count = _examples(batch)
-            total, examples = (
-                total.to(loss.device) + count * loss.detach(),
-                examples + count,
-            )  # no sync per step
+            self._sums = [total.to(loss.device) + count * loss.detach(), examples + count]  # no sync per step
+            if self.manager is not None:
+                self.manager.step({"train_loss": loss})
+        (total, examples), self._sums = self._sums, [torch.zeros(()), 0]
         if not examples:
             raise ConfigError(
                 "train gave no batch; pass batches that can be iterated again, like a DataLoader"
