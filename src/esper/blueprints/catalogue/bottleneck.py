@@ -24,4 +24,5 @@ bottleneck = Graph(
         node("out", "conv", "second", channels="outputs", kernel=1),
     ),
     output="out",
+    experimental=True,  # never beat widening at equal parameters: esper bench blueprints
 )

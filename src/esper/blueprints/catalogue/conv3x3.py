@@ -22,4 +22,5 @@ conv3x3 = Graph(
         node("out", "conv", "active", channels="outputs", groups="groups", kernel=1),
     ),
     output="out",
+    experimental=True,  # never beat widening at equal parameters: esper bench blueprints
 )

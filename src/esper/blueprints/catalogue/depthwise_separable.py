@@ -23,4 +23,5 @@ depthwise_separable = Graph(
         node("out", "conv", "active", channels="outputs", kernel=1),
     ),
     output="out",
+    experimental=True,  # never beat widening at equal parameters: esper bench blueprints
 )

@@ -22,4 +22,5 @@ dilated = Graph(
         node("out", "conv", "active", channels="outputs", kernel=1),
     ),
     output="out",
+    experimental=True,  # never beat widening at equal parameters: esper bench blueprints
 )

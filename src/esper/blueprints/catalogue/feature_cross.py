@@ -23,4 +23,5 @@ feature_cross = Graph(
         node("out", "affine", "both", outputs="outputs"),
     ),
     output="out",
+    experimental=True,  # never beat widening at equal parameters: esper bench blueprints
 )

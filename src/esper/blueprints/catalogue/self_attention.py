@@ -26,4 +26,5 @@ self_attention = Graph(
         node("out", "affine", "read", outputs="outputs"),
     ),
     output="out",
+    experimental=True,  # never beat widening at equal parameters: esper bench blueprints
 )

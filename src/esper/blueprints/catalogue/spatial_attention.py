@@ -27,4 +27,5 @@ spatial_attention = Graph(
         node("out", "conv", "weighed", channels="outputs", kernel=1),
     ),
     output="out",
+    experimental=True,  # never beat widening at equal parameters: esper bench blueprints
 )
