@@ -40,8 +40,8 @@ from benchmarks.blueprint_tasks import BLOCKS, TASKS
 from benchmarks.data import Split
 from benchmarks.flops import parameters
 from benchmarks.promises import Promise
-from benchmarks.runs import Result, predict
-from benchmarks.tasks import Task, hidden_widths
+from benchmarks.runs import Result, judge, predict
+from benchmarks.tasks import Task
 from benchmarks.workers import Workers, workers
 from esper.blueprints import CATALOGUE
 from esper.errors import SiteError
@@ -92,28 +92,12 @@ def train(job: Job) -> Trained:
     for _ in arm.epochs():
         pass
     seconds = time.perf_counter() - began
-    parts = setup.split.train, setup.split.probe, setup.split.test
-    outputs = [(predict(arm.net, x), y) for x, y in parts]
-    scores = [task.score(out, y) for out, y in outputs]
+    x, y = setup.split.probe
     own = parameters(task.build(task.small, job.seed))
     return Trained(
-        task=job.task,
-        arm=job.arm,
-        seed=job.seed,
-        rate=job.rate,
-        widths=hidden_widths(arm.net),
-        parameters=parameters(arm.net),
-        growths=arm.growths,
-        train=scores[0],
-        probe=scores[1],
-        test=scores[2],
-        test_loss=float(task.loss(*outputs[2])),
-        training_flops=arm.training_flops,
-        growth_flops=arm.growth_flops,
-        seconds=seconds,
-        curve=(),
+        **vars(judge(job.arm, arm, setup, seconds)),
         added=parameters(arm.net) - own,
-        probe_loss=float(task.loss(*outputs[1])),
+        probe_loss=float(task.loss(predict(arm.net, x), y)),
     )
 
 

@@ -90,24 +90,30 @@ def run(job: Job) -> Result:
             score = task.score(predict(arm.net, split.test[0]), split.test[1])
             spent = arm.training_flops + arm.growth_flops
             curve.append(Point(epoch + 1, spent, parameters(arm.net), score))
-    scores = [task.score(predict(arm.net, x), y) for x, y in (split.train, split.probe, split.test)]
-    x, y = split.test
+    return judge(job.arm, arm, setup, seconds, tuple(curve))
+
+
+def judge(name: str, arm: arms.Arm, setup: Setup, seconds: float, curve: tuple[Point, ...] = ()) -> Result:
+    """Judge a trained arm on every part."""
+    task, split = setup.task, setup.split
+    outputs = [(predict(arm.net, x), y) for x, y in (split.train, split.probe, split.test)]
+    train, probe, test = (task.score(output, y) for output, y in outputs)
     return Result(
-        task=job.task,
-        arm=job.arm,
-        seed=job.seed,
-        rate=job.rate,
+        task=task.name,
+        arm=name,
+        seed=setup.seed,
+        rate=setup.rate,
         widths=hidden_widths(arm.net),
         parameters=parameters(arm.net),
         growths=arm.growths,
-        train=scores[0],
-        probe=scores[1],
-        test=scores[2],
-        test_loss=float(task.loss(predict(arm.net, x), y)),
+        train=train,
+        probe=probe,
+        test=test,
+        test_loss=float(task.loss(*outputs[2])),
         training_flops=arm.training_flops,
         growth_flops=arm.growth_flops,
         seconds=seconds,
-        curve=tuple(curve),
+        curve=curve,
     )
 
 

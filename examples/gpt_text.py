@@ -11,40 +11,17 @@ import torch
 import torch.nn.functional as F
 from arms import Batch, Parts, Task, main
 from torch import Tensor, nn
+from transformer import Block
 
 TIME, BATCH, STEPS = 32, 32, 600
 DIM, HEAD, BLOCKS = 32, 8, 2
-
-
-class Attention(nn.Module):
-    def __init__(self, heads: int) -> None:
-        super().__init__()
-        self.q, self.k, self.v = (nn.Linear(DIM, heads * HEAD, bias=False) for _ in range(3))
-        self.out = nn.Linear(heads * HEAD, DIM)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (f(x).unflatten(-1, (-1, HEAD)).transpose(1, 2) for f in (self.q, self.k, self.v))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (batch, heads, time, HEAD)
-        return self.out(y.transpose(1, 2).flatten(2))
-
-
-class Block(nn.Module):
-    def __init__(self, heads: int, hidden: int) -> None:
-        super().__init__()
-        self.before_attention, self.attention = nn.LayerNorm(DIM), Attention(heads)
-        self.before_mlp = nn.LayerNorm(DIM)
-        self.mlp = nn.Sequential(nn.Linear(DIM, hidden), nn.GELU(), nn.Linear(hidden, DIM))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.before_attention(x))
-        return x + self.mlp(self.before_mlp(x))
 
 
 class Gpt(nn.Module):
     def __init__(self, characters: int, heads: int = 1, hidden: int = 4) -> None:
         super().__init__()
         self.characters, self.places = nn.Embedding(characters, DIM), nn.Embedding(TIME, DIM)
-        self.blocks = nn.Sequential(*(Block(heads, hidden) for _ in range(BLOCKS)))
+        self.blocks = nn.Sequential(*(Block(DIM, HEAD, heads, hidden, causal=True) for _ in range(BLOCKS)))
         self.norm, self.head = nn.LayerNorm(DIM), nn.Linear(DIM, characters)
 
     def forward(self, x: Tensor) -> Tensor:  # (batch, time) -> (batch, time, characters)

@@ -7,33 +7,10 @@ import torch.nn.functional as F
 from arms import Batch, Parts, Task, main
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
+from transformer import Block
 
 EPOCHS, BATCH = 40, 64
 DIM, HEAD, BLOCKS, PATCH = 16, 2, 2, 2
-
-
-class Attention(nn.Module):
-    def __init__(self, heads: int) -> None:
-        super().__init__()
-        self.q, self.k, self.v = (nn.Linear(DIM, heads * HEAD, bias=False) for _ in range(3))
-        self.out = nn.Linear(heads * HEAD, DIM)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (f(x).unflatten(-1, (-1, HEAD)).transpose(1, 2) for f in (self.q, self.k, self.v))
-        y = F.scaled_dot_product_attention(q, k, v)  # (batch, heads, patches, HEAD)
-        return self.out(y.transpose(1, 2).flatten(2))
-
-
-class Block(nn.Module):
-    def __init__(self, heads: int, hidden: int) -> None:
-        super().__init__()
-        self.before_attention, self.attention = nn.LayerNorm(DIM), Attention(heads)
-        self.before_mlp = nn.LayerNorm(DIM)
-        self.mlp = nn.Sequential(nn.Linear(DIM, hidden), nn.GELU(), nn.Linear(hidden, DIM))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.before_attention(x))
-        return x + self.mlp(self.before_mlp(x))
 
 
 class Vit(nn.Module):
@@ -41,7 +18,7 @@ class Vit(nn.Module):
         super().__init__()
         self.patches = nn.Linear(PATCH * PATCH, DIM)
         self.places = nn.Embedding((8 // PATCH) ** 2, DIM)
-        self.blocks = nn.Sequential(*(Block(heads, hidden) for _ in range(BLOCKS)))
+        self.blocks = nn.Sequential(*(Block(DIM, HEAD, heads, hidden, causal=False) for _ in range(BLOCKS)))
         self.norm, self.head = nn.LayerNorm(DIM), nn.Linear(DIM, 10)
 
     def forward(self, x: Tensor) -> Tensor:  # (batch, 8, 8) -> (batch, 10)

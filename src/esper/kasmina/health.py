@@ -96,9 +96,14 @@ def hidden(pair: Pair, x: Tensor) -> dict[str, float]:
         for step in pair.steps:
             h = step.run(h, step.tensors(), training=False)
         flat = h.float()
-        silent = (flat == 0).flatten(0, -2) if flat.dim() != 4 else (flat == 0).transpose(1, 3).flatten(0, 2)
         return {
             "activation_mean": float(flat.mean()),
             "activation_variance": float(flat.var()),
-            "dead": float(silent.all(0).float().mean()),
+            "dead": dead(flat),
         }
+
+
+def dead(activations: Tensor) -> float:
+    """Return the share of channels at exactly zero on every example, (batch, …, c) or (batch, c, h, w)."""
+    last = activations.transpose(1, -1) if activations.dim() == 4 else activations
+    return float((last == 0).flatten(0, -2).all(0).float().mean())

@@ -19,7 +19,7 @@ from esper.config import Config
 from esper.contracts import Decision, Event, Outcome, Stage
 from esper.kasmina.evidence import join
 from esper.kasmina.finals import decide
-from esper.kasmina.health import Measured
+from esper.kasmina.health import Measured, dead
 from esper.kasmina.isolation import same_randomness, untouched
 from esper.kasmina.lessons import FIELD, Lessons, Step, first
 from esper.kasmina.morphable import MorphableModel
@@ -304,10 +304,8 @@ class SeedOrchestrator:
         sample, trial.layer.sample = trial.layer.sample, None
         assert sample is not None
         output, milliseconds = sample
-        units = output.transpose(1, -1).flatten(0, -2) if output.dim() == 4 else output.flatten(0, -2)
-        dead = float((units == 0).all(0).float().mean())  # (rows, channels) -> share of silent channels
         layout = self.model.layout
-        measured = {"variance": float(output.float().var()), "gradient": gradient, "dead": dead}
+        measured = {"variance": float(output.float().var()), "gradient": gradient, "dead": dead(output)}
         layout.observe_seed(trial.seed, **measured, latency=milliseconds)
         score = layout.health_score(trial.seed)
         told = {name: value for name, value in layout.vitals_of(trial.seed).items() if name != "latency"}

@@ -67,7 +67,7 @@ class Race:
         """Build one candidate; the first "svd" one takes the best units, the others draw by score."""
         kernel = self.layer.place.kernel(self.units).train()
         if start == "svd":
-            sow(kernel, pool, x, best=index == 0)
+            sow(kernel, pool, best=index == 0)
         if isinstance(kernel, WidenKernel):
             centre(kernel, x)
         return kernel

@@ -86,7 +86,7 @@ def pick(tensor: Tensor, axis: int, units: int, which: Tensor) -> Tensor:
     return own[which.to(tensor.device)].flatten(0, 1).movedim(0, axis)
 
 
-def sow(kernel: LiveKernel, pool: Survey, x: Tensor, best: bool) -> None:
+def sow(kernel: LiveKernel, pool: Survey, best: bool) -> None:
     """Give a candidate units of the pool: the best, or some drawn by their score."""
     if not pool.units:
         return

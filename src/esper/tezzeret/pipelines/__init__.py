@@ -7,6 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 from esper.blueprints.program import Form, Program
+from esper.errors import CompileError
 from esper.registry import Registry
 
 # What torch raises when it cannot compile; its own compiler errors are RuntimeErrors.
@@ -55,6 +56,16 @@ class Pipeline(Protocol):
         Raises:
             CompileError: They do not load.
         """
+
+
+def require(pipeline: Pipeline) -> None:
+    """Refuse to compile where a pipeline cannot run.
+
+    Raises:
+        CompileError: With the reason.
+    """
+    if reason := pipeline.unavailable():
+        raise CompileError(f"{pipeline.name} is unavailable: {reason}")
 
 
 PIPELINES = Registry("esper.tezzeret.pipelines", "esper.pipelines")

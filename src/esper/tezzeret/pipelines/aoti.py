@@ -13,7 +13,7 @@ from torch._inductor import aoti_compile_and_package, aoti_load_package
 
 from esper.blueprints.program import Form, Program
 from esper.errors import CompileError
-from esper.tezzeret.pipelines import FAILURES, Pipeline
+from esper.tezzeret.pipelines import FAILURES, Pipeline, require
 from esper.tezzeret.quiet import quiet
 from esper.tezzeret.toolchain import native_compiler
 from esper.tezzeret.tracing import exported
@@ -56,8 +56,7 @@ class Aoti:
         Raises:
             CompileError: There is no compiler, or it refuses the program.
         """
-        if reason := self.unavailable():
-            raise CompileError(f"aoti is unavailable: {reason}")
+        require(self)
         traced = exported(program, example, free=True)
         with TemporaryDirectory(prefix="esper-aoti-") as folder:
             package = Path(folder, "kernel.pt2")

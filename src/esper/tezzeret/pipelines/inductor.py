@@ -10,7 +10,7 @@ from torch._inductor import config
 
 from esper.blueprints.program import Form, Program
 from esper.errors import CompileError
-from esper.tezzeret.pipelines import FAILURES, Pipeline
+from esper.tezzeret.pipelines import FAILURES, Pipeline, require
 from esper.tezzeret.quiet import quiet
 from esper.tezzeret.toolchain import native_compiler
 from esper.tezzeret.tracing import example_weights, exported, flat
@@ -39,8 +39,7 @@ class Inductor:
         Raises:
             CompileError: There is no compiler, or it refuses the program.
         """
-        if reason := self.unavailable():
-            raise CompileError(f"inductor is unavailable: {reason}")
+        require(self)
         graph = flat(exported(program, example, free=True))
         with quiet():
             run = torch.compile(graph, dynamic=True, fullgraph=True)

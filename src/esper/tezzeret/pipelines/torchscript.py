@@ -10,7 +10,7 @@ from torch import Tensor
 
 from esper.blueprints.program import Argument, Form, Program
 from esper.errors import CompileError
-from esper.tezzeret.pipelines import FAILURES, Pipeline
+from esper.tezzeret.pipelines import FAILURES, Pipeline, require
 from esper.tezzeret.quiet import quiet
 
 __all__ = ["PIPELINE"]
@@ -45,8 +45,7 @@ class TorchScript:
         Raises:
             CompileError: This torch has no TorchScript, or it refuses the text.
         """
-        if reason := self.unavailable():
-            raise CompileError(f"torchscript is unavailable: {reason}")
+        require(self)
         text = source(program)
         try:
             with quiet():
