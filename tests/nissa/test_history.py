@@ -121,3 +121,10 @@ def test_a_run_resumed_twice_in_a_folder_of_several_runs(events: list[Event]) ->
 
 def test_a_new_run_in_an_old_folder_starts_from_nothing(events: list[Event]) -> None:
     assert fold([*events, *events]) == fold(events)
+
+
+def test_a_grafted_decision_is_judged_like_a_widening() -> None:
+    decision = module.DecisionHistory(1, 5, chosen={"action": "graft", "site": "head+residual_mlp"})
+    assert decision.verdict == "open"
+    decision.outcome = {"kept": True}
+    assert decision.verdict == "kept"

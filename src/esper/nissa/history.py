@@ -98,7 +98,7 @@ class DecisionHistory:
     @property
     def verdict(self) -> str:
         """One word for tables."""
-        if self.action != "widen":
+        if self.action not in ("widen", "graft"):
             return "waited" if self.action else "surveyed"
         return {True: "kept", False: "refused", None: "open"}[self.kept]
 
