@@ -36,6 +36,12 @@ EVENT_FIELDS: dict[str, tuple[str, ...]] = {
     "fault": ("seed", "site", "error", "count"),
     "fallback": ("what", "why"),
     "warning": ("message",),
+    "checkpoint": ("name", "step", "bytes", "seconds"),  # told when it was verified; seconds training stood
+    "resumed": ("step", "name"),  # from a checkpoint: what stands before it of later steps is undone
+    "alarm": ("alarm", "signal", "action", "since", "value", "usual", "expected", "message"),
+    "rolled_back": ("to", "lost", "lost_in_all", "message"),
+    "ranks": ("world", "rank", "why"),  # processes now, and what happened to which; rank None: to all
+    "rewrapped": ("sites", "milliseconds"),  # how many places the model can grow at now
     "run_finished": ("parameters", "flops", "training_flops", "growth_flops", "seconds", "grown"),
 }
 

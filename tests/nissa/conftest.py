@@ -1,4 +1,5 @@
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,3 +32,9 @@ def run(tmp_path: Path, events: list[Event]) -> Path:
         for event in events:
             journal(event)
     return folder
+
+
+@pytest.fixture
+def survived() -> Callable[[], list[Event]]:
+    """Every event that tells what befell a run and did not end it."""
+    return stream.survived

@@ -229,3 +229,18 @@ def digits_run(steps: int = 900) -> list[Event]:
     )
     events.sort(key=lambda event: event.step)
     return [Event(event.kind, event.step, event.data, 1_700_000_000.0 + i) for i, event in enumerate(events)]
+
+
+def survived() -> list[Event]:
+    """What may befall a run and not end it."""
+    alarm = {"alarm": "spike", "signal": "loss", "action": "rollback", "since": 448}
+    alarm |= {"value": 12.5, "usual": 0.2, "expected": None, "message": "loss 12.5, usual 0.2; rollback"}
+    back = {"to": 440, "lost": 10, "lost_in_all": 10, "message": "rolled back to step 440: loss 12.5"}
+    return [
+        Event("checkpoint", 201, {"name": "step-00000200", "step": 200, "bytes": 51_200, "seconds": 0.002}),
+        Event("resumed", 200, {"step": 200, "name": "step-00000200"}),
+        Event("alarm", 450, alarm),
+        Event("rolled_back", 450, back),
+        Event("ranks", 460, {"world": 1, "rank": 1, "why": "lost: no heartbeat in 30 s"}),
+        Event("rewrapped", 470, {"sites": 2, "milliseconds": 12.0}),
+    ]

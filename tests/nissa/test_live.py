@@ -1,5 +1,6 @@
 import io
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -108,3 +109,25 @@ def test_without_a_number_of_steps_the_bar_only_moves(events: list[Event]) -> No
     view = LiveView(terminal())
     view(replace(events[0], data={**events[0].data, "steps": None}))
     assert "step 0 " in drawn(view)
+
+
+def test_what_befalls_a_run_is_told_in_lines_and_on_the_screen(
+    events: list[Event], survived: Callable[[], list[Event]]
+) -> None:
+    console = Console(file=io.StringIO())
+    view = LiveView(console)
+    for event in [events[0], *survived()]:
+        view(event)
+    lines = shown(console).splitlines()
+    for line in (
+        "[   201] checkpoint step-00000200, 51.2 kB",
+        "[   200] goes on from step-00000200, step 200",
+        "[   450] alarm: loss 12.5, usual 0.2; rollback",
+        "[   450] rolled back to step 440: loss 12.5",
+        "[   460] rank 1 of 1 processes: lost: no heartbeat in 30 s",
+        "[   470] wrapped again in 12 ms, can grow at 2 sites",
+    ):
+        assert line in lines, line
+    screen = drawn(view)
+    for fact in ("alarm at step 450: loss 12.5", "rolled back to step 440", "lost: no heartbeat"):
+        assert fact in screen, fact

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -79,6 +80,15 @@ def test_it_tells_the_whole_run(run: Path) -> None:
         assert fact in page.text, fact
     assert page.tags.count("details") == 4
     assert page.tags.count("svg") == 4
+
+
+def test_it_tells_what_the_run_survived(run: Path, survived: Callable[[], list[Event]]) -> None:
+    with RunJournal(run) as journal:
+        for event in survived():
+            journal(event)
+    page = page_of(write_report(run))
+    for fact in ("What the run survived", "loss 12.5, usual 0.2", "rolled back to step 440", "no heartbeat"):
+        assert fact in page.text, fact
 
 
 def test_what_a_run_says_is_text_never_markup(run: Path) -> None:

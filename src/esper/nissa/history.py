@@ -131,6 +131,12 @@ class RunHistory:
     fallbacks: list[Event] = field(default_factory=list)
     compiled: list[Event] = field(default_factory=list)  # forms handed over, hosts compiled again
     warnings: list[Event] = field(default_factory=list)
+    checkpoints: list[Event] = field(default_factory=list)  # written and verified
+    resumes: list[Event] = field(default_factory=list)
+    alarms: list[Event] = field(default_factory=list)
+    rollbacks: list[Event] = field(default_factory=list)
+    ranks: list[Event] = field(default_factory=list)  # processes that joined, were lost or differed
+    rewraps: list[Event] = field(default_factory=list)
 
     def add(self, event: Event) -> None:
         """Fold one event in."""
@@ -307,5 +313,11 @@ _FOLDS: dict[str, Callable[[RunHistory, Event], None]] = {
     "fault": lambda history, event: history.faults.append(event),
     "fallback": lambda history, event: history.fallbacks.append(event),
     "warning": lambda history, event: history.warnings.append(event),
+    "checkpoint": lambda history, event: history.checkpoints.append(event),
+    "resumed": lambda history, event: history.resumes.append(event),
+    "alarm": lambda history, event: history.alarms.append(event),
+    "rolled_back": lambda history, event: history.rollbacks.append(event),
+    "ranks": lambda history, event: history.ranks.append(event),
+    "rewrapped": lambda history, event: history.rewraps.append(event),
     "run_finished": _run_finished,
 }

@@ -47,7 +47,7 @@ class LiveView:
         self._console = console or Console(stderr=True)
         self._plain = not self._console.is_terminal if plain is None else plain
         self._lock = threading.Lock()
-        self._tenths = {"progress": 0, "epoch": 0}
+        self._tenths = {"progress": 0, "epoch": 0, "checkpoint": 0}
         self._live = Live(
             get_renderable=self._screen,
             console=self._console,
@@ -128,6 +128,20 @@ class LiveView:
                 yield f"fallback: {data['what']}, {data['why']}"
             case "warning":
                 yield f"warning: {data['message']}"
+            case "checkpoint" if self._is_due("checkpoint"):
+                yield f"checkpoint {data['name']}, {count(data['bytes'])}B"
+            case "resumed":
+                yield f"goes on from {data['name']}, step {data['step']:,}"
+            case "alarm":
+                yield f"alarm: {data['message']}"
+            case "rolled_back":
+                yield str(data["message"])
+            case "ranks":
+                who = "all" if data["rank"] is None else f"rank {data['rank']}"
+                yield f"{who} of {data['world']} processes: {data['why']}"
+            case "rewrapped":
+                took = f"{short(data['milliseconds'], 3)} ms"
+                yield f"wrapped again in {took}, can grow at {data['sites']} sites"
             case "run_finished":
                 yield f"finished: {data['parameters']:,} parameters, {duration(self.history.seconds)}"
 
@@ -201,6 +215,12 @@ def _reason(decision: DecisionHistory) -> str:
 
 
 def _trouble(history: RunHistory) -> Iterator[Text]:
+    if history.resumes:
+        last = history.resumes[-1].data
+        yield Text(f"goes on from {last['name']}", style="dim")
+    for told, style in ((history.alarms, "red"), (history.rollbacks, "red"), (history.ranks, "yellow")):
+        if told:
+            yield _line(told[-1], style)
     if history.warnings:
         yield Text(
             f"warning: {history.warnings[-1].data['message']}",
@@ -212,3 +232,9 @@ def _trouble(history: RunHistory) -> Iterator[Text]:
         last = history.faults[-1].data
         many = "fault" if len(history.faults) == 1 else "faults"
         yield Text(f"{len(history.faults)} {many}, last at {last['site']}: {last['error']}", style="red")
+
+
+def _line(event: Event, style: str) -> Text:
+    words = event.data.get("message", event.data.get("why"))
+    kind = "" if event.kind == "rolled_back" else f"{event.kind} at step {event.step:,}: "
+    return Text(f"{kind}{words}", style=style, no_wrap=True, overflow="ellipsis")

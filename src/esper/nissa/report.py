@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from esper.contracts import Event
 from esper.errors import MissingExtraError, RunError
 from esper.nissa import charts
 from esper.nissa.history import RunHistory, fold
@@ -110,4 +111,11 @@ def render(history: RunHistory, rows: list[dict[str, Any]], others: dict[str, Ru
         ],
         rows=rows,
         troubles=[*history.faults, *history.fallbacks, *history.warnings],
+        survived=survived(history),
     )
+
+
+def survived(history: RunHistory) -> list[Event]:
+    """List what befell the run and did not end it, in order."""
+    told = [*history.resumes, *history.alarms, *history.rollbacks, *history.ranks, *history.rewraps]
+    return sorted(told, key=lambda event: event.step)
