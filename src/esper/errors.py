@@ -16,7 +16,9 @@ EsperError
 ├── SurgeryError         (RuntimeError)  a widening could not be carried out; everything was put back
 ├── FinishedError        (RuntimeError)  the run is over
 ├── StateError           (ValueError)    a saved state does not fit
-│   └── SavedModelError                  a saved folder is damaged or does not fit the model
+│   ├── SavedModelError                  a saved folder is damaged or does not fit the model
+│   ├── CheckpointError                  a checkpoint is damaged, or cannot be kept
+│   └── StoreError                       a store does not answer, or refuses; nothing is known of what it holds
 └── RunError             (ValueError)    a run folder is missing or damaged
 """
 
@@ -100,6 +102,14 @@ class StateError(EsperError, ValueError):
 
 class SavedModelError(StateError):
     """A saved folder is damaged or does not fit the model."""
+
+
+class CheckpointError(StateError):
+    """A checkpoint is damaged, or cannot be kept; who looks for a sound one steps back past it."""
+
+
+class StoreError(StateError):
+    """A store does not answer, or refuses; nothing is known of what it holds, so nobody steps back."""
 
 
 class RunError(EsperError, ValueError):

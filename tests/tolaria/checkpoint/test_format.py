@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from esper.errors import StateError
+from esper.errors import CheckpointError, StateError, StoreError
 from esper.tolaria.checkpoint.folder import FolderStorage
 from esper.tolaria.checkpoint.format import MANIFEST, PARTS, canonical, damage, digest
 from esper.tolaria.checkpoint.loading import newest, read, sound
@@ -77,6 +77,30 @@ def test_manifests_of_another_kind_are_refused(changes: dict[str, Any], reason: 
         read(storage, NAMES[0])
 
 
+def test_nobody_steps_back_past_a_version_to_come() -> None:
+    """Who did would go on from the older one, and delete the newer one with its next checkpoint."""
+    storage = golden()
+    kept = storage.kept[NAMES[1]]
+    kept[MANIFEST] = resealed(json.loads(kept[MANIFEST]), format=2)
+    with pytest.raises(StateError, match=f"{NAMES[1]} has format version 2"):
+        newest(storage, lambda line: None)
+    kept[MANIFEST] = kept[MANIFEST].replace(b'"format": 2', b'"format": 3')  # a flipped bit: damage
+    found = newest(storage, lambda line: None)
+    assert found is not None
+    assert found.manifest.name == NAMES[0]
+
+
+def test_nobody_steps_back_past_a_storage_that_does_not_answer() -> None:
+    class Silent(MemoryStorage):
+        def get(self, name: str, part: str) -> bytes:
+            raise StoreError("the bucket does not answer")
+
+    storage = Silent()
+    storage.kept = golden().kept
+    with pytest.raises(StoreError):
+        newest(storage, lambda line: None)
+
+
 def flipped(content: bytes, position: int, bit: int) -> bytes:
     changed = bytearray(content)
     changed[position % len(content)] ^= 1 << bit
@@ -111,7 +135,7 @@ def test_all_damage_is_refused_and_stepped_over(part: str, damaged: tuple[str, A
         kept[part] = kept[what]
     if kept[part] == before:
         return
-    with pytest.raises(StateError, match=NAMES[1]):
+    with pytest.raises(CheckpointError, match=NAMES[1]):
         sound(storage, NAMES[1])
     assert [found for found, _ in damage(storage, NAMES[1])][:1] == [part]
     told: list[str] = []

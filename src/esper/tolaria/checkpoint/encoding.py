@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from esper.errors import StateError
+from esper.errors import CheckpointError
 
 MAX_DEPTH = 64  # nested containers; an optimizer's state needs 5, a growing run's 8
 # As safetensors calls them; others (quantised, complex128, …) are refused.
@@ -60,7 +60,7 @@ class Packing:
         """Encode one value.
 
         Raises:
-            StateError: There is something in it that cannot be encoded; the message names its path.
+            CheckpointError: There is something in it that cannot be encoded; the message names its path.
         """
         kind = type(value)
         if value is None or kind in (bool, int, str):
@@ -68,7 +68,9 @@ class Packing:
         if kind is float:
             return value if math.isfinite(value) else {"float": str(value)}
         if depth > MAX_DEPTH:
-            raise StateError(f"cannot keep {path[:80]!r}: it is nested deeper than {MAX_DEPTH}, or in itself")
+            raise CheckpointError(
+                f"cannot keep {path[:80]!r}: it is nested deeper than {MAX_DEPTH}, or in itself"
+            )
         if kind is list:
             return [self.pack(item, f"{path}/{i}", depth + 1) for i, item in enumerate(value)]
         if kind in (tuple, torch.Size):
@@ -85,7 +87,7 @@ class Packing:
             return self._array(value, path)
         if kind in (Tensor, nn.Parameter):
             return self._tensor(value, path)
-        raise StateError(
+        raise CheckpointError(
             f"cannot keep {path or 'the state'!r}, a {kind.__module__}.{kind.__qualname__}: a checkpoint "
             "holds tensors, arrays, numbers, strings, bytes, None, and lists, tuples and dicts of them"
         )
@@ -98,14 +100,14 @@ class Packing:
 
     def _array(self, value: np.ndarray | np.generic, path: str) -> dict[str, Any]:
         if value.dtype.kind not in _ARRAY_KINDS:
-            raise StateError(f"cannot keep {path!r}, an array of {value.dtype}: only numbers are kept")
+            raise CheckpointError(f"cannot keep {path!r}, an array of {value.dtype}: only numbers are kept")
         content = base64.b64encode(np.ascontiguousarray(value).tobytes()).decode()
         whole = [value.dtype.str, list(value.shape), content]
         return {"array" if isinstance(value, np.ndarray) else "scalar": whole}
 
     def _tensor(self, value: Tensor, path: str) -> dict[str, Any]:
         if value.layout is not torch.strided or value.dtype not in DTYPES or value.is_meta:
-            raise StateError(
+            raise CheckpointError(
                 f"cannot keep {path!r}, a tensor of {value.dtype} and {value.layout} on {value.device}: only "
                 "dense tensors of ordinary types are kept"
             )
@@ -145,7 +147,7 @@ class Unpacking:
         """Decode one value.
 
         Raises:
-            StateError: It was not encoded by this format.
+            CheckpointError: It was not encoded by this format.
         """
         if isinstance(value, list):
             return [self.unpack(item) for item in value]
@@ -153,8 +155,10 @@ class Unpacking:
             return value
         try:
             return self._tagged(value)
+        except CheckpointError:
+            raise  # of a value inside this one; it is a ValueError too
         except (LookupError, ValueError, TypeError, AttributeError, StopIteration) as error:
-            raise StateError(f"the state is not in a checkpoint's format: {error!r}") from error
+            raise CheckpointError(f"the state is not in a checkpoint's format: {error!r}") from error
 
     def _tagged(self, value: dict[str, Any]) -> Any:
         tag, content = next(iter(value.items()))
@@ -175,7 +179,7 @@ class Unpacking:
             return float(content)
         if tag == "bytes":
             return base64.b64decode(content)
-        raise StateError(f"the state has a value of the unknown kind {tag[:80]!r}; update esper-morph")
+        raise CheckpointError(f"the state has a value of the unknown kind {tag[:80]!r}; update esper-morph")
 
     def _tensor(self, name: str, device: str) -> Tensor:
         tensor = self.tensors[name]

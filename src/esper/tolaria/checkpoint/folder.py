@@ -11,7 +11,7 @@ import stat
 from collections.abc import Mapping
 from pathlib import Path
 
-from esper.errors import StateError
+from esper.errors import CheckpointError
 from esper.tolaria.checkpoint.storage import Chunks
 
 NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
@@ -36,7 +36,7 @@ class FolderStorage:
         """Keep a checkpoint.
 
         Raises:
-            StateError: The folder cannot be written; what was there is untouched.
+            CheckpointError: The folder cannot be written; what was there is untouched.
         """
         _require(name, NAME, "a checkpoint's name")
         draft = self.folder / f".{name}.{secrets.token_hex(8)}.draft"
@@ -75,17 +75,17 @@ class FolderStorage:
         """Return one part; no link is followed below the folder.
 
         Raises:
-            StateError: There is no such checkpoint or part, or it is not a readable file.
+            CheckpointError: There is no such checkpoint or part, or it is not a readable file.
         """
         path = self.folder / _require(name, NAME, "a checkpoint's name") / _require(part, PART, "a part")
         try:
             if path.parent.is_symlink():
-                raise StateError(f"{path.parent} is a link; a checkpoint is a folder of its own")
+                raise CheckpointError(f"{path.parent} is a link; a checkpoint is a folder of its own")
             # O_NONBLOCK: a pipe in a file's place never answers.
             handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
             with os.fdopen(handle, "rb") as file:
                 if not stat.S_ISREG(os.fstat(handle).st_mode):
-                    raise StateError(f"{path} is not a file")
+                    raise CheckpointError(f"{path} is not a file")
                 return file.read()
         except OSError as error:
             raise _refusal(f"cannot read {path}", error) from None
@@ -94,7 +94,7 @@ class FolderStorage:
         """List the checkpoints, sorted.
 
         Raises:
-            StateError: The folder cannot be read.
+            CheckpointError: The folder cannot be read.
         """
         try:
             return sorted(p.name for p in self.folder.iterdir() if NAME.fullmatch(p.name) and p.is_dir())
@@ -107,7 +107,7 @@ class FolderStorage:
         """Remove a checkpoint: it loses its name first, so that a kill leaves no half of it.
 
         Raises:
-            StateError: The folder cannot be written.
+            CheckpointError: The folder cannot be written.
         """
         path = self.folder / _require(name, NAME, "a checkpoint's name")
         hidden = self.folder / f".{name}.{secrets.token_hex(8)}.draft"
@@ -124,7 +124,7 @@ class FolderStorage:
         """Give a finished replacement its name, and remove drafts.
 
         Raises:
-            StateError: The folder cannot be written.
+            CheckpointError: The folder cannot be written.
         """
         try:
             left = sorted(self.folder.iterdir(), reverse=True) if self.folder.is_dir() else []
@@ -143,7 +143,7 @@ class FolderStorage:
 
 def _require(name: str, pattern: re.Pattern[str], what: str) -> str:
     if not pattern.fullmatch(name):
-        raise StateError(f"{name[:80]!r} is not {what}: a-z, 0-9 and - are allowed")
+        raise CheckpointError(f"{name[:80]!r} is not {what}: a-z, 0-9 and - are allowed")
     return name
 
 
@@ -166,7 +166,7 @@ def sync(folder: Path) -> None:
         os.close(handle)
 
 
-def _refusal(what: str, error: OSError) -> StateError:
+def _refusal(what: str, error: OSError) -> CheckpointError:
     if error.errno == errno.ELOOP:
-        return StateError(f"{what}: it is a link; a checkpoint holds files of its own")
-    return StateError(f"{what}: {error.strerror}")
+        return CheckpointError(f"{what}: it is a link; a checkpoint holds files of its own")
+    return CheckpointError(f"{what}: {error.strerror}")

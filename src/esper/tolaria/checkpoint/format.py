@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from esper.errors import StateError
+from esper.errors import CheckpointError, StateError
 from esper.tolaria.checkpoint.encoding import DTYPES, Packing, Unpacking
 from esper.tolaria.checkpoint.storage import Chunks, Storage
 
@@ -139,29 +139,35 @@ def read_manifest(storage: Storage, name: str) -> Manifest:
     """Read and check a manifest.
 
     Raises:
-        StateError: It is missing, damaged, of another checkpoint or of a version to come.
+        CheckpointError: It is missing, damaged or of another checkpoint.
+        StateError: It is whole, and of a version to come.
     """
     content = storage.get(name, MANIFEST)
     try:
         facts = json.loads(content)
     except (ValueError, RecursionError):
-        raise StateError(f"{name}: {MANIFEST} is damaged: it is not JSON") from None
+        raise CheckpointError(f"{name}: {MANIFEST} is damaged: it is not JSON") from None
     if not isinstance(facts, dict):
-        raise StateError(f"{name}: {MANIFEST} is damaged: it is not an object")
-    if facts.get("format") != FORMAT:
+        raise CheckpointError(f"{name}: {MANIFEST} is damaged: it is not an object")
+    claimed = facts.pop("digest", None)
+    try:
+        whole = claimed == digest([canonical(facts)]) and canonical({**facts, "digest": claimed}) == content
+    except (ValueError, RecursionError):  # NaN, which we never write
+        whole = False
+    if not whole:
+        raise CheckpointError(f"{name}: {MANIFEST} is damaged: its SHA-256 digest is another")
+    if facts.get("format") != FORMAT:  # not damage: every version seals its manifest in this way
         raise StateError(
             f"{name} has format version {str(facts.get('format'))[:20]}, this Esper reads version {FORMAT}: "
-            "update esper-morph"
+            "update esper-morph, or move that checkpoint away"
         )
-    claimed = facts.pop("digest", None)
-    if claimed != digest([canonical(facts)]) or canonical({**facts, "digest": claimed}) != content:
-        raise StateError(f"{name}: {MANIFEST} is damaged: its SHA-256 digest is another")
-    if facts.keys() | {"digest"} != _FIELDS or not all(map(_is_part, facts["parts"].values())):
-        raise StateError(f"{name}: {MANIFEST} has other fields than this format")
+    parts = facts.get("parts")
+    if facts.keys() | {"digest"} != _FIELDS or not isinstance(parts, dict) or type(facts["step"]) is not int:
+        raise CheckpointError(f"{name}: {MANIFEST} has other fields than this format")
+    if list(parts) != sorted(PARTS) or not all(map(_is_part, parts.values())):
+        raise CheckpointError(f"{name}: {MANIFEST} lists other parts than {', '.join(PARTS)}")
     if name_of(facts["step"]) != name:
-        raise StateError(f"{name} holds the checkpoint of step {facts['step']}: it was moved or swapped")
-    if list(facts["parts"]) != sorted(PARTS):
-        raise StateError(f"{name}: {MANIFEST} lists other parts than {', '.join(PARTS)}")
+        raise CheckpointError(f"{name} holds the checkpoint of step {facts['step']}: it was moved or swapped")
     del facts["format"]
     return Manifest(**facts)
 
@@ -186,7 +192,7 @@ def damage(storage: Storage, name: str) -> Iterator[tuple[str, str]]:
     for part in PARTS:
         try:
             read_part(storage, manifest, part)
-        except StateError as error:
+        except CheckpointError as error:
             yield part, str(error)
 
 
@@ -194,16 +200,16 @@ def read_part(storage: Storage, manifest: Manifest, part: str) -> bytes:
     """Read one part.
 
     Raises:
-        StateError: It is missing or damaged.
+        CheckpointError: It is missing or damaged.
     """
     content, facts = storage.get(manifest.name, part), manifest.parts[part]
     if len(content) != facts["size"]:
-        raise StateError(
+        raise CheckpointError(
             f"{manifest.name}: {part} is damaged: it has {len(content)} bytes, "
             f"the manifest says {facts['size']}"
         )
     if digest([content]) != facts["sha256"]:
-        raise StateError(f"{manifest.name}: {part} is damaged: its SHA-256 digest is another")
+        raise CheckpointError(f"{manifest.name}: {part} is damaged: its SHA-256 digest is another")
     return content
 
 
@@ -211,16 +217,20 @@ def decode_state(manifest: Manifest, parts: Mapping[str, bytes]) -> Any:
     """Return the state of checked parts.
 
     Raises:
-        StateError: It is not in this format.
+        CheckpointError: It is not in this format.
     """
     try:
         inflate = zlib.decompressobj()
         text = inflate.decompress(parts[STATE], MAX_STATE)
         if not inflate.eof or inflate.unused_data:
-            raise StateError(f"{manifest.name}: {STATE} is over {MAX_STATE} bytes, or something follows it")
+            raise CheckpointError(
+                f"{manifest.name}: {STATE} is over {MAX_STATE} bytes, or something follows it"
+            )
         skeleton, tensors = json.loads(text), safetensors.torch.load(parts[TENSORS])
-    except (zlib.error, ValueError, SafetensorError) as error:
-        raise StateError(f"{manifest.name} is not in the format it claims: {error}") from error
+    except CheckpointError:
+        raise
+    except (zlib.error, ValueError, RecursionError, SafetensorError) as error:
+        raise CheckpointError(f"{manifest.name} is not in the format it claims: {error}") from error
     return Unpacking(tensors).unpack(skeleton)
 
 

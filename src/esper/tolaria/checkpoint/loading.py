@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from esper.errors import StateError
+from esper.errors import CheckpointError, StateError
 from esper.tolaria.checkpoint.format import (
     GENOME,
     PARTS,
@@ -43,7 +43,8 @@ def sound(storage: Storage, name: str) -> Manifest:
     """Verify one checkpoint, part by part.
 
     Raises:
-        StateError: It is damaged; the message names the part.
+        CheckpointError: It is damaged; the message names the part.
+        StateError: It is of a version to come, or the storage does not answer.
     """
     manifest = read_manifest(storage, name)
     for part in PARTS:
@@ -66,7 +67,8 @@ def read(storage: Storage, name: str) -> Checkpoint:
     """Verify one checkpoint and read it.
 
     Raises:
-        StateError: It is damaged; the message names the part.
+        CheckpointError: It is damaged; the message names the part.
+        StateError: It is of a version to come, or the storage does not answer.
     """
     manifest = read_manifest(storage, name)
     parts = {part: read_part(storage, manifest, part) for part in PARTS}
@@ -77,11 +79,12 @@ def newest(storage: Storage, tell: Callable[[str], None]) -> Checkpoint | None:
     """Read the newest checkpoint that verifies, and tell which were passed over and why.
 
     Raises:
-        StateError: The storage cannot be listed.
+        StateError: The storage cannot be listed, does not answer, or holds a checkpoint of a version to come.
+            Who stepped back past one of those would go on from an older one, and delete it.
     """
     for name in reversed(steps_kept(storage)):
         try:
             return read(storage, name)
-        except StateError as error:
+        except CheckpointError as error:
             tell(f"a damaged checkpoint was passed over: {error}")
     return None

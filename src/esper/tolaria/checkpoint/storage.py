@@ -6,7 +6,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Protocol, TypeAlias
 
-from esper.errors import StateError
+from esper.errors import CheckpointError
 
 Chunks: TypeAlias = Sequence["bytes | memoryview"]  # of one part, end to end; tensors are never joined
 
@@ -15,7 +15,8 @@ class Storage(Protocol):
     """Keeps checkpoints: groups of named parts that appear and vanish as a whole.
 
     One process writes, on one thread at a time; any number read. Whether a checkpoint is sound is for the
-    reader to say, who has digests. Every method raises ``StateError``, which says what the storage said.
+    reader to say, who has digests. Every method raises ``CheckpointError`` with what the storage said, or
+    ``StoreError`` where it does not answer: a reader steps back past the one, never past the other.
     """
 
     def put(self, name: str, parts: Mapping[str, Chunks]) -> None:
@@ -57,12 +58,12 @@ class MemoryStorage:
         """Return one part.
 
         Raises:
-            StateError: There is no such checkpoint or part.
+            CheckpointError: There is no such checkpoint or part.
         """
         with self.lock:
             found = self.kept.get(name, {}).get(part)
         if found is None:
-            raise StateError(f"{name} has no {part}")
+            raise CheckpointError(f"{name} has no {part}")
         return found
 
     def names(self) -> list[str]:
