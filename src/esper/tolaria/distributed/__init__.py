@@ -1,0 +1,1 @@
+"""Growth in many processes."""
