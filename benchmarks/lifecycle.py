@@ -1,0 +1,197 @@
+"""A run of 60 steps whose growth passes every stage a seed can be in, for benches that interrupt it.
+
+It asks only to get everywhere soon: a race has one lesson, the gate is easy, one kernel is made to raise, and
+one epoch is noise, so that what is exposed then has to go. Two candidates lose in other ways; a pair is
+widened, and a blueprint's graft stays.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+import esper
+from esper.contracts import Event, Stage
+from esper.kasmina.state import VITALS
+from esper.tolaria.checkpoint import Batches, CheckpointManager, Run, Storage
+from esper.tolaria.checkpoint.format import packed
+from esper.tolaria.checkpoint.run import capture_run
+
+CLASSES, BATCH, BATCHES, EPOCHS = 8, 32, 6, 10
+STEPS = BATCHES * EPOCHS
+NOISE = 6 * [0.3] + [9.0] + 3 * [0.3]  # of the data, by epoch
+ASKED = {14: "0>4", 28: "0>4", 42: "0+residual_mlp", 53: "4+residual_mlp"}  # after a step: where to grow
+RAISING = 9, 10, 11  # steps in which the exposed kernel raises; the third time ends its seed
+CLOCKS = ("seconds", "growth_seconds", "milliseconds")  # fields of events
+CONFIG = {
+    "blueprints": ["widen", "residual_mlp"],
+    "schedule": {"warmup": 0.05, "stop": 0.05, "embargo": 0.05, "plateau": False},  # one decision, at step 3
+    "race": {"steps": 1, "candidates": 2},
+    "blend": {"ramp": 2, "stabilise": 1, "evaluate": 2},
+    "gate": {"false_keep": 0.99, "looks": 5},
+    "telemetry": {"progress_every": 7, "sampling": 2},
+}
+
+
+class Clusters(Dataset[tuple[Tensor, int]]):
+    """Every look at an example adds other noise, from torch's, NumPy's and Python's streams."""
+
+    noise = NOISE[0]
+
+    def __len__(self) -> int:
+        return BATCH * BATCHES
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        label = index % CLASSES
+        noise = torch.randn(CLASSES) + 0.1 * random.random() + 0.1 * float(np.random.rand())
+        return 2 * torch.eye(CLASSES)[label] + self.noise * noise, label
+
+
+def host() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(CLASSES, 2), nn.BatchNorm1d(2), nn.Tanh(), nn.Dropout(0.1), nn.Linear(2, CLASSES)
+    )
+
+
+def loss_fn(model: nn.Module, batch: Any) -> Tensor:
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def refuse(*given: Any) -> None:
+    """Raise in a kernel's place."""
+    raise RuntimeError("a kernel that was made to raise")
+
+
+class Journey:
+    """The run, fresh: a scheduler, a scaler, clipping, an average of the weights, a shuffled loader."""
+
+    def __init__(self, storage: Storage | str, workers: int, every: int = 10**9) -> None:
+        torch.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)
+        self.net = host()
+        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=0.05)
+        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, STEPS)
+        self.average = torch.optim.swa_utils.AveragedModel(self.net)
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=7)
+        self.events: list[Event] = []
+        self.heard: dict[int, int] = {}  # how many of them, by step
+        self.seen: dict[int, str] = {}  # digests of the batches, by step
+        self.stages: dict[int, set[str]] = {}  # those that each step left seeds in
+        probe = (2 * torch.eye(CLASSES).repeat(32, 1), torch.arange(CLASSES).repeat(32))
+        self.growth = esper.grow(
+            self.net,
+            self.optimizer,
+            loss_fn,
+            probe=[probe],
+            steps=STEPS,
+            schedulers=[self.scheduler],
+            scaler=self.scaler,
+            ema=[self.average],
+            budget={"parameters": 20.0, "growth_events": 6},
+            config=CONFIG,
+            on_event=self.events.append,
+        )
+        self.data = Clusters()
+        order = torch.Generator().manual_seed(1)
+        self.batches = Batches(
+            DataLoader(self.data, BATCH, shuffle=True, num_workers=workers, generator=order)
+        )
+        self.run = Run(
+            self.net,
+            self.optimizer,
+            growth=self.growth,
+            modules={"average": self.average},
+            others={"scheduler": self.scheduler, "scaler": self.scaler},
+            batches=self.batches,
+        )
+        self.manager = CheckpointManager(
+            storage, self.run, every=every, keep=None, observe=self.events.append
+        )
+
+    def resume(self) -> None:
+        """Go on from the newest checkpoint, if there is one."""
+        self.manager.resume()
+        self.heard[self.manager.steps] = len(self.events)
+
+    def train(self, after: Callable[[], Any] | None = None, until: int = STEPS) -> None:
+        """Go on from where it is, up to a step.
+
+        Args:
+            after: Called after every step.
+            until: The last one.
+        """
+        while self.batches.epoch < EPOCHS:
+            self.data.noise = NOISE[self.batches.epoch]
+            for batch in self.batches:
+                self.step(batch)
+                if after is not None:
+                    after()
+                if until < STEPS and self.manager.steps >= until:
+                    return
+
+    def step(self, batch: Any) -> None:
+        """Do one step of training, and of growth."""
+        number, trial = self.manager.steps + 1, self.growth.orchestrator.trial
+        fault = None
+        if number in RAISING and trial is not None and trial.kernel is not None:
+            fault = trial.kernel.register_forward_pre_hook(refuse)
+        loss = loss_fn(self.net, batch)
+        if fault is not None:
+            fault.remove()
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.scheduler.step()
+        self.average.update_parameters(self.net)
+        self.growth.step(batch, loss)
+        if number in ASKED:
+            self.growth.grow_now(ASKED[number])
+        self.seen[number] = hashlib.sha256(batch[0].numpy().tobytes()).hexdigest()[:16]
+        self.heard[number] = len(self.events)
+        self.stages[number] = self.left()
+        self.manager.step({"loss": loss})
+
+    def left(self) -> set[str]:
+        """Name the stages seeds are in; DORMANT where all are."""
+        layout = self.growth.morphable.layout
+        found = {layout.stage_of(seed) for seed in range(len(layout.stage))} - {Stage.DORMANT}
+        return {stage.name for stage in found or {Stage.DORMANT}}
+
+    def since(self, step: int) -> dict[str, Any]:
+        """Return what was told and seen after a step."""
+        events = told(self.events[self.heard[step] :])
+        return {"events": events, "data": {k: v for k, v in self.seen.items() if k > step}}
+
+    def end(self) -> dict[str, Any]:
+        """End growth; return everything the run came to."""
+        facts = self.facts()
+        self.growth.finish()
+        grown = {f"grown/{k}": v.numpy().tobytes() for k, v in self.net.state_dict().items()}
+        return {**facts, **grown}
+
+    def facts(self) -> dict[str, Any]:
+        """Return the whole state but its clocks, in parts: plain values, and the bytes of every tensor."""
+        skeleton, tensors = packed(capture_run(self.run, self.manager.steps), {})
+        parts = skeleton["dict"]
+        growth = parts.pop("growth")["dict"]
+        del growth["cost"]["dict"]["seconds"]
+        vitals = "growth/layout/vitals"
+        tensors[vitals] = tensors[vitals][: VITALS.index("latency")]
+        content = {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}
+        return {**parts, **{f"growth/{name}": value for name, value in growth.items()}, **content}
+
+
+def told(events: Sequence[Event]) -> list[tuple[str, int, dict[str, Any]]]:
+    """Return what events say, without their clocks."""
+    return [(e.kind, e.step, {k: v for k, v in e.data.items() if k not in CLOCKS}) for e in events]

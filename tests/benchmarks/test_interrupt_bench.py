@@ -1,0 +1,22 @@
+"""The interrupt bench in its smoke form: every stage is cut off in, with loaders of 0 and 2 workers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import interrupt
+
+
+@pytest.mark.slow
+def test_a_run_that_is_cut_off_in_any_stage_ends_as_if_it_never_was(tmp_path: Path) -> None:
+    assert interrupt.main(["--quick", "--out", str(tmp_path)]) == 0
+    record = json.loads((tmp_path / "interrupt.json").read_text())["workers"]
+    for found in record.values():
+        assert set(interrupt.STAGES) == {stage for stages in found["stages"].values() for stage in stages}
+        assert found["different"] == {}
+        assert found["disturbed"] == []
+    assert record["2"]["equal"] is True
+    assert record["2"]["kills"] == 1
