@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from esper.contracts import EVENT_FIELDS, Event
 from esper.errors import RunError
-from esper.nissa.journal import EVENTS_FILE, RunJournal, decode, encode, number, plain, read_events
+from esper.nissa.journal import DURABLE, EVENTS_FILE, RunJournal, decode, encode, number, plain, read_events
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -256,3 +256,40 @@ def test_a_journal_that_cannot_be_read_says_why(tmp_path: Path) -> None:
     (tmp_path / EVENTS_FILE).mkdir()
     with pytest.raises(RunError, match=r"cannot read .*: Is a directory"):
         read_events(tmp_path)
+
+
+def test_what_growth_decided_is_on_the_disk_when_the_call_returns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    fsync = os.fsync
+
+    def counted(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.append(os.fstat(descriptor).st_size)
+
+    monkeypatch.setattr(os, "fsync", counted)
+    with RunJournal(tmp_path) as journal:
+        for kind in EVENT_FIELDS:
+            before = len(synced)
+            journal(Event(kind, 1, dict.fromkeys(EVENT_FIELDS[kind], 0)))
+            assert synced[before:] == ([journal.path.stat().st_size] if kind in DURABLE else [])
+    assert {"decision", "gate", "widened", "grafted"} <= DURABLE
+
+
+def test_a_killed_run_s_decisions_are_found_by_the_process_that_goes_on(
+    tmp_path: Path, events: list[Event]
+) -> None:
+    torn = encode(next(event for event in events if event.kind == "decision" and event.step == 480))[:-20]
+    with RunJournal(tmp_path) as journal:
+        for event in events:
+            if event.step <= 470:
+                journal(event)
+    with open(tmp_path / EVENTS_FILE, "ab") as file:
+        file.write(torn)
+    with RunJournal(tmp_path) as journal:
+        journal(events[0])
+        found = journal.decided_after(100)
+        assert list(found) == [270, 400]  # a decision that was being written is not one yet
+        assert found[270]["site"] == "conv1>conv2"
+        assert found[400]["action"] == "nothing"

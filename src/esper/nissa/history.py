@@ -8,6 +8,7 @@ from typing import Any
 
 from esper.contracts import Event, Refusal, Stage
 from esper.nissa.journal import number
+from esper.nissa.standing import Standing
 
 
 @dataclass(slots=True)
@@ -113,10 +114,20 @@ class Epoch:
 
 
 @dataclass(slots=True)
+class Resume:
+    """A process that went on from a checkpoint."""
+
+    step: int
+    name: str | None  # of the checkpoint
+    redone: int | None  # steps done again, as far as the journal knows: at least so many
+
+
+@dataclass(slots=True)
 class RunHistory:
     """A run so far; ``add`` folds one more event into it."""
 
     started: Mapping[str, Any] = field(default_factory=dict)  # data of run_started
+    restarted: Mapping[str, Any] = field(default_factory=dict)  # of one that went on, nothing known of before
     finished: Mapping[str, Any] | None = None  # data of run_finished
     step: int = 0
     seconds: float | None = None
@@ -132,14 +143,34 @@ class RunHistory:
     compiled: list[Event] = field(default_factory=list)  # forms handed over, hosts compiled again
     warnings: list[Event] = field(default_factory=list)
     checkpoints: list[Event] = field(default_factory=list)  # written and verified
-    resumes: list[Event] = field(default_factory=list)
+    resumes: list[Resume] = field(default_factory=list)
     alarms: list[Event] = field(default_factory=list)
     rollbacks: list[Event] = field(default_factory=list)
     ranks: list[Event] = field(default_factory=list)  # processes that joined, were lost or differed
     rewraps: list[Event] = field(default_factory=list)
+    _standing: Standing = field(default_factory=Standing, repr=False, compare=False)
 
     def add(self, event: Event) -> None:
-        """Fold one event in."""
+        """Fold one event in; one that goes on from an earlier step undoes what was told beyond it."""
+        revision, told = self._standing.revision, self._standing.add(event)
+        if self._standing.revision != revision:
+            self._stand(self._standing.events, self._standing)
+        elif told is not None:
+            self._fold(told)
+
+    def _stand(self, events: Iterable[Event], standing: Standing | None = None) -> None:
+        """Begin anew from a journal, or from what of it stands by now."""
+        if standing is None:
+            standing = Standing()
+            for event in events:
+                standing.add(event)
+        fresh = RunHistory(_standing=standing)
+        for name in RunHistory.__slots__:
+            setattr(self, name, getattr(fresh, name))
+        for event in standing.events:
+            self._fold(event)
+
+    def _fold(self, event: Event) -> None:
         self.step = event.step
         _FOLDS[event.kind](self, event)
 
@@ -157,7 +188,7 @@ class RunHistory:
     def widths(self) -> dict[str, tuple[int, int]]:
         """Units before and now, by site."""
         before = {site["name"]: int(site["width"]) for site in self.started.get("sites", ())}
-        now = dict(before)
+        now = before | {site["name"]: int(site["width"]) for site in self.restarted.get("sites", ())}
         for decision in self.decisions.values():
             if decision.widened is not None:
                 site = decision.widened["site"]
@@ -180,6 +211,7 @@ class RunHistory:
             "growth_flops": self.growth_flops.last,
             "seconds": self.seconds,
             "metrics": self.epochs[-1].metrics if self.epochs else {},
+            "survived": self.survived,
             "decisions": len(self.decisions),
             "kept": len(self.grown),
             "grown": [
@@ -187,6 +219,20 @@ class RunHistory:
                 for site, (before, after) in self.widths.items()
                 if after != before
             ],
+        }
+
+    @property
+    def survived(self) -> dict[str, int]:
+        """What befell the run and did not end it, in numbers; steps redone are at least so many."""
+        return {
+            "checkpoints": len(self.checkpoints),
+            "resumes": len(self.resumes),
+            "steps_redone": sum(one.redone or 0 for one in self.resumes),
+            "alarms": len(self.alarms),
+            "rollbacks": len(self.rollbacks),
+            "steps_rolled_back": sum(int(one.data["lost"]) for one in self.rollbacks),
+            "faults": len(self.faults),
+            "processes_told": len(self.ranks),
         }
 
     def _decision(self, event: Event) -> DecisionHistory:
@@ -201,32 +247,26 @@ class RunHistory:
 def fold(events: Iterable[Event]) -> RunHistory:
     """Fold a journal's events into the history of its last run."""
     history = RunHistory()
-    for event in last_run(events):
-        history.add(event)
+    history._stand(events)
     return history
-
-
-def last_run(events: Iterable[Event]) -> list[Event]:
-    """Leave out what did not become part of the run.
-
-    ``run_started`` at a later step than 0 resumes the run from there: what the killed process did beyond it
-    is done again. At step 0 it begins anew, unless that is how a process begins that resumes right after.
-    """
-    kept: list[Event] = []
-    earlier: list[Event] = []
-    for event in events:
-        if event.kind == "run_started" and kept:
-            moved = any(past.step for past in kept)
-            earlier = kept if moved else earlier
-            kept = [item for item in earlier if 0 < event.step >= item.step and item.kind != "run_finished"]
-        kept.append(event)
-    return kept
 
 
 def _run_started(history: RunHistory, event: Event) -> None:
     if not history.started:
         history.started = event.data
         history.parameters.add(event.step, event.data["parameters"])
+    if event.step:
+        if "redone" not in event.data:  # what grew before was told elsewhere
+            history.restarted = event.data
+        history.resumes.append(Resume(event.step, None, event.data.get("redone")))
+
+
+def _resumed(history: RunHistory, event: Event) -> None:
+    last = history.resumes[-1] if history.resumes else None
+    if last is not None and last.name is None and last.step == event.step:  # the same, told in two parts
+        last.name = event.data["name"]
+    else:
+        history.resumes.append(Resume(event.step, event.data["name"], event.data.get("redone")))
 
 
 def _progress(history: RunHistory, event: Event) -> None:
@@ -239,6 +279,8 @@ def _progress(history: RunHistory, event: Event) -> None:
 
 def _epoch(history: RunHistory, event: Event) -> None:
     metrics = {name: number(value) for name, value in event.data["metrics"].items()}
+    if history.epochs and history.epochs[-1].epoch == event.data["epoch"]:
+        history.epochs.pop()  # a checkpoint at its last step ends it again
     history.epochs.append(Epoch(int(event.data["epoch"]), event.step, metrics))
 
 
@@ -314,7 +356,7 @@ _FOLDS: dict[str, Callable[[RunHistory, Event], None]] = {
     "fallback": lambda history, event: history.fallbacks.append(event),
     "warning": lambda history, event: history.warnings.append(event),
     "checkpoint": lambda history, event: history.checkpoints.append(event),
-    "resumed": lambda history, event: history.resumes.append(event),
+    "resumed": _resumed,
     "alarm": lambda history, event: history.alarms.append(event),
     "rolled_back": lambda history, event: history.rollbacks.append(event),
     "ranks": lambda history, event: history.ranks.append(event),

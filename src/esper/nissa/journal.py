@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,16 +13,20 @@ from typing import Any, BinaryIO
 
 from esper.contracts import EVENTS_VERSION, Event
 from esper.errors import RunError
+from esper.nissa.standing import decided_after
 
 EVENTS_FILE = "events.jsonl"
+# Told before growth applies them, or where the run went: these survive a machine that loses its power.
+DURABLE = frozenset({"decision", "gate", "widened", "grafted", "outcome", "resumed", "rolled_back"})
 
 
 class RunJournal:
     """Writes every event it is called with to a run folder; an existing folder is appended to.
 
     Each event is one ``write`` of one line on an unbuffered file, so a killed process loses at most the line
-    it was writing. Strict JSON has no NaN: non-finite numbers are written as the strings ``"NaN"``,
-    ``"Infinity"`` and ``"-Infinity"``; ``number`` reads them back.
+    it was writing; what growth decided is on the disk, not only with the system, when the call returns.
+    Strict JSON has no NaN: non-finite numbers are written as the strings ``"NaN"``, ``"Infinity"`` and
+    ``"-Infinity"``; ``number`` reads them back.
     """
 
     def __init__(self, run_dir: str | Path) -> None:
@@ -58,6 +63,8 @@ class RunJournal:
         line = encode(event)
         try:
             written = self._file.write(line)
+            if event.kind in DURABLE:
+                os.fsync(self._file.fileno())
         except OSError as error:
             raise RunError(
                 f"cannot append to {self.path}: {error.strerror}; free space and resume the run"
@@ -66,6 +73,14 @@ class RunJournal:
             raise RunError(
                 f"only {written} of {len(line)} bytes reached {self.path}; free space and resume the run"
             )
+
+    def decided_after(self, step: int) -> dict[int, Mapping[str, Any]]:
+        """Return the decisions a run that goes on from ``step`` takes again, data by step.
+
+        Raises:
+            RunError: The journal is damaged.
+        """
+        return decided_after(read_events(self.path.parent), step)
 
     def close(self) -> None:
         """Close the file; the folder can be opened again."""

@@ -16,6 +16,7 @@ from rich.text import Text
 from esper.contracts import Event
 from esper.nissa.history import DecisionHistory, RunHistory, SeedHistory
 from esper.nissa.palette import STAGE_COLOURS
+from esper.nissa.survival import notes, of_ranks, rewrapped, went_on
 from esper.nissa.why import headline
 from esper.nissa.wording import UNKNOWN, count, duration, short
 
@@ -24,6 +25,8 @@ REFRESHES = (
 )
 ROWS = 12  # sites shown; a large model has hundreds, most of them quiet
 DECISIONS = 4  # shown, newest first
+NOTES = 3  # of what the run survived, newest last
+NOTED = {"alarm": "red", "rolled back": "red", "resumed": "cyan"}
 
 
 class LiveView:
@@ -131,17 +134,15 @@ class LiveView:
             case "checkpoint" if self._is_due("checkpoint"):
                 yield f"checkpoint {data['name']}, {count(data['bytes'])}B"
             case "resumed":
-                yield f"goes on from {data['name']}, step {data['step']:,}"
+                yield went_on(self.history.resumes[-1])
             case "alarm":
                 yield f"alarm: {data['message']}"
             case "rolled_back":
                 yield str(data["message"])
             case "ranks":
-                who = "all" if data["rank"] is None else f"rank {data['rank']}"
-                yield f"{who} of {data['world']} processes: {data['why']}"
+                yield of_ranks(event)
             case "rewrapped":
-                took = f"{short(data['milliseconds'], 3)} ms"
-                yield f"wrapped again in {took}, can grow at {data['sites']} sites"
+                yield f"wrapped again: {rewrapped(event)}"
             case "run_finished":
                 yield f"finished: {data['parameters']:,} parameters, {duration(self.history.seconds)}"
 
@@ -215,12 +216,13 @@ def _reason(decision: DecisionHistory) -> str:
 
 
 def _trouble(history: RunHistory) -> Iterator[Text]:
-    if history.resumes:
-        last = history.resumes[-1].data
-        yield Text(f"goes on from {last['name']}", style="dim")
-    for told, style in ((history.alarms, "red"), (history.rollbacks, "red"), (history.ranks, "yellow")):
-        if told:
-            yield _line(told[-1], style)
+    for note in notes(history)[-NOTES:]:
+        yield Text.assemble(
+            (f"{note.kind} at step {note.step:,}: ", NOTED.get(note.kind, "yellow")),
+            (note.text, "dim"),
+            no_wrap=True,
+            overflow="ellipsis",
+        )
     if history.warnings:
         yield Text(
             f"warning: {history.warnings[-1].data['message']}",
@@ -232,9 +234,3 @@ def _trouble(history: RunHistory) -> Iterator[Text]:
         last = history.faults[-1].data
         many = "fault" if len(history.faults) == 1 else "faults"
         yield Text(f"{len(history.faults)} {many}, last at {last['site']}: {last['error']}", style="red")
-
-
-def _line(event: Event, style: str) -> Text:
-    words = event.data.get("message", event.data.get("why"))
-    kind = "" if event.kind == "rolled_back" else f"{event.kind} at step {event.step:,}: "
-    return Text(f"{kind}{words}", style=style, no_wrap=True, overflow="ellipsis")

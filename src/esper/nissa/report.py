@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from esper.contracts import Event
 from esper.errors import MissingExtraError, RunError
 from esper.nissa import charts
 from esper.nissa.history import RunHistory, fold
 from esper.nissa.journal import EVENTS_FILE, read_events
 from esper.nissa.map import model_map
+from esper.nissa.survival import notes, of_checkpoints
 from esper.nissa.why import headline, why
 from esper.nissa.wording import count, duration, short
 
@@ -111,11 +111,6 @@ def render(history: RunHistory, rows: list[dict[str, Any]], others: dict[str, Ru
         ],
         rows=rows,
         troubles=[*history.faults, *history.fallbacks, *history.warnings],
-        survived=survived(history),
+        survived=notes(history),
+        checkpoints=of_checkpoints(history),
     )
-
-
-def survived(history: RunHistory) -> list[Event]:
-    """List what befell the run and did not end it, in order."""
-    told = [*history.resumes, *history.alarms, *history.rollbacks, *history.ranks, *history.rewraps]
-    return sorted(told, key=lambda event: event.step)

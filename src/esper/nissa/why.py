@@ -7,6 +7,7 @@ from typing import Any
 
 from esper.errors import RunError
 from esper.nissa.history import DecisionHistory, RunHistory
+from esper.nissa.survival import notes
 from esper.nissa.wording import UNKNOWN, short
 
 _JOIN = ("decision", "site")  # said once per decision already
@@ -78,7 +79,11 @@ def as_text(history: RunHistory, decision: int | None = None) -> str:
         RunError: The run has no such decision.
     """
     stories = why(history, decision)
-    return "\n\n".join("\n".join(_lines(history.decisions[story["decision"]], story)) for story in stories)
+    told = ["\n".join(_lines(history.decisions[story["decision"]], story)) for story in stories]
+    if decision is None and (survived := notes(history)):
+        rows = (_row(f"{note.step:,}", f"{note.kind}: {note.text}") for note in survived)
+        told.append("\n".join(("What the run survived, by step", *rows)))
+    return "\n\n".join(told)
 
 
 def _lines(decision: DecisionHistory, story: Mapping[str, Any]) -> Iterator[str]:

@@ -1,0 +1,61 @@
+"""What befell a run and did not end it, in words: kills, alarms, rollbacks, lost processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from esper.contracts import Event
+from esper.nissa.history import Resume, RunHistory
+from esper.nissa.wording import count, short
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """One thing that befell a run."""
+
+    step: int
+    kind: str  # "resumed", "alarm", "rolled back", "processes", "wrapped again"
+    text: str
+
+
+def notes(history: RunHistory) -> list[Note]:
+    """List what a run survived, in order of steps."""
+    found = [Note(one.step, "resumed", went_on(one)) for one in history.resumes]
+    found += [Note(one.step, "alarm", str(one.data["message"])) for one in history.alarms]
+    found += [Note(one.step, "rolled back", str(one.data["message"])) for one in history.rollbacks]
+    found += [Note(one.step, "processes", of_ranks(one)) for one in history.ranks]
+    found += [Note(one.step, "wrapped again", rewrapped(one)) for one in history.rewraps]
+    return sorted(found, key=lambda note: note.step)
+
+
+def went_on(resume: Resume) -> str:
+    """Say where a process went on from, and what it does again."""
+    where = resume.name or f"step {resume.step:,}"
+    if not resume.redone:
+        return f"went on from {where}"
+    many = "step is" if resume.redone == 1 else "steps are"
+    return f"went on from {where}; {resume.redone:,} {many} done again, at least"
+
+
+def of_ranks(event: Event) -> str:
+    """Say what happened to which process."""
+    rank, world = event.data["rank"], event.data["world"]
+    who = "all processes" if rank is None else f"rank {rank}"
+    return f"{who}: {event.data['why']}; {world} {'is' if world == 1 else 'are'} running"
+
+
+def rewrapped(event: Event) -> str:
+    """Say what wrapping a model for many processes again took."""
+    sites = event.data["sites"]
+    return f"can grow at {sites} sites; took {short(event.data['milliseconds'], 3)} ms"
+
+
+def of_checkpoints(history: RunHistory) -> str | None:
+    """Say in a line what the run's checkpoints cost; None where it kept none."""
+    if not history.checkpoints:
+        return None
+    last = history.checkpoints[-1].data
+    stalls = [float(one.data["seconds"]) for one in history.checkpoints if one.data["seconds"] is not None]
+    line = f"{len(history.checkpoints):,} checkpoint{'s' if len(history.checkpoints) > 1 else ''}, "
+    line += f"the last at step {last['step']:,} ({count(last['bytes'])}B)"
+    return line + (f"; training stood still for {short(1000 * sum(stalls), 3)} ms in all" if stalls else "")
