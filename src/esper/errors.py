@@ -15,10 +15,11 @@ EsperError
 ├── TransitionError      (RuntimeError)  a seed was asked for a move its stage forbids
 ├── SurgeryError         (RuntimeError)  a widening could not be carried out; everything was put back
 ├── FinishedError        (RuntimeError)  the run is over
+├── ProcessError         (RuntimeError)  the processes of a run hold different models, or one of them is lost
 ├── StateError           (ValueError)    a saved state does not fit
 │   ├── SavedModelError                  a saved folder is damaged or does not fit the model
 │   ├── CheckpointError                  a checkpoint is damaged, or cannot be kept
-│   └── StoreError                       a store does not answer, or refuses; nothing is known of what it holds
+│   └── StoreError                       a store does not answer, or refuses
 └── RunError             (ValueError)    a run folder is missing or damaged
 """
 
@@ -90,6 +91,10 @@ class TransitionError(EsperError, RuntimeError):
 
 class SurgeryError(EsperError, RuntimeError):
     """A widening could not be carried out; everything was put back."""
+
+
+class ProcessError(EsperError, RuntimeError):
+    """The processes of a run hold different models, or one of them is lost."""
 
 
 class FinishedError(EsperError, RuntimeError):

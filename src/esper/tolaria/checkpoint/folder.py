@@ -12,10 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from esper.errors import CheckpointError
-from esper.tolaria.checkpoint.storage import Chunks
+from esper.tolaria.checkpoint.storage import NAME, PART, Chunks, require
 
-NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
-PART = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _DRAFT = re.compile(r"\.([a-z0-9-]+)\.[0-9a-f]{16}\.(draft|ready|old)")
 
 
@@ -38,13 +36,13 @@ class FolderStorage:
         Raises:
             CheckpointError: The folder cannot be written; what was there is untouched.
         """
-        _require(name, NAME, "a checkpoint's name")
+        require(name, NAME, "a checkpoint's name")
         draft = self.folder / f".{name}.{secrets.token_hex(8)}.draft"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             draft.mkdir()
             for part, chunks in parts.items():
-                write_file(draft / _require(part, PART, "a part's name"), chunks)
+                write_file(draft / require(part, PART, "a part's name"), chunks)
             sync(draft)
             self._publish(draft, self.folder / name)
         except OSError as error:
@@ -77,7 +75,7 @@ class FolderStorage:
         Raises:
             CheckpointError: There is no such checkpoint or part, or it is not a readable file.
         """
-        path = self.folder / _require(name, NAME, "a checkpoint's name") / _require(part, PART, "a part")
+        path = self.folder / require(name, NAME, "a checkpoint's name") / require(part, PART, "a part")
         try:
             if path.parent.is_symlink():
                 raise CheckpointError(f"{path.parent} is a link; a checkpoint is a folder of its own")
@@ -109,7 +107,7 @@ class FolderStorage:
         Raises:
             CheckpointError: The folder cannot be written.
         """
-        path = self.folder / _require(name, NAME, "a checkpoint's name")
+        path = self.folder / require(name, NAME, "a checkpoint's name")
         hidden = self.folder / f".{name}.{secrets.token_hex(8)}.draft"
         try:
             path.rename(hidden)
@@ -139,12 +137,6 @@ class FolderStorage:
                 sync(self.folder)
         except OSError as error:
             raise _refusal(f"cannot mend {self.folder}", error) from None
-
-
-def _require(name: str, pattern: re.Pattern[str], what: str) -> str:
-    if not pattern.fullmatch(name):
-        raise CheckpointError(f"{name[:80]!r} is not {what}: a-z, 0-9 and - are allowed")
-    return name
 
 
 def write_file(path: Path, chunks: Chunks) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Protocol, TypeAlias
@@ -9,6 +10,19 @@ from typing import Protocol, TypeAlias
 from esper.errors import CheckpointError
 
 Chunks: TypeAlias = Sequence["bytes | memoryview"]  # of one part, end to end; tensors are never joined
+NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")  # of a checkpoint
+PART = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+
+
+def require(name: str, pattern: re.Pattern[str], what: str) -> str:
+    """Return a name if it fits, so that none can lead elsewhere.
+
+    Raises:
+        CheckpointError: It does not.
+    """
+    if not pattern.fullmatch(name):
+        raise CheckpointError(f"{name[:80]!r} is not {what}: a-z, 0-9 and - are allowed")
+    return name
 
 
 class Storage(Protocol):
@@ -50,7 +64,8 @@ class MemoryStorage:
 
     def put(self, name: str, parts: Mapping[str, Chunks]) -> None:
         """Keep a checkpoint."""
-        whole = {part: b"".join(chunks) for part, chunks in parts.items()}
+        require(name, NAME, "a checkpoint's name")
+        whole = {require(part, PART, "a part"): b"".join(chunks) for part, chunks in parts.items()}
         with self.lock:
             self.kept[name] = whole
 
@@ -60,6 +75,8 @@ class MemoryStorage:
         Raises:
             CheckpointError: There is no such checkpoint or part.
         """
+        require(name, NAME, "a checkpoint's name")
+        require(part, PART, "a part")
         with self.lock:
             found = self.kept.get(name, {}).get(part)
         if found is None:
@@ -73,6 +90,7 @@ class MemoryStorage:
 
     def delete(self, name: str) -> None:
         """Remove a checkpoint."""
+        require(name, NAME, "a checkpoint's name")
         with self.lock:
             self.kept.pop(name, None)
 
