@@ -123,7 +123,7 @@ def test_what_befalls_a_run_is_told_in_lines_and_on_the_screen(
     lines = shown(console).splitlines()
     for line in (
         "[   201] checkpoint step-00000200, 51.2 kB",
-        "[   200] went on from step-00000200; 1 step is done again, at least",
+        "[   200] went on from step-00000200; at least 1 step is done again",
         "[   450] alarm: loss 12.5, usual 0.2; rollback",
         "[   450] rolled back to step 440: loss 12.5",
         "[   460] rank 1: lost: no heartbeat in 30 s; 1 is running",

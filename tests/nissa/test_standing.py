@@ -161,6 +161,12 @@ def test_another_run_s_decisions_in_the_folder_are_not_taken_again() -> None:
     assert decided_after([*process(0, 35), *other, begin()], 5) == {}
 
 
+def test_a_checkpoint_that_was_told_after_its_step_stands() -> None:
+    told = [Event("checkpoint", 21, {"name": "", "step": at, "bytes": 1, "seconds": 0.0}) for at in (20, 21)]
+    history = fold([*process(0, 25), *told, *process(20, 30)])
+    assert [one.data["step"] for one in history.checkpoints] == [20]
+
+
 def test_what_stands_is_never_less_than_the_last_process_told() -> None:
     told = [*process(0, 25), *process(10, 12)]
     assert standing(told)[-3:] == told[-3:]

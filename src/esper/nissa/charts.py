@@ -17,6 +17,7 @@ from typing import Any
 from esper.errors import MissingExtraError
 from esper.nissa.history import RunHistory, SeedHistory, Series, Span
 from esper.nissa.palette import BLUE, GREEN, GREY, ORANGE, PURPLE, STAGE_COLOURS, VERMILION
+from esper.nissa.survival import notes
 
 try:
     import matplotlib as mpl
@@ -38,6 +39,7 @@ LINES = [
     (ORANGE, "-"),
 ]
 MARKERS = "osD^vP"
+BEFELL = {"resumed": (">", BLUE), "alarm": ("v", VERMILION), "rolled back": ("<", PURPLE)}  # above a picture
 ENDINGS = {"FOSSILISED": "D", "CULLED": "X"}  # how a life ends, as marks; every other stage is a band
 BANDS = {stage: colour for stage, colour in STAGE_COLOURS.items() if stage not in ENDINGS}
 STYLE: dict[str, Any] = {
@@ -102,8 +104,11 @@ def learning(history: RunHistory, others: Mapping[str, RunHistory] | None = None
         _steps_below(axes[-1])
         for axis in axes:
             _mark_growth(axis, history, label=axis is axes[0])
+            _mark_rollbacks(axis, history)
         if len(runs) > 1:
             axes[-1].legend(loc="best")
+        if keys := _mark_survival(axes[0], history):
+            figure.legend(handles=keys, loc="outside upper right", ncols=len(keys), fontsize=9)
         return _svg(figure, "Training loss and held-out metric over steps, with growth events")
 
 
@@ -237,6 +242,26 @@ def _mark_growth(axis: Axes, history: RunHistory, *, label: bool) -> None:
                 ha="left",
                 fontsize=8.5,
             )
+
+
+def _mark_rollbacks(axis: Axes, history: RunHistory) -> None:
+    """Shade the steps that were lost."""
+    for event in history.rollbacks:
+        axis.axvspan(event.data["to"], event.step, color=PURPLE, alpha=0.18, lw=0, zorder=0)
+
+
+def _mark_survival(axis: Axes, history: RunHistory) -> list[Line2D]:
+    """Mark above a picture what befell the run; returns the keys of the marks."""
+    above = axis.get_xaxis_transform()  # x in steps, y as a share of the picture's height
+    keys = []
+    for kind, (marker, colour) in BEFELL.items():
+        told = [note for note in notes(history) if note.kind == kind]
+        if told:  # a step once, however often; a rollback where it led to, away from its alarm
+            marks = dict.fromkeys((note.step if note.to is None else note.to for note in told), 1.03)
+            look: dict[str, Any] = {"marker": marker, "color": colour, "linestyle": "", "markersize": 6}
+            axis.plot(list(marks), list(marks.values()), transform=above, clip_on=False, **look)
+            keys.append(Line2D([], [], label=kind, **look))
+    return keys
 
 
 def _life(axis: Axes, seed: SeedHistory, life: list[Span], row: int, last_step: int) -> None:

@@ -67,11 +67,7 @@ class Standing:
         past = (self._earlier if opening else self.events) or opening
         self._base, self._half = event.step, event.kind == "run_started"
         self._earlier = []
-        self.events = [
-            item
-            for item in past
-            if item.kind in LASTING or (item.step <= event.step and item.kind != "run_finished")
-        ]
+        self.events = [item for item in past if _stands(item, event.step)]
         if past is opening:  # nothing is known of what was before
             return event
         self.events += [
@@ -124,6 +120,12 @@ def decided_after(events: Iterable[Event], step: int) -> dict[int, Mapping[str, 
                 mine.add(event.step)
     found = found if moved else earlier
     return {at: found[at] for at in sorted(found) if at > step}
+
+
+def _stands(event: Event, step: int) -> bool:
+    if event.kind == "checkpoint":  # told later, by a thread of its own
+        return bool(event.data["step"] <= step)
+    return event.kind in LASTING or (event.step <= step and event.kind != "run_finished")
 
 
 def _moved(events: Iterable[Event]) -> bool:

@@ -16,13 +16,17 @@ class Note:
     step: int
     kind: str  # "resumed", "alarm", "rolled back", "processes", "wrapped again"
     text: str
+    to: int | None = None  # the step a rollback led to
 
 
 def notes(history: RunHistory) -> list[Note]:
     """List what a run survived, in order of steps."""
     found = [Note(one.step, "resumed", went_on(one)) for one in history.resumes]
     found += [Note(one.step, "alarm", str(one.data["message"])) for one in history.alarms]
-    found += [Note(one.step, "rolled back", str(one.data["message"])) for one in history.rollbacks]
+    found += [
+        Note(one.step, "rolled back", str(one.data["message"]), int(one.data["to"]))
+        for one in history.rollbacks
+    ]
     found += [Note(one.step, "processes", of_ranks(one)) for one in history.ranks]
     found += [Note(one.step, "wrapped again", rewrapped(one)) for one in history.rewraps]
     return sorted(found, key=lambda note: note.step)
@@ -34,7 +38,7 @@ def went_on(resume: Resume) -> str:
     if not resume.redone:
         return f"went on from {where}"
     many = "step is" if resume.redone == 1 else "steps are"
-    return f"went on from {where}; {resume.redone:,} {many} done again, at least"
+    return f"went on from {where}; at least {resume.redone:,} {many} done again"
 
 
 def of_ranks(event: Event) -> str:
