@@ -1,0 +1,127 @@
+"""``esper chaos``: break real runs of a config on purpose, and say what became of them."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from esper.cli.application import FAILED
+from esper.cli.output import print_json
+from esper.errors import RegistryError, nearest
+
+MAKER = "esper.cli.session:open_session"
+DASH = "–"
+
+
+def chaos(
+    config: Annotated[Path | None, typer.Argument(help="The YAML file esper train reads.")] = None,
+    faults: Annotated[str | None, typer.Option(help="Names, with commas between; all by default.")] = None,
+    seed: Annotated[int, typer.Option(help="Of when faults come and what they hit.")] = 0,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Instead of the config's.")] = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(help="Keep the runs here; without it they are deleted.")
+    ] = None,
+    listed: Annotated[bool, typer.Option("--list", help="List the faults and stop.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Put faults into runs of a config, each in processes of its own; exit 1 if one was not survived."""
+    from esper.tolaria.chaos.child import FAULTS
+
+    names = chosen(faults, FAULTS.names())
+    if listed:
+        about = {name: FAULTS.get(name).about for name in names}
+        if json:
+            print_json(about)
+        else:
+            print("\n".join(f"{name:<22} {line}" for name, line in about.items()))
+        return
+    if config is None:
+        raise typer.BadParameter("name the config to rehearse, or give --list")
+    found = rehearse(config, names, seed, epochs, run_dir)
+    if json:
+        print_json(found)
+    else:
+        print_results(found)
+    if not found["survived"]:
+        raise typer.Exit(FAILED)
+
+
+def chosen(faults: str | None, known: list[str]) -> list[str]:
+    """Read the names that are asked for.
+
+    Raises:
+        RegistryError: There is no such fault.
+    """
+    names = known if faults is None else [name.strip().replace("-", "_") for name in faults.split(",")]
+    for name in names:
+        if name not in known:
+            raise RegistryError(f"no fault {name!r}; {nearest(name, known)}")
+    return names
+
+
+def rehearse(
+    config: Path, names: list[str], seed: int, epochs: int | None, run_dir: Path | None
+) -> dict[str, Any]:
+    """Run undisturbed and with every fault; return what became of them."""
+    from esper.cli.recipe import growth_settings, read_recipe
+    from esper.tolaria.chaos.rehearsal import Rehearsal
+
+    growth_settings(config, read_recipe(config))  # a mistake is told before anything runs
+    folder = Path(tempfile.mkdtemp(prefix="esper-chaos-")) if run_dir is None else run_dir
+    rehearsal = Rehearsal(MAKER, config, folder, seed=seed, epochs=epochs, tell=progress)
+    try:
+        rehearsal.begin()
+        rows = [rehearsal.put(name) for name in names]
+    finally:
+        if run_dir is None:
+            rehearsal.sweep()
+    return {
+        "config": str(config),
+        "seed": seed,
+        "steps": rehearsal.steps,
+        "seconds": rehearsal.seconds,
+        "faults": [asdict(row) for row in rows],
+        "survived": all(row.survived is not False for row in rows),
+    }
+
+
+def progress(line: str) -> None:
+    """Tell what is being done, beside the result."""
+    print(f"chaos: {line}", file=sys.stderr, flush=True)
+
+
+def print_results(found: dict[str, Any]) -> None:
+    """Draw one row per fault, and the reasons of what cannot be told below."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("fault", "survived", "s to step", "steps lost", "bits equal", "what happened", box=None)
+    for row in found["faults"]:
+        cells = [
+            row["fault"],
+            "skipped" if row["survived"] is None else told(row["survived"]),
+            DASH if row["seconds"] is None else f"{row['seconds']:.2f}",
+            DASH if row["steps_lost"] is None else str(row["steps_lost"]),
+            told(row["equal"]) + (f" ({row['reason']})" if row["reason"] and row["survived"] is not None else ""),
+            row["what"],
+        ]
+        # Text, not markup: messages hold brackets.
+        table.add_row(*(Text("".join(c if c.isprintable() else "?" for c in cell)) for cell in cells))
+    Console().print(table)
+    rows = found["faults"]
+    survived, skipped = (sum(row["survived"] is value for row in rows) for value in (True, None))
+    print(
+        f"{survived} of {len(rows) - skipped} survived, {skipped} skipped; a run has {found['steps']} steps and "
+        f"took {found['seconds']:.1f} s undisturbed"
+    )
+
+
+def told(value: bool | None) -> str:
+    """Write yes, no or unknown."""
+    return DASH if value is None else "yes" if value else "no"

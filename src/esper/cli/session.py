@@ -1,0 +1,71 @@
+"""From a config to a trainer that is ready: what ``esper train`` runs, for whoever runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from esper.cli import resolve
+from esper.cli.recipe import growth_settings, read_recipe
+from esper.contracts import Observer, ignore
+from esper.tolaria.checkpoint import FolderStorage, Storage
+from esper.tolaria.trainer import Trainer
+
+
+def as_it_is(storage: Storage) -> Storage:
+    """Put nothing around a storage."""
+    return storage
+
+
+def open_session(
+    config: Path,
+    run_dir: Path,
+    *,
+    epochs: int | None = None,
+    growth: Mapping[str, Any] | None = None,
+    every: int | None = None,
+    wrap: Callable[[Storage], Storage] = as_it_is,
+    on_event: Observer = ignore,
+) -> Trainer:
+    """Make the trainer of ``esper train CONFIG --resume auto``; it has not begun.
+
+    Args:
+        config: The YAML file.
+        run_dir: Where to write.
+        epochs: Instead of the config's.
+        growth: Sections of settings over the config's.
+        every: Optimizer steps between checkpoints; None: from their measured cost.
+        wrap: Put around the storage of checkpoints.
+        on_event: Called with every event.
+
+    Raises:
+        ConfigError: The config, or what it names, is wrong.
+    """
+    recipe = read_recipe(config)
+    sections = {name: {**recipe.growth.get(name, {}), **section} for name, section in (growth or {}).items()}
+    recipe = recipe.model_copy(
+        update={"growth": {**recipe.growth, **sections}, "epochs": epochs or recipe.epochs}
+    )
+    settings = growth_settings(config, recipe)
+    resolve.see_folder(config)
+    torch.manual_seed(recipe.seed)
+    model = resolve.call(recipe.model)
+    optimizer = resolve.call(recipe.optimizer, model.parameters())
+    return Trainer(
+        model,
+        optimizer,
+        resolve.loss_of(recipe.loss),
+        **resolve.batches_of(resolve.call(recipe.data), recipe.data),
+        scheduler=resolve.call(recipe.scheduler, optimizer) if recipe.scheduler else None,
+        metrics={name: resolve.metric_of(spec) for name, spec in recipe.metrics.items()},
+        config=settings,
+        run_dir=run_dir,
+        epochs=recipe.epochs,
+        seed=recipe.seed,
+        on_event=on_event,
+        checkpoints=wrap(FolderStorage(run_dir / "checkpoints")),
+        every=every,
+    )

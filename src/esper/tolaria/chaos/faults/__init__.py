@@ -1,0 +1,1 @@
+"""Faults: one file each. The file's name is the fault's name."""
