@@ -132,3 +132,18 @@ def test_what_befalls_a_run_is_told_in_lines_and_on_the_screen(
         assert line in lines, line
     for fact in ("alarm at step 450: loss 12.5", "rolled back to step 440", "lost: no heartbeat"):
         assert fact in told, fact
+
+
+def test_a_run_that_goes_on_is_shown_with_what_it_did_before(events: list[Event]) -> None:
+    console = Console(file=io.StringIO())
+    view = LiveView(console, past=[event for event in events if event.step <= 322])
+    assert shown(console) == ""  # it was said by another process
+    view(events[0])
+    view(Event("resumed", 300, {"step": 300, "name": "step-00000300"}))
+    assert shown(console).splitlines()[-1] == (
+        "[   300] went on from step-00000300; at least 20 steps are done again"
+    )
+    screen = drawn(view)
+    for fact in ("8 → 16", "held-out gain 0.021, +672 parameters", "resumed at step 300: went on from"):
+        assert fact in screen, fact
+    assert max(view.history.loss.steps) == 300

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import TracebackType
 
 from rich.console import Console, Group, RenderableType
@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from esper.contracts import Event
-from esper.nissa.history import DecisionHistory, RunHistory, SeedHistory
+from esper.nissa.history import DecisionHistory, RunHistory, SeedHistory, fold
 from esper.nissa.palette import STAGE_COLOURS
 from esper.nissa.survival import notes, of_ranks, rewrapped, went_on
 from esper.nissa.why import headline
@@ -37,7 +37,12 @@ class LiveView:
     """
 
     def __init__(
-        self, console: Console | None = None, *, plain: bool | None = None, transient: bool = False
+        self,
+        console: Console | None = None,
+        *,
+        plain: bool | None = None,
+        transient: bool = False,
+        past: Iterable[Event] = (),
     ) -> None:
         """Choose where to show.
 
@@ -45,8 +50,9 @@ class LiveView:
             console: Where to write; standard error by default, so that standard output stays the program's.
             plain: Lines instead of a screen; by default wherever the console is not a terminal.
             transient: Take the screen away at the end.
+            past: What the journal holds already, where a run goes on: shown with the rest, not said again.
         """
-        self.history = RunHistory()
+        self.history = fold(past)
         self._console = console or Console(stderr=True)
         self._plain = not self._console.is_terminal if plain is None else plain
         self._lock = threading.Lock()
@@ -87,7 +93,7 @@ class LiveView:
             parts = [
                 _header(self.history),
                 _sites(self.history),
-                *_decisions(self.history),
+                _decisions(self.history),
                 *_trouble(self.history),
             ]
         return Group(*parts)
@@ -163,17 +169,20 @@ def _header(history: RunHistory) -> Table:
         ProgressBar(total=steps or None, completed=history.step, width=30, pulse=not steps),
         Text(duration(history.seconds), style="dim"),
     )
-    facts = [f"loss {short(history.loss.last)}"]
+    learning = [f"loss {short(history.loss.last)}"]
     if history.epochs:
-        facts.append(f"{short(history.epochs[-1].metrics)} (epoch {history.epochs[-1].epoch})")
+        learning.append(f"{short(history.epochs[-1].metrics)} (epoch {history.epochs[-1].epoch})")
     before, now = history.started["parameters"], history.parameters.last
-    facts.append(f"parameters {before:,}" + (f" → {now:,.0f}" if now != before else ""))
-    facts.append(
+    size = [f"parameters {before:,}" + (f" → {now:,.0f}" if now not in (None, before) else "")]
+    size.append(
         f"FLOPs {count(history.training_flops.last)} training, {count(history.growth_flops.last)} growing"
     )
+    if history.checkpoints:
+        size.append(f"checkpoint at step {history.checkpoints[-1].data['step']:,}")
     outer = Table.grid()
     outer.add_row(grid)
-    outer.add_row(Text("   ".join(facts)))
+    outer.add_row(Text("   ".join(learning)))
+    outer.add_row(Text("   ".join(size)))
     return outer
 
 
@@ -199,19 +208,26 @@ def _sites(history: RunHistory) -> Table:
     return table
 
 
-def _decisions(history: RunHistory) -> Iterator[Text]:
+def _decisions(history: RunHistory) -> Table:
+    table = Table.grid(padding=(0, 2))
+    for _ in range(3):
+        table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True, overflow="ellipsis")
     for decision in list(history.decisions.values())[: -DECISIONS - 1 : -1]:
-        yield Text.assemble(
-            (f"{decision.id:>3} ", "dim"),
-            (f"{headline(decision)} ", "bold"),
-            (f"{decision.verdict}  ", {"kept": "green", "refused": "red"}.get(decision.verdict, "yellow")),
-            (_reason(decision), "dim"),
-            no_wrap=True,
-            overflow="ellipsis",
+        colour = {"kept": "green", "refused": "red"}.get(decision.verdict, "yellow")
+        table.add_row(
+            Text(f"step {decision.step:,}", style="dim"),
+            Text(headline(decision), style="bold"),
+            Text(decision.verdict, style=colour),
+            Text(_reason(decision), style="dim"),
         )
+    return table
 
 
 def _reason(decision: DecisionHistory) -> str:
+    if decision.outcome is not None and decision.kept:
+        gain = short(decision.outcome["gain"], 3)
+        return f"held-out gain {gain}, {decision.outcome['parameters']:+,} parameters"
     return str((decision.outcome or decision.chosen).get("reason", ""))
 
 
