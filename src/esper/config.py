@@ -148,6 +148,17 @@ class Governor(Section):
     grace: int = Field(24, ge=1, description="steps an expected discontinuity may show")
 
 
+class Distributed(Section):
+    """How the processes of one run keep together."""
+
+    mode: Literal["auto", "alone"] = Field(
+        "auto", description="auto: as the model is wrapped; alone: a model of its own in each process"
+    )
+    deadline: float = Field(
+        30.0, gt=0, description="seconds growth waits for another process, and a silent one is given up after"
+    )
+
+
 class Config(BaseSettings):
     """All settings; environment variables look like ``ESPER_RACE__CANDIDATES=4``."""
 
@@ -164,6 +175,7 @@ class Config(BaseSettings):
     kernels: Kernels = Kernels()
     telemetry: Telemetry = Telemetry()
     governor: Governor = Governor()
+    distributed: Distributed = Distributed()
     blueprints: tuple[str, ...] = Field(
         ("auto",),
         min_length=1,

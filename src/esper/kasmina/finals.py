@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from esper.blueprints.kernel import LiveKernel
+from esper.kasmina.gate import Verdict
 from esper.kasmina.isolation import untouched
 from esper.kasmina.race import AMPLITUDES, Race
-from esper.kasmina.trial import Given, number
+from esper.kasmina.trial import Given, Trial, number
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,7 @@ def decide(
     ):
         curves = [race.amplitudes(winner, lambda b=batch: given.run(b)) for batch in batches]
     curve = torch.stack(curves).mean(0)
+    given.peers.mean([curve])
     amplitude = AMPLITUDES[int(torch.nan_to_num(curve, nan=math.inf).argmin())]
     facts = {
         "candidates": [
@@ -72,4 +74,18 @@ def score(
             given.ledger.growth("score", decision, len(race.starts), examples),
         ):
             losses.append(race.losses(lambda b=batch: given.run(b)))
-    return torch.nan_to_num(torch.stack(losses).mean(0), nan=math.inf)
+    mean = torch.stack(losses).mean(0)
+    given.peers.mean([mean])
+    return torch.nan_to_num(mean, nan=math.inf)
+
+
+def ask(trial: Trial, kernel: LiveKernel, batch: Any, given: Given) -> Verdict:
+    """Let the gate look at a winner."""
+    with given.ledger.growth("gate", trial.decision.id):
+        return given.gate.look(trial.layer, kernel, batch, given.draw("evidence"))
+
+
+def told(verdict: Verdict) -> dict[str, Any]:
+    """Return a verdict as an event tells it."""
+    found = {name: number(getattr(verdict, name)) for name in ("e_value", "threshold")}
+    return {**asdict(verdict), **found}

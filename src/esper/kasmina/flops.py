@@ -42,7 +42,8 @@ class FlopMeter(TorchDispatchMode):
 class Ledger:
     """What a run has spent: FLOPs of the host's own training, and FLOPs of everything growth added."""
 
-    def __init__(self) -> None:
+    def __init__(self, processes: int = 1) -> None:
+        self.processes = processes  # each does the same work; all of it counts
         self.training_flops = 0
         self.growth_flops = 0
         self.seconds = 0.0  # spent in growth; reported, never decided on
@@ -57,7 +58,15 @@ class Ledger:
             self.known[key] = meter.total
         else:
             yield
-        self.growth_flops += self.known[key]
+        self.grow(self.known[key])
+
+    def train(self, flops: int) -> None:
+        """Charge this process's part of the host's training."""
+        self.training_flops += flops * self.processes
+
+    def grow(self, flops: int) -> None:
+        """Charge this process's part of growth."""
+        self.growth_flops += flops * self.processes
 
     def state_dict(self) -> dict[str, Any]:
         """Return the totals."""

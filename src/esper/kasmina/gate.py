@@ -15,6 +15,7 @@ from esper.errors import ProbeError
 from esper.kasmina.evidence import LossFunction, e_value, example_losses
 from esper.kasmina.isolation import evaluating, untouched
 from esper.kasmina.layer import KasminaLayer
+from esper.kasmina.peers import ALONE, Peers
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,7 @@ class Gate:
         settings: False-keep budget and smallest gain.
         looks: How many looks share the budget.
         on_fallback: Told why examples ran one by one.
+        peers: Other processes; what rank 0 finds counts, so give all of them the same probe.
     """
 
     def __init__(
@@ -51,9 +53,10 @@ class Gate:
         settings: GateSettings,
         looks: int,
         on_fallback: Callable[[str, str], None],
+        peers: Peers = ALONE,
     ) -> None:
         self.model, self.loss_fn, self.probe, self.settings = model, loss_fn, probe, settings
-        self.on_fallback = on_fallback
+        self.on_fallback, self.peers = on_fallback, peers
         self.allowed, self.looks = looks, 0
 
     def look(self, layer: KasminaLayer, kernel: nn.Module, train: Any, seed: int) -> Verdict:
@@ -80,8 +83,8 @@ class Gate:
         threshold = self.allowed / self.settings.false_keep
         rehearsal = self.differences(layer, kernel, [train], seed)[0]
         differences, losses = self.differences(layer, kernel, self.probe, seed)
-        gain, loss = float(differences.mean()), float(losses.mean())
-        value = e_value(differences, rehearsal)
+        found = float(differences.mean()), float(losses.mean()), e_value(differences, rehearsal)
+        gain, loss, value = self.peers.agree(found)
         if not math.isfinite(gain):
             reason = "the held-out loss is not finite"
         elif gain <= 0:

@@ -13,8 +13,10 @@ from esper.kasmina.isolation import same_randomness, untouched
 from esper.kasmina.layer import KasminaLayer, Tap
 from esper.kasmina.morphable import MorphableModel
 from esper.kasmina.pairs import Pair
+from esper.kasmina.peers import ALONE, Peers
 from esper.kasmina.places import Place
 from esper.kasmina.starts import Survey, survey
+from esper.kasmina.state import KasminaStateLayout
 from esper.kasmina.widen import affine
 
 
@@ -36,6 +38,7 @@ def measure(
     seed: int,
     pool: int,
     examples: int,
+    peers: Peers = ALONE,
 ) -> dict[str, Measured]:
     """Survey sites.
 
@@ -46,6 +49,7 @@ def measure(
         seed: Of the random numbers used here.
         pool: Directions to look for per site.
         examples: Examples read at most.
+        peers: Other processes, whose examples count too.
     """
     layers = {name: KasminaLayer(model.places[name], lambda error: None) for name in sites}
     seen: dict[str, list[Tap]] = {name: [] for name in sites}
@@ -66,8 +70,13 @@ def measure(
     with same_randomness(seed), untouched(model.host):
         for name, taps in seen.items():
             fresh = [tap for tap in taps if tap.fresh()]
-            if fresh and (scale := fresh[-1].scale) is not None:
-                found[name] = inspect(model.places[name], *joined(fresh, examples), scale, pool)
+            scale = fresh[-1].scale if fresh else None
+            if peers.every(scale is not None) and scale is not None:
+                x, gradient = joined(fresh, max(examples // peers.world, 1))
+                scale = scale.clone()
+                peers.mean([scale])
+                x, gradient = peers.gather(x), peers.gather(gradient) / peers.world
+                found[name] = inspect(model.places[name], x, gradient, scale, pool)
     return found
 
 
@@ -101,6 +110,24 @@ def hidden(pair: Pair, x: Tensor) -> dict[str, float]:
             "activation_variance": float(flat.var()),
             "dead": dead(flat),
         }
+
+
+def vitals(
+    layout: KasminaStateLayout, seed: int, sample: tuple[Tensor, float], gradient: float
+) -> dict[str, float | None]:
+    """Smooth what a sampled pass showed of an exposed kernel; no decision reads it.
+
+    Args:
+        layout: Keeps the smoothed numbers.
+        seed: Whose kernel it is.
+        sample: Its output, and the milliseconds it took.
+        gradient: Norm over its parameters.
+    """
+    output, milliseconds = sample
+    measured = {"variance": float(output.float().var()), "gradient": gradient, "dead": dead(output)}
+    layout.observe_seed(seed, **measured, latency=milliseconds)
+    told = {name: value for name, value in layout.vitals_of(seed).items() if name != "latency"}
+    return {"score": layout.health_score(seed), **told}
 
 
 def dead(activations: Tensor) -> float:

@@ -10,6 +10,7 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict
+from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -18,13 +19,13 @@ from esper.blueprints.kernel import GraphKernel, LiveKernel
 from esper.config import Config
 from esper.contracts import Decision, Event, Outcome, Stage
 from esper.kasmina.evidence import join
-from esper.kasmina.finals import decide
-from esper.kasmina.health import Measured, dead
+from esper.kasmina.finals import ask, decide, told
+from esper.kasmina.health import Measured, vitals
 from esper.kasmina.isolation import same_randomness, untouched
 from esper.kasmina.lessons import FIELD, Lessons, Step, first
 from esper.kasmina.morphable import MorphableModel
 from esper.kasmina.race import Race
-from esper.kasmina.trial import Given, Timing, Trial, number, worse
+from esper.kasmina.trial import Given, Timing, Trial, summed, worse
 
 FAULTS = 3  # after which a seed is culled
 UNSEEN = 4  # batches the race is judged on, kept from the candidates
@@ -48,6 +49,8 @@ class SeedOrchestrator:
         self.step = 0
         self.cool_until = -1  # the last step of the latest embargo
         self.examples = 0  # since the last step, for the cost of an exposed branch
+        self.lineage = 0  # a digest of all moves so far; the same in every process of a run
+        self.noted: list[str] = []  # faults of this process that the others have not heard of
         self.stages = {
             Stage.TRAINING: self.incubate,
             Stage.GRAFTING: self.graft,
@@ -76,11 +79,32 @@ class SeedOrchestrator:
         sown = {"svd": count, "random": 0, "mixed": math.ceil(count * 5 / 8)}[decision.start]
         starts = ("svd",) * sown + ("random",) * (count - sown)
         with same_randomness(self.given.draw("initialisation")):
-            trial.race = Race(layer, decision.width, starts, measured.survey, measured.x, self.given.rate)
+            seen, given = measured, self.given
+            trial.race = Race(layer, decision.width, starts, seen.survey, seen.x, given.rate, given.peers)
             with self.given.ledger.growth("fit", decision.id):
                 trial.race.fit(measured.x, measured.gradient, measured.scale)
+        self.given.peers.same([*trial.race.stack.values()])  # another machine may round another way
         layer.tap = trial.tap
         self.move(Stage.TRAINING, f"{count} candidates of {decision.width} units")
+
+    def share(self, faults: int) -> None:
+        """Bring what the last step did to the seed in each process together.
+
+        Args:
+            faults: Of the kernel, noted in all processes since the last time.
+        """
+        noted = list(self.noted)
+        self.noted.clear()
+        trial, peers = self.trial, self.given.peers
+        if trial is None or trial.kernel is None:
+            return
+        for error in [*noted, *["in another process"] * faults][: min(faults, FAULTS)]:
+            if self.model.layout.stage_of(trial.seed) is not Stage.ERROR:
+                self.count_fault(error)
+        for parameter in trial.kernel.parameters():
+            if parameter.grad is None:  # its pass failed here, not elsewhere
+                parameter.grad = torch.zeros_like(parameter)
+        peers.mean([p.grad for p in trial.kernel.parameters() if p.grad is not None])
 
     def advance(self, batches: Sequence[Any], loss: float, step: int) -> Outcome | None:
         """Do one step's work; returns the outcome once there is one."""
@@ -107,12 +131,13 @@ class SeedOrchestrator:
             return self.judge(batches[total - age :]) if age >= total + UNSEEN else None
         lessons, size, ledger = self.lessons(trial), len(race.starts), self.given.ledger
         kind, seed = lessons.kind(age), self.given.draw("evidence")
-        if kind == "shadow" or (kind == "tap" and lessons.tapped is None and not trial.tap.fresh()):
+        fresh = kind == "tap" and self.given.peers.every(trial.tap.fresh())
+        if kind == "shadow" or (kind == "tap" and lessons.tapped is None and not fresh):
             batch = first(batches[-1], lessons.examples)
             key = ("shadow", trial.decision.id, size, lessons.examples, self.examples)
-            with untouched(self.model.host, seed), ledger.growth(*key):
+            with self.given.whole(), untouched(self.model.host, seed), ledger.growth(*key):
                 race.learn_from_shadow(lambda: self.given.run(batch))
-        elif kind == "tap":
+        elif fresh:
             with same_randomness(seed), ledger.growth("tap", trial.decision.id, size, self.examples):
                 race.learn_from_tap(trial.tap, lessons.tapped)
         following = age == total or lessons.kind(age + 1) == "tap"  # at the end, what the forge asks for
@@ -126,26 +151,23 @@ class SeedOrchestrator:
         trial, race = self.current()
         few = None if self.lessons(trial).examples is None else self.examples
         unseen = [first(batch, few) for batch in join(batches)]
-        final = decide(race, unseen, self.given, self.model.host, trial.decision.id, self.examples)
-        self.tell("race", decision=trial.decision.id, site=trial.decision.site, **final.facts)
+        with self.given.whole():
+            final = decide(race, unseen, self.given, self.model.host, trial.decision.id, self.examples)
+            verdict = None if final.kernel is None else ask(trial, final.kernel, batches[-1], self.given)
+        decision, site = trial.decision.id, trial.decision.site
+        self.tell("race", decision=decision, site=site, **final.facts)
         if not race.batched:
             why = "the model or loss does not run under vmap; candidates ran one by one"
             self.tell("fallback", what="race", why=why)
-        kernel = final.kernel
-        if kernel is None:
+        if final.kernel is None or verdict is None:
             return self.cull("doing nothing won the race")
-        trial.race = None
-        with self.given.ledger.growth("gate", trial.decision.id):
-            verdict = self.given.gate.look(trial.layer, kernel, batches[-1], self.given.draw("evidence"))
-        trial.verdict = verdict
-        found = {name: number(getattr(verdict, name)) for name in ("e_value", "threshold")}
-        facts = {"decision": trial.decision.id, "site": trial.decision.site, **asdict(verdict), **found}
-        self.tell("gate", **facts)
+        trial.race, trial.verdict = None, verdict
+        self.tell("gate", decision=decision, site=site, **told(verdict))
         if not verdict.passed:
             return self.cull(verdict.reason)
         assert verdict.gain is not None
         self.model.layout.observe_gain(trial.seed, verdict.gain)
-        self.expose(kernel)
+        self.expose(final.kernel)
         return None
 
     def expose(self, kernel: LiveKernel) -> None:
@@ -183,12 +205,26 @@ class SeedOrchestrator:
         trial = self.train_kernel()
         if trial.ending:
             return self.decay(trial)
+        if trial.waiting:
+            return None
         trial.after.append(loss)
         if len(trial.after) < self.timing.evaluate:
             return None
         if worse(trial.before, trial.after):
             trial.ending = "the loss is worse than before exposure"
             return None
+        if self.given.deferred:
+            trial.waiting = True
+            message = f"{trial.decision.site} has passed and stays a branch until growth.rewrap() is called"
+            self.tell("warning", message=message)
+            return None
+        return self.fossilise()
+
+    def commit_waiting(self) -> Outcome | None:
+        """Make a kernel that has passed, and waits for it, part of the user's layers."""
+        if self.trial is None or not self.trial.waiting:
+            return None
+        self.trial.waiting = False
         return self.fossilise()
 
     def decay(self, trial: Trial) -> Outcome | None:
@@ -237,6 +273,7 @@ class SeedOrchestrator:
         for seed in torch.nonzero(layout.stage == int(Stage.EMBARGOED)).flatten().tolist():
             if step - int(layout.changed[seed]) >= self.timing.embargo:
                 layout.move(seed, Stage.EMBARGOED, Stage.DORMANT, step)
+                self.note_move(seed, Stage.DORMANT)
                 site, reason = self.model.site_of(seed), "the cool-down is over"
                 self.tell("stage", seed=seed, site=site, source="EMBARGOED", target="DORMANT", reason=reason)
 
@@ -255,10 +292,10 @@ class SeedOrchestrator:
         trial = self.trial
         if trial.kernel is None or trial.ending:
             return self.cull("the run ended")
-        looked = self.given.gate.differences(
-            trial.layer, trial.kernel, self.given.gate.probe, self.given.draw("evidence")
-        )
-        if float(looked[0].mean()) <= 0:
+        seed = self.given.draw("evidence")
+        with self.given.whole():
+            looked = self.given.gate.differences(trial.layer, trial.kernel, self.given.gate.probe, seed)
+        if self.given.peers.agree([float(looked[0].mean())])[0] <= 0:
             return self.cull("the run ended; no held-out gain")
         for stage, following in ((Stage.GRAFTING, Stage.STABILISING), (Stage.STABILISING, Stage.EVALUATING)):
             if self.model.layout.stage_of(trial.seed) is stage:
@@ -282,9 +319,7 @@ class SeedOrchestrator:
         """Step the exposed kernel with the gradients the host's own backward pass left on it."""
         trial = self.trial
         assert trial is not None and trial.kernel is not None and trial.optimizer is not None
-        self.given.ledger.growth_flops += (
-            3 * trial.decision.width * trial.layer.place.site.unit_flops * self.examples
-        )
+        self.given.ledger.grow(3 * trial.decision.width * trial.layer.place.site.unit_flops * self.examples)
         scale = self.given.scale()
         for parameter in trial.kernel.parameters():
             if parameter.grad is not None and scale != 1.0:
@@ -295,22 +330,12 @@ class SeedOrchestrator:
             trial.optimizer.step()
         trial.optimizer.zero_grad()
         if trial.layer.sample is not None:
-            self.observe(trial, float(norm))
+            # Latency stays in the layout: the same seed tells the same events, on any machine.
+            seen = vitals(self.model.layout, trial.seed, trial.layer.sample, float(norm))
+            self.tell("vitals", seed=trial.seed, site=trial.decision.site, **seen)
+            trial.layer.sample = None
         trial.layer.sampling = self.model.layout.due(self.step + 1)
         return trial
-
-    def observe(self, trial: Trial, gradient: float) -> None:
-        """Smooth what a sampled pass showed of the exposed kernel, and tell; no decision reads it."""
-        sample, trial.layer.sample = trial.layer.sample, None
-        assert sample is not None
-        output, milliseconds = sample
-        layout = self.model.layout
-        measured = {"variance": float(output.float().var()), "gradient": gradient, "dead": dead(output)}
-        layout.observe_seed(trial.seed, **measured, latency=milliseconds)
-        score = layout.health_score(trial.seed)
-        told = {name: value for name, value in layout.vitals_of(trial.seed).items() if name != "latency"}
-        # Latency stays in the layout: the same seed tells the same events, on any machine.
-        self.tell("vitals", seed=trial.seed, site=trial.decision.site, score=score, **told)
 
     def set_alpha(self, alpha: float) -> None:
         """Write α where the layer reads it."""
@@ -326,6 +351,7 @@ class SeedOrchestrator:
         source = layout.stage_of(trial.seed)
         layout.move(trial.seed, source, target, self.step)
         trial.started = self.step
+        self.note_move(trial.seed, target)
         self.tell(
             "stage",
             seed=trial.seed,
@@ -335,7 +361,19 @@ class SeedOrchestrator:
             reason=reason,
         )
 
+    def note_move(self, seed: int, target: Stage) -> None:
+        """Go on with the digest of all moves."""
+        move = f"{self.lineage} {self.step} {seed} {target.name}".encode()
+        self.lineage = int.from_bytes(blake2b(move, digest_size=7).digest())  # fits a signed 64-bit number
+
     def fault(self, error: str) -> None:
+        """Note a fault of the kernel; among several processes it counts once all of them know."""
+        if self.given.peers.world > 1:
+            self.noted.append(error)
+        else:
+            self.count_fault(error)
+
+    def count_fault(self, error: str) -> None:
         """Count a fault of the kernel; the third ends its seed at the next step."""
         assert self.trial is not None
         count = self.model.layout.add_fault(self.trial.seed)
@@ -350,31 +388,8 @@ class SeedOrchestrator:
     def outcome(self, kept: bool, reason: str) -> Outcome:
         """Sum up the trial."""
         assert self.trial is not None
-        trial, site = self.trial, self.trial.layer.place.site
-        verdict = trial.verdict
-        spent = self.given.ledger.growth_flops - trial.spent
-        gain = verdict.gain if verdict is not None else None
-        made = Outcome(
-            trial.decision.id,
-            site.name,
-            kept,
-            gain,
-            self.model.parameter_count() - trial.size[0] if kept else 0,  # 0 too where it was folded in
-            self.model.flops - trial.size[1] if kept else 0,
-            spent,
-            reason,
-        )
-        self.tell(
-            "outcome",
-            decision=made.decision,
-            site=made.site,
-            kept=kept,
-            gain=gain,
-            parameters=made.parameters,
-            flops=made.flops,
-            cost_flops=spent,
-            reason=reason,
-        )
+        made = summed(self.trial, self.model, self.given.ledger, kept, reason)
+        self.tell("outcome", **asdict(made))
         return made
 
     def tell(self, kind: str, **data: Any) -> None:

@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from esper.blueprints.kernel import LiveKernel
 from esper.kasmina.isolation import same_randomness
 from esper.kasmina.layer import KasminaLayer, Tap
+from esper.kasmina.peers import ALONE, Peers
 from esper.kasmina.starts import Survey, centre, sow
 from esper.kasmina.widen import WidenKernel
 
@@ -44,6 +45,7 @@ class Race:
         pool: Units for the "svd" candidates.
         x: What a kernel reads here; biases are centred on it.
         learning_rate: Of the candidates' own Adam, for their outgoing weights; None: by their number.
+        peers: Other processes in which the same candidates learn from other batches.
     """
 
     def __init__(
@@ -54,8 +56,9 @@ class Race:
         pool: Survey,
         x: Tensor,
         learning_rate: float | None,
+        peers: Peers = ALONE,
     ) -> None:
-        self.layer, self.units, self.starts = layer, units, starts
+        self.layer, self.units, self.starts, self.peers = layer, units, starts, peers
         kernels = [self.candidate(i, start, pool, x) for i, start in enumerate(starts)]
         self.template = layer.place.kernel(units)
         self.parameters, self.buffers = stack_module_state(kernels)
@@ -170,7 +173,9 @@ class Race:
 
     def descend(self, losses: Tensor, gradients: Sequence[Tensor]) -> None:
         """Step every candidate down its own loss, (candidates,); nothing else is updated."""
-        self.scores = torch.nan_to_num(losses.detach().cpu(), nan=float("inf"))
+        losses = losses.detach()
+        self.peers.mean([losses, *gradients])
+        self.scores = torch.nan_to_num(losses.cpu(), nan=float("inf"))
         for parameter, gradient in zip(self.parameters.values(), gradients, strict=True):
             parameter.grad = gradient
         self.optimizer.step()

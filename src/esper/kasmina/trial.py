@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,10 +14,12 @@ from torch import Tensor
 
 from esper.blueprints.kernel import LiveKernel
 from esper.config import Config
-from esper.contracts import Decision, Observer
+from esper.contracts import Decision, Observer, Outcome
 from esper.kasmina.flops import Ledger
 from esper.kasmina.gate import Gate, Verdict
 from esper.kasmina.layer import KasminaLayer, Tap
+from esper.kasmina.morphable import MorphableModel
+from esper.kasmina.peers import ALONE, Peers
 from esper.kasmina.places import Place
 from esper.kasmina.race import Race
 
@@ -68,6 +71,7 @@ class Trial:
     before: list[float] = field(default_factory=list)  # losses ahead of exposure
     after: list[float] = field(default_factory=list)
     ending: str = ""  # why α is on its way down
+    waiting: bool = False  # for growth.rewrap(), where layers cannot change their shapes at any step
     spent: int = 0  # growth FLOPs before this trial
     size: tuple[int, int] = (0, 0)  # the model's parameters and forward FLOPs per example before it
 
@@ -87,6 +91,23 @@ class Given:
     draw: Callable[[str], int]  # a seed of a named random stream
     rate: float | None  # the candidates' learning rate, if the user chose one
     scale: Callable[[], float]  # of the gradients (AMP), 1.0 without
+    peers: Peers = ALONE  # the other processes that train this model
+    whole: Callable[[], AbstractContextManager[Any]] = nullcontext  # lets a sharded host run by itself
+    deferred: bool = False  # a kernel that has passed waits for commit_waiting()
+
+
+def summed(trial: Trial, model: MorphableModel, ledger: Ledger, kept: bool, reason: str) -> Outcome:
+    """Sum up a trial."""
+    return Outcome(
+        trial.decision.id,
+        trial.layer.place.site.name,
+        kept,
+        None if trial.verdict is None else trial.verdict.gain,
+        model.parameter_count() - trial.size[0] if kept else 0,  # 0 too where it was folded in
+        model.flops - trial.size[1] if kept else 0,
+        ledger.growth_flops - trial.spent,
+        reason,
+    )
 
 
 def worse(before: Sequence[float], after: Sequence[float]) -> bool:

@@ -122,7 +122,9 @@ class Tamiyo:
 
     def learn(self, outcome: Outcome, step: int) -> None:
         """Take in an outcome: its gain per parameter relative to the best seen; a failure is worth 0."""
-        arm = self.pending.pop(outcome.decision)
+        arm = self.pending.pop(outcome.decision, None)
+        if arm is None:  # another process decided otherwise, and its word counts
+            return
         reward = 0.0
         if outcome.kept and outcome.gain is not None and not outcome.parameters:
             reward = 1.0  # folded into a layer: a gain that costs nothing

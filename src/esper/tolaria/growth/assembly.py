@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from esper.blueprints.kernel import LiveKernel
 from esper.config import Budget, Config
 from esper.contracts import Event, Observer
+from esper.errors import ProcessError
 from esper.kasmina.compiling import detect
 from esper.kasmina.evidence import LossFunction, count_examples
 from esper.kasmina.flops import Ledger
@@ -22,9 +23,12 @@ from esper.kasmina.gate import Gate
 from esper.kasmina.isolation import evaluating, same_randomness, untouched
 from esper.kasmina.morphable import MorphableModel
 from esper.kasmina.orchestrator import SeedOrchestrator
+from esper.kasmina.peers import Peers
 from esper.kasmina.sites import Sites
 from esper.kasmina.trial import Given, Timing
 from esper.tamiyo.controller import Tamiyo
+from esper.tolaria.distributed.wrapping import Wrapping
+from esper.tolaria.growth.boundary import digest
 from esper.tolaria.growth.commit import Committer
 from esper.tolaria.growth.entrance import first_probe, merged_budget, named_optimizers, refuse_host
 from esper.tolaria.growth.forging import Forging
@@ -39,7 +43,8 @@ SETTLING = 20  # steps until BatchNorm's running statistics (momentum 0.1) have 
 class Parts:
     """The parts of one run."""
 
-    given: nn.Module  # what the user holds: the host, or its compiled form
+    given: nn.Module  # what the user holds: the host, or what stands around it
+    wrapping: Wrapping
     model: MorphableModel
     optimizers: dict[str, Optimizer]
     orchestrator: SeedOrchestrator
@@ -62,7 +67,8 @@ class Parts:
 
 
 def assemble(
-    host: nn.Module,
+    given_model: nn.Module,
+    wrapping: Wrapping,
     optimizer: Optimizer | Mapping[str, Optimizer],
     loss_fn: LossFunction,
     probe: Iterable[Any],
@@ -77,13 +83,13 @@ def assemble(
     observe: Observer,
 ) -> Parts:
     """Check what was given and wire a run; nothing of the user's is changed."""
-    refuse_host(host)
-    policy = detect(host, loss_fn)
-    given_model, host = host, policy.host
+    refuse_host(wrapping.host)
+    policy, peers = detect(wrapping.host, loss_fn), wrapping.peers
+    host = policy.host
     optimizers = named_optimizers(optimizer, host)
     merged = merged_budget(budget, config.budget)
     config = config.model_copy(update={"budget": merged})
-    with policy.uncompiled():
+    with policy.uncompiled(), wrapping.whole():
         batch = first_probe(probe, host, loss_fn)
         model = MorphableModel(
             host,
@@ -95,17 +101,17 @@ def assemble(
             smoothing=config.telemetry.smoothing,
             sampling=config.telemetry.sampling,
         )
-    refuse_branches(model, optimizers)
+        refuse_branches(model, optimizers)
     model.pool.enabled = config.kernels.streams
-    streams, ledger = Streams(seed), Ledger()
+    streams, ledger = Streams(seed), Ledger(peers.world)
     forging = Forging(config.kernels, observe)
 
     def fallback(what: str, why: str) -> None:
         observe(Event("fallback", orchestrator.step, {"what": what, "why": why}))
 
-    gate = Gate(host, loss_fn, probe, config.gate, looks(model, config), fallback)
+    gate = Gate(host, loss_fn, probe, config.gate, looks(model, config), fallback, peers)
     committer = Committer(
-        model, optimizers, ema, lambda: loss_fn(host, batch), config.new_slot_state, observe
+        model, optimizers, ema, lambda: loss_fn(host, batch), config.new_slot_state, observe, peers
     )
     donor = OwnOptimizers(optimizers, fallback)
     settling = (
@@ -135,6 +141,9 @@ def assemble(
         draw=streams.draw,
         rate=config.race.learning_rate,
         scale=(lambda: float(scaler.get_scale())) if scaler is not None else (lambda: 1.0),
+        peers=peers,
+        whole=wrapping.whole,
+        deferred=wrapping.deferred,
     )
     orchestrator = SeedOrchestrator(model, config, Timing.of(config, steps, settling), given)
     warnings = []
@@ -147,8 +156,10 @@ def assemble(
         warnings.append(
             "a budget in seconds makes decisions depend on the clock; runs with the same seed may differ"
         )
+    refuse_strangers(peers, model, seed, steps)
     return Parts(
         given=given_model,
+        wrapping=wrapping,
         model=model,
         optimizers=optimizers,
         orchestrator=orchestrator,
@@ -168,6 +179,20 @@ def assemble(
         seed=seed,
         warnings=warnings,
     )
+
+
+def refuse_strangers(peers: Peers, model: MorphableModel, seed: int, steps: int | None) -> None:
+    """Refuse processes that would grow different things.
+
+    Raises:
+        ProcessError: With what differs.
+    """
+    shapes = [(name, tuple(p.shape)) for name, p in model.host.named_parameters()]
+    facts = {"model": shapes, "sites": model.names, "seed": seed, "steps": steps}
+    found = peers.exchange([digest(repr(fact)) for fact in facts.values()])
+    for name, values in zip(facts, zip(*found, strict=True), strict=True):
+        if len(set(values)) > 1:
+            raise ProcessError(f"the processes differ in {name}; give esper.grow the same in all of them")
 
 
 def widenings(model: MorphableModel, budget: Budget) -> int:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -17,12 +17,13 @@ from torch.optim import Optimizer
 
 from esper.blueprints.kernel import GraphKernel, LiveKernel
 from esper.contracts import Decision, Event, Observer, WidenPlan
-from esper.errors import SurgeryError
+from esper.errors import ProcessError, SurgeryError
 from esper.kasmina.blocks import Block
 from esper.kasmina.grown import CHILD, attach, detach
 from esper.kasmina.materialise import empty_slices, widen
 from esper.kasmina.merge import merged, write
 from esper.kasmina.morphable import MorphableModel, slug
+from esper.kasmina.peers import ALONE, Peers
 from esper.tolaria.genome import GraftPlan, Plan, program_of
 from esper.tolaria.growth.check import deviation, output
 from esper.tolaria.surgery.adoption import adopt
@@ -43,6 +44,7 @@ class Committer:
         run: One pass over a probe batch.
         rule: State of new units in the optimizers.
         observe: Told what grew, and of every detour.
+        peers: Other processes: all of them grow, or none.
     """
 
     def __init__(
@@ -53,9 +55,10 @@ class Committer:
         run: Callable[[], Any],
         rule: Literal["zeros", "seed", "mean"],
         observe: Observer,
+        peers: Peers = ALONE,
     ) -> None:
         self.model, self.optimizers, self.averages = model, optimizers, averages
-        self.run, self.rule, self.observe = run, rule, observe
+        self.run, self.rule, self.observe, self.peers = run, rule, observe, peers
         self.plans: list[Plan] = []
 
     def commit(self, kernel: LiveKernel, optimizer: Optimizer, decision: Decision, step: int) -> str:
@@ -76,6 +79,8 @@ class Committer:
             else:
                 width = decision.width
                 kind, facts = "grafted", self.graft(kernel, layer.place, optimizer, branch, width, step)
+        except ProcessError:
+            raise
         except FAILURES as error:
             layer.exposed = True
             return f"the grown model was put back: {error}"
@@ -88,6 +93,17 @@ class Committer:
         if why:
             self.observe(Event("recompiled", step, {"policy": self.model.policy.kind, "why": why}))
         return ""
+
+    @contextmanager
+    def everywhere(self) -> Iterator[None]:
+        """Fail where it fails in any process, so that all of them put everything back."""
+        failure: Exception | None = None
+        try:
+            yield
+        except FAILURES as error:
+            failure = error
+        if not self.peers.every(failure is None):
+            raise failure or SurgeryError("another process could not carry it out")
 
     def widen(self, kernel: Any, optimizer: Optimizer, branch: Tensor, step: int) -> dict[str, Any]:
         """Make a kernel rows and columns of the pair it stands beside."""
@@ -120,8 +136,9 @@ class Committer:
         assert weight is not None
         with ExitStack() as back:
             back.callback(write, layer, weight, bias)
-            write(layer, *folded)
-            difference = deviation(branch, output(self.model, place.exit, self.run))
+            with self.everywhere():
+                write(layer, *folded)
+                difference = deviation(branch, output(self.model, place.exit, self.run))
             back.pop_all()
         return difference
 
@@ -143,19 +160,20 @@ class Committer:
         """Register a branch in host and averages and let the optimizer adopt it; all or nothing."""
         host, port = self.model.host, plan.signature.port
         ends = host.get_submodule(plan.entry), host.get_submodule(plan.exit)
+        difference = 0.0
         with ExitStack() as back:
-            attach(host, plan.name, kernel, ends, port)
-            back.callback(detach, host, plan.name, ends)
-            difference = 0.0
-            if branch is not None:
-                difference = deviation(branch, output(self.model, ends[1], self.run))
-            for average in self.averages:
-                twin = copy_of(average, {plan.entry, plan.exit})
-                theirs = twin.get_submodule(plan.entry), twin.get_submodule(plan.exit)
-                attach(twin, plan.name, copy.deepcopy(kernel), theirs, port)
-                back.callback(detach, twin, plan.name, theirs)
-            adopted = adopt(self.optimizers, ends, kernel, optimizer, f"{CHILD}.{plan.name}.")
-            back.callback(adopted)
+            with self.everywhere():
+                attach(host, plan.name, kernel, ends, port)
+                back.callback(detach, host, plan.name, ends)
+                if branch is not None:
+                    difference = deviation(branch, output(self.model, ends[1], self.run))
+                for average in self.averages:
+                    twin = copy_of(average, {plan.entry, plan.exit})
+                    theirs = twin.get_submodule(plan.entry), twin.get_submodule(plan.exit)
+                    attach(twin, plan.name, copy.deepcopy(kernel), theirs, port)
+                    back.callback(detach, twin, plan.name, theirs)
+                adopted = adopt(self.optimizers, ends, kernel, optimizer, f"{CHILD}.{plan.name}.")
+                back.callback(adopted)
             back.pop_all()
         self.tell_lost(adopted.lines, step)
         return difference
@@ -173,15 +191,16 @@ class Committer:
         Returns:
             The largest difference from the branch, 0 where there is none to compare with.
         """
+        difference = 0.0
         with ExitStack() as back:
-            widened = widen(self.model.host, plan, slices)
-            back.callback(widened.undo)
-            difference = 0.0
-            if branch is not None:
-                exit_ = self.model.places[plan.site].ends()[1]
-                difference = deviation(branch, output(self.model, exit_, self.run))
-            for average in self.averages:
-                back.callback(widen_average(average, plan, slices).undo)
+            with self.everywhere():
+                widened = widen(self.model.host, plan, slices)
+                back.callback(widened.undo)
+                if branch is not None:
+                    exit_ = self.model.places[plan.site].ends()[1]
+                    difference = deviation(branch, output(self.model, exit_, self.run))
+                for average in self.averages:
+                    back.callback(widen_average(average, plan, slices).undo)
             reasons = widen_state(self.optimizers, widened.changes, self.rule, donor)  # all of them or none
             back.pop_all()
         for change in widened.replaced:

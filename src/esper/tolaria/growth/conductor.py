@@ -1,32 +1,32 @@
-"""``Growth`` drives a plain training loop's growth; ``grow`` makes one."""
+"""``Growth`` drives a plain training loop's growth; ``esper.grow`` makes one."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from esper.config import Config, ConfigLike, load_config
-from esper.contracts import Event, Observer, WidenPlan, ignore
+from esper.config import Config
+from esper.contracts import Event, Outcome, WidenPlan
 from esper.errors import FinishedError, SiteError, StateError, nearest
-from esper.kasmina.evidence import LossFunction, count_examples, join
+from esper.kasmina.evidence import count_examples, join
 from esper.kasmina.flops import Ledger
 from esper.kasmina.health import Measured, measure
 from esper.kasmina.lessons import Step, first
 from esper.kasmina.morphable import MorphableModel
 from esper.kasmina.orchestrator import SeedOrchestrator
-from esper.kasmina.sites import Sites
-from esper.nissa.journal import RunJournal
+from esper.kasmina.peers import Peers
 from esper.tamiyo.controller import Room, Tamiyo
 from esper.tolaria.genome import Plan
-from esper.tolaria.governor import Settings, Watch
-from esper.tolaria.growth.assembly import Parts, assemble, limit
+from esper.tolaria.governor import Watch
+from esper.tolaria.growth.assembly import Parts, limit
+from esper.tolaria.growth.boundary import Word, bits, meet, realign, same_decision, topology
 from esper.tolaria.growth.entrance import check_finite, check_loss
 from esper.tolaria.growth.memory import capture, restore
 from esper.tolaria.growth.telling import decided, size_and_cost, started, surveyed
@@ -38,7 +38,7 @@ SURVEYED = 32  # examples, on a host whose steps are dear
 
 
 class Growth:
-    """Grows one model during one run; made by :func:`grow`.
+    """Grows one model during one run; made by ``esper.grow``.
 
     Attributes:
         model: The host, the same object from first to last.
@@ -63,11 +63,17 @@ class Growth:
         self.finished = self.paused = False
         self.asked: str | None = None
         self.losses: list[float] = []  # since the last progress event
+        self.topology = 0  # digest of the plans
         self.watch: Watch | None = None  # the governor, where the settings want one
         self.hooks = [o.register_step_post_hook(self._count) for o in parts.optimizers.values()]
         self.evaluations = 0  # of closures, since the last step
         self.hooks += [before_closures(o, self._begin_evaluation) for o in parts.optimizers.values()]
         self._tell_start()
+
+    @property
+    def peers(self) -> Peers:
+        """The processes that train this model together."""
+        return self.parts.wrapping.peers
 
     @property
     def plans(self) -> list[Plan]:
@@ -102,16 +108,18 @@ class Growth:
         self._refuse_finished("step")
         check_loss(loss)
         value = float(loss.detach())
-        if self.watch is None:
+        if self.watch is None and self.peers.world == 1:
             check_finite(value, self.steps)
         self.batches.append(batch)
         examples = self._examples(batch) * max(self.evaluations, 1)
         self.evaluations = 0
-        self.cost.training_flops += 3 * self.morphable.flops * examples  # backward costs twice the forward
+        self.cost.train(3 * self.morphable.flops * examples)  # backward costs twice the forward
         self.orchestrator.examples += examples
         if self.optimizer_steps == self.steps:
             return
         self.steps = self.optimizer_steps
+        if self.peers.world > 1:
+            value = self._meet(value)
         if self.watch is not None:
             with self.morphable.policy.uncompiled():
                 action = self.watch.step(value, self.steps)
@@ -126,14 +134,28 @@ class Growth:
         if self.steps % self.config.telemetry.progress_every == 0:
             self._tell_progress()
 
+    def _meet(self, loss: float) -> float:
+        """Meet the other processes: from here on all know the same; returns the mean loss."""
+        names, orchestrator = list(self.morphable.places), self.orchestrator
+        asked = names.index(self.asked) if self.asked in names else -1
+        facts = bits(loss), orchestrator.examples, len(orchestrator.noted), asked, int(self.paused)
+        found = meet(self.peers, Word(self.steps, self.topology, orchestrator.lineage, *facts))
+        orchestrator.examples, self.paused = found.examples, found.paused
+        self.asked = None if found.asked < 0 else names[found.asked]
+        if not found.alike:
+            realign(self)
+        if self.watch is None:
+            check_finite(found.loss, self.steps)
+        orchestrator.share(found.faults)
+        return found.loss
+
     def _act(self, loss: float) -> None:
         if self.parts.forging.orders:
             self.parts.forging.collect(self.steps)
         if self.orchestrator.trial is not None:
             outcome = self.orchestrator.advance(tuple(self.batches), loss, self.steps)
             if outcome is not None:
-                self.events_kept += outcome.kept
-                self.tamiyo.learn(outcome, self.steps)
+                self._conclude(outcome)
             return
         self.orchestrator.advance(tuple(self.batches), loss, self.steps)
         if self.orchestrator.cooling():
@@ -146,8 +168,17 @@ class Growth:
         if why is not None and not self.paused:
             self._decide(why)
 
+    def _conclude(self, outcome: Outcome) -> None:
+        self.events_kept += outcome.kept
+        self.tamiyo.learn(outcome, self.steps)
+        self.topology = topology(self.plans)
+
     def _decide(self, why: str) -> None:
         """Survey the free sites, let Tamiyo choose, and germinate what was chosen."""
+        with self.parts.wrapping.whole():
+            self._choose(why)
+
+    def _choose(self, why: str) -> None:
         only, self.asked = self.asked, None
         free = [n for n in self.morphable.places if not self.orchestrator.embargoed(n) and only in (None, n)]
         measured = self._survey(free)
@@ -155,6 +186,7 @@ class Growth:
         reports = {name: m.report for name, m in measured.items()}
         rng = self.parts.streams.generators["policy"]
         decision = self.tamiyo.decide(self.steps, why, sites, reports, self._room(), rng, only)
+        decision = same_decision(self.peers, decision, list(self.morphable.places))
         self.tell("survey", decision=decision.id, sites=surveyed(measured, self.morphable))
         self.tell("decision", **decided(decision))
         if decision.site is not None:
@@ -170,7 +202,7 @@ class Growth:
         examples = tuple(self._examples(batch) for batch in batches)
         runs = [lambda b=batch: self.parts.run(b) for batch in batches]
         with self.cost.growth("survey", facts, tuple(free), examples):
-            return measure(self.morphable, free, runs, seed, POOL, self.config.race.examples)
+            return measure(self.morphable, free, runs, seed, POOL, self.config.race.examples, self.peers)
 
     def _room(self) -> Room:
         """Return what the budget still allows."""
@@ -224,6 +256,40 @@ class Growth:
             raise SiteError(f"no site {site!r}; {nearest(site, self.morphable.places)}")
         self.asked = site
 
+    def rewrap(self) -> nn.Module:
+        """Let what has grown become part of the layers, where the model trains in several processes.
+
+        Call it in every process at the same place, at the end of each epoch say: a kernel that has passed
+        stays a branch until then, because DistributedDataParallel and FSDP know only the parameters they saw
+        when they were made. The wrapper stays the same object. In one process nothing is left to do.
+
+        Returns:
+            What was given to ``esper.grow``.
+        """
+        self._refuse_finished("rewrap")
+        trial = self.orchestrator.trial
+        if trial is not None and trial.waiting:
+            begun, site = time.perf_counter(), trial.decision.site
+            self._open(self.orchestrator.commit_waiting)
+            seconds = time.perf_counter() - begun
+            self.cost.seconds += seconds
+            self.tell("rewrapped", sites=[site], milliseconds=seconds * 1e3)
+        return self.model
+
+    def _open(self, change: Callable[[], Outcome | None]) -> None:
+        """Carry out what may change the layers' shapes."""
+        trial, wrapping = self.orchestrator.trial, self.parts.wrapping
+        if trial is not None:
+            trial.layer.shut()  # a wrapper is taken off plain layers
+            with self.morphable.policy.uncompiled(), wrapping.opened(self.parts.optimizers):
+                trial.layer.open()
+                outcome = change()
+                trial.layer.shut()
+            if outcome is not None:
+                self._conclude(outcome)
+            else:
+                trial.layer.open()
+
     def finish(self) -> nn.Module:
         """End growth: a live seed gets a last gate and is folded in or removed.
 
@@ -232,11 +298,7 @@ class Growth:
         """
         self._refuse_finished("finish")
         begun = time.perf_counter()
-        with self.morphable.policy.uncompiled():
-            outcome = self.orchestrator.settle()
-        if outcome is not None:
-            self.events_kept += outcome.kept
-            self.tamiyo.learn(outcome, self.steps)
+        self._open(self.orchestrator.settle)
         self.cost.seconds += time.perf_counter() - begun
         for hook in self.hooks:
             hook.remove()
@@ -284,6 +346,7 @@ class Growth:
             )
         with self.morphable.policy.uncompiled():
             restore(self, state)
+        self.topology = topology(self.plans)
         self._tell_start()  # the sites are other ones by now
 
     # -- telling ---------------------------------------------------------------------------------------------
@@ -315,76 +378,3 @@ class Growth:
             raise FinishedError(
                 f"{what}() after finish(): the run is over; call esper.grow again to grow the model further"
             )
-
-
-def grow(
-    model: nn.Module,
-    optimizer: Optimizer | Mapping[str, Optimizer],
-    loss_fn: LossFunction,
-    *,
-    probe: Iterable[Any],
-    steps: int | None = None,
-    schedulers: Sequence[Any] = (),
-    scaler: Any = None,
-    ema: Sequence[nn.Module] = (),
-    sites: Sites = "auto",
-    budget: Mapping[str, Any] | None = None,
-    config: ConfigLike = None,
-    run_dir: str | Path | None = None,
-    seed: int = 0,
-    on_event: Observer = ignore,
-) -> Growth:
-    """Let a model grow while it trains.
-
-    Args:
-        model: Any ``nn.Module`` with at least one pair of Linear or convolution layers that can be widened.
-        optimizer: The one that trains it, or several by name: any of ``torch.optim``, see docs/optimizers.md.
-        loss_fn: ``loss_fn(model, batch) -> scalar``, the same one the loop calls; axis 0 of every tensor of a
-            batch is the example axis.
-        probe: Batches held out of training, re-iterable: the evidence that growth must bring.
-        steps: Optimizer steps of the run; growth is spread over them. Without it only a stall of the loss
-            grows.
-        schedulers: Learning-rate schedulers; widened parameters stay in their groups, so they need no change.
-        scaler: A ``GradScaler`` where one is used.
-        ema: Averaged copies of the model, widened with it.
-        sites: Where to grow, see ``esper.wrap``.
-        budget: Overrides of the settings' budget: ``parameters`` (a multiple of the host's up to 1000, a
-            count above), ``growth_events``, ``growth_flops``, ``model_flops``, ``wall_seconds``,
-            ``latency_ms``.
-        config: Settings: a ``Config``, a mapping, or a path to a YAML file.
-        run_dir: Folder for ``events.jsonl``.
-        seed: Of growth's own random streams.
-        on_event: Called with every event.
-
-    Raises:
-        EsperError: Whatever is given does not fit; nothing was changed then.
-    """
-    settings = load_config(config)
-    journal = RunJournal(run_dir) if run_dir is not None else None
-    watchers: list[Callable[[Event], None]] = [on_event] if journal is None else [journal, on_event]
-
-    def observe(event: Event) -> None:
-        for watcher in watchers:
-            watcher(event)
-
-    parts = assemble(
-        model,
-        optimizer,
-        loss_fn,
-        probe,
-        steps=steps,
-        scaler=scaler,
-        ema=ema,
-        sites=sites,
-        budget=budget,
-        config=settings,
-        seed=seed,
-        observe=observe,
-    )
-    growth = Growth(parts)
-    if settings.governor.enabled:
-        chosen = Settings(**settings.governor.model_dump(exclude={"enabled"}))
-        stateful = [*schedulers, *([scaler] if scaler is not None else [])]
-        growth.watch = Watch(growth, chosen, averages=ema, stateful=stateful)
-        watchers.append(growth.watch.told)
-    return growth

@@ -14,6 +14,7 @@ from esper.errors import StateError, nearest
 from esper.kasmina.gate import Verdict
 from esper.kasmina.isolation import same_randomness
 from esper.kasmina.pairs import Pair
+from esper.kasmina.peers import Peers
 from esper.kasmina.race import Race
 from esper.kasmina.starts import Survey
 from esper.kasmina.trial import Trial
@@ -38,6 +39,7 @@ def capture(growth: Any) -> dict[str, Any]:
         "counters": [growth.steps, growth.events_kept, parts.epochs, orchestrator.examples],
         "losses": list(orchestrator.losses),
         "cool_until": orchestrator.cool_until,
+        "lineage": orchestrator.lineage,
         "asked": growth.asked,
         "paused": growth.paused,
         "pending": list(growth.losses),
@@ -56,6 +58,7 @@ def capture_trial(trial: Trial) -> dict[str, Any]:
         "before": list(trial.before),
         "after": list(trial.after),
         "ending": trial.ending,
+        "waiting": trial.waiting,
         "spent": trial.spent,
         "size": list(trial.size),
         "verdict": None if trial.verdict is None else asdict(trial.verdict),
@@ -96,7 +99,7 @@ def restore(growth: Any, state: Mapping[str, Any]) -> None:
     growth.optimizer_steps = growth.steps
     orchestrator.losses.extend(state["losses"])
     orchestrator.step = growth.steps
-    orchestrator.cool_until = state["cool_until"]
+    orchestrator.cool_until, orchestrator.lineage = state["cool_until"], state.get("lineage", 0)
     growth.asked, growth.paused = state["asked"], state["paused"]
     growth.losses.extend(state["pending"])
     growth.batches.extend(state["batches"])
@@ -123,6 +126,7 @@ def restore_trial(growth: Any, state: Mapping[str, Any]) -> None:
         before=list(state["before"]),
         after=list(state["after"]),
         ending=state["ending"],
+        waiting=state.get("waiting", False),
         spent=state["spent"],
         size=tuple(state["size"]),
     )
@@ -130,7 +134,7 @@ def restore_trial(growth: Any, state: Mapping[str, Any]) -> None:
     orchestrator.trial = trial
     with same_randomness(0):
         if state["race"] is not None:
-            trial.race = revived(layer, state["race"])
+            trial.race = revived(layer, state["race"], orchestrator.given.peers)
             layer.tap = trial.tap
         if state["kernel"] is not None:
             trial.kernel = layer.kernel = layer.place.kernel(decision.width).train()
@@ -142,14 +146,14 @@ def restore_trial(growth: Any, state: Mapping[str, Any]) -> None:
             layer.exposed = bool(layer.alpha > 0) and morphable.layout.stage_of(trial.seed) is not Stage.ERROR
 
 
-def revived(layer: Any, state: Mapping[str, Any]) -> Race:
+def revived(layer: Any, state: Mapping[str, Any], peers: Peers) -> Race:
     """Build a race of the saved shape and fill it."""
     x = torch.empty(0)
     if isinstance(layer.place, Pair):  # its biases are centred on inputs, if only to be written over
         weight = layer.place.producer.weight
         x = weight.new_zeros(1, *weight.shape[1:2], *[max(weight.shape[2:], default=1)] * (weight.dim() - 2))
     empty = Survey({}, torch.zeros(1), 0)
-    race = Race(layer, state["units"], ("random",) * len(state["starts"]), empty, x, learning_rate=1.0)
+    race = Race(layer, state["units"], ("random",) * len(state["starts"]), empty, x, 1.0, peers)
     race.starts = tuple(state["starts"])
     race.load_state_dict(dict(state))
     return race

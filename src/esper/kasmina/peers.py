@@ -1,0 +1,89 @@
+"""What growth asks of the other processes that train the same model; alone, every answer is one's own.
+
+A process looks at its own batches only. Whatever is decided on is first made the same everywhere, so that
+every process grows the same thing at the same step. All of them must ask the same questions in the same
+order: no question is put where one process may pass it by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Peers(Protocol):
+    """The processes that train one model together.
+
+    Attributes:
+        rank: Of this process.
+        world: How many there are.
+    """
+
+    rank: int
+    world: int
+
+    def mean(self, tensors: Sequence[Tensor]) -> None:
+        """Average tensors over all processes, in place; the same bits everywhere."""
+
+    def same(self, tensors: Sequence[Tensor]) -> None:
+        """Write rank 0's values into every process's tensors."""
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Join every process's rows, in the order of ranks; their number may differ."""
+
+    def agree(self, numbers: Sequence[float]) -> list[float]:
+        """Return rank 0's numbers."""
+
+    def every(self, holds: bool) -> bool:
+        """Tell whether something holds in every process."""
+
+    def exchange(self, record: Sequence[int]) -> list[list[int]]:
+        """Return every process's record of whole numbers, in the order of ranks."""
+
+    def collect(self, data: bytes) -> list[bytes]:
+        """Return every process's bytes on rank 0, nothing elsewhere."""
+
+    def hear(self, data: bytes) -> bytes:
+        """Return rank 0's bytes."""
+
+
+class Alone:
+    """One process: nobody to ask."""
+
+    rank = 0
+    world = 1
+
+    def mean(self, tensors: Sequence[Tensor]) -> None:
+        """Leave them."""
+
+    def same(self, tensors: Sequence[Tensor]) -> None:
+        """Leave them."""
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Return one's own rows."""
+        return tensor
+
+    def agree(self, numbers: Sequence[float]) -> list[float]:
+        """Return one's own numbers."""
+        return list(numbers)
+
+    def every(self, holds: bool) -> bool:
+        """Return one's own answer."""
+        return holds
+
+    def exchange(self, record: Sequence[int]) -> list[list[int]]:
+        """Return one's own record."""
+        return [list(record)]
+
+    def collect(self, data: bytes) -> list[bytes]:
+        """Return one's own bytes."""
+        return [data]
+
+    def hear(self, data: bytes) -> bytes:
+        """Return one's own bytes."""
+        return data
+
+
+ALONE = Alone()

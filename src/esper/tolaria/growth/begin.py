@@ -1,0 +1,97 @@
+"""``grow``: begin a run that grows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from esper.config import ConfigLike, load_config
+from esper.contracts import Event, Observer, ignore
+from esper.kasmina.evidence import LossFunction
+from esper.kasmina.sites import Sites
+from esper.nissa.journal import RunJournal
+from esper.tolaria.distributed.wrapping import wrapping_of
+from esper.tolaria.governor import Settings, Watch
+from esper.tolaria.growth.assembly import assemble
+from esper.tolaria.growth.conductor import Growth
+
+
+def grow(
+    model: nn.Module,
+    optimizer: Optimizer | Mapping[str, Optimizer],
+    loss_fn: LossFunction,
+    *,
+    probe: Iterable[Any],
+    steps: int | None = None,
+    schedulers: Sequence[Any] = (),
+    scaler: Any = None,
+    ema: Sequence[nn.Module] = (),
+    sites: Sites = "auto",
+    budget: Mapping[str, Any] | None = None,
+    config: ConfigLike = None,
+    run_dir: str | Path | None = None,
+    seed: int = 0,
+    on_event: Observer = ignore,
+) -> Growth:
+    """Let a model grow while it trains.
+
+    Args:
+        model: Any ``nn.Module`` with at least one pair of Linear or convolution layers that can be widened,
+            or what the loop calls in its place: a compiled module, ``DistributedDataParallel`` around it, or
+            the module after ``fully_shard``. In several processes every one of them makes the same calls.
+        optimizer: The one that trains it, or several by name: any of ``torch.optim``, see docs/optimizers.md.
+        loss_fn: ``loss_fn(model, batch) -> scalar``, the same one the loop calls; axis 0 of every tensor of a
+            batch is the example axis.
+        probe: Batches held out of training, re-iterable: the evidence that growth must bring.
+        steps: Optimizer steps of the run; growth is spread over them. Without it only a stall of the loss
+            grows.
+        schedulers: Learning-rate schedulers; widened parameters stay in their groups, so they need no change.
+        scaler: A ``GradScaler`` where one is used.
+        ema: Averaged copies of the model, widened with it.
+        sites: Where to grow, see ``esper.wrap``.
+        budget: Overrides of the settings' budget: ``parameters`` (a multiple of the host's up to 1000, a
+            count above), ``growth_events``, ``growth_flops``, ``model_flops``, ``wall_seconds``,
+            ``latency_ms``.
+        config: Settings: a ``Config``, a mapping, or a path to a YAML file.
+        run_dir: Folder for ``events.jsonl``; of several processes the first writes it.
+        seed: Of growth's own random streams.
+        on_event: Called with every event.
+
+    Raises:
+        EsperError: Whatever is given does not fit; nothing was changed then.
+    """
+    settings = load_config(config)
+    wrapping = wrapping_of(model, settings.distributed.mode, settings.distributed.deadline)
+    journal = RunJournal(run_dir) if run_dir is not None and wrapping.peers.rank == 0 else None
+    watchers: list[Callable[[Event], None]] = [on_event] if journal is None else [journal, on_event]
+
+    def observe(event: Event) -> None:
+        for watcher in watchers:
+            watcher(event)
+
+    parts = assemble(
+        model,
+        wrapping,
+        optimizer,
+        loss_fn,
+        probe,
+        steps=steps,
+        scaler=scaler,
+        ema=ema,
+        sites=sites,
+        budget=budget,
+        config=settings,
+        seed=seed,
+        observe=observe,
+    )
+    growth = Growth(parts)
+    if settings.governor.enabled:
+        chosen = Settings(**settings.governor.model_dump(exclude={"enabled"}))
+        stateful = [*schedulers, *([scaler] if scaler is not None else [])]
+        growth.watch = Watch(growth, chosen, averages=ema, stateful=stateful)
+        watchers.append(growth.watch.told)
+    return growth
