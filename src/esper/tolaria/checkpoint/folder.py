@@ -30,6 +30,9 @@ class FolderStorage:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
 
+    def __str__(self) -> str:
+        return str(self.folder)
+
     def put(self, name: str, parts: Mapping[str, Chunks]) -> None:
         """Keep a checkpoint.
 
