@@ -46,7 +46,7 @@ def chaos(
     if json:
         print_json(found)
     else:
-        print_results(found)
+        print("\n".join(lines(found)))
     if not found["survived"]:
         raise typer.Exit(FAILED)
 
@@ -95,31 +95,21 @@ def progress(line: str) -> None:
     print(f"chaos: {line}", file=sys.stderr, flush=True)
 
 
-def print_results(found: dict[str, Any]) -> None:
-    """Draw one row per fault, and the reasons of what cannot be told below."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table("fault", "survived", "s to step", "steps lost", "bits equal", "what happened", box=None)
-    for row in found["faults"]:
-        cells = [
-            row["fault"],
-            "skipped" if row["survived"] is None else told(row["survived"]),
-            DASH if row["seconds"] is None else f"{row['seconds']:.2f}",
-            DASH if row["steps_lost"] is None else str(row["steps_lost"]),
-            told(row["equal"]) + (f" ({row['reason']})" if row["reason"] and row["survived"] is not None else ""),
-            row["what"],
-        ]
-        # Text, not markup: messages hold brackets.
-        table.add_row(*(Text("".join(c if c.isprintable() else "?" for c in cell)) for cell in cells))
-    Console().print(table)
+def lines(found: dict[str, Any]) -> list[str]:
+    """Write one row per fault, and below what happened."""
     rows = found["faults"]
+    drawn = [f"{'fault':<22} {'survived':<9} {'s to next step':>14} {'steps lost':>10}  bits equal"]
+    for row in rows:
+        survived = "skipped" if row["survived"] is None else told(row["survived"])
+        seconds = DASH if row["seconds"] is None else f"{row['seconds']:.2f}"
+        lost = DASH if row["steps_lost"] is None else str(row["steps_lost"])
+        equal = f"{DASH} ({row['reason']})" if row["reason"] else told(row["equal"])
+        drawn.append(f"{row['fault']:<22} {survived:<9} {seconds:>14} {lost:>10}  {equal}")
+    drawn += ["", *(f"{row['fault']}: {row['what']}" for row in rows), ""]
     survived, skipped = (sum(row["survived"] is value for row in rows) for value in (True, None))
-    print(
-        f"{survived} of {len(rows) - skipped} survived, {skipped} skipped; a run has {found['steps']} steps and "
-        f"took {found['seconds']:.1f} s undisturbed"
-    )
+    drawn.append(f"{survived} of {len(rows) - skipped} survived, {skipped} skipped")
+    drawn.append(f"a run has {found['steps']} steps and took {found['seconds']:.1f} s undisturbed")
+    return ["".join(c if c.isprintable() else "?" for c in line) for line in drawn]
 
 
 def told(value: bool | None) -> str:

@@ -95,12 +95,12 @@ def train(spec: Spec) -> int:
     def wrap(storage: Storage) -> Storage:
         return storage if fault is None else fault.storage(child, storage)
 
+    if fault is not None:
+        fault.prepare(child)
     module, _, name = spec.maker.partition(":")
     make = getattr(importlib.import_module(module), name)
     more = {"epochs": spec.epochs, "growth": spec.growth, "every": spec.every}
-    trainer: Trainer = make(
-        Path(spec.config), Path(spec.run_dir), wrap=wrap, on_event=child.see, **more
-    )
+    trainer: Trainer = make(Path(spec.config), Path(spec.run_dir), wrap=wrap, on_event=child.see, **more)
     child.follow(trainer)
     if fault is not None:
         fault.arm(child)

@@ -106,11 +106,6 @@ def thaw(folder: Path) -> None:
     _must(_libc().umount2(os.fsencode(folder), DETACH))
 
 
-def reason(number: int) -> str:
-    """Return the operating system's words for an error."""
-    return os.strerror(number)
-
-
 def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)
 

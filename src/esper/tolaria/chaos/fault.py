@@ -15,6 +15,9 @@ if TYPE_CHECKING:  # the process's own side imports torch, which must come after
     from esper.tolaria.checkpoint.storage import Storage
 
 
+GOVERNED: Mapping[str, Any] = {"governor": {"enabled": True}}  # settings of growth
+
+
 @dataclass(frozen=True)
 class Verdict:
     """Whether a run that ended in the ordinary way came through its fault, and what it did, in a line."""
@@ -73,6 +76,9 @@ class Fault:
     def absent(self, whole: Seen) -> str | None:
         """Say why it cannot come in this run, judged by the uninterrupted one; None: it can."""
         return None
+
+    def prepare(self, child: Child) -> None:
+        """Do what must be done before the run is made: whoever starts it again has made room, for one."""
 
     def storage(self, child: Child, storage: Storage) -> Storage:
         """Return what the run's checkpoints go through."""

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -38,7 +39,7 @@ class Result:
         seconds: From the fault to the next training step.
         steps_lost: Steps done twice, or undone.
         equal: Whether the final weights are ``torch.equal`` to those of the undisturbed run.
-        reason: Why ``equal`` is None.
+        reason: Why the bits cannot be compared, where they cannot.
         what: What happened, in a line.
     """
 
@@ -119,12 +120,12 @@ class Rehearsal:
             self.begin()
         assert self.whole is not None
         if (absent := fault.absent(self.whole)) is not None:
-            return Result(name, None, reason="skipped", what=absent)
+            return Result(name, None, what=absent)
         self.tell(f"{name}: {fault.about}")
         draw = random.Random(f"{self.seed}:{name}")
         at = draw.randint(int(EARLIEST * self.steps) + 1, int(LATEST * self.steps) + 1)
         every = max(self.steps // SHARE, 1)
-        spec = replace(self._spec(name), fault=name, at=at, steps=self.steps, every=every, growth=fault.growth)
+        spec = replace(self._spec(name), fault=name, at=at, every=every, growth=fault.growth)
         disk = self._disk(spec) if fault.mounts else None
         try:
             spec = replace(spec, namespace=None if disk is None else disk.process.pid)
@@ -140,11 +141,12 @@ class Rehearsal:
             place.mkdir(parents=True)
         except FileExistsError:
             raise RunError(f"{place} is there already; give another --run-dir") from None
-        files = {"run_dir": place / "run", "marks": place / "marks.jsonl", "weights": place / "weights.safetensors"}
         return Spec(
             self.maker,
             str(self.config),
-            **{field: str(path) for field, path in files.items()},
+            run_dir=str(place / "run"),
+            marks=str(place / "marks.jsonl"),
+            weights=str(place / "weights.safetensors"),
             seed=self.seed,
             epochs=self.epochs,
         )
@@ -196,7 +198,7 @@ class Rehearsal:
             when = "" if seen.struck is None else f"{seen.struck['what']} after step {seen.struck['step']}; "
             return Result(name, False, steps_lost=lost(seen), what=f"{when}process {len(ended)} {how}")
         if seen.struck is None:
-            return Result(name, None, reason="skipped", what="the run ended before the fault came")
+            return Result(name, None, what="the run ended before the fault came")
         weights = load_file(spec.weights)
         finite = all(bool(torch.isfinite(t).all()) for t in weights.values() if t.is_floating_point())
         verdict = fault.judge(seen)
@@ -216,7 +218,7 @@ def seconds(seen: Seen) -> float | None:
     if struck is None:
         return None
     last = max(mark["attempt"] for mark in seen.marks)
-    back = [mark["at"] for mark in ways_back(seen) if mark["at"] >= struck["at"]]
+    back = [mark["at"] for mark in seen.events("rolled_back") if mark["at"] >= struck["at"]]
     since = max([struck["at"], *back[:1]])
     steps = [m["at"] for m in seen.of("step") if m["at"] > since and m["attempt"] >= (last if last else 0)]
     return steps[0] - struck["at"] if steps else None
@@ -224,17 +226,12 @@ def seconds(seen: Seen) -> float | None:
 
 def lost(seen: Seen) -> int:
     """Count the steps that were done again by a later process, and those that the governor undid."""
-    count = sum(int(mark["data"]["lost"]) for mark in ways_back(seen))
+    count = sum(int(mark["data"]["lost"]) for mark in seen.events("rolled_back"))
     steps = seen.of("step")
-    for before, after in zip(steps, steps[1:], strict=False):
+    for before, after in pairwise(steps):
         if after["attempt"] > before["attempt"]:
             count += before["step"] - (after["step"] - 1)
     return count
-
-
-def ways_back(seen: Seen) -> list[Mapping[str, object]]:
-    """Return the governor's rollbacks."""
-    return [mark for mark in seen.events("rolled_back", "warning") if "lost" in mark["data"]]
 
 
 def same(weights: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:

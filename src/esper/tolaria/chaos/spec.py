@@ -28,7 +28,6 @@ class Spec:
         fault: A name in ``faults/``; None for the run nobody disturbs.
         seed: Of what a fault draws.
         at: Optimizer step of the fault.
-        steps: Of the whole run; 0 where that is not known yet.
         every: Optimizer steps between checkpoints; None: from their measured cost.
         attempt: 0, then 1 after the first death, and so on.
         namespace: Process whose disk this one joins.
@@ -44,7 +43,6 @@ class Spec:
     fault: str | None = None
     seed: int = 0
     at: int = 0
-    steps: int = 0
     every: int | None = None
     attempt: int = 0
     namespace: int | None = None

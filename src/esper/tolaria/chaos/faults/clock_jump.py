@@ -30,4 +30,5 @@ class ClockJump(Fault):
         """Judge by the end: the weights show whether a decision read the clock."""
         finished = seen.finished
         kept = 0 if finished is None else finished["written"]
-        return Verdict(kept > 0, f"all clocks 6 h forward, then the wall clock 48 h back; {kept} checkpoints kept")
+        what = f"clocks 6 h forward, then the wall clock 48 h back; {kept} checkpoints were kept"
+        return Verdict(kept > 0, what)

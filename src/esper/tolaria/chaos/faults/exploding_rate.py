@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping
+from typing import Any
 
 from esper.tolaria.chaos.child import Child
-from esper.tolaria.chaos.fault import Fault, Seen, Verdict
+from esper.tolaria.chaos.fault import GOVERNED, Fault, Seen, Verdict
 from esper.tolaria.chaos.faults.nan_batch import undone
 
 __all__ = ["ExplodingRate"]
@@ -18,7 +20,7 @@ class ExplodingRate(Fault):
     """Multiplies the learning rate of every parameter group, and leaves it there."""
 
     about = "the learning rate times 1,000, for good"
-    growth = {"governor": {"enabled": True}}
+    growth: Mapping[str, Any] = GOVERNED
     different = "the governor undid steps"
 
     def arm(self, child: Child) -> None:
@@ -42,4 +44,5 @@ class ExplodingRate(Fault):
             return Verdict(verdict.survived, verdict.what)
         end, worst = statistics.median(after), max(before[-2 * LATEST :])
         well = end <= worst
-        return Verdict(well, f"{verdict.what}; loss {end:.3g}, {'not ' if well else ''}above {worst:.3g} before")
+        compared = "not above" if well else "above"
+        return Verdict(well, f"{verdict.what}; loss {end:.3g}, {compared} {worst:.3g} before")

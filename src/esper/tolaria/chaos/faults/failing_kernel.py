@@ -47,7 +47,8 @@ class FailingKernel(Fault):
         dropped = [mark for mark in culled if mark["step"] > struck["step"]]
         what = f"{struck['what']}; {len(faults)} faults ({', '.join(dict.fromkeys(faults))})"
         what += f"; the host's own output was used {len(used)} times"
-        return Verdict(len(faults) >= 3 and bool(dropped) and len(used) == len(faults), f"{what}; culled" if dropped else what)
+        well = len(faults) >= 3 and len(used) == len(faults) and bool(dropped)
+        return Verdict(well, f"{what}; {'culled' if dropped else 'not culled'}")
 
 
 class Failure:

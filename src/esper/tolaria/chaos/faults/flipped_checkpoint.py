@@ -44,4 +44,5 @@ def stepped_back(seen: Seen) -> Verdict:
     told = seen.messages("passed over")
     if not damages:
         return Verdict(True, f"there was no checkpoint to damage yet; {resumed(seen).what}")
-    return Verdict(bool(told), f"{damages[0]}; {'passed over' if told else 'not noticed'}; {resumed(seen).what}")
+    noticed = "passed over" if told else "not noticed"
+    return Verdict(bool(told), f"{damages[0]}; {noticed}; {resumed(seen).what}")

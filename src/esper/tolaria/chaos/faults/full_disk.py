@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 
 from esper.tolaria.chaos import disk
@@ -21,6 +22,11 @@ class FullDisk(Fault):
     restarts = 1  # the journal of events ends the run, with its message, where it cannot write a decision
     mounts = True
 
+    def prepare(self, child: Child) -> None:
+        """Make room before the run is started again."""
+        if child.spec.attempt and child.spec.namespace is not None:
+            disk.free(Path(child.spec.run_dir))
+
     def storage(self, child: Child, storage: Storage) -> Storage:
         """Refuse every piece written while there is no room; only where there is no disk to fill."""
         if child.spec.namespace is not None:
@@ -28,12 +34,10 @@ class FullDisk(Fault):
         return failing(child, storage, errno.ENOSPC, "ENOSPC injected into the storage")
 
     def arm(self, child: Child) -> None:
-        """Fill the disk, and make room later; whoever starts the run again makes room first."""
+        """Fill the disk, and make room later."""
         folder = Path(child.spec.run_dir)
-        if child.spec.namespace is None:
-            return None
-        if child.spec.attempt:
-            return disk.free(folder)
+        if child.spec.namespace is None or child.spec.attempt:
+            return
 
         def fill() -> None:
             child.strike("the disk is full (a tmpfs, real ENOSPC)")
@@ -41,7 +45,6 @@ class FullDisk(Fault):
 
         child.once(child.spec.at, fill)
         child.once(over(child), lambda: disk.free(folder))
-        return None
 
     def judge(self, seen: Seen) -> Verdict:
         """Judge by whether checkpoints were kept again."""
@@ -66,8 +69,8 @@ def failing(child: Child, storage: Storage, number: int, what: str) -> Storage:
 
 
 def raise_errno(number: int) -> None:
-    """Raise what the operating system would."""
-    error = OSError(number, disk.reason(number))
+    """Raise what the operating system would; a storage says it in words of our own tree."""
+    error = OSError(number, os.strerror(number))
     raise error
 
 
@@ -76,7 +79,9 @@ def kept_again(seen: Seen) -> Verdict:
     struck, finished = seen.struck, seen.finished
     if struck is None or finished is None:
         return Verdict(False, "it never came" if struck is None else "the run did not end")
-    restarted = any(mark["attempt"] for mark in seen.marks)
-    failed = "the run ended and was started again" if restarted else f"{finished['failures']} not written"
-    written = finished["written"]
-    return Verdict(written > 0, f"{struck['what']}; checkpoints: {failed}, {written} kept before and after")
+    what, written = str(struck["what"]), int(finished["written"])
+    if any(mark["attempt"] for mark in seen.marks):
+        what += "; the run ended and was started again"
+    else:
+        what += f"; training went on, {finished['failures']} checkpoints were not written"
+    return Verdict(written > 0, f"{what}; {written} were kept")

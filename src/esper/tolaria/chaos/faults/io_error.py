@@ -30,6 +30,8 @@ class IoError(Kill):
 
         def trap(verb: Verb) -> None:
             nonlocal count
+            if not attempt and not child.step:
+                return  # nothing is written before
             count += 1
             if count == nth:
                 child.mark("error", child.step, verb=verb, nth=nth)
@@ -39,6 +41,9 @@ class IoError(Kill):
 
     def judge(self, seen: Seen) -> Verdict:
         """Judge by where it went on."""
-        told = [f"EIO on call {mark['nth']} of process {mark['attempt'] + 1}, a {mark['verb']}" for mark in seen.of("error")]
+        told = [
+            f"EIO on call {mark['nth']} of process {mark['attempt'] + 1}, a {mark['verb']}"
+            for mark in seen.of("error")
+        ]
         verdict = resumed(seen)
         return Verdict(verdict.survived and bool(told), f"{'; '.join(told)}; {verdict.what}")

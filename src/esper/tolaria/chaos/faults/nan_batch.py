@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from esper.tolaria.chaos.child import Child
-from esper.tolaria.chaos.fault import Fault, Seen, Verdict
+from esper.tolaria.chaos.fault import GOVERNED, Fault, Seen, Verdict
 
 __all__ = ["NanBatch"]
 
@@ -18,7 +18,7 @@ class NanBatch(Fault):
     """Poisons the batch of one step; the governor must undo what it did."""
 
     about = "a batch of NaN out of the data loader"
-    growth = {"governor": {"enabled": True}}
+    growth: Mapping[str, Any] = GOVERNED
     different = "the governor undid steps"
 
     def arm(self, child: Child) -> None:
@@ -58,20 +58,17 @@ def poisoned(batch: Any) -> Any:
     if isinstance(batch, Tensor):
         return torch.full_like(batch, torch.nan) if batch.is_floating_point() else batch
     if isinstance(batch, Mapping):
-        found: Any = {key: poisoned(value) for key, value in batch.items()}
-        same = all(found[key] is batch[key] for key in batch)
-    elif isinstance(batch, list | tuple):
-        found = type(batch)([poisoned(value) for value in batch])
-        same = all(new is old for new, old in zip(found, batch, strict=True))
-    else:
-        return batch
-    return batch if same else found
+        found = {key: poisoned(value) for key, value in batch.items()}
+        return batch if all(found[key] is batch[key] for key in batch) else found
+    if isinstance(batch, Sequence) and not isinstance(batch, str | bytes):
+        parts = [poisoned(value) for value in batch]
+        return batch if all(new is old for new, old in zip(parts, batch, strict=True)) else parts
+    return batch
 
 
 def undone(seen: Seen) -> Verdict:
     """Say what the governor did about it."""
-    ways = seen.events("rolled_back") or [mark for mark in seen.events("warning") if "lost" in mark["data"]]
-    alarms = seen.events("alarm") or [mark for mark in seen.events("warning") if "alarm" in mark["data"]]
-    told = [f"{mark['data']['alarm']} of {mark['data']['signal']}: {mark['data']['action']}" for mark in alarms]
+    ways, alarms = seen.events("rolled_back"), seen.events("alarm")
+    told = [f"{mark['data']['signal']} {mark['data']['alarm']}: {mark['data']['action']}" for mark in alarms]
     told += [f"rolled back to step {mark['data']['to']}" for mark in ways]
     return Verdict(bool(ways), "; ".join(told) or "the governor saw nothing")
