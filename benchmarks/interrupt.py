@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import signal
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks import compare, harness
-from benchmarks.lifecycle import STEPS, Journey
+from benchmarks.lifecycle import STEPS, Journey, digest
 from benchmarks.promises import Promise
 from esper.contracts import Stage
 from esper.tolaria.checkpoint import MemoryStorage
@@ -46,10 +45,9 @@ def main(argv: Sequence[str]) -> int:
     for stage in STAGES:
         table.add_row(stage, *(one.row(stage) for one in found.values()))
     table.add_row("any", *(one.row() for one in found.values()))
-    processes = [
-        f"{one['kills']} kills: {'equal' if one['equal'] else 'NOT EQUAL'}" for one in killed.values()
-    ]
-    table.add_row("killed, one process after the other", *processes)
+    table.add_row(
+        "killed -9 in every stage, one process after the other", *map(said, map(killed.get, WORKERS))
+    )
     judged = [
         Promise(
             "steps after which it was cut off, and everything was equal",
@@ -82,6 +80,13 @@ def main(argv: Sequence[str]) -> int:
     ]
     record = {str(workers): one.to_dict() | killed.get(workers, {}) for workers, one in found.items()}
     return harness.conclude(NAME, chosen, [table], judged, {"workers": record})
+
+
+def said(killed: Mapping[str, Any] | None) -> str:
+    """Show what a chain of processes came to."""
+    return (
+        "–" if killed is None else f"{killed['kills']} kills, {'equal' if killed['equal'] else 'NOT EQUAL'}"
+    )
 
 
 @dataclass
@@ -177,9 +182,9 @@ def chain(cuts: Cuts, workers: int, steps: Sequence[int]) -> dict[str, Any]:
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=root, check=False)
             if done.returncode != (0 if until == STEPS else -signal.SIGKILL):
                 raise RuntimeError(f"the run that was to be killed after step {until} ended by itself")
-            said = json.loads(done.stdout.splitlines()[-1])
-            seen |= said["data"]
-    equal = said["digest"] == digest(cuts.end) and len(seen) == STEPS
+            last = json.loads(done.stdout.splitlines()[-1])
+            seen |= last["data"]
+    equal = last["digest"] == digest(cuts.end) and len(seen) == STEPS
     return {"kills": len(steps), "equal": equal and list(seen.values()) == list(cuts.data.values())}
 
 
@@ -187,21 +192,13 @@ def child(folder: str, workers: int, until: int) -> int:
     """Go on from the newest checkpoint to a step; save there, and be killed."""
     run = Journey(folder, workers)
     run.resume()
-    run.train(until=until)
+    run.train(until=until if until < STEPS else None)
     if until < STEPS:
         run.manager.save(wait=True)
         print(json.dumps({"data": run.seen}), flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
     print(json.dumps({"data": run.seen, "digest": digest(run.end())}))
     return 0
-
-
-def digest(end: Mapping[str, Any]) -> str:
-    """Sum up an end for another process."""
-    sha = hashlib.sha256()
-    for name, part in sorted(end.items()):
-        sha.update(name.encode() + (part if isinstance(part, bytes) else json.dumps(part).encode()))
-    return sha.hexdigest()
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ widened, and a blueprint's graft stays.
 from __future__ import annotations
 
 import hashlib
+import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,6 @@ CONFIG = {
     "schedule": {"warmup": 0.05, "stop": 0.05, "embargo": 0.05, "plateau": False},  # one decision, at step 3
     "race": {"steps": 1, "candidates": 2},
     "blend": {"ramp": 2, "stabilise": 1, "evaluate": 2},
-    "gate": {"false_keep": 0.99, "looks": 5},
     "telemetry": {"progress_every": 7, "sampling": 2},
 }
 
@@ -70,9 +70,25 @@ def refuse(*given: Any) -> None:
 
 
 class Journey:
-    """The run, fresh: a scheduler, a scaler, clipping, an average of the weights, a shuffled loader."""
+    """The run, fresh: a scheduler, a scaler, clipping, an average of the weights, a shuffled loader.
 
-    def __init__(self, storage: Storage | str, workers: int, every: int = 10**9) -> None:
+    Args:
+        storage: Of its checkpoints.
+        workers: Of the loader.
+        every: Steps between checkpoints.
+        rounds: How often it goes through its 60 steps.
+        keep: Checkpoints that are kept; None keeps all.
+    """
+
+    def __init__(
+        self,
+        storage: Storage | str,
+        workers: int,
+        every: int = 10**9,
+        rounds: int = 1,
+        keep: int | None = None,
+    ) -> None:
+        self.epochs, self.steps = rounds * EPOCHS, rounds * STEPS
         torch.manual_seed(0)
         random.seed(0)
         np.random.seed(0)
@@ -95,8 +111,8 @@ class Journey:
             schedulers=[self.scheduler],
             scaler=self.scaler,
             ema=[self.average],
-            budget={"parameters": 20.0, "growth_events": 6},
-            config=CONFIG,
+            budget={"parameters": 20.0, "growth_events": 6 * rounds},
+            config={**CONFIG, "gate": {"false_keep": 0.99, "looks": 5 * rounds}},
             on_event=self.events.append,
         )
         self.data = Clusters()
@@ -113,7 +129,7 @@ class Journey:
             batches=self.batches,
         )
         self.manager = CheckpointManager(
-            storage, self.run, every=every, keep=None, observe=self.events.append
+            storage, self.run, every=every, keep=keep, observe=self.events.append
         )
 
     def resume(self) -> None:
@@ -121,27 +137,28 @@ class Journey:
         self.manager.resume()
         self.heard[self.manager.steps] = len(self.events)
 
-    def train(self, after: Callable[[], Any] | None = None, until: int = STEPS) -> None:
+    def train(self, after: Callable[[], Any] | None = None, until: int | None = None) -> None:
         """Go on from where it is, up to a step.
 
         Args:
             after: Called after every step.
-            until: The last one.
+            until: The last one; None goes to the end.
         """
-        while self.batches.epoch < EPOCHS:
-            self.data.noise = NOISE[self.batches.epoch]
+        while self.batches.epoch < self.epochs:
+            self.data.noise = NOISE[self.batches.epoch % EPOCHS]
             for batch in self.batches:
                 self.step(batch)
                 if after is not None:
                     after()
-                if until < STEPS and self.manager.steps >= until:
+                if self.manager.steps == until:
                     return
 
     def step(self, batch: Any) -> None:
         """Do one step of training, and of growth."""
         number, trial = self.manager.steps + 1, self.growth.orchestrator.trial
+        place = number % STEPS
         fault = None
-        if number in RAISING and trial is not None and trial.kernel is not None:
+        if place in RAISING and trial is not None and trial.kernel is not None:
             fault = trial.kernel.register_forward_pre_hook(refuse)
         loss = loss_fn(self.net, batch)
         if fault is not None:
@@ -155,8 +172,8 @@ class Journey:
         self.scheduler.step()
         self.average.update_parameters(self.net)
         self.growth.step(batch, loss)
-        if number in ASKED:
-            self.growth.grow_now(ASKED[number])
+        if ASKED.get(place) in self.growth.morphable.places:
+            self.growth.grow_now(ASKED[place])
         self.seen[number] = hashlib.sha256(batch[0].numpy().tobytes()).hexdigest()[:16]
         self.heard[number] = len(self.events)
         self.stages[number] = self.left()
@@ -195,3 +212,11 @@ class Journey:
 def told(events: Sequence[Event]) -> list[tuple[str, int, dict[str, Any]]]:
     """Return what events say, without their clocks."""
     return [(e.kind, e.step, {k: v for k, v in e.data.items() if k not in CLOCKS}) for e in events]
+
+
+def digest(end: Mapping[str, Any]) -> str:
+    """Sum up an end for another process."""
+    sha = hashlib.sha256()
+    for name, part in sorted(end.items()):
+        sha.update(name.encode() + (part if isinstance(part, bytes) else json.dumps(part).encode()))
+    return sha.hexdigest()
