@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from esper.errors import StateError
-from esper.tolaria.checkpoint.folder import FolderStorage
+from esper.tolaria.checkpoint import folder
+from esper.tolaria.checkpoint.folder import FolderStorage, sync
 from esper.tolaria.checkpoint.storage import MemoryStorage, Storage
 
 ONE, TWO = {"a.json": [b"1", b"23"], "z.json": [b""]}, {"a.json": [b"other"], "z.json": [memoryview(b"z")]}
@@ -72,6 +73,24 @@ def test_a_disk_that_is_full_leaves_what_was_there(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert storage.get("step-1", "a.json") == b"123"
     assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
+
+
+def test_every_new_name_is_synced_from_the_top(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder whose own name is not durable takes what lies in it along when the power fails."""
+    synced: list[Path] = []
+
+    def noted(path: Path) -> None:
+        synced.append(path)
+        sync(path)
+
+    monkeypatch.setattr(folder, "sync", noted)
+    storage = FolderStorage(tmp_path / "run" / "kept")
+    storage.put("step-1", ONE)
+    assert {tmp_path, tmp_path / "run", tmp_path / "run" / "kept"} <= set(synced)
+    assert synced[-1] == tmp_path / "run" / "kept"
+    synced.clear()
+    storage.put("step-2", ONE)
+    assert tmp_path not in synced
 
 
 def test_a_file_in_the_folders_place_is_told(tmp_path: Path) -> None:

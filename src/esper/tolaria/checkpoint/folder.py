@@ -42,7 +42,7 @@ class FolderStorage:
         require(name, NAME, "a checkpoint's name")
         draft = self.folder / f".{name}.{secrets.token_hex(8)}.draft"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self._make_folder()
             draft.mkdir()
             for part, chunks in parts.items():
                 write_file(draft / require(part, PART, "a part's name"), chunks)
@@ -52,6 +52,13 @@ class FolderStorage:
             raise _refusal(f"cannot keep {name} in {self.folder}", error) from None
         finally:
             shutil.rmtree(draft, ignore_errors=True)
+
+    def _make_folder(self) -> None:
+        """Create the folder, and make its own name durable: what lies in it would be lost with it."""
+        new = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path in new:
+            sync(path.parent)
 
     def _publish(self, draft: Path, target: Path) -> None:
         if not target.exists():
