@@ -41,7 +41,7 @@ EVENT_FIELDS: dict[str, tuple[str, ...]] = {
     "alarm": ("alarm", "signal", "action", "since", "value", "usual", "expected", "message"),
     "rolled_back": ("to", "lost", "lost_in_all", "message"),
     "ranks": ("world", "rank", "why"),  # processes now, and what happened to which; rank None: to all
-    "rewrapped": ("sites", "milliseconds"),  # how many places the model can grow at now
+    "rewrapped": ("sites", "milliseconds"),  # where what had grown became part of the layers
     "run_finished": ("parameters", "flops", "training_flops", "growth_flops", "seconds", "grown"),
 }
 

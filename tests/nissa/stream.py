@@ -242,5 +242,5 @@ def survived() -> list[Event]:
         Event("alarm", 450, alarm),
         Event("rolled_back", 450, back),
         Event("ranks", 460, {"world": 1, "rank": 1, "why": "lost: no heartbeat in 30 s"}),
-        Event("rewrapped", 470, {"sites": 2, "milliseconds": 12.0}),
+        Event("rewrapped", 470, {"sites": ["conv1>conv2"], "milliseconds": 12.0}),
     ]

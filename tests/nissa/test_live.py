@@ -127,7 +127,7 @@ def test_what_befalls_a_run_is_told_in_lines_and_on_the_screen(
         "[   450] alarm: loss 12.5, usual 0.2; rollback",
         "[   450] rolled back to step 440: loss 12.5",
         "[   460] rank 1: lost: no heartbeat in 30 s; 1 is running",
-        "[   470] wrapped again: can grow at 2 sites; took 12 ms",
+        "[   470] wrapped again: conv1>conv2 is in the layers now; 12 ms",
     ):
         assert line in lines, line
     for fact in ("alarm at step 450: loss 12.5", "rolled back to step 440", "lost: no heartbeat"):

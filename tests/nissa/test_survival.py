@@ -27,7 +27,7 @@ def test_what_befell_a_run_is_told_in_order_and_once(
         (450, "alarm", "loss 12.5, usual 0.2; rollback"),
         (450, "rolled back", "rolled back to step 440: loss 12.5"),
         (460, "processes", "rank 1: lost: no heartbeat in 30 s; 1 is running"),
-        (470, "wrapped again", "can grow at 2 sites; took 12 ms"),
+        (470, "wrapped again", "conv1>conv2 is in the layers now; 12 ms"),
     ]
     assert of_checkpoints(history) == (
         "1 checkpoint, the last at step 200 (51.2 kB); training stood still for 2 ms in all"
@@ -53,7 +53,7 @@ def test_the_explanations_end_with_it(events: list[Event], survived: Callable[[]
         "  450      alarm: loss 12.5, usual 0.2; rollback",
         "  450      rolled back: rolled back to step 440: loss 12.5",
         "  460      processes: rank 1: lost: no heartbeat in 30 s; 1 is running",
-        "  470      wrapped again: can grow at 2 sites; took 12 ms",
+        "  470      wrapped again: conv1>conv2 is in the layers now; 12 ms",
     ]
     assert "survived" not in as_text(history, 2)
     assert "survived" not in as_text(fold(events))

@@ -49,9 +49,8 @@ def of_ranks(event: Event) -> str:
 
 
 def rewrapped(event: Event) -> str:
-    """Say what wrapping a model for many processes again took."""
-    sites = event.data["sites"]
-    return f"can grow at {sites} sites; took {short(event.data['milliseconds'], 3)} ms"
+    """Say what grew into the layers of a model that trains in many processes, and what that took."""
+    return f"{short(event.data['sites'])} is in the layers now; {short(event.data['milliseconds'], 3)} ms"
 
 
 def of_checkpoints(history: RunHistory) -> str | None:
