@@ -197,12 +197,12 @@ def gathered(value: Any) -> Tensor:
 
 
 @torch.no_grad()
-def spread(value: Any, like: nn.Parameter, layout: Layout | None) -> Any:
+def spread(value: Any, like: Tensor, layout: Layout | None) -> Any:
     """Give every rank its part of a full state tensor.
 
     Args:
         value: Anything; what is not a tensor, or does not go with the parameter, is returned as it is.
-        like: The sharded parameter it belongs to.
+        like: What it belongs to, a sharded parameter.
         layout: How it was spread before; None where it is new.
     """
     if not isinstance(value, Tensor) or isinstance(value, DTensor) or not isinstance(like, DTensor):
