@@ -77,11 +77,17 @@ def test_list_shows_every_checkpoint(folder: Path, run) -> None:
 
 def test_verify_names_damaged_parts(folder: Path, run) -> None:
     ran = run("checkpoints", "verify", folder)
-    assert (ran.returncode, ran.stdout.startswith("2 of 2 checkpoints")) == (0, True)
+    assert ran.returncode == 0
+    assert ran.stdout.splitlines()[1:] == [
+        f"{ONE}  sound",
+        f"{TWO}  sound",
+        f"2 of 2 checkpoints in {folder / 'checkpoints'} are sound",
+    ]
     flip(folder / "checkpoints" / ONE / "tensors.safetensors")
     (folder / "checkpoints" / ONE / "genome.json").unlink()
     ran = run("checkpoints", "verify", folder)
     assert ran.returncode == 1
+    assert f"{ONE}  damaged" in ran.stdout.splitlines()
     assert "genome.json: No such file" in ran.stdout
     assert f"{ONE}: tensors.safetensors is damaged" in ran.stdout
     assert "1 of 2 checkpoints" in ran.stdout
@@ -101,7 +107,11 @@ def test_what_is_not_there_is_bad_input(folder: Path, run, tmp_path: Path) -> No
     assert "no folder" in ran.stderr
     (tmp_path / "empty").mkdir()
     assert "no checkpoints in" in run("checkpoints", "list", tmp_path / "empty").stdout
+    assert "no checkpoints in" in run("checkpoints", "verify", tmp_path / "empty").stdout
     assert run("checkpoints", "export", tmp_path / "empty", tmp_path / "out").returncode == 2
+    ran = run("checkpoints", "list", "nowhere://bucket/prefix")
+    assert ran.returncode == 2
+    assert "'nowhere'" in ran.stderr
 
 
 def test_prune_keeps_the_newest_sound_and_the_best(folder: Path, run) -> None:
@@ -110,11 +120,18 @@ def test_prune_keeps_the_newest_sound_and_the_best(folder: Path, run) -> None:
     flip(folder / "checkpoints" / "step-00000070" / "genome.json")
     arguments = ("checkpoints", "prune", folder, "--keep", 1, "--best", "loss:min")
     dry = json.loads(run(*arguments, "--dry-run", "--json").stdout)
-    assert dry["deleted"] == [ONE]
+    assert (dry["deleted"], dry["damaged"]) == ([ONE], ["step-00000070"])
+    assert "would be deleted" in run(*arguments, "--dry-run").stdout
     assert (folder / "checkpoints" / ONE).exists()
     ran = run(*arguments)
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.startswith(f"deleted: {ONE}; kept: step-00000050, {TWO}, step-00000070")
+    assert ran.stdout.splitlines() == [
+        f"{ONE}  deleted",
+        "step-00000050  kept             the best",
+        f"{TWO}  kept",
+        "step-00000070  kept             damaged",
+        f"1 of 4 checkpoints in {folder / 'checkpoints'} are gone",
+    ]
     assert not (folder / "checkpoints" / ONE).exists()
     assert run("checkpoints", "prune", folder, "--keep", 0).returncode == 2
     assert run("checkpoints", "prune", folder, "--best", "loss").returncode == 2

@@ -8,7 +8,6 @@ import pytest
 
 from esper.contracts import Event
 from esper.nissa import charts
-from esper.nissa.charts import Point
 from esper.nissa.history import RunHistory, fold
 from esper.nissa.map import model_map
 
@@ -86,16 +85,6 @@ def test_the_map_names_layers_widths_seeds_and_refusals(history: RunHistory) -> 
     )
     marks = [node.get("fill") for node in ET.fromstring(model_map(history)).iter(f"{SVG}circle")]
     assert sorted(marks) == ["#009E73", "#009E73", "none"]
-
-
-def test_a_bench_is_drawn_with_its_intervals() -> None:
-    svg = charts.tradeoff(
-        {"grown": [Point(2e6, 0.977, 0.001, label="1e-2")], "fixed": [Point(1e6, 0.93), Point(3e6, 0.97)]},
-        title="Digits",
-        x_label="FLOPs",
-        y_label="accuracy",
-    )
-    assert {"Digits", "FLOPs", "accuracy", "grown", "fixed", "1e-2", "1M", "3M"} <= set(texts(svg))
 
 
 def test_without_matplotlib_the_error_is_its_pip_line() -> None:

@@ -14,21 +14,21 @@ from esper.errors import StateError, nearest
 from esper.nissa.wording import short
 
 checkpoints = typer.Typer(
-    help="List, verify, prune and export the checkpoints in FOLDER: a run's folder, or its checkpoints'.",
+    help="List, verify, prune and export checkpoints in PLACE: a run's folder, its checkpoints', or a URL.",
     no_args_is_help=True,
 )
-Folder = Annotated[Path, typer.Argument(help="The folder.")]
+Place = Annotated[str, typer.Argument(help="A folder, or a URL like s3://bucket/prefix.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Names = Annotated[list[str] | None, typer.Argument(help="Checkpoints by name or step; all by default.")]
 INSIDE = "checkpoints"  # of a run's folder
 
 
 @checkpoints.command("list")
-def list_checkpoints(folder: Folder, json: Json = False) -> None:
+def list_checkpoints(place: Place, json: Json = False) -> None:
     """List checkpoints, oldest first; a damaged one is listed with the reason. Parts are not read."""
     from esper.tolaria.checkpoint.format import read_manifest
 
-    storage, names = opened(folder)
+    storage, names = opened(place)
     rows: list[dict[str, Any]] = []
     for name in names:
         try:
@@ -44,31 +44,32 @@ def list_checkpoints(folder: Folder, json: Json = False) -> None:
     elif rows:
         print("\n".join(table(rows)))
     else:
-        print(f"no checkpoints in {storage.folder}")
+        print(f"no checkpoints in {storage}")
 
 
 @checkpoints.command()
-def verify(folder: Folder, names: Names = None, json: Json = False) -> None:
-    """Check every part against its digest; one line per damaged part, and exit 1."""
+def verify(place: Place, names: Names = None, json: Json = False) -> None:
+    """Check every part against its digest; a damaged part is named, and the exit status is 1."""
     from esper.tolaria.checkpoint.format import damage
 
-    storage, known = opened(folder)
+    storage, known = opened(place)
     wanted = [find(known, one) for one in names] if names else known
     found = {name: dict(damage(storage, name)) for name in wanted}
     damaged = {name: parts for name, parts in found.items() if parts}
     if json:
         print_json({"verified": [name for name in wanted if name not in damaged], "damaged": damaged})
+    elif wanted:
+        print("\n".join(verdicts(found)))
+        print(f"{len(wanted) - len(damaged)} of {len(wanted)} checkpoints in {storage} are sound")
     else:
-        for parts in damaged.values():
-            print("\n".join(parts.values()))
-        print(f"{len(wanted) - len(damaged)} of {len(wanted)} checkpoints in {storage.folder} are sound")
+        print(f"no checkpoints in {storage}")
     if damaged:
         raise typer.Exit(FAILED)
 
 
 @checkpoints.command()
 def prune(
-    folder: Folder,
+    place: Place,
     keep: Annotated[int, typer.Option(help="How many of the newest sound ones to keep; at least 1.")] = 3,
     best: Annotated[
         str | None, typer.Option(help="Keep the best besides, by a metric: loss:min, accuracy:max.")
@@ -80,22 +81,27 @@ def prune(
     from esper.tolaria.checkpoint.loading import sound_among
     from esper.tolaria.checkpoint.retention import Retention
 
-    storage, names = opened(folder)
+    storage, names = opened(place)
     rule = Retention(keep, metric_of(best))
-    deleted = rule.superfluous(names, sound_among(storage, names))
+    sound = sound_among(storage, names)
+    deleted = rule.superfluous(names, sound)
     for name in deleted if not dry_run else ():
         storage.delete(name)
     kept = [name for name in names if name not in deleted]
+    damaged = [name for name in names if name not in sound]
     if json:
-        print_json({"kept": kept, "deleted": deleted, "dry_run": dry_run})
-    else:
-        verb = "would be deleted" if dry_run else "deleted"
-        print(f"{verb}: {', '.join(deleted) or 'none'}; kept: {', '.join(kept) or 'none'}")
+        print_json({"kept": kept, "deleted": deleted, "damaged": damaged, "dry_run": dry_run})
+        return
+    done = "would be deleted" if dry_run else "deleted"
+    for name in names:
+        why = "damaged" if name in damaged else "the best" if name == rule.best_of(sound) else ""
+        print(f"{name:<14} {done if name in deleted else 'kept':<16} {why}".rstrip())
+    print(f"{len(deleted)} of {len(names)} checkpoints in {storage} {'would go' if dry_run else 'are gone'}")
 
 
 @checkpoints.command()
 def export(
-    folder: Folder,
+    place: Place,
     to: Annotated[Path, typer.Argument(help="The folder to write; esper.load_into loads it.")],
     name: Annotated[
         str | None, typer.Option(help="A checkpoint by name or step; the newest sound one by default.")
@@ -106,11 +112,11 @@ def export(
     from esper.tolaria.checkpoint.exporting import export_model
     from esper.tolaria.checkpoint.loading import newest, read
 
-    storage, names = opened(folder)
+    storage, names = opened(place)
     told: list[str] = []
     found = newest(storage, told.append) if name is None else read(storage, find(names, name))
     if found is None:
-        raise StateError(f"{storage.folder} holds no sound checkpoint: {'; '.join(told) or 'it is empty'}")
+        raise StateError(f"{storage} holds no sound checkpoint: {'; '.join(told) or 'it is empty'}")
     export_model(found, to)
     if json:
         print_json({"checkpoint": found.manifest.name, "model": str(to), "passed_over": told})
@@ -120,18 +126,20 @@ def export(
     print(f"{to}: the model of {found.manifest.name}; seeds that were awake are not part of it")
 
 
-def opened(folder: Path) -> tuple[Any, list[str]]:
-    """Return the storage in a run's folder, or the folder itself, and its checkpoints.
+def opened(place: str) -> tuple[Any, list[str]]:
+    """Return the storage in a run's folder, in a folder itself, or at a URL, and its checkpoints.
 
     Raises:
         StateError: There is no such folder.
     """
-    from esper.tolaria.checkpoint.folder import FolderStorage
     from esper.tolaria.checkpoint.loading import steps_kept
+    from esper.tolaria.checkpoint.places import storage_at
 
-    if not folder.is_dir():
+    folder = Path(place)
+    if "://" not in place and not folder.is_dir():
         raise StateError(f"no folder {folder}; give a run's folder, or the one CheckpointManager was given")
-    storage = FolderStorage(folder / INSIDE if (folder / INSIDE).is_dir() else folder)
+    inside = "://" not in place and (folder / INSIDE).is_dir()
+    storage = storage_at(str(folder / INSIDE) if inside else place)
     return storage, steps_kept(storage)
 
 
@@ -145,6 +153,15 @@ def find(known: list[str], asked: str) -> str:
     if name not in known:
         raise StateError(f"no checkpoint {asked[:80]!r}; {nearest(name, known)}")
     return name
+
+
+def verdicts(found: dict[str, dict[str, str]]) -> list[str]:
+    """Write what verifying found as lines: one per checkpoint, and one per damaged part below it."""
+    lines = [f"{'checkpoint':<14} state"]
+    for name, parts in found.items():
+        lines.append(f"{name:<14} {'damaged' if parts else 'sound'}")
+        lines += [f"  {part}" for part in parts.values()]
+    return lines
 
 
 def metric_of(text: str | None) -> Any:

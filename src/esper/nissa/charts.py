@@ -9,8 +9,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from html import escape
 from typing import Any
 
@@ -25,7 +24,7 @@ try:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
-    from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter, StrMethodFormatter
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 except ImportError:
     raise MissingExtraError("matplotlib", "report", "drawing a run's pictures") from None
 
@@ -38,7 +37,6 @@ LINES = [
     (PURPLE, "-."),
     (ORANGE, "-"),
 ]
-MARKERS = "osD^vP"
 BEFELL = {"resumed": (">", BLUE), "alarm": ("v", VERMILION), "rolled back": ("<", PURPLE)}  # above a picture
 ENDINGS = {"FOSSILISED": "D", "CULLED": "X"}  # how a life ends, as marks; every other stage is a band
 BANDS = {stage: colour for stage, colour in STAGE_COLOURS.items() if stage not in ENDINGS}
@@ -63,17 +61,6 @@ STYLE: dict[str, Any] = {
     "legend.labelcolor": INK,
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Point:
-    """One measurement of a benchmark: a mean and the half-widths of its interval, None where it has none."""
-
-    x: float
-    y: float
-    y_error: float | None = None
-    x_error: float | None = None
-    label: str = ""
 
 
 def learning(history: RunHistory, others: Mapping[str, RunHistory] | None = None, name: str = "grown") -> str:
@@ -159,53 +146,11 @@ def lives(history: RunHistory) -> str:
         return _svg(figure, "Stages and alpha of every seed, from its germination to its end")
 
 
-def tradeoff(
-    series: Mapping[str, Sequence[Point]], *, title: str, x_label: str, y_label: str, log_x: bool = True
-) -> str:
-    """Draw a benchmark: one line of points with error bars per arm, for example accuracy against FLOPs."""
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(7.0, 4.2), layout="constrained")
-        axis = figure.subplots()
-        for index, (label, points) in enumerate(series.items()):
-            colour, dash = LINES[index % len(LINES)]
-            ordered = sorted(points, key=lambda point: point.x)
-            axis.errorbar(
-                [point.x for point in ordered],
-                [point.y for point in ordered],
-                yerr=_errors([point.y_error for point in ordered]),
-                xerr=_errors([point.x_error for point in ordered]),
-                label=label,
-                color=colour,
-                linestyle=dash,
-                marker=MARKERS[index % len(MARKERS)],
-                markersize=6,
-                capsize=3,
-                elinewidth=1.2,
-            )
-            for point in ordered:
-                axis.annotate(point.label, (point.x, point.y), (6, 5), textcoords="offset points", fontsize=9)
-        axis.set(title=title, xlabel=x_label, ylabel=y_label, xscale="log" if log_x else "linear")
-        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axis.xaxis.set_minor_formatter(EngFormatter(sep="") if _decades(series) < 1 else NullFormatter())
-        axis.legend(loc="best")
-        return _svg(figure, title)
-
-
 def metric_name(history: RunHistory) -> str | None:
     """Pick the metric a picture shows: accuracy, else the first that is not a loss, else a loss."""
     names = dict.fromkeys(name for epoch in history.epochs for name in epoch.metrics)
     ordered = sorted(names, key=lambda name: (name != "accuracy", "loss" in name, name == "train_loss"))
     return ordered[0] if ordered else None
-
-
-def _errors(values: list[float | None]) -> list[float] | None:
-    return None if all(value is None for value in values) else [value or 0.0 for value in values]
-
-
-def _decades(series: Mapping[str, Sequence[Point]]) -> float:
-    """Say how many powers of ten the points span: below one, the minor ticks must carry the labels."""
-    xs = [point.x for points in series.values() for point in points if point.x > 0]
-    return math.log10(max(xs) / min(xs)) if xs else 0.0
 
 
 def _line(axis: Axes, series: Series, label: str, colour: str, dash: Any, **more: Any) -> None:
