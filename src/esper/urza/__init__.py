@@ -1,1 +1,1 @@
-"""Urza keeps: kernels, in folders addressed by what they are."""
+"""Urza keeps: kernels in folders, addressed by what they are, and blobs in buckets."""
