@@ -89,7 +89,7 @@ class Run:
         return [t.detach().clone() for t in (*self.net.state_dict().values(), *held)]
 
     def alarms(self) -> list[Any]:
-        return [e.data for e in self.events if e.kind == "warning" and "alarm" in e.data]
+        return [e.data for e in self.events if e.kind == "alarm"]
 
 
 def same(one: list[Tensor], other: list[Tensor]) -> bool:
@@ -128,7 +128,7 @@ def test_a_lost_loss_leads_back_bit_for_bit_and_tells_the_steps_lost() -> None:
     assert torch.equal(torch.get_rng_state(), rng)
     assert run.scheduler.last_epoch == 20
     assert run.watch.governor.lost == 6
-    (told,) = [e.data for e in run.events if "lost" in e.data]
+    (told,) = [e.data for e in run.events if e.kind == "rolled_back"]
     assert (told["to"], told["lost"]) == (20, 6)
     assert "6 steps are lost" in told["message"]
     assert run.train() is None

@@ -48,7 +48,7 @@ def test_a_lost_loss_costs_steps_and_not_the_run() -> None:
     run.train(5)
     run.train(1, math.nan)
     assert all(torch.equal(value, at[name]) for name, value in run.net.state_dict().items())
-    assert [e.data["lost"] for e in run.events if "lost" in e.data] == [6]
+    assert [e.data["lost"] for e in run.events if e.kind == "rolled_back"] == [6]
     run.growth.resume()
     run.train(134)
     assert run.growth.plans
@@ -68,7 +68,7 @@ def test_what_is_announced_is_no_alarm() -> None:
     run.train(60)
     run.growth.expect("louder")
     run.train(3, 1e3)
-    alarms = [e.data for e in run.events if "alarm" in e.data]
+    alarms = [e.data for e in run.events if e.kind == "alarm"]
     assert alarms
     assert {alarm["expected"] for alarm in alarms} == {"louder"}
 

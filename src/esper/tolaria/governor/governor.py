@@ -142,6 +142,24 @@ class Governor:
             self.actions.stop(finding)
         return action
 
+    def undo(self, finding: Finding, excused: float) -> Action:
+        """Roll back for a seed's fault; it is gone then, so growth is not held and no rung is climbed.
+
+        Args:
+            finding: What the seed did.
+            excused: e-folds by which the way back may raise the loss.
+        """
+        self.alarms += 1
+        steps = self.actions.rollback(finding)
+        if steps is not None:
+            self.lost += steps
+            self.expect(finding.step, f"a seed was undone at step {finding.step}", excused=excused)
+        action: Action = "stop" if steps is None else "rollback"
+        self.actions.notify(finding, action)
+        if steps is None:
+            self.actions.stop(finding)
+        return action
+
     def state_dict(self) -> dict[str, Any]:
         """Return everything later actions depend on; snapshots stay in memory."""
         return {

@@ -96,6 +96,7 @@ class Snapshots:
         stateful: Schedulers and scaler: whatever has ``state_dict`` and ``load_state_dict``.
         captures: What else goes back, by name: how to read it and how to write it.
         keep: Snapshots in the ring.
+        every: Tells whether something holds in every process of the run.
     """
 
     def __init__(
@@ -105,15 +106,17 @@ class Snapshots:
         stateful: Sequence[Any] = (),
         captures: Mapping[str, Capture] | None = None,
         keep: int = KEEP,
+        every: Callable[[bool], bool] = bool,
     ) -> None:
         self.models, self.optimizers = list(models), dict(optimizers)
         self.stateful, self.captures = list(stateful), dict(captures or {})
         self.ring: deque[Snapshot] = deque(maxlen=keep)
+        self.every = every
 
     def take(self, step: int) -> Snapshot | None:
         """Copy the run as it is; None, and nothing is kept, where a weight or buffer is not finite."""
         tensors = dict(self.tensors())
-        if not finite(tensors.values()):
+        if not self.every(finite(tensors.values())):  # buffers differ from process to process
             return None
         snapshot = Snapshot(
             step,

@@ -8,9 +8,11 @@ way back leads to a host that never felt the seed; a commit clears the ring and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from esper.contracts import Event, Stage
@@ -19,12 +21,12 @@ from esper.kasmina.morphable import MorphableModel
 from esper.kasmina.orchestrator import SeedOrchestrator
 from esper.kasmina.state import AWAKE
 from esper.tolaria.governor.detectors import Finding
+from esper.tolaria.governor.examiner import SILENT, Examiner
 from esper.tolaria.governor.governor import Action, Actions, Governor, Settings
 from esper.tolaria.governor.rollback import LAG, Capture, Snapshots
-from esper.tolaria.governor.vitals import Reading, Watcher, norms, total
+from esper.tolaria.governor.vitals import Reading, Vitals, Watcher, norms, total
 
-GRAFTING, FOSSILISED = Stage.GRAFTING.name, Stage.FOSSILISED.name
-SILENT = 4  # steps without any gradient after which an exposed kernel is dead
+GERMINATED, GRAFTING, FOSSILISED = (s.name for s in (Stage.GERMINATED, Stage.GRAFTING, Stage.FOSSILISED))
 EXCUSED = 2.5  # e-folds a graft may lift the loss by; a judged one lowers it
 
 
@@ -53,9 +55,12 @@ class Watch:
         self.orchestrator: SeedOrchestrator = growth.orchestrator
         actions = Actions(self._notify, self._hold, self._release, self._roll_back, self._stop)
         self.governor = Governor(self.settings, actions)
-        optimizers = growth.parts.optimizers
+        optimizers, peers = growth.parts.optimizers, self.orchestrator.given.peers
         self.watcher = Watcher(self.model.host, optimizers)
-        self.snapshots = Snapshots([self.model.host, *averages], optimizers, stateful, captures)
+        self.examiner = Examiner(self.orchestrator)
+        self.snapshots = Snapshots(
+            [self.model.host, *averages], optimizers, stateful, captures, every=peers.every
+        )
         self.paused_before = False
         self.metered = False  # whether a step's cost is known
         self.silent = 0  # steps in which no gradient reached the exposed kernel
@@ -74,24 +79,56 @@ class Watch:
         flops = 3.0 * self.model.flops * self.orchestrator.examples
         if not self.metered and flops > 0:  # once: another share would be another norm
             self.watcher.reading, self.metered = Reading.of(flops, self.model.parameter_count()), True
+            self.examiner.share = self.watcher.reading.share
         least: Action = self.settings.exposed if self.exposed() else "notify"
-        action = self.governor.check(self.watcher.read(loss), step, least)
+        action = self.governor.check(self.together(self.watcher.read(loss)), step, least)
         if action != "rollback":
-            self.examine()
+            action = self.examine(step) or action
+        if action != "rollback":
             self.keep(step)
         return action
 
-    def examine(self) -> None:
-        """Drop an exposed seed that no gradient has reached for some steps: it is dead, and would be kept."""
+    def together(self, vitals: Vitals) -> Vitals:
+        """Make the vital signs the same in every process: gradients may be shards, buffers are one's own."""
+        peers = self.orchestrator.given.peers
+        if peers.world == 1 or (vitals.gradient is None and vitals.weights is None):
+            return vitals
+        # The mean of squares: what is not finite in one process is so in all of them.
+        squares = (vitals.gradient or 0.0) ** 2, float(vitals.weights is not False)
+        both = torch.tensor(squares, dtype=torch.float64, device=next(self.model.host.parameters()).device)
+        peers.mean([both])
+        square, sound = both.tolist()
+        gradient = None if vitals.gradient is None else math.sqrt(square)
+        return Vitals(vitals.loss, gradient, None if vitals.weights is None else sound == 1.0, vitals.rate)
+
+    def examine(self, step: int, last: bool = False) -> Action | None:
+        """Examine the seed that is awake.
+
+        Args:
+            step: That has been done.
+            last: Whether it is about to become part of the host: call it before ``finish`` folds it in.
+
+        Returns:
+            "rollback" where the host is an earlier one now, and the seed is gone.
+        """
+        finding = self.examiner.last_look(step) if last else self.examiner.look(step)
+        if finding is not None:
+            return self.governor.undo(finding, EXCUSED)
+        self.drop_dead()
+        return None
+
+    def drop_dead(self) -> None:
+        """Drop an exposed seed that no gradient reaches or that gives nothing: it would be kept."""
         trial = self.orchestrator.trial
         if trial is None or trial.kernel is None:
             self.silent = 0
             return
         gradients = [p.grad for p in trial.kernel.parameters() if p.grad is not None]
         self.silent = 0 if gradients and total(norms(gradients, 1.0, 0)) != 0.0 else self.silent + 1
-        if self.silent >= SILENT:
+        what = "no gradient reached it" if self.silent >= SILENT else "it gave nothing"
+        if max(self.silent, self.examiner.silent) >= SILENT:
             self.silent = 0
-            self.drop(f"dead: no gradient reached it in {SILENT} steps")
+            self.drop(f"dead: {what} in {SILENT} steps")
 
     def keep(self, step: int) -> None:
         """Take a snapshot where one is due and nothing of a seed is in the host's output."""
@@ -107,10 +144,17 @@ class Watch:
             self.snapshots.clear()
             self.watcher.kept.clear()
             self.metered = False
-        if event.kind != "stage" or event.data["target"] not in (GRAFTING, FOSSILISED):
+        target = event.data["target"] if event.kind == "stage" else ""
+        if target == GERMINATED:
+            self.examiner.wake(event.step)
+            if not self.snapshots.ring or self.snapshots.ring[-1].step < event.step:
+                self.snapshots.take(event.step)  # before anything of the seed has run
+        if target == GRAFTING and not self.examiner.expose(event.step):
+            return  # undone at the next step; what is there now is no snapshot to go back to
+        if target not in (GRAFTING, FOSSILISED):
             return
-        ramp = self.orchestrator.timing.ramp if event.data["target"] == GRAFTING else 0
-        why = f"{event.data['target']} at {event.data['site']}"
+        ramp = self.orchestrator.timing.ramp if target == GRAFTING else 0
+        why = f"{target} at {event.data['site']}"
         self.governor.expect(event.step, why, ramp + self.settings.grace, EXCUSED)
         self.snapshots.take(event.step)  # before the host feels the seed; behind the commit
 
@@ -129,7 +173,7 @@ class Watch:
     def _notify(self, finding: Finding, action: Action) -> None:
         facts = {"alarm": finding.kind, "signal": finding.signal, "action": action, "since": finding.since}
         facts |= {"value": finding.value, "usual": finding.usual, "expected": finding.expected}
-        self.growth.tell("warning", message=f"{finding}; {action}", **facts)
+        self.growth.tell("alarm", **facts, message=f"{finding}; {action}")
 
     def _hold(self, finding: Finding) -> None:
         self.paused_before = self.growth.paused
@@ -141,18 +185,20 @@ class Watch:
 
     def _roll_back(self, finding: Finding) -> int | None:
         """Bring the host back to before the evidence; the seed that is awake is dropped."""
-        # An exposed seed is what to blame, and the last snapshot has not felt it.
-        snapshot = self.snapshots.before(finding.since, 0 if self.exposed() else LAG)
+        # A seed is what to blame where it leaks or is exposed, and the last snapshot has not felt it.
+        blamed = self.exposed() or finding.signal == "seed"
+        snapshot = self.snapshots.before(finding.since, 0 if blamed else LAG)
         if snapshot is None:
             return None
         reason = f"rolled back to step {snapshot.step}: {finding}"
         self.drop(reason, Stage.ROLLED_BACK)
+        self.examiner.undone()
         self.snapshots.restore(snapshot)
         self.orchestrator.losses.clear()  # of steps that are undone
         self.growth.batches.clear()  # the fault may be in them
         lost = finding.step - snapshot.step
         facts = {"to": snapshot.step, "lost": lost, "lost_in_all": self.governor.lost + lost}
-        self.growth.tell("warning", message=f"{reason}; {lost} steps are lost", **facts)
+        self.growth.tell("rolled_back", **facts, message=f"{reason}; {lost} steps are lost")
         return lost
 
     def drop(self, reason: str, way: Stage = Stage.CULLED) -> None:
@@ -178,6 +224,7 @@ class Watch:
             "watcher": self.watcher.state_dict(),
             "paused_before": self.paused_before,
             "silent": self.silent,
+            "examiner": self.examiner.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -186,3 +233,4 @@ class Watch:
         self.watcher.load_state_dict(state["watcher"])
         self.snapshots.clear()
         self.paused_before, self.silent = state["paused_before"], state["silent"]
+        self.examiner.load_state_dict(state["examiner"])

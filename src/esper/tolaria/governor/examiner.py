@@ -1,0 +1,172 @@
+"""Examines the seed that is awake: whether it keeps to itself, is alive, and leaves the host better off.
+
+"Remove it and see what gets worse" rewards a parasite: the host comes to lean on it. So besides the gate's
+on-against-off before exposure, the held-out loss with the seed is compared with what it was before the host
+ever felt it. And once a kernel is part of the host nobody catches its faults, so one that failed is not kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from esper.contracts import Stage
+from esper.kasmina.isolation import borrowed_buffers, evaluating, same_randomness
+from esper.kasmina.layer import Branch
+from esper.kasmina.orchestrator import SeedOrchestrator
+from esper.kasmina.trial import Trial
+from esper.tolaria.governor.audit import Rights, Seal, misconduct, rights
+from esper.tolaria.governor.detectors import Finding
+
+SILENT = 4  # steps without a gradient or an output after which an exposed kernel is dead
+BEYOND = 2.0  # standard errors the held-out loss may have risen by
+
+
+class Examiner:
+    """Looks at one seed after another.
+
+    Args:
+        orchestrator: Whose seeds they are.
+    """
+
+    def __init__(self, orchestrator: SeedOrchestrator) -> None:
+        self.orchestrator, self.host = orchestrator, orchestrator.model.host
+        self.share, self.turn = 1.0, 0
+        self.clean = 0  # the last step at which all was well
+        self.exposed = 0  # step of the exposure
+        self.silent = 0
+        self.before: list[float] | None = None  # held-out losses ahead of exposure
+        self.sealed: Seal | None = None  # the host when the seed woke
+        self.allowed: Rights | None = None
+        self.suspected = ""
+
+    def wake(self, step: int) -> None:
+        """A seed has germinated; it has not run yet."""
+        self.clean, self.silent, self.before = step, 0, None
+        self.sealed, self.allowed, self.suspected = Seal(self.host, 0.0), None, ""
+
+    def expose(self, step: int) -> bool:
+        """Note what the host is like before it feels the seed; False where the seed is suspect already."""
+        trial = self.orchestrator.trial
+        assert trial is not None
+        self.exposed, self.silent = step, 0
+        self.suspected = self.together(self.audit(trial))
+        self.before = self.held_out(trial, None)
+        return not self.suspected
+
+    def look(self, step: int) -> Finding | None:
+        """Examine the seed after a step."""
+        trial = self.orchestrator.trial
+        if trial is None:
+            self.sealed = None
+            return None
+        why, self.suspected = self.suspected or self.together(self.audit(trial)), ""
+        if why:
+            return self.finding("leak", why, step, self.clean + 1)
+        self.clean = step
+        return self.last_look(step) if self.ends_now(trial) else None
+
+    def last_look(self, step: int) -> Finding | None:
+        """Say what speaks against keeping an exposed seed, before it is made part of the host."""
+        trial = self.orchestrator.trial
+        if trial is None or trial.kernel is None or trial.ending:
+            return None
+        if faults := int(self.orchestrator.model.layout.faults[trial.seed]):
+            trial.ending = f"it failed {faults} times beside the host, and within it nobody would catch that"
+            return None
+        if not self.before:
+            return None  # resumed from a checkpoint of an older version
+        found = self.rise(np.asarray(self.held_out(trial, trial.layer.kernel)))
+        rise, error = self.orchestrator.given.peers.agree(found)
+        if rise <= BEYOND * error:
+            return None
+        why = f"the held-out loss is {rise:.3g} ± {error:.2g} above what it was before exposure"
+        return self.finding("harm", why, step, self.exposed + 1)
+
+    def rise(self, after: np.ndarray) -> tuple[float, float]:
+        """Return the mean paired rise of the held-out losses and its standard error."""
+        rises = after - np.asarray(self.before)
+        if not np.isfinite(rises).all():
+            return math.inf, 0.0
+        error = float(rises.std(ddof=1)) / math.sqrt(len(rises)) if len(rises) > 1 else 0.0
+        return float(rises.mean()), error
+
+    def ends_now(self, trial: Trial) -> bool:
+        """Tell whether the step that is due is the last of the evaluation."""
+        timing, layout = self.orchestrator.timing, self.orchestrator.model.layout
+        evaluating = layout.stage_of(trial.seed) is Stage.EVALUATING
+        return evaluating and len(trial.after) + 1 == timing.evaluate
+
+    def finding(self, kind: Any, why: str, step: int, since: int) -> Finding:
+        """Write it down."""
+        return Finding(kind, "seed", step, None, None, None, since, what=why)
+
+    def held_out(self, trial: Trial, kernel: Any) -> list[float]:
+        """Return every held-out example's loss with a kernel at full strength, or without any."""
+        gate, seed = self.orchestrator.given.gate, 0
+        found: list[float] = []
+        with self.orchestrator.given.ledger.growth("gate", trial.decision.id), evaluating(self.host):
+            for batch in gate.probe:
+                found += gate.losses(trial.layer, kernel, batch, seed).tolist()
+        return found
+
+    def together(self, audited: tuple[str, bool]) -> str:
+        """Say what is wrong in any process, and count the steps in which the kernel is silent in all."""
+        peers, (why, silent) = self.orchestrator.given.peers, audited
+        if peers.world > 1:
+            answers = peers.exchange([int(bool(why)), int(silent)])
+            silent = all(row[1] for row in answers)
+            guilty = [rank for rank, row in enumerate(answers) if row[0]]
+            why = why or (f"it misbehaves in process {guilty[0]}" if guilty else "")
+        self.silent = self.silent + 1 if silent else 0
+        return why
+
+    def audit(self, trial: Trial) -> tuple[str, bool]:
+        """Run the seed's kernel once more, or one of its candidates, and watch what it does.
+
+        Returns:
+            What it does that it may not, and whether it is exposed and gives nothing.
+        """
+        x, race, kernel = trial.tap.x, trial.race, trial.layer.kernel
+        if x is None or (race is None and kernel is None):
+            return "", False
+        if self.sealed is not None and any(self.sealed.added()):
+            return "it hooks into the host", False
+        run: Branch
+        if kernel is not None:
+            run, own, stateful = kernel.forward, [*kernel.parameters()], kernel
+        else:
+            assert race is not None
+            run, own, stateful = (
+                partial(race.branch, race.rows()[0]),
+                [*race.parameters.values()],
+                race.template,
+            )
+        self.turn += 1
+        with same_randomness(), borrowed_buffers(stateful):
+            if self.allowed is None or self.allowed.shape != x.shape:
+                fresh = trial.layer.place.kernel(trial.decision.width).train()
+                self.allowed = rights(fresh, x, fresh.parameters())
+            seal = Seal(self.host, self.share, self.turn)
+            why, nothing = misconduct(run, x, own, self.allowed, seal)
+        return why, nothing and kernel is not None
+
+    def undone(self) -> None:
+        """The seed is gone: take away what it left behind that no snapshot holds."""
+        if self.sealed is not None:
+            self.sealed.unhook()
+        self.sealed = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a later look depends on."""
+        return {"steps": [self.clean, self.exposed, self.silent, self.turn], "before": self.before}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on looking; who listens to the host now did so before."""
+        self.clean, self.exposed, self.silent, self.turn = state["steps"]
+        self.before = None if state["before"] is None else list(state["before"])
+        self.sealed = Seal(self.host, 0.0) if self.orchestrator.trial is not None else None
