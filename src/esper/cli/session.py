@@ -12,6 +12,8 @@ from esper.cli import resolve
 from esper.cli.recipe import growth_settings, read_recipe
 from esper.contracts import Observer, ignore
 from esper.tolaria.checkpoint import FolderStorage, Storage
+from esper.tolaria.distributed.launch import join, launched, replicated
+from esper.tolaria.distributed.share import Share
 from esper.tolaria.trainer import Trainer
 
 
@@ -26,17 +28,22 @@ def open_session(
     *,
     epochs: int | None = None,
     growth: Mapping[str, Any] | None = None,
+    keep: bool = True,
     every: int | None = None,
     wrap: Callable[[Storage], Storage] = as_it_is,
     on_event: Observer = ignore,
 ) -> Trainer:
-    """Make the trainer of ``esper train CONFIG --resume auto``; it has not begun.
+    """Make the trainer of ``esper train CONFIG``; it has not begun.
+
+    Where torchrun has started several of this process, they train together: each takes its rows of every
+    batch, and gradients are averaged.
 
     Args:
         config: The YAML file.
         run_dir: Where to write.
         epochs: Instead of the config's.
         growth: Sections of settings over the config's.
+        keep: Whether to keep checkpoints, in the run folder.
         every: Optimizer steps between checkpoints; None: from their measured cost.
         wrap: Put around the storage of checkpoints.
         on_event: Called with every event.
@@ -53,12 +60,16 @@ def open_session(
     resolve.see_folder(config)
     torch.manual_seed(recipe.seed)
     model = resolve.call(recipe.model)
+    data = resolve.batches_of(resolve.call(recipe.data), recipe.data)
+    if launched():
+        rank, world = join()
+        model, data["train"] = replicated(model), Share(data["train"], rank, world)
     optimizer = resolve.call(recipe.optimizer, model.parameters())
     return Trainer(
         model,
         optimizer,
         resolve.loss_of(recipe.loss),
-        **resolve.batches_of(resolve.call(recipe.data), recipe.data),
+        **data,
         scheduler=resolve.call(recipe.scheduler, optimizer) if recipe.scheduler else None,
         metrics={name: resolve.metric_of(spec) for name, spec in recipe.metrics.items()},
         config=settings,
@@ -66,6 +77,6 @@ def open_session(
         epochs=recipe.epochs,
         seed=recipe.seed,
         on_event=on_event,
-        checkpoints=wrap(FolderStorage(run_dir / "checkpoints")),
+        checkpoints=wrap(FolderStorage(run_dir / "checkpoints")) if keep else None,
         every=every,
     )

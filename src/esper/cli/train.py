@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from esper.cli.output import growth_lines, print_json
+from esper.contracts import ignore
 
 
 def train(
@@ -22,46 +25,36 @@ def train(
     json: Annotated[bool, typer.Option("--json", help="Print the run's totals as JSON.")] = False,
     plain: Annotated[bool, typer.Option("--plain", help="Progress as lines, always.")] = False,
 ) -> None:
-    """Train and grow the model a config describes; write a run folder with its events and the grown model."""
+    """Train and grow the model a config describes; write a run folder with its events and the grown model.
+
+    Several processes train together under torchrun: torchrun --nproc-per-node 2 -m esper train CONFIG
+    """
     from esper.cli import resolve
     from esper.cli.recipe import growth_settings, read_recipe
 
     if resume not in (None, "auto"):
         raise typer.BadParameter(f"--resume {resume!r}: auto is all there is")
     recipe = read_recipe(config)
-    settings = growth_settings(config, recipe)
+    growth_settings(config, recipe)
     resolve.see_folder(config)
 
-    import torch  # takes seconds: a mistake in the config is told before
-
+    from esper.cli.session import open_session  # torch takes seconds: a mistake is told before
     from esper.nissa.live import LiveView
-    from esper.tolaria.trainer import Trainer
+    from esper.tolaria.distributed.launch import launched, leave
 
     folder = run_dir or Path(recipe.run_dir or Path("runs") / config.stem)
-    torch.manual_seed(recipe.seed)
-    model = resolve.call(recipe.model)
-    optimizer = resolve.call(recipe.optimizer, model.parameters())
-    with LiveView(plain=plain or None) as view:
-        trainer = Trainer(
-            model,
-            optimizer,
-            resolve.loss_of(recipe.loss),
-            **resolve.batches_of(resolve.call(recipe.data), recipe.data),
-            scheduler=resolve.call(recipe.scheduler, optimizer) if recipe.scheduler else None,
-            metrics={name: resolve.metric_of(spec) for name, spec in recipe.metrics.items()},
-            config=settings,
-            run_dir=folder,
-            epochs=recipe.epochs,
-            seed=recipe.seed,
-            on_event=view,
-            checkpoints=folder / "checkpoints" if resume else None,
-        )
+    together, first = launched(), os.environ.get("RANK", "0") == "0"
+    with LiveView(plain=plain or None) if first else nullcontext() as view:
+        trainer = open_session(config, folder, keep=resume is not None, on_event=view or ignore)
         if resume is not None:
             trainer.resume()
         trainer.fit()
-    trainer.growth.save(folder / "model")
-    if json:
-        print_json({**view.history.totals, "run": str(folder), "model": str(folder / "model")})
-    else:
-        print("\n".join(growth_lines(view.history)))
-        print(f"run folder: {folder} (esper report {folder} draws it, esper why {folder} explains it)")
+    if view is not None:
+        trainer.growth.save(folder / "model")
+        if json:
+            print_json({**view.history.totals, "run": str(folder), "model": str(folder / "model")})
+        else:
+            print("\n".join(growth_lines(view.history)))
+            print(f"run folder: {folder} (esper report {folder} draws it, esper why {folder} explains it)")
+    if together:
+        leave()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.utils.data import DistributedSampler
 
 from esper.config import ConfigLike
 from esper.contracts import Observer, ignore
@@ -27,10 +28,11 @@ class Trainer:
     """Trains a model while it grows.
 
     Args:
-        model: Any ``nn.Module``; it grows in place.
+        model: Any ``nn.Module``; it grows in place. In several processes (torchrun) what each of them calls:
+            ``DistributedDataParallel`` around it, or the module after ``fully_shard``.
         optimizer: One, or several by name.
         loss_fn: ``loss_fn(model, batch)``, the scalar to minimise; it moves the batch to the model's device.
-        train: Training batches, iterated once per epoch.
+        train: Training batches, iterated once per epoch; each process gives its own share of them.
         probe: Batches held out of the training data, on which growth is decided.
         epochs: Passes over ``train``.
         val: Batches for ``metrics``, evaluated after each epoch; None evaluates nothing.
@@ -107,9 +109,7 @@ class Trainer:
             others |= {} if scheduler is None else {"scheduler": scheduler}
             named = optimizer if isinstance(optimizer, Mapping) else {"optimizer": optimizer}
             run = Run(model, named, growth=self.growth, others=others, batches=self.batches)
-            self.manager = CheckpointManager(
-                checkpoints, run, every=every, keep=keep, best=best, observe=on_event
-            )
+            self.manager = CheckpointManager(checkpoints, run, every=every, keep=keep, best=best)
 
     def resume(self) -> Manifest | None:
         """Go on from the newest checkpoint that verifies, at the next :meth:`fit`; None where there is none.
@@ -141,7 +141,7 @@ class Trainer:
         self._done = True
         done = 0 if self.batches is None else self.batches.epoch
         for epoch in range(done + 1, self.epochs + 1):
-            row = {"epoch": epoch, "train_loss": self._train_epoch()}
+            row = {"epoch": epoch, "train_loss": self._train_epoch(epoch)}
             if self.val is not None:
                 row |= self.evaluate(self.val)
             if self.scheduler_interval == "epoch" and isinstance(self.scheduler, ReduceLROnPlateau):
@@ -149,6 +149,7 @@ class Trainer:
             elif self.scheduler_interval == "epoch" and self.scheduler is not None:
                 self.scheduler.step()
             self.history.append(row)
+            self.growth.rewrap()
             self.growth.epoch({name: value for name, value in row.items() if name != "epoch"})
         if self.manager is not None:
             self.manager.close()
@@ -157,19 +158,23 @@ class Trainer:
     def evaluate(self, batches: Iterable[Any]) -> dict[str, float]:
         """Average the loss and every metric over the examples of ``batches``, in eval mode."""
         self.model.eval()
+        model = self.growth.parts.wrapping.host  # each process by itself: nothing waits for the others
         totals, examples = dict.fromkeys(self.metrics, 0.0), 0
         with torch.no_grad():
             for batch in batches:
                 count = _examples(batch)
                 examples += count
                 for name, metric in self.metrics.items():
-                    totals[name] += count * float(metric(self.model, batch))
+                    totals[name] += count * float(metric(model, batch))
         if not examples:
             raise ConfigError("the batches to evaluate are empty; pass some that can be iterated again")
         return {name: total / examples for name, total in totals.items()}
 
-    def _train_epoch(self) -> float:
+    def _train_epoch(self, epoch: int) -> float:
         self.model.train()
+        sampler = getattr(self.train, "sampler", None)
+        if isinstance(sampler, DistributedSampler):
+            sampler.set_epoch(epoch)  # without it every epoch has the first one's order
         for batch in self.train if self.batches is None else self.batches:
             loss = self.loss_fn(self.model, batch)
             for optimizer in self._optimizers:
@@ -190,7 +195,9 @@ class Trainer:
             raise ConfigError(
                 "train gave no batch; pass batches that can be iterated again, like a DataLoader"
             )
-        return float(total) / examples
+        mean = total.detach().double().cpu() / examples
+        self.growth.peers.mean([mean])
+        return float(mean)
 
 
 def _examples(batch: Any) -> int:

@@ -54,7 +54,8 @@ class Plain:
 
     def hear(self, event: Event) -> None:
         assert threading.current_thread() is threading.main_thread()
-        self.told.append(event.data["message"])
+        if event.kind == "warning":
+            self.told.append(event.data["message"])
 
     def train(self, steps: int) -> None:
         for _ in range(steps):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from esper.errors import ConfigError, StateError
 from esper.tolaria.checkpoint.randomness import Generator, capture_randomness, restore_randomness
+from esper.tolaria.distributed.share import Share
 
 
 class Batches:
@@ -36,7 +37,8 @@ class Batches:
     """
 
     def __init__(self, loader: Iterable[Any], generators: Mapping[str, Generator] | None = None) -> None:
-        if isinstance(loader, DataLoader) and loader.persistent_workers:
+        inner = loader.batches if isinstance(loader, Share) else loader
+        if isinstance(inner, DataLoader) and inner.persistent_workers:
             raise ConfigError(
                 "persistent_workers=True keeps random streams in the workers from epoch to epoch, which no "
                 "checkpoint can see; leave it False"
@@ -81,7 +83,15 @@ class Batches:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position, with the streams as they were when the epoch began."""
-        return {"epoch": self.epoch, "index": self.index, "began": self.began}
+        return {"epoch": self.epoch, "index": self.index, "began": self.began, "length": self.length}
+
+    @property
+    def length(self) -> int | None:
+        """Batches of an epoch, if the loader knows."""
+        try:
+            return len(self.loader) if isinstance(self.loader, Sized) else None
+        except TypeError:  # a DataLoader over an iterable dataset has a __len__ that raises
+            return None
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on there at the next ``iter``; an epoch under way in this object is given up."""
@@ -92,6 +102,7 @@ class Batches:
 def own_generators(loader: Any) -> dict[str, Generator]:
     """Find the generators of a ``DataLoader`` and its samplers; one that is shared counts once."""
     found: dict[str, Generator] = {}
+    loader = loader.batches if isinstance(loader, Share) else loader
     places = {"loader": loader}
     for name in ("sampler", "batch_sampler"):
         places[name] = getattr(loader, name, None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -15,15 +16,20 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from esper.contracts import Event, Observer, ignore
-from esper.errors import ConfigError, FinishedError, StateError
+from esper.errors import CheckpointError, ConfigError, FinishedError, StateError
+from esper.kasmina.peers import ALONE, Peers
 from esper.tolaria.checkpoint.cadence import Cadence, Every
-from esper.tolaria.checkpoint.folder import FolderStorage
 from esper.tolaria.checkpoint.format import Manifest, finite, name_of, packed, parts_of, step_of
-from esper.tolaria.checkpoint.loading import Checkpoint, newest, sound, sound_among, steps_kept
+from esper.tolaria.checkpoint.loading import Checkpoint, newest, read, sound, sound_among, steps_kept
+from esper.tolaria.checkpoint.places import storage_at
+from esper.tolaria.checkpoint.processes import adapted, joined, own_part, to_bytes
 from esper.tolaria.checkpoint.retention import Best, Retention
 from esper.tolaria.checkpoint.run import Run, capture_run, genome_of, restore_run, summary_of, versions
 from esper.tolaria.checkpoint.storage import Storage
 from esper.tolaria.checkpoint.writer import Writer
+
+ASKED = 8  # steps between questions to the first process whether a checkpoint is due
+NONE = -1  # no step
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +61,7 @@ class CheckpointManager:
         keep: How many of the newest are kept; None keeps all.
         best: A metric and its better direction, ``("loss", "min")``; the best checkpoint is kept besides.
         failure_every: Seconds between failures that ``every=None`` reckons with.
-        observe: Called with every event, on the thread that calls the manager.
+        observe: Called with every event, on the thread that calls the manager; None: as growth's events are.
 
     Attributes:
         steps: Optimizer steps of the run.
@@ -74,10 +80,12 @@ class CheckpointManager:
         keep: int | None = 3,
         best: Best | None = None,
         failure_every: float = 3600.0,
-        observe: Observer = ignore,
+        observe: Observer | None = None,
     ) -> None:
-        self.storage: Storage = FolderStorage(storage) if isinstance(storage, str | Path) else storage
-        self.run, self.observe = run, observe
+        self.storage: Storage = storage_at(storage)
+        self.run = run
+        self.observe = observe or (ignore if run.growth is None else run.growth.parts.observe)
+        self.peers: Peers = ALONE if run.growth is None else run.growth.peers
         self.retention = Retention(keep, best)
         weights = sum(p.nbytes for module in run.trained.values() for p in module.parameters())
         self.cadence = Cadence(every, failure_every, 3 * weights)  # Adam keeps two numbers per weight
@@ -88,11 +96,13 @@ class CheckpointManager:
         self.offered = 0  # the steps after which step() last asked
         self.stalls: deque[float] = deque(maxlen=1000)
         self.messages: deque[str] = deque()  # from the writer, told on the caller's thread
+        self.kept: deque[dict[str, Any]] = deque()  # likewise, of checkpoints verified
         self.closed = self.resumed = False
         first = next(iter(run.named.values()))
         self.hook = first.register_step_post_hook(self._count)
         try:
-            self.storage.mend()
+            if self.peers.rank == 0:
+                self.storage.mend()
         except StateError as error:
             self.messages.append(f"the checkpoints could not be mended: {error}")
 
@@ -116,7 +126,7 @@ class CheckpointManager:
         if not self.resumed:
             self._refuse_strangers()
         self.offered = self.steps
-        if not self.cadence.due(self.steps):
+        if not self._due():
             return False
         try:
             self.save(metrics)
@@ -126,6 +136,12 @@ class CheckpointManager:
             self._tell()
             return False
         return True
+
+    def _due(self) -> bool:
+        """Ask the cadence; where it reads a clock, the first process's counts, and is asked now and then."""
+        if self.peers.world == 1 or isinstance(self.cadence.every, int):
+            return self.cadence.due(self.steps)
+        return self.steps % ASKED == 0 and bool(self.peers.agree([self.cadence.due(self.steps)])[0])
 
     def save(self, metrics: Mapping[str, Any] | None = None, *, wait: bool = False) -> str:
         """Take a snapshot now and have it written.
@@ -148,7 +164,8 @@ class CheckpointManager:
         snapshot = self._snapshot(metrics or {})
         self.stalls.append(snapshot.stall)
         self.cadence.saved(self.steps)
-        self.writer.submit(lambda: self._write(snapshot))
+        if self.peers.rank == 0:
+            self.writer.submit(lambda: self._write(snapshot))
         if wait:
             self.writer.flush()
         self._tell()
@@ -156,14 +173,15 @@ class CheckpointManager:
 
     def _refuse_strangers(self) -> None:
         """Keep a fresh run from deleting an older one's checkpoints; asked before the first is saved."""
-        try:
-            known = steps_kept(self.storage)
-        except StateError:
-            return
-        if known:
+        known: list[str] = []
+        if self.peers.rank == 0:
+            with suppress(StateError):
+                known = steps_kept(self.storage)
+        (latest,) = self.peers.agree([step_of(known[-1]) or 0 if known else NONE])
+        if latest != NONE:
             raise ConfigError(
-                f"the storage holds {known[-1]} of another run; call resume() to go on from it, or give "
-                "another folder"
+                f"the storage holds {name_of(int(latest))} of another run; call resume() to go on "
+                "from it, or give another folder"
             )
         self.resumed = True
 
@@ -171,10 +189,28 @@ class CheckpointManager:
         begun = time.perf_counter()
         spare = self.spare
         self.spare = {}
-        with torch.no_grad():
-            skeleton, tensors = packed(capture_run(self.run, self.steps), spare)
+        with torch.no_grad(), self._plain():
+            skeleton, tensors = packed(self._state(), spare)
         manifest = Manifest(self.steps, time.time(), versions(), finite(metrics), summary_of(self.run))
         return Snapshot(manifest, genome_of(self.run), skeleton, tensors, time.perf_counter() - begun)
+
+    def _state(self) -> dict[str, Any]:
+        """Return the run's state, with every process's own part on the first one."""
+        state = capture_run(self.run, self.steps)
+        if self.peers.world == 1:
+            return state
+        try:
+            own = to_bytes(own_part(state))
+        except StateError:
+            self.peers.collect(b"")  # the others wait for it
+            raise
+        parts = self.peers.collect(own)
+        return joined(state, parts) if self.peers.rank == 0 else {}
+
+    def _plain(self) -> AbstractContextManager[Any]:
+        """Let a sharded model be a plain one meanwhile."""
+        growth = self.run.growth
+        return nullcontext() if growth is None else growth.parts.wrapping.plain(self.run.named)
 
     def _write(self, snapshot: Snapshot) -> None:
         """Persist, validate, prune; on the writer's thread."""
@@ -189,6 +225,8 @@ class CheckpointManager:
         else:
             self.written += 1
             self.sound[name] = found
+            size = sum(facts["size"] for facts in found.parts.values())
+            self.kept.append({"name": name, "step": found.step, "bytes": size, "seconds": snapshot.stall})
             self._give_up(snapshot.manifest.step)
             self._prune()
         self.spare = snapshot.tensors
@@ -224,6 +262,8 @@ class CheckpointManager:
             self.messages.append(f"old checkpoints were not deleted: {error}")
 
     def _tell(self) -> None:
+        while self.kept:
+            self.observe(Event("checkpoint", self.steps, self.kept.popleft()))
         while self.messages:
             self.observe(Event("warning", self.steps, {"message": self.messages.popleft()}))
 
@@ -248,9 +288,24 @@ class CheckpointManager:
         Raises:
             StateError: The checkpoint is of another run; the run is not usable then.
         """
-        found = self.latest()
         self.resumed = True
+        found = self.latest() if self.peers.world == 1 else self._same_latest()
         return None if found is None else self._restore(found)
+
+    def _same_latest(self) -> Checkpoint | None:
+        """Read the checkpoint that the first process found; all of them, or none."""
+        found = self.latest() if self.peers.rank == 0 else None
+        (step,) = self.peers.agree([NONE if found is None else found.manifest.step])
+        if step == NONE:
+            return None
+        failure: StateError | None = None
+        try:
+            found = found or read(self.storage, name_of(int(step)))
+        except StateError as error:
+            failure = error
+        if not self.peers.every(failure is None):
+            raise failure or CheckpointError(f"another process could not read {name_of(int(step))}")
+        return found
 
     def restore(self, checkpoint: Checkpoint) -> Manifest:
         """Bring the run, which must be fresh, to a checkpoint; those of later steps are deleted.
@@ -263,21 +318,32 @@ class CheckpointManager:
         self.writer.flush()
         self.resumed = True
         manifest = self._restore(checkpoint)
-        self._give_up(manifest.step)
+        if self.peers.rank == 0:
+            self._give_up(manifest.step)
         self._tell()
         return manifest
 
     def _restore(self, checkpoint: Checkpoint) -> Manifest:
         manifest = checkpoint.manifest
-        different = restore_run(self.run, checkpoint.state)
+        batches, peers = self.run.batches, self.peers
+        length = None if batches is None else batches.length
+        state, different = adapted(checkpoint.state, peers.rank, peers.world, length)
+        with self._opened():
+            different += restore_run(self.run, state)
         now = versions()
         different += [f"{k} was {v} and is {now.get(k)}" for k, v in manifest.code.items() if now.get(k) != v]
         self.steps = self.offered = checkpoint.state["steps"]
         self.cadence.saved(self.steps)
         if different:
             self.messages.append(f"the run goes on from {manifest.name}, but {'; '.join(different)}")
+        self.observe(Event("resumed", self.steps, {"step": self.steps, "name": manifest.name}))
         self._tell()
         return manifest
+
+    def _opened(self) -> AbstractContextManager[Any]:
+        """Let the model change its shape meanwhile."""
+        growth = self.run.growth
+        return nullcontext() if growth is None else growth.parts.wrapping.opened(self.run.named)
 
     def close(self) -> None:
         """Wait for the last checkpoint to be written; the manager saves no more."""

@@ -101,7 +101,8 @@ def module_state(module: nn.Module) -> dict[str, Any]:
     state = dict(module.state_dict())
     apart = {name: buffer for name, buffer in module.named_buffers() if name not in state}
     frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
-    return {"state": state, "buffers": apart, "frozen": frozen}
+    owned = [name for name, _ in module.named_buffers() if name in state]
+    return {"state": state, "buffers": apart, "owned": owned, "frozen": frozen}
 
 
 def load_module_state(module: nn.Module, state: Mapping[str, Any], name: str) -> None:

@@ -34,8 +34,14 @@ class Wrapping(Protocol):
     peers: Peers
     deferred: bool
 
+    def close(self) -> None:
+        """Let go of the other processes; growth is over."""
+
     def whole(self) -> AbstractContextManager[Any]:
         """Let the host run as an ordinary module of this process; entered by all processes together."""
+
+    def plain(self, optimizers: Mapping[str, Optimizer]) -> AbstractContextManager[Any]:
+        """Let host and optimizers hold whole tensors; entered by all processes together."""
 
     def opened(self, optimizers: Mapping[str, Optimizer]) -> AbstractContextManager[Any]:
         """Let the host change its shape; entered by all processes together."""

@@ -269,26 +269,21 @@ class Growth:
         self._refuse_finished("rewrap")
         trial = self.orchestrator.trial
         if trial is not None and trial.waiting:
-            begun, site = time.perf_counter(), trial.decision.site
+            begun = time.perf_counter()
             self._open(self.orchestrator.commit_waiting)
             seconds = time.perf_counter() - begun
             self.cost.seconds += seconds
-            self.tell("rewrapped", sites=[site], milliseconds=seconds * 1e3)
+            self.tell("rewrapped", sites=len(self.morphable.places), milliseconds=seconds * 1e3)
         return self.model
 
     def _open(self, change: Callable[[], Outcome | None]) -> None:
         """Carry out what may change the layers' shapes."""
         trial, wrapping = self.orchestrator.trial, self.parts.wrapping
         if trial is not None:
-            trial.layer.shut()  # a wrapper is taken off plain layers
             with self.morphable.policy.uncompiled(), wrapping.opened(self.parts.optimizers):
-                trial.layer.open()
                 outcome = change()
-                trial.layer.shut()
             if outcome is not None:
                 self._conclude(outcome)
-            else:
-                trial.layer.open()
 
     def finish(self) -> nn.Module:
         """End growth: a live seed gets a last gate and is folded in or removed.
@@ -305,6 +300,7 @@ class Growth:
         if self.watch is not None:
             self.watch.close()
         self.parts.forging.close()
+        self.parts.wrapping.close()
         self.batches.clear()
         self.finished = True
         self.tell(
@@ -318,7 +314,10 @@ class Growth:
         return self.model
 
     def save(self, directory: str | Path) -> Path:
-        """Write the model with its genome, card and a torch-only ``rebuild.py``; see ``esper.load_into``."""
+        """Write the model with its genome, card and a torch-only ``rebuild.py``; see ``esper.load_into``.
+
+        Of several processes one is enough, unless the model is sharded: then all of them call it.
+        """
         card = {
             "host parameters": self.parts.host_parameters,
             "parameters": self.morphable.parameter_count(),
@@ -326,7 +325,8 @@ class Growth:
             "growth FLOPs": self.cost.growth_flops,
             "steps": self.steps,
         }
-        return save(self.morphable.host, self.plans, Path(directory), card=card)
+        with self.parts.wrapping.plain(self.parts.optimizers):
+            return save(self.morphable.host, self.plans, Path(directory), card=card)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything but the model's and the optimizers' own state, which the user saves as always."""
@@ -344,7 +344,7 @@ class Growth:
             raise StateError(
                 "this run has begun already; load the state right after esper.grow on a fresh model"
             )
-        with self.morphable.policy.uncompiled():
+        with self.morphable.policy.uncompiled(), self.parts.wrapping.opened(self.parts.optimizers):
             restore(self, state)
         self.topology = topology(self.plans)
         self._tell_start()  # the sites are other ones by now

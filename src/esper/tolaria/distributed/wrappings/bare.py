@@ -22,7 +22,14 @@ class Bare:
     def __init__(self, host: nn.Module, deadline: float) -> None:
         self.host, self.peers = host, ALONE
 
+    def close(self) -> None:
+        """Do nothing."""
+
     def whole(self) -> AbstractContextManager[Any]:
+        """Do nothing."""
+        return nullcontext()
+
+    def plain(self, optimizers: Mapping[str, Optimizer]) -> AbstractContextManager[Any]:
         """Do nothing."""
         return nullcontext()
 

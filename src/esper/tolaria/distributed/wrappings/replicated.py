@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from esper.errors import SiteError
 from esper.kasmina.peers import Peers
 from esper.tolaria.distributed.group import Group
+from esper.tolaria.distributed.watchdog import Watchdog
 
 __all__ = ["Replicated"]
 
@@ -41,9 +42,18 @@ class Replicated:
         refuse_parts(wrapper)
         self.wrapper, self.host = wrapper, wrapper.module
         self.peers: Peers = Group(wrapper.process_group, deadline)
+        self.watchdog = Watchdog(wrapper.process_group, deadline)
+
+    def close(self) -> None:
+        """End the watchdog."""
+        self.watchdog.close()
 
     def whole(self) -> AbstractContextManager[Any]:
         """Do nothing: the module inside is a whole one."""
+        return nullcontext()
+
+    def plain(self, optimizers: Mapping[str, Optimizer]) -> AbstractContextManager[Any]:
+        """Do nothing: the module inside is a plain one."""
         return nullcontext()
 
     @contextmanager

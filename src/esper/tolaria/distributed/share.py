@@ -1,0 +1,48 @@
+"""``Share``: this process's rows of every batch, for a loader that knows nothing of other processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sized
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+
+class Share:
+    """Goes through all batches and keeps every ``world``-th row, from ``rank`` on.
+
+    All processes read the same batches, so a step sees what it would in one process, and another number of
+    processes goes on at the same batch. Rows that cannot be dealt out evenly are left out. Where reading is
+    what takes long, give each process a loader with a ``DistributedSampler`` instead.
+
+    Args:
+        batches: Batches that can be iterated again, in the same order in every process.
+        rank: Of this process.
+        world: How many there are.
+    """
+
+    def __init__(self, batches: Iterable[Any], rank: int, world: int) -> None:
+        self.batches, self.rank, self.world = batches, rank, world
+
+    def __iter__(self) -> Iterator[Any]:
+        """Hand out this process's rows."""
+        for batch in self.batches:
+            yield tree_map(self.rows, batch)
+
+    def __len__(self) -> int:
+        """Count the batches.
+
+        Raises:
+            TypeError: The loader does not know.
+        """
+        if not isinstance(self.batches, Sized):
+            raise TypeError(f"a {type(self.batches).__name__} does not know how many batches it has")
+        return len(self.batches)
+
+    def rows(self, leaf: Any) -> Any:
+        """Return this process's rows of a tensor; what is not a tensor is everybody's."""
+        if not isinstance(leaf, Tensor) or leaf.dim() == 0:
+            return leaf
+        even = len(leaf) // self.world * self.world
+        return leaf[self.rank : even : self.world]
