@@ -75,7 +75,7 @@ def rehearse(
     folder = Path(tempfile.mkdtemp(prefix="esper-chaos-")) if run_dir is None else run_dir
     rehearsal = Rehearsal(MAKER, config, folder, seed=seed, epochs=epochs, tell=progress)
     try:
-        rehearsal.begin()
+        whole = rehearsal.undisturbed()
         rows = [rehearsal.put(name) for name in names]
     finally:
         if run_dir is None:
@@ -83,8 +83,8 @@ def rehearse(
     return {
         "config": str(config),
         "seed": seed,
-        "steps": rehearsal.steps,
-        "seconds": rehearsal.seconds,
+        "steps": whole.steps,
+        "seconds": whole.seconds,
         "faults": [asdict(row) for row in rows],
         "survived": all(row.survived is not False for row in rows),
     }

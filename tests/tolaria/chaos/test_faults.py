@@ -14,7 +14,7 @@ from esper.tolaria.chaos.fault import Fault, Seen
 from esper.tolaria.chaos.faults.flipped_checkpoint import FlippedCheckpoint
 from esper.tolaria.chaos.faults.nan_batch import poisoned, undone
 from esper.tolaria.chaos.faults.truncated_checkpoint import TruncatedCheckpoint
-from esper.tolaria.chaos.rehearsal import lost, same, seconds
+from esper.tolaria.chaos.measures import finite, lost, same, seconds
 from esper.tolaria.chaos.spec import Marks, Spec, read_marks
 
 NAMES = {
@@ -115,6 +115,11 @@ def test_a_spec_is_read_as_it_was_written(tmp_path: Path) -> None:
     spec = Spec("a:b", "c", "d", "e", "f", fault="kill", growth={"governor": {"enabled": True}})
     spec.write(tmp_path / "spec")
     assert Spec.read(tmp_path / "spec") == spec
+
+
+def test_weights_are_finite_where_all_are() -> None:
+    assert finite({"w": torch.ones(2), "steps": torch.arange(3)})
+    assert not finite({"w": torch.tensor([1.0, torch.inf])})
 
 
 def test_equal_is_bit_for_bit() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import os
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from esper.registry import Registry
 from esper.tolaria.chaos.fault import Fault
 from esper.tolaria.chaos.spec import Marks, Spec
 from esper.tolaria.checkpoint import CheckpointManager, Storage
+from esper.tolaria.distributed.launch import launched, leave
 from esper.tolaria.trainer import Trainer
 
 FAULTS = Registry("esper.tolaria.chaos.faults", group="esper.faults")
@@ -26,14 +29,15 @@ class Child:
 
     Attributes:
         spec: What this process was told.
+        rank: Of this process, among those that train together.
         draw: Random numbers that follow from the seed, the fault and the attempt.
         trainer: Set once the run is made; ``storage`` of a fault is asked before that.
         written: Of the present checkpoint, for faults in the middle of one.
     """
 
     def __init__(self, spec: Spec) -> None:
-        self.spec = spec
-        self.mark = Marks(spec.marks, spec.attempt)
+        self.spec, self.rank = spec, int(os.environ.get("RANK", "0"))
+        self.mark = Marks(spec.marks, spec.attempt, self.rank)
         self.draw = random.Random(f"{spec.seed}:{spec.fault}:{spec.attempt}")
         self.trainer: Trainer | None = None
         self.actions: list[Callable[[int], None]] = []
@@ -88,7 +92,8 @@ def readable(event: Event) -> dict[str, Any]:
 
 def train(spec: Spec) -> int:
     """Do what ``esper train --resume auto`` does, with a fault on the way."""
-    child = Child(spec)
+    relaunched = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    child = Child(replace(spec, attempt=spec.attempt + relaunched))
     child.mark("begun", 0)
     fault: Fault | None = None if spec.fault is None else FAULTS.get(spec.fault)()
 
@@ -109,6 +114,9 @@ def train(spec: Spec) -> int:
     model = trainer.fit()
     manager: CheckpointManager | None = trainer.manager
     kept = (0, 0) if manager is None else (manager.written, manager.failures)
-    save_file({name: t.detach().cpu().clone() for name, t in model.state_dict().items()}, spec.weights)
+    if child.rank == 0:
+        save_file({name: t.detach().cpu().clone() for name, t in model.state_dict().items()}, spec.weights)
     child.mark("finished", child.step, written=kept[0], failures=kept[1])
+    if launched():
+        leave()
     return 0

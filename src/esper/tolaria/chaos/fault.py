@@ -65,6 +65,8 @@ class Fault:
         growth: Settings of growth it needs, over the config's.
         different: Why the weights cannot be those of the uninterrupted run; None: they must be.
         mounts: Whether it wants a disk of its own, where the system allows one.
+        ranks: Processes that train together.
+        relaunches: How often their launcher may start all of them again.
     """
 
     about: str = ""
@@ -72,6 +74,8 @@ class Fault:
     growth: Mapping[str, Any] = {}
     different: str | None = None
     mounts: bool = False
+    ranks: int = 1
+    relaunches: int = 0
 
     def absent(self, whole: Seen) -> str | None:
         """Say why it cannot come in this run, judged by the uninterrupted one; None: it can."""

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import random
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -20,6 +16,8 @@ from esper.tolaria.chaos.child import FAULTS
 from esper.tolaria.chaos.clock import real
 from esper.tolaria.chaos.disk import Disk
 from esper.tolaria.chaos.fault import Fault, Seen
+from esper.tolaria.chaos.measures import finite, lost, same, seconds
+from esper.tolaria.chaos.processes import Ended, run
 from esper.tolaria.chaos.spec import Marks, Spec, read_marks
 
 EARLIEST, LATEST = 0.4, 0.7  # share of the run before a fault comes: something was kept, something is left
@@ -53,11 +51,17 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Ended:
-    """How a process ended."""
+class Undisturbed:
+    """What a run is compared with."""
 
-    code: int | None  # None: it hung and was killed
-    said: str  # the last line of its standard error
+    seen: Seen
+    weights: Mapping[str, Tensor]
+    seconds: float
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of a run."""
+        return len(self.seen.of("step"))
 
 
 class Rehearsal:
@@ -70,10 +74,6 @@ class Rehearsal:
         seed: Of everything that is drawn: when a fault comes, which bit it flips.
         epochs: Instead of the config's.
         tell: Told what is being done.
-
-    Attributes:
-        whole: What the undisturbed run wrote down; ``begin`` makes it.
-        steps: Optimizer steps of a run.
     """
 
     def __init__(
@@ -88,26 +88,24 @@ class Rehearsal:
     ) -> None:
         self.maker, self.config, self.folder, self.tell = maker, config.resolve(), folder.resolve(), tell
         self.seed, self.epochs = seed, epochs
-        self.whole: Seen | None = None
-        self.weights: Mapping[str, Tensor] = {}
-        self.steps = 0
-        self.seconds = 0.0  # of the undisturbed run
+        self.whole: dict[int, Undisturbed] = {}  # by how many processes train together
 
-    def begin(self) -> None:
-        """Run undisturbed.
+    def undisturbed(self, ranks: int = 1) -> Undisturbed:
+        """Run without a fault, once.
 
         Raises:
             RunError: The run does not end by itself even so, or there is one in the folder already.
         """
-        self.tell("the undisturbed run")
-        spec, begun = self._spec("undisturbed"), real()
-        ended = self._attempt(spec, timeout=None)
-        self.seconds = real() - begun
-        if ended.code != 0:
-            raise RunError(f"{self.config} does not run even undisturbed: {ended.said}")
-        self.whole = Seen(read_marks(Path(spec.marks)))
-        self.weights = load_file(spec.weights)
-        self.steps = len(self.whole.of("step"))
+        if ranks not in self.whole:
+            self.tell(f"the undisturbed run{f' in {ranks} processes' if ranks > 1 else ''}")
+            spec = replace(self._spec("undisturbed" + (f"-{ranks}" if ranks > 1 else "")), ranks=ranks)
+            begun = real()
+            ended = run(spec, timeout=None)
+            if ended.code != 0:
+                raise RunError(f"{self.config} does not run even undisturbed: {ended.said}")
+            seen = Seen(read_marks(Path(spec.marks)))
+            self.whole[ranks] = Undisturbed(seen, load_file(spec.weights), real() - begun)
+        return self.whole[ranks]
 
     def put(self, name: str) -> Result:
         """Run with one fault.
@@ -116,20 +114,30 @@ class Rehearsal:
             RegistryError: There is no such fault.
         """
         fault: Fault = FAULTS.get(name)()
-        if self.whole is None:
-            self.begin()
-        assert self.whole is not None
-        if (absent := fault.absent(self.whole)) is not None:
+        try:
+            whole = self.undisturbed(fault.ranks)
+        except RunError as error:
+            if fault.ranks == 1:
+                raise
+            return Result(name, None, what=f"not available in {fault.ranks} processes: {error}")
+        if (absent := fault.absent(whole.seen)) is not None:
             return Result(name, None, what=absent)
         self.tell(f"{name}: {fault.about}")
         draw = random.Random(f"{self.seed}:{name}")
-        at = draw.randint(int(EARLIEST * self.steps) + 1, int(LATEST * self.steps) + 1)
-        every = max(self.steps // SHARE, 1)
-        spec = replace(self._spec(name), fault=name, at=at, every=every, growth=fault.growth)
-        disk = self._disk(spec) if fault.mounts else None
+        at = draw.randint(int(EARLIEST * whole.steps) + 1, int(LATEST * whole.steps) + 1)
+        spec = replace(
+            self._spec(name),
+            fault=name,
+            at=at,
+            every=max(whole.steps // SHARE, 1),
+            growth=fault.growth,
+            ranks=fault.ranks,
+            relaunches=fault.relaunches,
+        )
+        disk = self._disk(spec, whole) if fault.mounts else None
         try:
             spec = replace(spec, namespace=None if disk is None else disk.process.pid)
-            ended = self._attempts(spec, fault, draw)
+            ended = self._attempts(spec, fault, draw, whole)
         finally:
             if disk is not None:
                 disk.close()
@@ -151,89 +159,42 @@ class Rehearsal:
             epochs=self.epochs,
         )
 
-    def _disk(self, spec: Spec) -> Disk | None:
+    def _disk(self, spec: Spec, whole: Undisturbed) -> Disk | None:
         fixed, times = ROOM
-        size = fixed + times * sum(tensor.nbytes for tensor in self.weights.values())
+        size = fixed + times * sum(tensor.nbytes for tensor in whole.weights.values())
         try:
             return Disk(Path(spec.run_dir), size)
         except RunError as error:
             self.tell(f"{spec.fault}: {error}; the storage will say so instead")
             return None
 
-    def _attempts(self, spec: Spec, fault: Fault, draw: random.Random) -> list[Ended]:
+    def _attempts(self, spec: Spec, fault: Fault, draw: random.Random, whole: Undisturbed) -> list[Ended]:
         """Start the process, and again after a death as often as the fault allows."""
         fixed, times = PATIENCE
         ended: list[Ended] = []
         while len(ended) <= fault.restarts and not (ended and ended[-1].code in (0, None)):
-            if ended:
-                damage = fault.damage(Path(spec.run_dir) / "checkpoints", draw) if len(ended) == 1 else None
+            if len(ended) == 1:
+                damage = fault.damage(Path(spec.run_dir) / "checkpoints", draw)
                 if damage is not None:
                     Marks(spec.marks, len(ended))("damage", 0, what=damage)
-            ended.append(self._attempt(replace(spec, attempt=len(ended)), fixed + times * self.seconds))
+            ended.append(run(replace(spec, attempt=len(ended)), fixed + times * whole.seconds))
         return ended
 
-    def _attempt(self, spec: Spec, timeout: float | None) -> Ended:
-        place = Path(spec.marks).parent
-        path, said = place / f"spec-{spec.attempt}.json", place / f"stderr-{spec.attempt}.txt"
-        spec.write(path)
-        with open(said, "wb") as errors:
-            command = [sys.executable, "-m", "esper.tolaria.chaos", str(path)]
-            with subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors
-            ) as process:
-                try:
-                    code: int | None = process.wait(timeout)
-                except subprocess.TimeoutExpired:
-                    code = None
-                finally:
-                    process.kill()
-        lines = said.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        return Ended(code, lines[-1] if lines else "it said nothing")
-
     def _result(self, name: str, fault: Fault, ended: Sequence[Ended], spec: Spec) -> Result:
-        seen = Seen(read_marks(Path(spec.marks)))
-        last = ended[-1]
+        seen, last = Seen(read_marks(Path(spec.marks))), ended[-1]
         if last.code != 0:
             how = "hung" if last.code is None else f"ended with {last.code}: {last.said}"
             when = "" if seen.struck is None else f"{seen.struck['what']} after step {seen.struck['step']}; "
             return Result(name, False, steps_lost=lost(seen), what=f"{when}process {len(ended)} {how}")
         if seen.struck is None:
             return Result(name, None, what="the run ended before the fault came")
-        weights = load_file(spec.weights)
-        finite = all(bool(torch.isfinite(t).all()) for t in weights.values() if t.is_floating_point())
-        verdict = fault.judge(seen)
-        equal = None if fault.different is not None else same(weights, self.weights)
-        what = verdict.what if finite else f"{verdict.what}; the final weights are not finite"
-        survived = verdict.survived and finite
+        weights, verdict = load_file(spec.weights), fault.judge(seen)
+        sound = finite(weights)
+        equal = None if fault.different is not None else same(weights, self.whole[fault.ranks].weights)
+        what = verdict.what if sound else f"{verdict.what}; the final weights are not finite"
+        survived = verdict.survived and sound
         return Result(name, survived, seconds(seen), lost(seen), equal, fault.different, what)
 
     def sweep(self) -> None:
         """Remove the folder."""
         shutil.rmtree(self.folder)
-
-
-def seconds(seen: Seen) -> float | None:
-    """Return the time from the fault to the next step that counts: after a restart, or a way back."""
-    struck = seen.struck
-    if struck is None:
-        return None
-    last = max(mark["attempt"] for mark in seen.marks)
-    back = [mark["at"] for mark in seen.events("rolled_back") if mark["at"] >= struck["at"]]
-    since = max([struck["at"], *back[:1]])
-    steps = [m["at"] for m in seen.of("step") if m["at"] > since and m["attempt"] >= (last if last else 0)]
-    return steps[0] - struck["at"] if steps else None
-
-
-def lost(seen: Seen) -> int:
-    """Count the steps that were done again by a later process, and those that the governor undid."""
-    count = sum(int(mark["data"]["lost"]) for mark in seen.events("rolled_back"))
-    steps = seen.of("step")
-    for before, after in pairwise(steps):
-        if after["attempt"] > before["attempt"]:
-            count += before["step"] - (after["step"] - 1)
-    return count
-
-
-def same(weights: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
-    """Tell whether two models are equal, bit for bit."""
-    return weights.keys() == others.keys() and all(torch.equal(t, others[k]) for k, t in weights.items())

@@ -32,6 +32,8 @@ class Spec:
         attempt: 0, then 1 after the first death, and so on.
         namespace: Process whose disk this one joins.
         epochs: Instead of the config's.
+        ranks: Processes that train together.
+        relaunches: How often their launcher starts all of them again.
         growth: Settings of growth over the config's.
     """
 
@@ -47,6 +49,8 @@ class Spec:
     attempt: int = 0
     namespace: int | None = None
     epochs: int | None = None
+    ranks: int = 1
+    relaunches: int = 0
     growth: Mapping[str, Any] = field(default_factory=dict)
 
     def write(self, path: Path) -> None:
@@ -62,12 +66,14 @@ class Spec:
 class Marks:
     """Appends marks to a file: one ``write`` each, so that a kill loses none that were made."""
 
-    def __init__(self, path: str | Path, attempt: int) -> None:
+    def __init__(self, path: str | Path, attempt: int, rank: int = 0) -> None:
         self.handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        self.attempt = attempt
+        self.attempt, self.rank = attempt, rank
 
     def __call__(self, kind: str, step: int, **facts: Any) -> None:
-        """Write one down, with the time on the clock that does not jump."""
+        """Write one down, with the time on the clock that does not jump; of other ranks only the fault."""
+        if self.rank and kind != "fault":
+            return
         mark = {"at": real(), "attempt": self.attempt, "kind": kind, "step": step, **facts}
         os.write(self.handle, json.dumps(mark).encode() + b"\n")
 

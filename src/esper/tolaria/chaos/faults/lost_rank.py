@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
+from esper.tolaria.chaos.child import Child
 from esper.tolaria.chaos.fault import Fault, Seen, Verdict
+from esper.tolaria.chaos.faults.kill import resumed
 
 __all__ = ["LostRank"]
 
 
 class LostRank(Fault):
-    """Kills one of two ranks; the launcher starts both again, and they go on together."""
+    """Kills the second of two ranks; the launcher starts both again, and they go on together."""
 
     about = "one of two processes that train together is killed"
+    ranks = 2
+    relaunches = 1
 
-    def absent(self, whole: Seen) -> str | None:
-        """Say that there is nothing to lose yet."""
-        return "not available: no process group"
+    def arm(self, child: Child) -> None:
+        """Kill this process, if it is the one."""
+        if child.rank == 1 and child.spec.attempt == 0:
+            child.once(child.spec.at, lambda: die(child))
 
     def judge(self, seen: Seen) -> Verdict:
-        """Judge nothing."""
-        return Verdict(False, "not available: no process group")
+        """Judge by where both went on."""
+        verdict = resumed(seen)
+        return Verdict(verdict.survived, f"rank 1 of 2 {verdict.what}")
+
+
+def die(child: Child) -> None:
+    """End this process; the other one waits for it in the next collective."""
+    child.strike("kill -9 of rank 1")
+    os.kill(os.getpid(), signal.SIGKILL)
