@@ -17,20 +17,31 @@ from torch.optim import AdamW, Optimizer
 from esper.errors import CheckpointError, StateError
 from esper.kasmina.materialise import widen
 from esper.tolaria.checkpoint.folder import FolderStorage
+from esper.tolaria.checkpoint.format import read_manifest
 from esper.tolaria.checkpoint.loading import steps_kept
 from esper.tolaria.distributed.group import Group
 from esper.tolaria.distributed.sharded import load_sharded, save_sharded
 from esper.tolaria.distributed.sharding import unshard
-from esper.tolaria.distributed.shards import orphans
+from esper.tolaria.distributed.shards import orphans, verify_shards
 from tests.tolaria.distributed.ranks import take_part
-from tests.tolaria.distributed.sharding_worker import Net, batch, grow, loss_fn, plan_of, sharded, slices_of
+from tests.tolaria.distributed.sharding_worker import (
+    Net,
+    batch,
+    grow,
+    hybrid,
+    loss_fn,
+    plan_of,
+    sharded,
+    slices_of,
+)
 
 NAME = "step-00000005"
 
 
-def run_of(net: nn.Module) -> dict[str, Optimizer]:
+def run_of(net: nn.Module, backwards: bool = False) -> dict[str, Optimizer]:
     params = [p for p in net.parameters() if p.requires_grad]
-    return {"main": AdamW([{"params": params[:4]}, {"params": params[4:], "lr": 0.02}], lr=0.05)}
+    first = params[3::-1] if backwards else params[:4]  # state goes by name: their order does not matter
+    return {"main": AdamW([{"params": first}, {"params": params[4:], "lr": 0.02}], lr=0.05)}
 
 
 def widened() -> Net:
@@ -132,6 +143,24 @@ def same_step_twice(rank: int, world: int, folder: Path) -> None:
     load_sharded(storage, NAME, net, optimizers, peers=peers)
 
 
+def replicated(rank: int, world: int, folder: Path) -> None:
+    """Of processes that hold the same part, one writes it."""
+    storage, peers = FolderStorage(folder / "hybrid"), Group()
+    net = sharded(Net(), mesh=hybrid())
+    optimizers = run_of(net)
+    step(net, optimizers, range(2))
+    save_sharded(storage, 5, net, optimizers, peers=peers)
+    dist.barrier()
+    sizes = [
+        (storage.folder / n / "tensors.safetensors").stat().st_size for n in storage.names() if n != NAME
+    ]
+    assert min(sizes) < 100 < max(sizes)
+    again = sharded(Net())
+    fresh = run_of(again)
+    load_sharded(storage, NAME, again, fresh, peers=peers)
+    equal(by_name(again, fresh), by_name(net, optimizers))
+
+
 def refused(act: Any, kind: type[Exception]) -> str:
     try:
         act()
@@ -143,7 +172,7 @@ def refused(act: Any, kind: type[Exception]) -> str:
 def loaded(rank: int, world: int, folder: Path) -> None:
     storage, reference = folders(folder)
     net = fully_shard(widened()) if world == 3 else sharded(widened())  # also otherwise grouped than it was
-    optimizers = run_of(net)
+    optimizers = run_of(net, backwards=world == 3)
     load_sharded(storage, NAME, net, optimizers, peers=Group())
     found = by_name(net, optimizers)
     equal(found, {name: value for name, value in load_file(reference).items() if name in found})
@@ -174,6 +203,8 @@ def damaged(rank: int, world: int, folder: Path) -> None:
     optimizers = run_of(net)
     kept = by_name(net, optimizers)
     shards = [name for name in storage.names() if name != NAME]
+    manifest = read_manifest(storage, NAME)
+    verify_shards(storage, manifest, peers)
     for victim in (*shards, NAME):
         for path in sorted((storage.folder / victim).iterdir()):
             whole = path.read_bytes()
@@ -183,6 +214,8 @@ def damaged(rank: int, world: int, folder: Path) -> None:
                     path.unlink() if broken is None else path.write_bytes(broken)
                 dist.barrier()
                 refused(lambda: load_sharded(storage, NAME, net, optimizers, peers=peers), CheckpointError)
+                if victim != NAME:
+                    refused(lambda: verify_shards(storage, manifest, peers), CheckpointError)
                 equal(by_name(net, optimizers), kept)
                 dist.barrier()
                 if rank == 0:
@@ -220,7 +253,7 @@ def unfit(rank: int, world: int, folder: Path) -> None:
     assert "only the model has 'extra.weight'" in told
 
 
-SAVING = {check.__name__: check for check in (saved, same_step_twice)}
+SAVING = {check.__name__: check for check in (saved, same_step_twice, replicated)}
 LOADING = {check.__name__: check for check in (loaded, from_one_that_was_not_sharded, unfit, damaged)}
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import LBFGS, AdamW, Optimizer
@@ -69,6 +70,11 @@ def sharded(net: Net, **options: Any) -> Net:
     for block in net.blocks:
         fully_shard(block, **options)
     return fully_shard(net, **options)
+
+
+def hybrid() -> DeviceMesh:
+    """Two processes that hold the same shard each: the mesh of hybrid sharding."""
+    return init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
 
 
 def batch(rank: int, step: int) -> tuple[Tensor, Tensor]:
@@ -200,6 +206,11 @@ def whole_guards(rank: int, world: int, folder: Path) -> None:
         assert not any(isinstance(p, DTensor) for p in net.parameters())
         assert all(p.grad is None for p in net.parameters())
     assert all(isinstance(t, DTensor) for n, t in net.state_dict().items() if n.endswith("weight"))
+    with whole(net):
+        with whole(net):
+            loss_fn(net, batch(rank, 0))
+            assert raises(lambda: unshard(net, {}), "inside whole")
+        assert not any(isinstance(p, DTensor) for p in net.parameters())
     try:
         with whole(net):
             raise KeyError("a pass that fails")
@@ -272,6 +283,7 @@ def undone_and_done_again(rank: int, world: int, folder: Path) -> None:
     makes: dict[str, Make] = {
         "nested": nested,
         "bf16": in_bf16,
+        "hybrid": lambda: sharded(Net(), mesh=hybrid()),
         "grouped": grouped,
         "sideways": sideways,
         "held back": held_back,

@@ -129,6 +129,9 @@ def quiet(state: Any) -> Iterator[None]:
     def leave(module: nn.Module, args: Any, output: Any) -> Any:
         return state._cast_output_dtype(output)
 
+    if is_quiet(state):  # inside another one
+        yield
+        return
     with ExitStack() as back:
         ids = {handle.id for handle in handles(state)}
         for module in state._modules:
@@ -142,6 +145,11 @@ def quiet(state: Any) -> Iterator[None]:
             state.__dict__[name] = method
             back.callback(state.__dict__.pop, name)
         yield
+
+
+def is_quiet(state: Any) -> bool:
+    """Tell whether FSDP's hooks are kept from communicating."""
+    return "_pre_forward" in state.__dict__
 
 
 def exchange(hooks: Any, ids: set[int], hook: Callable[..., Any], back: ExitStack) -> None:

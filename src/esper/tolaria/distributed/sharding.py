@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from esper.errors import SurgeryError
 from esper.tolaria.distributed.calls import Call
-from esper.tolaria.distributed.fsdp import owners, parameters, peeled, states, strip
+from esper.tolaria.distributed.fsdp import is_quiet, owners, parameters, peeled, states, strip
 
 Key = tuple[str, str, str]  # optimizer, parameter, entry of its state
 Layout = tuple[DeviceMesh, tuple[Placement, ...]]
@@ -88,6 +88,8 @@ def unshard(model: nn.Module, optimizers: Mapping[str, Optimizer]) -> Resharding
         SurgeryError: It could not be undone and done again exactly, or the ranks differ; nothing was changed.
     """
     found = states(model)
+    if any(is_quiet(state) for state in found):
+        raise SurgeryError("unshard() inside whole(): leave that first")
     for state in found:
         state._modules[0].reshard()  # so that what the modules hold is what the optimizers hold
     names = {parameter: name for name, parameter in model.named_parameters()}

@@ -145,6 +145,22 @@ def read_shards(storage: Storage, table: Table, targets: Mapping[str, Tensor], p
     together(peers, fill)
 
 
+def verify_shards(storage: Storage, manifest: Manifest, peers: Peers) -> None:
+    """Check a checkpoint's shards without reading what is in them, each process some; collective.
+
+    A run asks before it rebuilds its shapes: from a damaged checkpoint it can still step back then.
+
+    Raises:
+        CheckpointError: One is missing or damaged; all processes raise, whichever found it.
+    """
+
+    def check() -> None:
+        for facts in manifest.summary.get("shards", [])[peers.rank :: peers.world]:
+            sealed(storage, facts["name"], facts)
+
+    together(peers, check)
+
+
 def metadata_of(table: Table) -> Metadata:
     """Tell torch.distributed.checkpoint what there is."""
     return Metadata(
@@ -162,17 +178,26 @@ def metadata_of(table: Table) -> Metadata:
     )
 
 
-def parsed(storage: Storage, shard: str, facts: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Read one shard, checked.
+def sealed(storage: Storage, shard: str, facts: Mapping[str, Any]) -> bytes:
+    """Read one shard.
 
     Raises:
-        CheckpointError: It is missing or damaged.
+        CheckpointError: It is missing, or has not the size and digest its checkpoint lists.
     """
     content = storage.get(shard, PART)
     if len(content) != facts["size"] or digest([content]) != facts["sha256"]:
         raise CheckpointError(f"{shard}: {PART} is damaged: its size or SHA-256 digest is another")
+    return content
+
+
+def parsed(storage: Storage, shard: str, facts: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Read one shard's tensors, once its digest holds.
+
+    Raises:
+        CheckpointError: It is missing or damaged.
+    """
     try:
-        return safetensors.torch.load(content)
+        return safetensors.torch.load(sealed(storage, shard, facts))
     except SafetensorError as error:
         raise CheckpointError(f"{shard} is not in the format it claims: {error}") from error
 
