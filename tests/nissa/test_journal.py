@@ -14,7 +14,17 @@ from hypothesis import strategies as st
 
 from esper.contracts import EVENT_FIELDS, Event
 from esper.errors import RunError
-from esper.nissa.journal import DURABLE, EVENTS_FILE, RunJournal, decode, encode, number, plain, read_events
+from esper.nissa.journal import (
+    DURABLE,
+    EVENTS_FILE,
+    RunJournal,
+    decode,
+    encode,
+    known_events,
+    number,
+    plain,
+    read_events,
+)
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -162,6 +172,13 @@ def test_a_journal_of_another_version_is_not_appended_to(tmp_path: Path) -> None
     with pytest.raises(RunError, match="version 2"):
         RunJournal(tmp_path)
     assert (tmp_path / EVENTS_FILE).read_bytes() == line
+
+
+def test_of_a_run_without_a_sound_journal_nothing_is_known(run: Path, tmp_path: Path) -> None:
+    assert known_events(run) == read_events(run)
+    assert known_events(tmp_path / "none") == []
+    (run / EVENTS_FILE).write_bytes(b"nonsense\n" + (run / EVENTS_FILE).read_bytes())
+    assert known_events(run) == []
 
 
 def test_no_run_names_the_runs_nearby(run: Path) -> None:

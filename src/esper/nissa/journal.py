@@ -123,6 +123,14 @@ def read_events(run_dir: str | Path) -> list[Event]:
     return events
 
 
+def known_events(run_dir: str | Path) -> list[Event]:
+    """Read what is known of a run that goes on; nothing where there is no journal or it is damaged."""
+    try:
+        return read_events(run_dir)
+    except RunError:  # a view begins with less; whoever needs the journal is told why
+        return []
+
+
 def encode(event: Event) -> bytes:
     """Write an event as one line of strict JSON, line feed included.
 
