@@ -210,8 +210,9 @@ class Journey:
 
 
 def told(events: Sequence[Event]) -> list[tuple[str, int, dict[str, Any]]]:
-    """Return what events say, without their clocks."""
-    return [(e.kind, e.step, {k: v for k, v in e.data.items() if k not in CLOCKS}) for e in events]
+    """Return what events say of the run itself: no clocks, no checkpoints."""
+    own = [event for event in events if event.kind not in ("checkpoint", "resumed")]
+    return [(e.kind, e.step, {k: v for k, v in e.data.items() if k not in CLOCKS}) for e in own]
 
 
 def digest(end: Mapping[str, Any]) -> str:
