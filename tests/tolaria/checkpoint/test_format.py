@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from esper.errors import CheckpointError, StateError, StoreError
 from esper.tolaria.checkpoint.folder import FolderStorage
 from esper.tolaria.checkpoint.format import MANIFEST, PARTS, canonical, damage, digest
-from esper.tolaria.checkpoint.loading import newest, read, sound
+from esper.tolaria.checkpoint.loading import newest, read, sound, sound_among
 from esper.tolaria.checkpoint.storage import MemoryStorage
 from tests.tolaria.checkpoint.killable import STEPS, Training
 
@@ -99,6 +99,8 @@ def test_nobody_steps_back_past_a_storage_that_does_not_answer() -> None:
     storage.kept = golden().kept
     with pytest.raises(StoreError):
         newest(storage, lambda line: None)
+    with pytest.raises(StoreError):  # or all would be superfluous
+        sound_among(storage, NAMES)
 
 
 def flipped(content: bytes, position: int, bit: int) -> bytes:

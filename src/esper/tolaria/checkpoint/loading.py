@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from esper.errors import CheckpointError, StateError
+from esper.errors import CheckpointError, StateError, StoreError
 from esper.tolaria.checkpoint.format import (
     GENOME,
     PARTS,
@@ -53,11 +53,17 @@ def sound(storage: Storage, name: str) -> Manifest:
 
 
 def sound_among(storage: Storage, names: Iterable[str]) -> dict[str, Manifest]:
-    """Verify checkpoints; return the manifests of those that are sound."""
+    """Verify checkpoints; return the manifests of those that are sound.
+
+    Raises:
+        StoreError: The storage does not answer: which are sound, nobody knows.
+    """
     found: dict[str, Manifest] = {}
     for name in names:
         try:
             found[name] = sound(storage, name)
+        except StoreError:
+            raise
         except StateError:
             continue  # latest() and the command line tell why
     return found
