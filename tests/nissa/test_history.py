@@ -4,6 +4,7 @@ from typing import Any
 from esper.contracts import EVENT_FIELDS, Event, Refusal
 from esper.nissa import history as module
 from esper.nissa.history import RunHistory, fold
+from esper.nissa.records import DecisionHistory, Resume
 
 
 def without_survival(history: RunHistory) -> dict[str, Any]:
@@ -122,7 +123,7 @@ def test_a_resumed_run_replaces_what_it_does_again(events: list[Event]) -> None:
     # A process that resumes starts a run like any other, then takes in the state.
     resumed = fold([*killed, begin, warning, replace(begin, step=300), *again])
     assert without_survival(resumed) == without_survival(fold(events))
-    assert resumed.resumes == [module.Resume(300, None, 220)]
+    assert resumed.resumes == [Resume(300, None, 220)]
     assert resumed.loss == fold(events).loss
     assert resumed.decisions == fold(events).decisions
     assert resumed.seeds == fold(events).seeds
@@ -140,7 +141,7 @@ def test_a_new_run_in_an_old_folder_starts_from_nothing(events: list[Event]) -> 
 
 
 def test_a_grafted_decision_is_judged_like_a_widening() -> None:
-    decision = module.DecisionHistory(1, 5, chosen={"action": "graft", "site": "head+residual_mlp"})
+    decision = DecisionHistory(1, 5, chosen={"action": "graft", "site": "head+residual_mlp"})
     assert decision.verdict == "open"
     decision.outcome = {"kept": True}
     assert decision.verdict == "kept"

@@ -14,8 +14,9 @@ from html import escape
 from typing import Any
 
 from esper.errors import MissingExtraError
-from esper.nissa.history import RunHistory, SeedHistory, Series, Span
+from esper.nissa.history import RunHistory
 from esper.nissa.palette import BLUE, GREEN, GREY, ORANGE, PURPLE, STAGE_COLOURS, VERMILION
+from esper.nissa.records import SeedHistory, Series, Span
 from esper.nissa.survival import notes
 
 try:

@@ -14,8 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from esper.contracts import Event
-from esper.nissa.history import DecisionHistory, RunHistory, SeedHistory, fold
+from esper.nissa.history import RunHistory, fold
 from esper.nissa.palette import STAGE_COLOURS
+from esper.nissa.records import DecisionHistory, SeedHistory
 from esper.nissa.survival import notes, of_ranks, rewrapped, went_on
 from esper.nissa.why import headline
 from esper.nissa.wording import UNKNOWN, count, duration, short

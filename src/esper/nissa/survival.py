@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from esper.contracts import Event
-from esper.nissa.history import Resume, RunHistory
+from esper.nissa.history import RunHistory
+from esper.nissa.records import Resume
 from esper.nissa.wording import count, short
 
 

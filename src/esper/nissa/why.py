@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from esper.errors import RunError
-from esper.nissa.history import DecisionHistory, RunHistory
+from esper.nissa.history import RunHistory
+from esper.nissa.records import DecisionHistory
 from esper.nissa.survival import notes
 from esper.nissa.wording import UNKNOWN, short
 
