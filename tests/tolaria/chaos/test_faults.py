@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from esper.tolaria.chaos.child import FAULTS
+from esper.errors import CheckpointError
+from esper.tolaria.chaos.child import FAULTS, Child
 from esper.tolaria.chaos.fault import Fault, Seen
 from esper.tolaria.chaos.faults.flipped_checkpoint import FlippedCheckpoint
 from esper.tolaria.chaos.faults.nan_batch import poisoned, undone
 from esper.tolaria.chaos.faults.truncated_checkpoint import TruncatedCheckpoint
 from esper.tolaria.chaos.measures import finite, lost, same, seconds
 from esper.tolaria.chaos.spec import Marks, Spec, read_marks
+from esper.tolaria.checkpoint import MemoryStorage
 
 NAMES = {
     "clock_jump",
@@ -101,6 +103,28 @@ def test_damage_is_to_one_file_of_the_newest_checkpoint(fault: Fault, seed: int,
 
 def test_nothing_is_damaged_where_nothing_is_kept(tmp_path: Path) -> None:
     assert FlippedCheckpoint().damage(tmp_path, random.Random(0)) is None
+
+
+@pytest.mark.parametrize(("name", "words"), [("full_disk", "No space left"), ("read_only", "Read-only file")])
+def test_where_nothing_can_be_mounted_the_storage_says_so(name: str, words: str, tmp_path: Path) -> None:
+    files = {field: str(tmp_path / field) for field in ("run_dir", "marks", "weights")}
+    child = Child(Spec("a:b", "c", fault=name, every=5, **files))
+    storage = FAULTS.get(name)().storage(child, MemoryStorage())
+    with pytest.raises(CheckpointError, match=words):
+        storage.put("step-00000001", {"part": [b"1"]})
+    assert storage.names() == []
+    struck = Seen(read_marks(Path(child.spec.marks))).struck
+    assert struck is not None
+    assert "injected" in struck["what"]  # nobody is told that a disk was full
+
+
+def test_a_kill_in_a_checkpoint_leaves_the_ones_before_it_alone(tmp_path: Path) -> None:
+    files = {field: str(tmp_path / field) for field in ("run_dir", "marks", "weights")}
+    later = Child(Spec("a:b", "c", fault="kill_in_checkpoint", at=5, **files))
+    storage = FAULTS.get("kill_in_checkpoint")().storage(later, MemoryStorage())
+    storage.put("step-00000001", {"part": [b"1"] * 50})  # before the fault's step
+    assert storage.names() == ["step-00000001"]
+    assert later.struck is False
 
 
 def test_marks_outlive_their_writer(tmp_path: Path) -> None:
