@@ -180,6 +180,22 @@ def whole_leaves_no_trace(rank: int, world: int, folder: Path) -> None:
             same(plain, train(make, only(*whens)))
 
 
+def whole_keeps_what_was_not_reduced_yet(rank: int, world: int, folder: Path) -> None:
+    def accumulated(act: Act) -> list[Tensor]:
+        net = nested()
+        optimizers = {"main": adamw(net)}
+        for number in range(4):
+            net.set_requires_gradient_sync(number % 2 == 1)
+            loss_fn(net, batch(rank, number)).backward()
+            act(net, optimizers, number, "backward")
+            if number % 2:
+                optimizers["main"].step()
+                optimizers["main"].zero_grad()
+        return everything(net, optimizers["main"])
+
+    same(accumulated(only()), accumulated(only("backward")))
+
+
 def whole_computes_what_training_computes(rank: int, world: int, folder: Path) -> None:
     for make in (nested, in_bf16):
         net = make()
@@ -442,13 +458,18 @@ def axis_that_no_longer_divides(rank: int, world: int, folder: Path) -> None:
     net.blocks[1].up, net.blocks[1].down = nn.Linear(5, 8), nn.Linear(8, 5)
     fully_shard(net.blocks[1].down, shard_placement_fn=lambda p: Shard(1) if p.dim() == 2 else None)
     fully_shard(net)
+    optimizers = {"main": adamw(net)}
     loss_fn(net, batch(rank, 0)).backward()
-    resharding = unshard(net, {})
+    optimizers["main"].step()
+    resharding = unshard(net, optimizers)
     plan = plan_of("blocks.1", 8, 11)
-    widen(net, plan, slices_of(net, plan))
+    widen_state(optimizers, widen(net, plan, slices_of(net, plan)).changes)
     (line,) = resharding.again()
     assert "(5, 11) is sharded along axis 0, not 1" in line
+    weight = net.blocks[1].down.weight
+    assert optimizers["main"].state[weight]["exp_avg"].placements == weight.placements == (Shard(0),)
     loss_fn(net, batch(rank, 1)).backward()
+    optimizers["main"].step()
 
 
 def children_join(rank: int, world: int, folder: Path) -> None:
@@ -539,6 +560,7 @@ CHECKS = {
     check.__name__: check
     for check in (
         whole_leaves_no_trace,
+        whole_keeps_what_was_not_reduced_yet,
         whole_computes_what_training_computes,
         whole_guards,
         surveys_are_the_same,
