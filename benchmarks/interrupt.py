@@ -118,21 +118,21 @@ class Cuts:
         return {"stages": stages, "different": different, "disturbed": self.disturbed}
 
 
-def interrupted(workers: int, steps: Sequence[int]) -> Cuts:
+def interrupted(workers: int, steps: Sequence[int], governed: bool = False) -> Cuts:
     """Cut a run off after each of the steps."""
-    whole = Journey(MemoryStorage(), workers)
+    whole = Journey(MemoryStorage(), workers, governed=governed)
     whole.heard[0] = len(whole.events)
     whole.train()
     end = whole.end()
     kept = MemoryStorage()
-    saving = Journey(kept, workers)
+    saving = Journey(kept, workers, governed=governed)
     saving.heard[0] = len(saving.events)
     saving.train(after=lambda: saving.manager.save(wait=True))
     cuts = Cuts(
         end, whole.seen, passed(whole), different(end | whole.since(0), saving.end() | saving.since(0))
     )
     for step in steps:
-        again = Journey(only(kept, step), workers)
+        again = Journey(only(kept, step), workers, governed=governed)
         again.resume()
         again.train()
         cuts.differences[step] = different(end | whole.since(step), again.end() | again.since(step))

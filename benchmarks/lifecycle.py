@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -31,6 +32,7 @@ NOISE = 6 * [0.3] + [9.0] + 3 * [0.3]  # of the data, by epoch
 ASKED = {14: "0>4", 28: "0>4", 42: "0+residual_mlp", 53: "4+residual_mlp"}  # after a step: where to grow
 RAISING = 9, 10, 11  # steps in which the exposed kernel raises; the third time ends its seed
 CLOCKS = ("seconds", "growth_seconds", "milliseconds")  # fields of events
+LOST = 24  # the step whose batch is not finite, where a governor watches
 CONFIG = {
     "blueprints": ["widen", "residual_mlp"],
     "schedule": {"warmup": 0.05, "stop": 0.05, "embargo": 0.05, "plateau": False},  # one decision, at step 3
@@ -78,6 +80,8 @@ class Journey:
         every: Steps between checkpoints.
         rounds: How often it goes through its 60 steps.
         keep: Checkpoints that are kept; None keeps all.
+        governed: A governor watches, and a batch is lost while a seed is exposed, so it rolls the run back. A
+            scaler would pass over such a step itself, so it is off.
     """
 
     def __init__(
@@ -87,7 +91,9 @@ class Journey:
         every: int = 10**9,
         rounds: int = 1,
         keep: int | None = None,
+        governed: bool = False,
     ) -> None:
+        self.governed = governed
         self.epochs, self.steps = rounds * EPOCHS, rounds * STEPS
         torch.manual_seed(0)
         random.seed(0)
@@ -96,7 +102,7 @@ class Journey:
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=0.05)
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, STEPS)
         self.average = torch.optim.swa_utils.AveragedModel(self.net)
-        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=7)
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=7, enabled=not governed)
         self.events: list[Event] = []
         self.heard: dict[int, int] = {}  # how many of them, by step
         self.seen: dict[int, str] = {}  # digests of the batches, by step
@@ -112,7 +118,11 @@ class Journey:
             scaler=self.scaler,
             ema=[self.average],
             budget={"parameters": 20.0, "growth_events": 6 * rounds},
-            config={**CONFIG, "gate": {"false_keep": 0.99, "looks": 5 * rounds}},
+            config={
+                **CONFIG,
+                "governor": {"enabled": governed, "every": 5},
+                "gate": {"false_keep": 0.99, "looks": 5 * rounds},
+            },
             on_event=self.events.append,
         )
         self.data = Clusters()
@@ -160,6 +170,8 @@ class Journey:
         fault = None
         if place in RAISING and trial is not None and trial.kernel is not None:
             fault = trial.kernel.register_forward_pre_hook(refuse)
+        if self.governed and place == LOST:
+            batch = [batch[0] * math.nan, batch[1]]
         loss = loss_fn(self.net, batch)
         if fault is not None:
             fault.remove()
