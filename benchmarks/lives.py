@@ -44,10 +44,11 @@ class Life:
 
     def _read(self) -> None:
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            with self.news:
-                self.lines.append((time.monotonic(), line.rstrip("\n")))
-                self.news.notify_all()
+        with self.process.stdout as lines:
+            for line in lines:
+                with self.news:
+                    self.lines.append((time.monotonic(), line.rstrip("\n")))
+                    self.news.notify_all()
         with self.news:
             self.over = True
             self.news.notify_all()
@@ -68,8 +69,7 @@ class Life:
     def kill(self) -> bool:
         """Kill it; False where it had ended by then."""
         self.process.kill()
-        self.process.wait()
-        self.reader.join()
+        self.end()
         return self.process.returncode == -signal.SIGKILL
 
     def end(self) -> None:
