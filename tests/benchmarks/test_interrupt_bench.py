@@ -11,6 +11,7 @@ from benchmarks import interrupt
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_run_that_is_cut_off_in_any_stage_ends_as_if_it_never_was(tmp_path: Path) -> None:
     assert interrupt.main(["--quick", "--out", str(tmp_path)]) == 0
     record = json.loads((tmp_path / "interrupt.json").read_text())["workers"]

@@ -12,6 +12,7 @@ from benchmarks.lives import MOMENTS
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_quick_run_is_killed_in_every_moment_and_comes_back(tmp_path: Path) -> None:
     assert recovery.main(["--quick", "--out", str(tmp_path)]) == 0
     record = json.loads((tmp_path / "recovery.json").read_text())
