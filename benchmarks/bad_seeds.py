@@ -18,7 +18,7 @@ from esper.errors import LossError
 
 NAME = "bad-seeds"
 EACH = 20
-TRIES = 8  # runs until one exposes a seed
+TRIES = 20  # runs until one exposes a seed, and until one that is to do harm does
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ from benchmarks.tasks import cnn, mlp
 
 Batch = tuple[Tensor, Tensor]
 FAULTS = ("NaN in the batch", "NaN in a gradient", "gradient ×1000", "label noise", "learning rate ×100")
+# Slow ones, reported and not promised: by how much they grow in a step.
+DRIFTS = {"rate creeps up": 0.02, "data drift": 0.01, "gradient noise grows": 0.02}
 
 
 @dataclass(frozen=True)
@@ -150,3 +152,21 @@ def spoil_gradients(fault: str | None, now: bool, net: nn.Module) -> None:
             gradient.mul_(1000)
     if fault == "NaN in a gradient" and now:
         gradients[0].view(-1)[0] = torch.nan
+
+
+def drift_batch(drift: str | None, age: int, batch: Batch) -> Batch:
+    """Return the batch moved along one direction, further with every step."""
+    x, y = batch
+    if drift == "data drift" and age > 0:
+        direction = torch.randn(x[0].shape, generator=torch.Generator().manual_seed(0))
+        x = x + DRIFTS[drift] * age * direction
+    return x, y
+
+
+def drift_gradients(drift: str | None, age: int, net: nn.Module, generator: torch.Generator) -> None:
+    """Add noise to the gradients, more with every step, in their own root mean square."""
+    if drift != "gradient noise grows" or age <= 0:
+        return
+    for gradient in (p.grad for p in net.parameters() if p.grad is not None):
+        noise = torch.randn(gradient.shape, generator=generator)
+        gradient.add_(noise * gradient.square().mean().sqrt(), alpha=DRIFTS[drift] * age)

@@ -53,10 +53,14 @@ def test_every_weight_and_buffer_has_its_turn(where: str) -> None:
     assert seen.count(False) == 1
 
 
-def test_small_steps_are_read_on_every_third_and_large_ones_in_part() -> None:
-    assert Reading.of(1e7, 1000) == Reading(3, 1.0, 4)
-    assert Reading.of(1e12, 1000) == Reading(1, 1.0, 20_000)
-    assert Reading.of(5e9, 10_000_000) == Reading(1, 0.025, 100)
+def test_a_step_is_read_in_part_by_what_it_costs() -> None:
+    assert Reading.of(1e7, 1000) == Reading(1, 0.2, 1)
+    assert Reading.of(1e12, 1000) == Reading(1, 1.0, 1000)
+    assert Reading.of(5e9, 10_000_000) == Reading(1, 0.01, 5)
+    assert Reading.of(0.0, 1000) == Reading()
+
+
+def test_readings_can_be_spaced() -> None:
     net, optimizer, watcher = make()
     watcher.reading = Reading(every=3)
     seen = []

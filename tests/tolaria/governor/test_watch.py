@@ -67,7 +67,7 @@ class Run:
         self.scheduler.step()
         action = self.watch.step(float(loss.detach()), self.step)
         if action == "rollback":
-            self.growth.steps = self.growth.optimizer_steps
+            self.growth.steps = self.growth.taken.count
         else:
             self.growth.step(batch, loss)
         return action

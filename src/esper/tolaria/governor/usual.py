@@ -13,6 +13,9 @@ WINDOW = 128  # recent values a new one is compared with
 LEAST = 24  # values before anything is judged
 FLOOR = 0.05  # of the run's first median: below it the scale is linear, a loss near 0 has no decades
 SPREAD = 0.1  # least spread, in e-folds: a full batch hardly varies
+LONG, RANKED = 512, 48  # recent values a new one is ranked among, and how many there must be
+COMMON = 1.8  # -log of the share of values as high that is no evidence yet: one in six
+BRIEF = 8  # steps that are summed up at most: a slow rise is divergence
 UPPER = 1.15  # spreads from the median to the 7/8 quantile of a normal distribution
 
 
@@ -92,3 +95,56 @@ class Usual:
         self.recent.extend(state["recent"])
         self.ordered = sorted(self.recent)
         self.first, self.unit = list(state["first"]), state["unit"]
+
+
+class Rarity:
+    """Sums up how rare values are: -log of the share of recent ones as high, less what is common.
+
+    No scale is needed, so that it also serves batches of a few examples, whose loss has two humps: all right,
+    or one wrong.
+
+    Args:
+        window: Values remembered.
+    """
+
+    def __init__(self, window: int = LONG) -> None:
+        self.recent: deque[float] = deque(maxlen=window)
+        self.ordered: list[float] = []
+        self.sum, self.since = 0.0, 0  # and the step it began at
+
+    def look(self, value: float, step: int) -> float:
+        """Return the sum with a new value, which is not remembered yet."""
+        count = len(self.ordered)
+        if count < RANKED:
+            return 0.0
+        above = 1 + count - bisect.bisect_left(self.ordered, value)
+        if step - self.since >= BRIEF:
+            self.sum = 0.0
+        if self.sum == 0.0:
+            self.since = step
+        self.sum = max(self.sum + max(-math.log(above / (count + 1)) - COMMON, -COMMON), 0.0)
+        return self.sum
+
+    def add(self, value: float) -> None:
+        """Remember a value."""
+        if len(self.recent) == self.recent.maxlen:
+            del self.ordered[bisect.bisect_left(self.ordered, self.recent[0])]
+        self.recent.append(value)
+        bisect.insort(self.ordered, value)
+
+    def forget(self) -> None:
+        """Start afresh."""
+        self.recent.clear()
+        self.ordered.clear()
+        self.sum = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is remembered."""
+        return {"recent": list(self.recent), "sum": self.sum, "since": self.since}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on remembering."""
+        self.recent.clear()
+        self.recent.extend(state["recent"])
+        self.ordered = sorted(self.recent)
+        self.sum, self.since = state["sum"], state["since"]

@@ -17,16 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-SMALL = 2e9  # FLOPs of a step, forth and back: some 40 ms; below, a reading (200 µs out of cold caches) shows
-SPARSE = 3  # steps from one reading to the next on such a step
-DEAR = 20_000  # FLOPs of a step per number read: 0.4 ns a number out of cold memory are 0.1 % of them
-CALL = 5e7  # FLOPs of a step per tensor read: 4 µs a tensor are 0.3 % of them
+DEAR = 50_000  # FLOPs of a step per number read: 0.4 ns a number out of cold memory are 0.05 % of them
+CALL = 1e9  # FLOPs of a step per gradient tensor read: some 25 µs right after a step that filled the caches
 WHOLE = 4096  # numbers of a tensor that are always read together
 WEIGHTS = (
     8  # readings of weights until every weight has had its turn: a lost weight shows in the next loss, too
 )
 
-SELDOM = 4  # readings of gradients to one of weights
+SELDOM = 32  # readings of gradients to one of weights
 ROUNDS = 8 * WEIGHTS  # readings until the model is asked again which weights and buffers it has
 
 
@@ -42,10 +40,11 @@ class Reading:
     def of(cls, step_flops: float, parameters: int) -> Reading:
         """Choose by what a step costs.
 
-        A step under 2e9 FLOPs is read on every third; a larger one always. A reading takes at most one number
-        per 20,000 FLOPs since the last and one tensor per 5e7: all of them where a weight is used for some
-        3,300 examples (or tokens, or places of an image) a step, otherwise a part that moves through each
-        large tensor.
+        Read all at once, gradients take 250 to 400 µs behind a step that has filled the caches: 1 % of one of
+        30 ms. Read on every third step, one of three gradients that are wrong for a single step is missed.
+        So every step reads few tensors, always the same: a fault of the run is in all of them, one of another
+        tensor shows in the next loss. One tensor per 1e9 FLOPs, and one number per 50,000: of a larger tensor
+        a part that moves through it.
 
         Args:
             step_flops: Forward and backward, of all examples.
@@ -53,9 +52,8 @@ class Reading:
         """
         if step_flops <= 0:
             return cls()  # nobody knows
-        every = SPARSE if step_flops < SMALL else 1
-        share = min(every * step_flops / DEAR / max(parameters, 1), 1.0)
-        return cls(every, share, max(int(every * step_flops / CALL), 4))
+        share = min(step_flops / DEAR / max(parameters, 1), 1.0)
+        return cls(1, share, max(int(step_flops / CALL), 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +79,7 @@ class Watcher:
         self.reading = Reading()
         self.steps = self.turn = 0
         self.pending: list[Tensor] = []  # norms on their device, not waited for
+        self.chosen: dict[int, list[Tensor]] = {}  # by optimizer, whose gradients are read
         self.kept: list[Tensor] = []  # weights and buffers of this round
         self.hooks = [o.register_step_pre_hook(self._before) for o in self.optimizers.values()]
 
@@ -90,10 +89,11 @@ class Watcher:
             self.pending.clear()
         if self.steps % self.reading.every:
             return
-        gradients = [p.grad for g in optimizer.param_groups for p in g["params"]]
-        given = [g._values() if g.is_sparse else g for g in gradients if g is not None]
-        if self.reading.tensors is not None:
-            given = given[:: -(-len(given) // self.reading.tensors) or 1]
+        chosen = self.chosen.get(id(optimizer))
+        if chosen is None:  # walking all of them at every step takes 1 µs each
+            chosen = self.chosen[id(optimizer)] = few(optimizer, self.reading.tensors)
+        gradients = [g for g in (p.grad for p in chosen) if g is not None]
+        given = [g._values() if g.is_sparse else g for g in gradients]
         self.pending += norms(given, self.reading.share, self.turn)
 
     def read(self, loss: float) -> Vitals:
@@ -107,6 +107,7 @@ class Watcher:
         place, idle = divmod(self.turn % (WEIGHTS * SELDOM), SELDOM)
         if self.turn % ROUNDS == 0 or not self.kept:  # walking a model takes 100 µs
             buffers = [b for b in self.model.buffers() if b.is_floating_point()]
+            self.chosen.clear()
             self.kept = [p.detach() for group in self.groups() for p in group["params"]] + buffers
         if not idle and (tensors := self.kept[place::WEIGHTS]):
             weights = math.isfinite(total(norms(tensors, self.reading.share, self.turn // WEIGHTS)))
@@ -134,6 +135,16 @@ class Watcher:
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Go on reading."""
         self.steps, self.turn = state["steps"], state["turn"]
+
+
+def few(optimizer: Optimizer, count: int | None) -> list[Tensor]:
+    """Choose the parameters whose gradients are read: evenly spaced, small ones first: uncut."""
+    given = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if count is None or len(given) <= count:
+        return given
+    small = [p for p in given if p.numel() <= WHOLE]
+    given = small if len(small) >= count else given
+    return given[:: -(-len(given) // count)]
 
 
 def norms(tensors: Sequence[Tensor], share: float, turn: int) -> list[Tensor]:

@@ -79,6 +79,7 @@ class Watch:
         flops = 3.0 * self.model.flops * self.orchestrator.examples
         if not self.metered and flops > 0:  # once: another share would be another norm
             self.watcher.reading, self.metered = Reading.of(flops, self.model.parameter_count()), True
+            self.watcher.chosen.clear()
             self.examiner.share = self.watcher.reading.share
         least: Action = self.settings.exposed if self.exposed() else "notify"
         action = self.governor.check(self.together(self.watcher.read(loss)), step, least)
@@ -143,6 +144,7 @@ class Watch:
         if event.kind in ("widened", "grafted"):
             self.snapshots.clear()
             self.watcher.kept.clear()
+            self.watcher.chosen.clear()
             self.metered = False
         target = event.data["target"] if event.kind == "stage" else ""
         if target == GERMINATED:
