@@ -54,7 +54,7 @@ def untouched(model: nn.Module) -> Callable[[], bool]:
 
 
 def sign(folder: Path) -> None:
-    """Record new digests, as whoever tampers with a folder could."""
+    """Record new digests, as whoever tampers with a folder could, and as esper 0.1.0 did: of two files."""
     lines = [
         f"{hashlib.sha256((folder / n).read_bytes()).hexdigest()}  {n}\n"
         for n in ("genome.json", "model.safetensors")
@@ -159,6 +159,21 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no genome": (lambda f: (f / "genome.json").unlink(), "genome.json"),
     "no digests": (lambda f: (f / "SHA256SUMS").unlink(), "SHA256SUMS"),
     "empty digests": (lambda f: (f / "SHA256SUMS").write_text(""), "genome.json.* damaged"),
+    "digests of two files only": (
+        lambda f: (f / "SHA256SUMS").write_text("\n".join((f / "SHA256SUMS").read_text().split("\n")[:2])),
+        "model.safetensors.* damaged",
+    ),
+    "digests without their last line's end": (
+        lambda f: (f / "SHA256SUMS").write_bytes((f / "SHA256SUMS").read_bytes()[:-1]),
+        "SHA256SUMS is damaged",
+    ),
+    "one digest more": (
+        lambda f: (f / "SHA256SUMS").write_bytes((f / "SHA256SUMS").read_bytes() + b"0" * 64 + b"  x"),
+        "SHA256SUMS is damaged",
+    ),
+    "another card": (lambda f: (f / "card.md").write_text("mine"), r"card.md is damaged.*sha256sum card.md"),
+    "a flipped bit in the program": (lambda f: flip(f / "rebuild.py", 99), "rebuild.py is damaged"),
+    "no program": (lambda f: (f / "rebuild.py").unlink(), "no rebuild.py"),
 }
 
 
@@ -173,6 +188,19 @@ def test_a_damaged_folder_is_refused_and_the_model_untouched(
     with pytest.raises(SavedModelError, match=message):
         load_into(plain, folder)
     assert check()
+
+
+def test_the_folder_can_be_checked_without_esper_or_torch(folder: Path) -> None:
+    command = ["sha256sum", "--check", "--strict", "SHA256SUMS"]
+    assert subprocess.run(command, cwd=folder, capture_output=True, check=False).returncode == 0
+    flip(folder / "rebuild.py", 99)
+    assert subprocess.run(command, cwd=folder, capture_output=True, check=False).returncode == 1
+
+
+def test_folders_of_the_first_release_load(folder: Path, grown: nn.Module, new_host: Callable) -> None:
+    sign(folder)
+    for fresh in (load_into(new_host(), folder), rebuild_template.load(new_host(), folder)):
+        assert all(torch.equal(t, grown.state_dict()[n]) for n, t in fresh.state_dict().items())
 
 
 @pytest.mark.parametrize("damage", DAMAGE)

@@ -39,12 +39,14 @@ def train(
     resolve.see_folder(config)
 
     from esper.cli.session import open_session  # torch takes seconds: a mistake is told before
+    from esper.nissa.journal import known_events
     from esper.nissa.live import LiveView
     from esper.tolaria.distributed.launch import launched, leave
 
     folder = run_dir or Path(recipe.run_dir or Path("runs") / config.stem)
     together, first = launched(), os.environ.get("RANK", "0") == "0"
-    with LiveView(plain=plain or None) if first else nullcontext() as view:
+    past = known_events(folder) if resume and first else []
+    with LiveView(plain=plain or None, past=past) if first else nullcontext() as view:
         trainer = open_session(config, folder, keep=resume is not None, on_event=view or ignore)
         if resume is not None:
             trainer.resume()

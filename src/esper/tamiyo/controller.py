@@ -95,8 +95,8 @@ class Tamiyo:
         arm, propensity = self.selector.choose(arms, rng)
         self.pending[self.decisions] = arm
         listed = tuple(
-            {"site": a.site, "width": a.width, "start": a.start, "score": a.score, "prior": a.prior}
-            for a in arms
+            {name: getattr(arm, name) for name in ("site", "share", "width", "start", "score", "prior")}
+            for arm in arms
         )
         among = len({a.site for a in arms})
         reason = f"{why}; {arm.site} promises most for its share of the budget among {among} sites"
@@ -114,6 +114,18 @@ class Tamiyo:
             predicted,
             listed,
         )
+
+    def adopt(self, decision: Decision) -> None:
+        """Take over a decision that was made elsewhere: by a process before this one, or by another rank.
+
+        It stands in place of the one of its number; the outcome is learned for its arm.
+        """
+        self.pending.pop(decision.id, None)
+        if decision.site is not None and decision.start is not None:
+            what = {"site": decision.site, "width": decision.width, "start": decision.start}
+            arm = next((a for a in decision.arms if {k: a[k] for k in what} == what), {})
+            share, score, prior = arm.get("share", 1.0), arm.get("score", 0.0), arm.get("prior", 0.0)
+            self.pending[decision.id] = Arm(**what, share=share, score=score, prior=prior)
 
     def most(self, site: Site, room: Room) -> int:
         """Return the most units the parameter budget allows at a site."""

@@ -92,11 +92,16 @@ def graft(model: Any, plan: dict[str, Any]) -> None:
 
 def load(model: nn.Module, folder: str | Path = Path(__file__).parent) -> nn.Module:
     """Grow ``model`` in place as it grew and load its weights; a ValueError says what does not fit."""
-    content = {name: (Path(folder) / name).read_bytes() for name in ("genome.json", "model.safetensors")}
-    sums = (Path(folder) / "SHA256SUMS").read_text().splitlines()
-    for name, part in content.items():
-        if f"{hashlib.sha256(part).hexdigest()}  {name}" not in sums:
+    sums, names = (Path(folder) / "SHA256SUMS").read_bytes(), ["genome.json", "model.safetensors"]
+    if b"card.md" in sums or b"rebuild.py" in sums:  # older saves list two files
+        names = ["card.md", *names, "rebuild.py"]
+    content = {name: (Path(folder) / name).read_bytes() for name in names}
+    lines = {name: f"{hashlib.sha256(part).hexdigest()}  {name}\n" for name, part in content.items()}
+    for name, line in lines.items():
+        if line.encode() not in sums:
             raise ValueError(f"{name} in {folder} is damaged: its SHA-256 is not in SHA256SUMS")
+    if "".join(lines.values()).encode() != sums:
+        raise ValueError(f"SHA256SUMS in {folder} is damaged")
     genome, data = json.loads(content["genome.json"]), content["model.safetensors"]
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     if genome["format"] != 2 or genome["base"] != shapes:

@@ -2,9 +2,9 @@
 
 model.safetensors   the weights
 genome.json         shapes of the model before it grew, and everything that grew since
-SHA256SUMS          digests of the two, checked before either is parsed
 card.md             what grew where, for people
 rebuild.py          loads the folder where Esper is not installed
+SHA256SUMS          digests of the four, checked before any is parsed; `sha256sum -c SHA256SUMS` does so too
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ from esper.kasmina.materialise import empty_slices, widen
 from esper.tolaria import genome, rebuild_template
 
 GENOME, TENSORS, SUMS = "genome.json", "model.safetensors", "SHA256SUMS"
-FILES = frozenset({GENOME, TENSORS, SUMS, "card.md", "rebuild.py"})
+LISTED = ("card.md", GENOME, TENSORS, "rebuild.py")  # in SUMS, in this order
+LISTED_ONCE = (GENOME, TENSORS)  # by the saves of esper 0.1.0
+FILES = frozenset({*LISTED, SUMS})
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -58,9 +60,9 @@ def save(
         GENOME: genome.encode(model, plans),
         TENSORS: safetensors.torch.save(_portable(model.state_dict())),
     }
-    files[SUMS] = "".join(f"{_digest(content)}  {name}\n" for name, content in files.items()).encode()
     files["card.md"] = _card(model, plans, card).encode()
     files["rebuild.py"] = Path(rebuild_template.__file__).read_bytes()
+    files[SUMS] = sums({name: _digest(content) for name, content in files.items()})
     target = Path(directory)
     try:
         _publish(files, target)
@@ -134,23 +136,37 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+def sums(digests: Mapping[str, str]) -> bytes:
+    """Write digests as ``sha256sum`` does, in the one form that is accepted back."""
+    return "".join(f"{digests[name]}  {name}\n" for name in LISTED if name in digests).encode()
+
+
 def _read(folder: Path) -> tuple[bytes, bytes]:
-    """Read genome and tensors, and return them only if their digests are the recorded ones."""
-    if missing := [name for name in (SUMS, GENOME, TENSORS) if not (folder / name).is_file()]:
+    """Read genome and tensors, and return them only if every file of the folder has its recorded digest."""
+    given = _contents(folder, [SUMS])[0]
+    lines = given.splitlines()
+    names = LISTED_ONCE if not any(line.endswith((b"card.md", b"rebuild.py")) for line in lines) else LISTED
+    found = dict(zip(names, _contents(folder, names), strict=True))
+    for name, content in found.items():
+        if sums({name: _digest(content)}).rstrip() not in lines:
+            raise SavedModelError(
+                f"{folder / name} is damaged: its SHA-256 is not in {SUMS}; fetch the folder again, or if you"
+                f" changed it: sha256sum {' '.join(LISTED)} > {SUMS}"
+            )
+    if given != sums({name: _digest(content) for name, content in found.items()}):
+        raise SavedModelError(f"{folder / SUMS} is damaged; fetch the folder again")
+    return found[GENOME], found[TENSORS]
+
+
+def _contents(folder: Path, names: Sequence[str]) -> list[bytes]:
+    if missing := [name for name in names if not (folder / name).is_file()]:
         raise SavedModelError(
             f"{folder} is not a saved model: no {', '.join(missing)}; growth.save(...) writes one"
         )
     try:
-        sums = (folder / SUMS).read_bytes().splitlines()
-        parts = (folder / GENOME).read_bytes(), (folder / TENSORS).read_bytes()
+        return [(folder / name).read_bytes() for name in names]
     except OSError as error:
         raise SavedModelError(f"cannot read {folder}: {error.strerror}") from error
-    for name, content in zip((GENOME, TENSORS), parts, strict=True):
-        if f"{_digest(content)}  {name}".encode() not in sums:
-            raise SavedModelError(
-                f"{folder / name} is damaged: its SHA-256 is not in {SUMS}; fetch the folder again"
-            )
-    return parts
 
 
 def _publish(files: Mapping[str, bytes], target: Path) -> None:

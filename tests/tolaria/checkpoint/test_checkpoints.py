@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from esper.contracts import Event
-from esper.errors import ConfigError, FinishedError, StateError
+from esper.errors import ConfigError, FinishedError, StateError, StoreError
 from esper.tolaria.checkpoint import Batches, CheckpointManager, FolderStorage, MemoryStorage, Run
 from esper.tolaria.checkpoint.loading import sound
 from esper.tolaria.checkpoint.storage import Chunks
@@ -177,7 +177,34 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     run = Plain(tmp_path / "file", every=1)
     run.train(2)
     run.manager.close()
-    assert any("cannot keep step-0000000" in line for line in run.told)
+    assert any("cannot be listed" in line and "training goes on" in line for line in run.told)
+
+
+def test_a_storage_that_cannot_be_listed_is_not_written_to() -> None:
+    """It may hold another run's checkpoints, of which a fresh run would delete the later ones."""
+
+    class Flaky(MemoryStorage):
+        silent = False
+
+        def names(self) -> list[str]:
+            if self.silent:
+                raise StoreError("cannot list keys in s3://bucket: ConnectTimeoutError")
+            return super().names()
+
+    storage = Flaky()
+    first = Plain(storage, every=1, keep=None)
+    first.train(3)
+    first.manager.close()
+    before = dict(storage.kept)
+    storage.silent = True
+    second = Plain(storage, every=1)
+    second.train(2)
+    second.manager.writer.flush()
+    assert storage.kept == before
+    assert sum("training goes on" in line for line in second.told) == 2
+    storage.silent = False
+    with pytest.raises(ConfigError, match="of another run"):
+        second.train(1)
 
 
 def test_what_cannot_be_kept_is_refused_by_save_and_told_by_step() -> None:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from esper.contracts import Event, Observer, ignore
 from esper.errors import CheckpointError, ConfigError, FinishedError, StateError
@@ -27,9 +26,10 @@ from esper.tolaria.checkpoint.retention import Best, Retention
 from esper.tolaria.checkpoint.run import Run, capture_run, genome_of, restore_run, summary_of, versions
 from esper.tolaria.checkpoint.storage import Storage
 from esper.tolaria.checkpoint.writer import Writer
+from esper.tolaria.surgery.steps import Steps
 
 ASKED = 8  # steps between questions to the first process whether a checkpoint is due
-NONE = -1  # no step
+NONE, UNKNOWN = -1, -2  # no step
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,8 @@ class CheckpointManager:
     micro-batches of one.
 
     Args:
-        storage: A folder, or anything that keeps the ``Storage`` contract; one manager writes to it.
+        storage: A folder, a URL like ``s3://bucket/prefix``, or anything that keeps the ``Storage`` contract;
+            one manager writes to it.
         run: What to save.
         every: Optimizer steps, or a ``timedelta``, between checkpoints; None: from their measured cost,
             within 1.5 % of the run's time.
@@ -64,7 +65,6 @@ class CheckpointManager:
         observe: Called with every event, on the thread that calls the manager; None: as growth's events are.
 
     Attributes:
-        steps: Optimizer steps of the run.
         cadence: When the next one is due, and ``told()``, what that costs and loses.
         written: Checkpoints kept and verified.
         failures: Checkpoints that could not be.
@@ -92,22 +92,23 @@ class CheckpointManager:
         self.writer = Writer()
         self.spare: Mapping[str, Tensor] = {}  # of a snapshot that was written; the next one writes it over
         self.sound: dict[str, Manifest] = {}  # verified by this process; the writer's own
-        self.steps = self.written = self.failures = 0
+        self.written = self.failures = 0
         self.offered = 0  # the steps after which step() last asked
         self.stalls: deque[float] = deque(maxlen=1000)
         self.messages: deque[str] = deque()  # from the writer, told on the caller's thread
         self.kept: deque[dict[str, Any]] = deque()  # likewise, of checkpoints verified
-        self.closed = self.resumed = False
-        first = next(iter(run.named.values()))
-        self.hook = first.register_step_post_hook(self._count)
+        self.closed = self.resumed = self.asked = False
+        self.taken = Steps(next(iter(run.named.values())))
         try:
             if self.peers.rank == 0:
                 self.storage.mend()
         except StateError as error:
             self.messages.append(f"the checkpoints could not be mended: {error}")
 
-    def _count(self, optimizer: Optimizer, *rest: Any) -> None:
-        self.steps += 1
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run."""
+        return self.taken.count
 
     # -- saving ----------------------------------------------------------------------------------------------
 
@@ -121,10 +122,12 @@ class CheckpointManager:
             ConfigError: The storage holds the checkpoints of a run that this one was not resumed from.
         """
         self._tell()
-        if self.steps == self.offered:
+        if self.taken.settled() == self.offered:
             return False
-        if not self.resumed:
-            self._refuse_strangers()
+        if not self.resumed and not self.asked:
+            self.asked = True
+            with suppress(CheckpointError):  # save() asks again, and is told
+                self._refuse_strangers()
         self.offered = self.steps
         if not self._due():
             return False
@@ -173,11 +176,18 @@ class CheckpointManager:
 
     def _refuse_strangers(self) -> None:
         """Keep a fresh run from deleting an older one's checkpoints; asked before the first is saved."""
-        known: list[str] = []
+        newest = NONE
         if self.peers.rank == 0:
-            with suppress(StateError):
+            try:
                 known = steps_kept(self.storage)
-        (latest,) = self.peers.agree([step_of(known[-1]) or 0 if known else NONE])
+                newest = step_of(known[-1]) or 0 if known else NONE
+            except StateError:
+                newest = UNKNOWN
+        (latest,) = self.peers.agree([newest])
+        if latest == UNKNOWN:
+            raise CheckpointError(
+                "the storage cannot be listed: whether it holds the checkpoints of another run, nobody knows"
+            )
         if latest != NONE:
             raise ConfigError(
                 f"the storage holds {name_of(int(latest))} of another run; call resume() to go on "
@@ -332,7 +342,7 @@ class CheckpointManager:
             different += restore_run(self.run, state)
         now = versions()
         different += [f"{k} was {v} and is {now.get(k)}" for k, v in manifest.code.items() if now.get(k) != v]
-        self.steps = self.offered = checkpoint.state["steps"]
+        self.taken.count = self.offered = checkpoint.state["steps"]
         self.cadence.saved(self.steps)
         if different:
             self.messages.append(f"the run goes on from {manifest.name}, but {'; '.join(different)}")
@@ -348,7 +358,7 @@ class CheckpointManager:
     def close(self) -> None:
         """Wait for the last checkpoint to be written; the manager saves no more."""
         self.closed = True
-        self.hook.remove()
+        self.taken.close()
         self.writer.flush()
         self._tell()
 

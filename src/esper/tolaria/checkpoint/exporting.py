@@ -32,10 +32,9 @@ def export_model(checkpoint: Checkpoint, directory: str | Path) -> Path:
     target = Path(directory)
     tensors = safetensors_chunks(weights_of(checkpoint.state))
     files: dict[str, Chunks] = {saving.GENOME: [checkpoint.genome], saving.TENSORS: tensors}
-    sums = "".join(f"{digest(chunks)}  {name}\n" for name, chunks in files.items())
-    files[saving.SUMS] = [sums.encode()]
     files["card.md"] = [card(checkpoint).encode()]
     files["rebuild.py"] = [Path(rebuild_template.__file__).read_bytes()]
+    files[saving.SUMS] = [saving.sums({name: digest(chunks) for name, chunks in files.items()})]
     draft = target.with_name(f".{target.name}.draft")
     try:
         if target.exists():

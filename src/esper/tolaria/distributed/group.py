@@ -104,8 +104,7 @@ class Group:
 
     def collect(self, data: bytes) -> list[bytes]:
         """Return every process's bytes on rank 0, nothing elsewhere."""
-        own = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        joined = self.gather(own)
+        joined = self.gather(octets(data))
         sizes = [size for (size,) in self.exchange([len(data)])]
         return [part.numpy().tobytes() for part in joined.split(sizes)] if self.rank == 0 else []
 
@@ -114,9 +113,14 @@ class Group:
         (size,) = (int(number) for number in self.agree([len(data)]))
         buffer = torch.zeros(size, dtype=torch.uint8)
         if self.rank == 0:
-            buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+            buffer.copy_(octets(data))
         self.same([buffer])
         return buffer.numpy().tobytes()
+
+
+def octets(data: bytes) -> Tensor:
+    """Return bytes as a tensor; torch reads no empty buffer."""
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
 
 
 def spread(flat: Tensor, tensors: Sequence[Tensor]) -> None:

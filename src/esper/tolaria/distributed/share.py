@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -23,7 +23,8 @@ class Share:
     """
 
     def __init__(self, batches: Iterable[Any], rank: int, world: int) -> None:
-        self.batches, self.rank, self.world = batches, rank, world
+        self.batches: Any = batches
+        self.rank, self.world = rank, world
 
     def __iter__(self) -> Iterator[Any]:
         """Hand out this process's rows."""
@@ -31,13 +32,7 @@ class Share:
             yield tree_map(self.rows, batch)
 
     def __len__(self) -> int:
-        """Count the batches.
-
-        Raises:
-            TypeError: The loader does not know.
-        """
-        if not isinstance(self.batches, Sized):
-            raise TypeError(f"a {type(self.batches).__name__} does not know how many batches it has")
+        """Count the batches, if the loader knows."""
         return len(self.batches)
 
     def rows(self, leaf: Any) -> Any:

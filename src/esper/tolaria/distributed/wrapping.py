@@ -27,11 +27,13 @@ class Wrapping(Protocol):
     Attributes:
         host: The model inside.
         peers: The processes that train it.
+        governed: Whether a governor can watch it: gradients are whole and the same in every process.
         deferred: Whether layers keep their shapes until ``opened``.
     """
 
     host: nn.Module
     peers: Peers
+    governed: bool
     deferred: bool
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from esper.config import ConfigLike, load_config
 from esper.contracts import Event, Observer, ignore
+from esper.errors import ConfigError
 from esper.kasmina.evidence import LossFunction
 from esper.kasmina.sites import Sites
 from esper.nissa.journal import RunJournal
@@ -66,6 +67,11 @@ def grow(
     """
     settings = load_config(config)
     wrapping = wrapping_of(model, settings.distributed.mode, settings.distributed.deadline)
+    if settings.governor.enabled and not wrapping.governed:
+        raise ConfigError(
+            "governor.enabled watches whole gradients, and each process of a sharded model has a part of "
+            "them; leave it off, or wrap the model in DistributedDataParallel"
+        )
     journal = RunJournal(run_dir) if run_dir is not None and wrapping.peers.rank == 0 else None
     watchers: list[Callable[[Event], None]] = [on_event] if journal is None else [journal, on_event]
 
@@ -89,6 +95,7 @@ def grow(
         observe=observe,
     )
     growth = Growth(parts)
+    growth.redo.journal = journal
     if settings.governor.enabled:
         chosen = Settings(**settings.governor.model_dump(exclude={"enabled"}))
         stateful = [*schedulers, *([scaler] if scaler is not None else [])]

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from esper.config import Config
 from esper.contracts import Event, Outcome, WidenPlan
@@ -29,9 +28,11 @@ from esper.tolaria.growth.assembly import Parts, limit
 from esper.tolaria.growth.boundary import Word, bits, meet, realign, same_decision, topology
 from esper.tolaria.growth.entrance import check_finite, check_loss
 from esper.tolaria.growth.memory import capture, restore
+from esper.tolaria.growth.redo import Redo
 from esper.tolaria.growth.telling import decided, size_and_cost, started, surveyed
 from esper.tolaria.saving import save
 from esper.tolaria.surgery.closures import before_closures
+from esper.tolaria.surgery.steps import Steps
 
 POOL = 32  # directions a survey compares
 SURVEYED = 32  # examples, on a host whose steps are dear
@@ -56,7 +57,7 @@ class Growth:
         self.tamiyo: Tamiyo = parts.tamiyo
         self.config: Config = parts.config
         self.batches: deque[Any] = deque(maxlen=parts.config.race.batches)
-        self.optimizer_steps = 0  # seen by the hooks
+        self.taken = Steps(next(iter(parts.optimizers.values())))
         self.steps = 0  # acted on
         self.events_kept = 0
         self.begun = time.perf_counter()
@@ -64,10 +65,10 @@ class Growth:
         self.asked: str | None = None
         self.losses: list[float] = []  # since the last progress event
         self.topology = 0  # digest of the plans
+        self.redo = Redo(self)  # what a process before decided
         self.watch: Watch | None = None  # the governor, where the settings want one
-        self.hooks = [o.register_step_post_hook(self._count) for o in parts.optimizers.values()]
         self.evaluations = 0  # of closures, since the last step
-        self.hooks += [before_closures(o, self._begin_evaluation) for o in parts.optimizers.values()]
+        self.hooks = [before_closures(o, self._begin_evaluation) for o in parts.optimizers.values()]
         self._tell_start()
 
     @property
@@ -79,10 +80,6 @@ class Growth:
     def plans(self) -> list[Plan]:
         """Everything that grew and changed the model's shape, in order."""
         return self.parts.committer.plans
-
-    def _count(self, optimizer: Optimizer, *rest: Any) -> None:
-        if optimizer is next(iter(self.parts.optimizers.values())):
-            self.optimizer_steps += 1
 
     def _begin_evaluation(self) -> None:
         """Clear an exposed kernel's gradients: a closure clears the host's and knows of no other."""
@@ -115,9 +112,9 @@ class Growth:
         self.evaluations = 0
         self.cost.train(3 * self.morphable.flops * examples)  # backward costs twice the forward
         self.orchestrator.examples += examples
-        if self.optimizer_steps == self.steps:
+        if self.taken.settled() == self.steps:
             return
-        self.steps = self.optimizer_steps
+        self.steps = self.taken.count
         if self.peers.world > 1:
             value = self._meet(value)
         if self.watch is not None:
@@ -165,6 +162,7 @@ class Growth:
         why = self.tamiyo.due(self.steps, loss)
         if self.asked is not None:
             why = "asked for"
+        why = self.redo.due(why)
         if why is not None and not self.paused:
             self._decide(why)
 
@@ -185,8 +183,11 @@ class Growth:
         sites = [self.morphable.places[n].site for n in free]
         reports = {name: m.report for name, m in measured.items()}
         rng = self.parts.streams.generators["policy"]
-        decision = self.tamiyo.decide(self.steps, why, sites, reports, self._room(), rng, only)
+        own = self.tamiyo.decide(self.steps, why, sites, reports, self._room(), rng, only)
+        decision = self.redo.instead(own, measured)
         decision = same_decision(self.peers, decision, list(self.morphable.places))
+        if decision is not own:
+            self.tamiyo.adopt(decision)
         self.tell("survey", decision=decision.id, sites=surveyed(measured, self.morphable))
         self.tell("decision", **decided(decision))
         if decision.site is not None:
@@ -269,11 +270,11 @@ class Growth:
         self._refuse_finished("rewrap")
         trial = self.orchestrator.trial
         if trial is not None and trial.waiting:
-            begun = time.perf_counter()
+            begun, site = time.perf_counter(), trial.decision.site
             self._open(self.orchestrator.commit_waiting)
             seconds = time.perf_counter() - begun
             self.cost.seconds += seconds
-            self.tell("rewrapped", sites=len(self.morphable.places), milliseconds=seconds * 1e3)
+            self.tell("rewrapped", sites=[site], milliseconds=seconds * 1e3)
         return self.model
 
     def _open(self, change: Callable[[], Outcome | None]) -> None:
@@ -295,6 +296,7 @@ class Growth:
         begun = time.perf_counter()
         self._open(self.orchestrator.settle)
         self.cost.seconds += time.perf_counter() - begun
+        self.taken.close()
         for hook in self.hooks:
             hook.remove()
         if self.watch is not None:
@@ -347,6 +349,7 @@ class Growth:
         with self.morphable.policy.uncompiled(), self.parts.wrapping.opened(self.parts.optimizers):
             restore(self, state)
         self.topology = topology(self.plans)
+        self.redo.read()
         self._tell_start()  # the sites are other ones by now
 
     # -- telling ---------------------------------------------------------------------------------------------

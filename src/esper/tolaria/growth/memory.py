@@ -97,7 +97,7 @@ def restore(growth: Any, state: Mapping[str, Any]) -> None:
     growth.cost.load_state_dict(state["cost"])
     growth.morphable.flops, parts.gate.looks = state["flops"], state["looks"]
     growth.steps, growth.events_kept, parts.epochs, orchestrator.examples = state["counters"]
-    growth.optimizer_steps = growth.steps
+    growth.taken.count = growth.steps
     orchestrator.losses.extend(state["losses"])
     orchestrator.step = growth.steps
     orchestrator.cool_until, orchestrator.lineage = state["cool_until"], state.get("lineage", 0)

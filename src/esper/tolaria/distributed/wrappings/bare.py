@@ -17,6 +17,7 @@ __all__ = ["Bare"]
 class Bare:
     """Nothing: one process."""
 
+    governed = True
     deferred = False
 
     def __init__(self, host: nn.Module, deadline: float) -> None:

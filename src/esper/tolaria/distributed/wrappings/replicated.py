@@ -36,6 +36,7 @@ class Replicated:
         SiteError: The wrapper has a part that cannot be made anew.
     """
 
+    governed = True
     deferred = True
 
     def __init__(self, wrapper: DistributedDataParallel, deadline: float) -> None:

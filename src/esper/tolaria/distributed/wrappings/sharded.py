@@ -27,6 +27,7 @@ class Sharded:
         deadline: Seconds to wait for another process.
     """
 
+    governed = False
     deferred = True
 
     def __init__(self, host: nn.Module, deadline: float) -> None:

@@ -1,0 +1,295 @@
+"""Checks of test_growing_together.py that run on every rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Adam
+
+import esper
+from esper.contracts import Event
+from esper.errors import ConfigError, ProcessError, SiteError
+from esper.tolaria.distributed.group import Group
+from tests.tolaria.distributed.ranks import take_part
+
+STEPS, BATCH = 120, 32
+SHORT: dict[str, Any] = {
+    "race": {"steps": 8},
+    "blend": {"ramp": 4, "stabilise": 2, "evaluate": 2},
+    "schedule": {"embargo": 0.02},
+}
+
+
+def task() -> tuple[Tensor, Tensor]:
+    """Make a teacher's answers."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(512, 8, generator=generator)
+    first, second = torch.randn(8, 16, generator=generator), torch.randn(16, 4, generator=generator)
+    return x, (x @ first).relu() @ second
+
+
+X, Y = task()
+PROBE = [(X[384:], Y[384:])]
+
+
+def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return nn.functional.mse_loss(model(batch[0]), batch[1])
+
+
+class Together:
+    """One run on all ranks."""
+
+    def __init__(self, rank: int, world: int, wrap: str = "ddp", **given: Any) -> None:
+        torch.manual_seed(0)
+        self.rank, self.world = rank, world
+        self.net = nn.Sequential(nn.Sequential(nn.Linear(8, 2), nn.ReLU()), nn.Linear(2, 4))
+        self.model: nn.Module = self.net
+        options = given.pop("options", {})
+        if wrap == "ddp":
+            self.model = DistributedDataParallel(self.net, **options)
+        elif wrap == "fsdp":
+            fully_shard(self.net[0])
+            fully_shard(self.net)
+        self.optimizer = Adam(self.model.parameters(), lr=0.02)
+        self.events: list[Event] = []
+        config = {**SHORT, **given.pop("config", {})}
+        facts: dict[str, Any] = {"probe": PROBE, "steps": STEPS, "config": config, **given}
+        self.growth = esper.grow(self.model, self.optimizer, loss_fn, on_event=self.events.append, **facts)
+        self.order = torch.Generator().manual_seed(1)
+
+    def step(self) -> None:
+        rows = torch.randint(0, 384, (BATCH,), generator=self.order)[self.rank :: self.world]
+        batch = X[rows], Y[rows]
+        loss = loss_fn(self.model, batch)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.growth.step(batch, loss)
+        if self.growth.steps % 10 == 0:
+            self.growth.rewrap()
+
+    def run(self, steps: int = STEPS) -> Together:
+        for _ in range(steps):
+            self.step()
+        return self
+
+    def until(self, stage: str) -> None:
+        for _ in range(STEPS):
+            self.step()
+            if any(e.kind == "stage" and e.data["target"] == stage for e in self.events):
+                return
+        raise AssertionError(f"no seed came to {stage}")
+
+    def outcomes(self) -> list[tuple[int, bool]]:
+        return [(e.data["decision"], e.data["kept"]) for e in self.events if e.kind == "outcome"]
+
+    def kinds(self, kind: str) -> list[Event]:
+        return [event for event in self.events if event.kind == kind]
+
+    def weights(self) -> Tensor:
+        with self.growth.parts.wrapping.plain(self.growth.parts.optimizers):
+            return torch.cat([p.detach().flatten().clone() for p in self.net.parameters()])
+
+    def same_everywhere(self) -> Tensor:
+        own = self.weights()
+        found = [torch.empty_like(own) for _ in range(self.world)]
+        dist.all_gather(found, own)
+        assert all(torch.equal(own, other) for other in found)
+        lineages = self.growth.peers.exchange([self.growth.orchestrator.lineage, self.growth.topology])
+        assert lineages[0] == lineages[1]
+        return own
+
+
+def the_group_answers(rank: int, world: int, folder: Path) -> None:
+    group = Group(deadline=20.0)
+    ones, twos = torch.full((2, 3), float(rank)), torch.full((4,), 2.0 * rank, dtype=torch.float64)
+    group.mean([ones, twos])
+    assert torch.equal(ones, torch.full((2, 3), 0.5))
+    assert torch.equal(twos, torch.ones(4).double())
+    number = torch.tensor(rank + 7.0)
+    group.same([number])
+    assert number.item() == 7.0
+    rows = group.gather(torch.full((rank + 1, 2), float(rank)))
+    assert rows.tolist() == [[0.0, 0.0], [1.0, 1.0], [1.0, 1.0]]
+    assert group.agree([rank + 0.25, float("inf")]) == [0.25, float("inf")]
+    assert not group.every(rank == 0)
+    assert group.every(True)
+    assert group.exchange([rank, 2**62]) == [[0, 2**62], [1, 2**62]]
+    assert group.collect(bytes([rank] * (rank + 1))) == ([b"\0", b"\1\1"] if rank == 0 else [])
+    assert group.hear(f"from {rank}".encode()) == b"from 0"
+    assert group.hear(b"") == b""
+
+
+def replicas_grow_as_one_process_does(rank: int, world: int, folder: Path) -> None:
+    together = Together(rank, world).run()
+    alone = Together(0, 1, "none", config={"distributed": {"mode": "alone"}}).run()
+    assert together.outcomes()
+    assert together.outcomes()[0] == alone.outcomes()[0] == (1, True)
+    gains = [run.kinds("gate")[0].data["gain"] for run in (together, alone)]
+    assert abs(gains[0] - gains[1]) <= 0.05 * abs(gains[1]), gains
+    assert together.kinds("rewrapped")
+    assert not alone.kinds("rewrapped")
+    assert together.growth.finish() is together.model
+    together.same_everywhere()
+
+
+def every_option_of_the_wrapper_survives(rank: int, world: int, folder: Path) -> None:
+    calls: list[str] = []
+
+    def averaged(state: list[str], bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        state.append("reduced")
+        future = dist.all_reduce(bucket.buffer(), async_op=True).get_future()
+        return future.then(lambda done: done.value()[0] / world)
+
+    averaged.__annotations__.clear()  # torch compares them with classes, and here they are strings
+    for options in (
+        {"static_graph": True},
+        {"find_unused_parameters": True},
+        {"gradient_as_bucket_view": True},
+        {"bucket_cap_mb": 1},
+        {"forward_sync_buffers": False},
+    ):
+        run = Together(rank, world, options=options)
+        assert isinstance(run.model, DistributedDataParallel)
+        run.model.register_forward_hook(lambda *rest: calls.append("forward"))
+        if options == {"bucket_cap_mb": 1}:
+            run.model.register_comm_hook(calls, averaged)
+        wrapper = run.model
+        run.run(60)
+        assert run.outcomes()[0] == (1, True), options
+        assert run.model is wrapper
+        for name, value in options.items():
+            assert name == "bucket_cap_mb" or getattr(wrapper, name) == value
+        before = len(calls)
+        run.step()
+        assert "forward" in calls[before:]
+        assert options != {"bucket_cap_mb": 1} or "reduced" in calls[before:]
+        run.same_everywhere()
+
+
+def shards_grow_as_replicas_do(rank: int, world: int, folder: Path) -> None:
+    replicated, sharded = Together(rank, world).run(), Together(rank, world, "fsdp").run()
+    assert replicated.outcomes() == sharded.outcomes()
+    replicated.growth.finish()
+    sharded.growth.finish()
+    assert torch.allclose(replicated.same_everywhere(), sharded.same_everywhere(), atol=1e-6)
+
+
+def a_branch_joins_the_model(rank: int, world: int, folder: Path) -> None:
+    for wrap in ("ddp", "fsdp"):
+        run = Together(rank, world, wrap, config={"blueprints": ("residual_mlp",)}).run()
+        run.growth.finish()
+        assert run.kinds("grafted"), wrap
+        run.same_everywhere()
+
+
+def a_fault_in_one_process_counts_in_all(rank: int, world: int, folder: Path) -> None:
+    run = Together(rank, world)
+    run.until("GRAFTING")
+    trial = run.growth.orchestrator.trial
+    assert trial is not None
+    assert trial.kernel is not None
+    if rank == 1:
+        trial.kernel.register_forward_pre_hook(lambda *rest: 1 / 0)
+    run.run(6)
+    assert len(run.kinds("fault")) == 3
+    assert run.outcomes() == [(1, False)]
+    run.same_everywhere()
+
+
+def ways_that_part_are_joined(rank: int, world: int, folder: Path) -> None:
+    run = Together(rank, world)
+    run.until("TRAINING")
+    if rank == 1:
+        run.growth.tamiyo.learn(run.growth.orchestrator.cull("on its own"), run.growth.steps)
+    run.run(60)
+    (told,) = run.kinds("ranks")
+    assert "different ways" in told.data["why"]
+    run.same_everywhere()
+    assert run.outcomes()[-1][1], "growth goes on"
+
+
+def a_commit_that_fails_in_one_process_fails_in_all(rank: int, world: int, folder: Path) -> None:
+    run = Together(rank, world)
+    if rank == 1:
+        run.growth.parts.committer.averages = [nn.Linear(1, 1)]
+    run.run(80)
+    assert not any(kept for _, kept in run.outcomes())
+    reason = run.kinds("outcome")[0].data["reason"]
+    assert "put back" in reason
+    assert ("another process" in reason) == (rank == 0)
+    assert run.net[1].in_features == 2
+    run.same_everywhere()
+
+
+def the_first_process_is_asked(rank: int, world: int, folder: Path) -> None:
+    run = Together(rank, world, config={"schedule": {"warmup": 0.9, "stop": 0.95}})
+    if rank == 1:
+        run.growth.grow_now("0.0>1")
+    run.run(4)
+    assert not run.kinds("decision")
+    if rank == 0:
+        run.growth.grow_now("0.0>1")
+    run.run(4)
+    assert len(run.kinds("decision")) == 1
+    if rank == 0:
+        run.growth.pause()
+    run.step()
+    assert run.growth.paused
+
+
+def processes_that_differ_are_refused(rank: int, world: int, folder: Path) -> None:
+    for what, given in (("seed", {"seed": rank}), ("steps", {"steps": 10 + rank})):
+        try:
+            Together(rank, world, **given)
+            raise AssertionError("it began")
+        except ProcessError as error:
+            assert f"differ in {what}" in str(error)
+    run = Together(rank, world)
+    if rank == 1:
+        run.growth.topology += 1
+    try:
+        run.step()
+        raise AssertionError("it went on")
+    except ProcessError as error:
+        assert "differ in topology" in str(error)
+
+
+def what_cannot_be_told_of_growth_is_refused(rank: int, world: int, folder: Path) -> None:
+    refused: list[tuple[type[Exception], str, dict[str, Any]]] = [
+        (SiteError, "2 processes run", {"wrap": "none"}),
+        (ConfigError, "governor", {"wrap": "fsdp", "config": {"governor": {"enabled": True}}}),
+    ]
+    for kind, words, given in refused:
+        try:
+            Together(rank, world, **given)
+            raise AssertionError("it began")
+        except kind as error:
+            assert words in str(error)
+
+
+CHECKS = {
+    check.__name__: check
+    for check in (
+        the_group_answers,
+        replicas_grow_as_one_process_does,
+        every_option_of_the_wrapper_survives,
+        shards_grow_as_replicas_do,
+        a_branch_joins_the_model,
+        a_fault_in_one_process_counts_in_all,
+        ways_that_part_are_joined,
+        a_commit_that_fails_in_one_process_fails_in_all,
+        the_first_process_is_asked,
+        processes_that_differ_are_refused,
+        what_cannot_be_told_of_growth_is_refused,
+    )
+}
+
+if __name__ == "__main__":
+    take_part(CHECKS)
