@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 
 import pytest
 
@@ -23,7 +22,7 @@ import sys
 sys.modules["ray"] = None
 from esper.errors import MissingExtraError
 try:
-    import esper.integrations.ray
+    import esper.integrations.ray.forge
 except MissingExtraError as error:
     print(error)
 """
@@ -31,27 +30,12 @@ except MissingExtraError as error:
     assert ran.stdout.strip().endswith("pip install 'esper-morph[ray]'")
 
 
-@pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Start a cluster of this machine; a token is for clusters others can reach."""
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")  # or it phones home
-    monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    for left in ("PYTHONBREAKPOINT", "RAY_CLIENT_MODE"):  # by Ray, on import
-        monkeypatch.setenv(left, "")
-        monkeypatch.delenv(left)
-    ray = pytest.importorskip("ray")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
-    yield
-    ray.shutdown()
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 @pytest.mark.filterwarnings("ignore")  # Ray's own: sockets it leaves open, what it will rename
 @pytest.mark.usefixtures("cluster")
 def test_kernels_are_forged_on_a_cluster() -> None:
-    from esper.integrations.ray import RayForge
+    from esper.integrations.ray.forge import RayForge
 
     with RayForge(forge_builds.build, limits=Limits(wall=20)) as forge:
         ticket = forge.submit(Ask(seed=4))

@@ -1,4 +1,4 @@
-"""``RayForge``: kernels built on a Ray cluster; the one file that imports ray.
+"""``RayForge``: kernels built on a Ray cluster.
 
 Every worker is an actor that keeps a worker process of its own node, so a build is held to the same limits
 as in a local forge. What travels are the forge's own frames: JSON and bytes. The nodes must have Esper and

@@ -1,0 +1,1 @@
+"""Work on a Ray cluster: kernels are built there (``forge``), and models trained (``train``)."""
