@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import deque
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from esper.contracts import Event, Observer, ignore
 from esper.errors import CheckpointError, ConfigError, FinishedError, StateError
-from esper.kasmina.peers import ALONE, Peers
+from esper.kasmina.peers import Peers
 from esper.tolaria.checkpoint.cadence import Cadence, Every
 from esper.tolaria.checkpoint.format import Manifest, finite, name_of, packed, parts_of, step_of
 from esper.tolaria.checkpoint.loading import Checkpoint, newest, read, sound, sound_among, steps_kept
@@ -26,10 +27,12 @@ from esper.tolaria.checkpoint.retention import Best, Retention
 from esper.tolaria.checkpoint.run import Run, capture_run, genome_of, restore_run, summary_of, versions
 from esper.tolaria.checkpoint.storage import Storage
 from esper.tolaria.checkpoint.writer import Writer
+from esper.tolaria.distributed.wrapping import SHARDS, Wrapping
 from esper.tolaria.surgery.steps import Steps
 
 ASKED = 8  # steps between questions to the first process whether a checkpoint is due
 NONE, UNKNOWN = -1, -2  # no step
+VERDICTS = ("sound", "damaged", "refused")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +88,8 @@ class CheckpointManager:
         self.storage: Storage = storage_at(storage)
         self.run = run
         self.observe = observe or (ignore if run.growth is None else run.growth.parts.observe)
-        self.peers: Peers = ALONE if run.growth is None else run.growth.peers
+        self.wrapping = Wrapping(run.model) if run.growth is None else run.growth.parts.wrapping
+        self.peers: Peers = self.wrapping.peers
         self.retention = Retention(keep, best)
         weights = sum(p.nbytes for module in run.trained.values() for p in module.parameters())
         self.cadence = Cadence(every, failure_every, 3 * weights)  # Adam keeps two numbers per weight
@@ -199,28 +203,29 @@ class CheckpointManager:
         begun = time.perf_counter()
         spare = self.spare
         self.spare = {}
-        with torch.no_grad(), self._plain():
-            skeleton, tensors = packed(self._state(), spare)
-        manifest = Manifest(self.steps, time.time(), versions(), finite(metrics), summary_of(self.run))
+        with torch.no_grad():
+            state, shards = self._state()
+            skeleton, tensors = packed(state, spare)
+        summary = {**summary_of(self.run), **({SHARDS: shards} if shards else {})}
+        manifest = Manifest(self.steps, time.time(), versions(), finite(metrics), summary)
         return Snapshot(manifest, genome_of(self.run), skeleton, tensors, time.perf_counter() - begun)
 
-    def _state(self) -> dict[str, Any]:
-        """Return the run's state, with every process's own part on the first one."""
+    def _state(self) -> tuple[Mapping[str, Any], list[dict[str, Any]]]:
+        """Return the run's state, with every process's own part on the first one, and the shards it lists."""
         state = capture_run(self.run, self.steps)
         if self.peers.world == 1:
-            return state
+            return state, []
+        own, failure = b"", None
         try:
             own = to_bytes(own_part(state))
-        except StateError:
-            self.peers.collect(b"")  # the others wait for it
-            raise
-        parts = self.peers.collect(own)
-        return joined(state, parts) if self.peers.rank == 0 else {}
-
-    def _plain(self) -> AbstractContextManager[Any]:
-        """Let a sharded model be a plain one meanwhile."""
-        growth = self.run.growth
-        return nullcontext() if growth is None else growth.parts.wrapping.plain(self.run.named)
+        except StateError as error:
+            failure = error
+        parts = self.peers.collect(own)  # the others wait for it, whatever happened here
+        if failure is not None:
+            raise failure
+        self.writer.flush()  # nothing is being written while shards are counted
+        left, shards = self.wrapping.stow(self.storage, name_of(self.steps), state)
+        return (joined(left, parts), shards) if self.peers.rank == 0 else ({}, [])
 
     def _write(self, snapshot: Snapshot) -> None:
         """Persist, validate, prune; on the writer's thread."""
@@ -303,19 +308,26 @@ class CheckpointManager:
         return None if found is None else self._restore(found)
 
     def _same_latest(self) -> Checkpoint | None:
-        """Read the checkpoint that the first process found; all of them, or none."""
-        found = self.latest() if self.peers.rank == 0 else None
-        (step,) = self.peers.agree([NONE if found is None else found.manifest.step])
-        if step == NONE:
-            return None
-        failure: StateError | None = None
-        try:
-            found = found or read(self.storage, name_of(int(step)))
-        except StateError as error:
-            failure = error
-        if not self.peers.every(failure is None):
-            raise failure or CheckpointError(f"another process could not read {name_of(int(step))}")
-        return found
+        """Read the newest checkpoint that every process finds sound, stepping back together."""
+        names = steps_kept(self.storage) if self.peers.rank == 0 else []
+        for name in reversed(json.loads(self.peers.hear(json.dumps(names).encode()))):
+            found: Checkpoint | None = None
+            failure: StateError | None = None
+            try:
+                found = read(self.storage, name)
+            except StateError as error:
+                failure = error
+            worst = max(self.peers.exchange([VERDICTS.index(verdict_on(failure))]))[0]
+            try:
+                if found is None or VERDICTS[worst] != "sound":
+                    kind = CheckpointError if VERDICTS[worst] == "damaged" else StateError
+                    raise failure or kind(f"another process could not read {name}")
+                self.wrapping.verify(self.storage, found.manifest)
+            except CheckpointError as error:
+                self.messages.append(f"a damaged checkpoint was passed over: {error}")
+                continue
+            return found
+        return None
 
     def restore(self, checkpoint: Checkpoint) -> Manifest:
         """Bring the run, which must be fresh, to a checkpoint; those of later steps are deleted.
@@ -338,8 +350,7 @@ class CheckpointManager:
         batches, peers = self.run.batches, self.peers
         length = None if batches is None else batches.length
         state, different = adapted(checkpoint.state, peers.rank, peers.world, length)
-        with self._opened():
-            different += restore_run(self.run, state)
+        different += restore_run(self.run, state, self._bring)
         now = versions()
         different += [f"{k} was {v} and is {now.get(k)}" for k, v in manifest.code.items() if now.get(k) != v]
         self.taken.count = self.offered = checkpoint.state["steps"]
@@ -350,10 +361,8 @@ class CheckpointManager:
         self._tell()
         return manifest
 
-    def _opened(self) -> AbstractContextManager[Any]:
-        """Let the model change its shape meanwhile."""
-        growth = self.run.growth
-        return nullcontext() if growth is None else growth.parts.wrapping.opened(self.run.named)
+    def _bring(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        return self.wrapping.bring(self.storage, state, self.run.named)
 
     def close(self) -> None:
         """Wait for the last checkpoint to be written; the manager saves no more."""
@@ -369,3 +378,10 @@ class CheckpointManager:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def verdict_on(failure: StateError | None) -> str:
+    """Say what became of reading a checkpoint."""
+    if failure is None:
+        return "sound"
+    return "damaged" if isinstance(failure, CheckpointError) else "refused"

@@ -57,7 +57,7 @@ def from_bytes(data: bytes) -> Any:
     return Unpacking(tensors).unpack(json.loads(data[8 : 8 + length]))
 
 
-def joined(state: dict[str, Any], parts: list[bytes]) -> dict[str, Any]:
+def joined(state: Mapping[str, Any], parts: list[bytes]) -> dict[str, Any]:
     """Return the state with every process's own part in it.
 
     Raises:

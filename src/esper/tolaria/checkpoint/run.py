@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import version
@@ -124,8 +124,15 @@ def load_module_state(module: nn.Module, state: Mapping[str, Any], name: str) ->
         parameter.requires_grad_(key not in state["frozen"])
 
 
-def restore_run(run: Run, state: Mapping[str, Any]) -> list[str]:
+def restore_run(
+    run: Run, state: Mapping[str, Any], bring: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+) -> list[str]:
     """Bring a fresh run to a state: topology first, then everything by name, then random streams.
+
+    Args:
+        run: Fresh.
+        state: As it was saved.
+        bring: Asked for the rest of the state once shapes fit.
 
     Returns:
         What is not as it was, in words.
@@ -146,6 +153,7 @@ def restore_run(run: Run, state: Mapping[str, Any]) -> list[str]:
         settings = run.growth.config.model_dump(mode="json")
         different += changed("growth's config", state["growth_config"], settings)
         run.growth.load_state_dict(state["growth"])
+    state = bring(state)
     for name, module in run.trained.items():
         load_module_state(module, state["modules"][name], name)
     for name, optimizer in run.named.items():

@@ -22,8 +22,13 @@ def join() -> tuple[int, int]:
     Returns:
         This one's rank, and how many there are.
     """
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-    return dist.get_rank(), dist.get_world_size()
+    # torchrun keeps one store for all its attempts; under the same keys the processes of the second would be
+    # sent to the addresses of the first, which are dead ("connectFullMesh failed … Connection refused").
+    store, rank, world = next(dist.rendezvous("env://"))
+    own = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=own, rank=rank, world_size=world)
+    return rank, world
 
 
 def replicated(model: nn.Module) -> DistributedDataParallel:

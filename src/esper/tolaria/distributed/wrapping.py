@@ -6,8 +6,8 @@ A kernel that has passed stays a branch, averaged by growth itself, until the la
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch.distributed as dist
 from torch import nn
@@ -15,38 +15,84 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from esper.errors import SiteError
-from esper.kasmina.peers import Peers
+from esper.kasmina.peers import ALONE, Peers
 from esper.registry import Registry
 
 WRAPPINGS = Registry("esper.tolaria.distributed.wrappings", "esper.wrappings")
+Optimizers = Mapping[str, Optimizer]
+State = Mapping[str, Any]
+TABLE = "table"  # of a run's state: where its sharded tensors lie
+SHARDS = "shards"  # of a checkpoint's summary: what lies beside it
 
 
-class Wrapping(Protocol):
-    """What the user wrapped the host in; made from that and the seconds to wait for another process.
+class Wrapping:
+    """Nothing around the model: one process trains it; what others are, ``wrappings/`` says.
+
+    Whatever returns a context is entered by all processes together.
+
+    Args:
+        host: The model.
 
     Attributes:
-        host: The model inside.
         peers: The processes that train it.
         governed: Whether a governor can watch it: gradients are whole and the same in every process.
         deferred: Whether layers keep their shapes until ``opened``.
     """
 
-    host: nn.Module
-    peers: Peers
-    governed: bool
-    deferred: bool
+    governed = True
+    deferred = False
+
+    def __init__(self, host: nn.Module, peers: Peers = ALONE) -> None:
+        self.host, self.peers = host, peers
 
     def close(self) -> None:
         """Let go of the other processes; growth is over."""
 
     def whole(self) -> AbstractContextManager[Any]:
-        """Let the host run as an ordinary module of this process; entered by all processes together."""
+        """Let the host run as an ordinary module of this process."""
+        return nullcontext()
 
-    def plain(self, optimizers: Mapping[str, Optimizer]) -> AbstractContextManager[Any]:
-        """Let host and optimizers hold whole tensors; entered by all processes together."""
+    def plain(self, optimizers: Optimizers) -> AbstractContextManager[Any]:
+        """Let host and optimizers hold whole tensors."""
+        return nullcontext()
 
-    def opened(self, optimizers: Mapping[str, Optimizer]) -> AbstractContextManager[Any]:
-        """Let the host change its shape; entered by all processes together."""
+    def opened(self, optimizers: Optimizers) -> AbstractContextManager[Any]:
+        """Let the host change its shape."""
+        return nullcontext()
+
+    def stow(self, storage: Any, name: str, state: State) -> tuple[State, list[dict[str, Any]]]:
+        """Write the tensors that lie in parts, each process its own.
+
+        Args:
+            storage: Of checkpoints.
+            name: Of the checkpoint that will list them.
+            state: Of the run.
+
+        Returns:
+            The state without them, and what the checkpoint's summary lists.
+        """
+        return state, []
+
+    def verify(self, storage: Any, manifest: Any) -> None:
+        """Check what was stowed for a checkpoint.
+
+        Raises:
+            CheckpointError: It is damaged; all processes raise.
+        """
+        if manifest.summary.get(SHARDS):
+            sharded: type[Wrapping] = WRAPPINGS.get("sharded")
+            sharded.verify(self, storage, manifest)
+
+    def bring(self, storage: Any, state: State, optimizers: Optimizers) -> State:
+        """Return a state with the tensors that were stowed, laid out as this model is; its shapes fit by now.
+
+        Raises:
+            StateError: They do not, or a part is damaged; all processes raise.
+        """
+        if TABLE not in state:
+            return state
+        sharded: type[Wrapping] = WRAPPINGS.get("sharded")  # saved there: it knows how to read parts
+        return sharded.bring(self, storage, state, optimizers)
 
 
 def wrapping_of(model: nn.Module, mode: str, deadline: float) -> Wrapping:
@@ -71,4 +117,4 @@ def wrapping_of(model: nn.Module, mode: str, deadline: float) -> Wrapping:
             "DistributedDataParallel nor sharded by fully_shard: give esper.grow what the loop calls; for a "
             "model of its own in each process set distributed.mode to 'alone'"
         )
-    return WRAPPINGS.get("bare")(model, deadline)
+    return Wrapping(model)

@@ -8,24 +8,23 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
 
 from esper.errors import SiteError
-from esper.kasmina.peers import Peers
 from esper.tolaria.distributed.group import Group
 from esper.tolaria.distributed.watchdog import Watchdog
+from esper.tolaria.distributed.wrapping import Optimizers, Wrapping
 
 __all__ = ["Replicated"]
 
 STRUCTURE = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
 
 
-class Replicated:
+class Replicated(Wrapping):
     """DistributedDataParallel: every process has all of the model.
 
     Args:
@@ -36,29 +35,20 @@ class Replicated:
         SiteError: The wrapper has a part that cannot be made anew.
     """
 
-    governed = True
     deferred = True
 
     def __init__(self, wrapper: DistributedDataParallel, deadline: float) -> None:
         refuse_parts(wrapper)
-        self.wrapper, self.host = wrapper, wrapper.module
-        self.peers: Peers = Group(wrapper.process_group, deadline)
+        super().__init__(wrapper.module, Group(wrapper.process_group, deadline))
+        self.wrapper = wrapper
         self.watchdog = Watchdog(wrapper.process_group, deadline)
 
     def close(self) -> None:
         """End the watchdog."""
         self.watchdog.close()
 
-    def whole(self) -> AbstractContextManager[Any]:
-        """Do nothing: the module inside is a whole one."""
-        return nullcontext()
-
-    def plain(self, optimizers: Mapping[str, Optimizer]) -> AbstractContextManager[Any]:
-        """Do nothing: the module inside is a plain one."""
-        return nullcontext()
-
     @contextmanager
-    def opened(self, optimizers: Mapping[str, Optimizer]) -> Iterator[None]:
+    def opened(self, optimizers: Optimizers) -> Iterator[None]:
         """Take the reducer off the parameters, and put a new one on."""
         given = arguments(self.wrapper)
         self.host.zero_grad(set_to_none=True)  # they may be views of the reducer's buckets

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 from torch import nn
-from torch.optim import Optimizer
 
-from esper.kasmina.peers import Peers
-from esper.tolaria.distributed.fsdp import is_sharded
+from esper.errors import StateError
+from esper.tolaria.checkpoint.loading import sound_among, steps_kept
 from esper.tolaria.distributed.group import Group
+from esper.tolaria.distributed.sharded import laid_out, lifted, likes_of, lowered, refuse_unfit, targets_for
 from esper.tolaria.distributed.sharding import unshard
+from esper.tolaria.distributed.shards import orphans, read_shards, together, verify_shards, write_shards
 from esper.tolaria.distributed.watchdog import Watchdog
 from esper.tolaria.distributed.whole import whole
+from esper.tolaria.distributed.wrapping import TABLE, Optimizers, State, Wrapping
 
 __all__ = ["Sharded"]
 
 
-class Sharded:
+class Sharded(Wrapping):
     """FSDP2: every process has a shard of each parameter.
 
     Args:
@@ -31,10 +33,8 @@ class Sharded:
     deferred = True
 
     def __init__(self, host: nn.Module, deadline: float) -> None:
-        self.host = host
-        self.peers: Peers = Group(None, deadline)
+        super().__init__(host, Group(None, deadline))
         self.watchdog = Watchdog(None, deadline)
-        self.notes: list[str] = []  # what is sharded otherwise than before
 
     def close(self) -> None:
         """End the watchdog."""
@@ -44,18 +44,42 @@ class Sharded:
         """Gather the shards for a while."""
         return whole(self.host)
 
-    def plain(self, optimizers: Mapping[str, Optimizer]) -> AbstractContextManager[Any]:
+    def plain(self, optimizers: Optimizers) -> AbstractContextManager[Any]:
         """Make the model a plain one, with its optimizers, and shard it again."""
         return self.opened(optimizers)
 
     @contextmanager
-    def opened(self, optimizers: Mapping[str, Optimizer]) -> Iterator[None]:
+    def opened(self, optimizers: Optimizers) -> Iterator[None]:
         """Make the model a plain one, with its optimizers, and shard it again."""
-        if not is_sharded(self.host):  # opened already
-            yield
-            return
         resharding = unshard(self.host, optimizers)
         try:
             yield
         finally:
-            self.notes += resharding.again()
+            resharding.again()  # along another axis where the old one no longer fits: values are the same
+
+    def stow(self, storage: Any, name: str, state: State) -> tuple[State, list[dict[str, Any]]]:
+        """Write each process's shards, after those that no checkpoint lists are gone."""
+        if self.peers.rank == 0:
+            with suppress(StateError):  # a storage that does not answer says so when it is written to
+                kept = sound_among(storage, steps_kept(storage)).values()
+                for orphan in orphans(storage, kept):
+                    storage.delete(orphan)
+        left, pieces = lifted(state)
+        table = write_shards(storage, name, pieces, self.peers)
+        listed = [{"name": shard, **facts} for shard, facts in table["shards"].items()]
+        return {**left, TABLE: table}, listed
+
+    def verify(self, storage: Any, manifest: Any) -> None:
+        """Check the shards a checkpoint lists."""
+        verify_shards(storage, manifest, self.peers)
+
+    def bring(self, storage: Any, state: State, optimizers: Optimizers) -> State:
+        """Read this process's shards, however many processes wrote them; what was saved whole is spread."""
+        likes = likes_of(self.host, optimizers)
+        if TABLE not in state:
+            return laid_out(state, likes)
+        table = state[TABLE]
+        together(self.peers, lambda: refuse_unfit(state, self.host))
+        targets = together(self.peers, lambda: targets_for(table, likes))
+        read_shards(storage, table, targets, self.peers)
+        return laid_out(lowered(state, targets), likes)
