@@ -27,10 +27,9 @@ NAME = "ranks"
 EVENTS, STEPS = 50, 560  # 50 seeds are kept or culled well before the end
 KILLS, STARTING, STOPS, DELAYS = 10, 2, 2, 8
 QUICK = 72, (1, 0, 1, 1)  # steps; of each disturbance
-DEADLINE = 5.0  # seconds of silence after which a process is given up; 30 by default
+DEADLINE = 8.0  # seconds of silence after which a process is given up; 30 by default
 DELAY = 0.2, 0.5  # of the deadline
 HANG = 30.0  # seconds
-CODE = 75  # of a process that gave another one up
 
 
 def main(argv: Sequence[str]) -> int:
@@ -123,6 +122,7 @@ class Disturbed:
     noticed: dict[str, list[float]] = field(default_factory=dict)  # seconds until the others ended
     done: list[tuple[float, str]] = field(default_factory=list)  # when, what
     during: Counter[str] = field(default_factory=Counter)  # stages of the seeds it fell on
+    codes: Counter[str] = field(default_factory=Counter)  # the others ended with
     unexplained: list[str] = field(default_factory=list)
     hangs: int = 0
     failed: int = 0
@@ -159,6 +159,7 @@ class Disturbed:
             "unexplained": self.unexplained,
             "hangs": self.hangs,
             "noticed": self.noticed,
+            "codes": dict(self.codes),
             "back": self.back(),
             "longest": self.longest(),
             "starts": [first - born for born, first in self.starts()],
@@ -219,8 +220,8 @@ class Disturbed:
         else:
             self.noticed.setdefault(one.kind, []).append(took)
         codes = life.clear()
-        if took is not None and one.kind == "stopped for good" and codes[others[0]] != CODE:
-            self.unexplained.append(f"ended with {codes[others[0]]}, not {CODE}:\n{life.wrong()}")
+        if took is not None:
+            self.codes.update(str(codes[rank]) for rank in others)
 
     def steps_done(self) -> list[float]:
         """Return when each step of each process was done."""
