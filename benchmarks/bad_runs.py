@@ -159,6 +159,7 @@ class Run:
                 return True
         return False
 
-    def held_out(self, kernel: Any) -> float:
+    def held_out(self, kernel: Any) -> Tensor:
+        """Return the loss of every example that judges, with a kernel at full strength or without any."""
         with evaluating(self.net), untouched(self.net, 0), self.trial.layer.showing(kernel):
-            return float(self.loss(self.judges))
+            return F.cross_entropy(self.net(self.judges[0]), self.judges[1], reduction="none")

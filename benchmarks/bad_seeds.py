@@ -18,6 +18,7 @@ from esper.errors import LossError
 
 NAME = "bad-seeds"
 EACH = 20
+SURE = 3.0  # standard errors on examples neither the seed nor the governor has seen
 TRIES = 20  # runs until one exposes a seed, and until one that is to do harm does
 
 
@@ -48,6 +49,7 @@ class Answer:
     untouched: bool | None  # host as it would be without any growth; None where it felt an exposed seed
     gain: float | None  # held-out, on against off, when last looked at
     total: float | None  # held-out, against before exposure
+    doubt: float | None = None  # its standard error
 
 
 def run(job: Job) -> Answer:
@@ -56,15 +58,17 @@ def run(job: Job) -> Answer:
     how = list(ways)[job.number % len(ways)]
     where = ways[how][0]
     names, few = list(HOSTS), job.kind.startswith("harmful")
-    first = names.index("cnn") if how.startswith("ransom") else job.number // len(ways) + job.number
+    first = job.number // len(ways) + job.number
     for attempt in range(TRIES):
-        seed, name = 1000 * attempt + job.number, names[(first + attempt) % len(names)]
+        # Momentum makes a host lean on a seed; the others hardly do so in 30 steps.
+        name = "cnn" if how.startswith("ransom") else names[(first + attempt) % len(names)]
+        seed = 1000 * attempt + job.number
         one = Run(HOSTS[name], seed, job.governed, few)
         if not one.until(where):
             continue
         answer = follow(one, job, how, name, seed, few)
-        if not few or (answer.total is not None and answer.total < 0.0):
-            return answer  # one that was meant to harm and did the host good was no bad seed
+        if not few or (answer.total is not None and answer.total < -SURE * (answer.doubt or 0.0)):
+            return answer  # one that was meant to harm and did not, beyond chance, was no bad seed
     return Answer(job.kind, how, "", job.governed, False, False, "", "", None, 0, 0, None, None, None)
 
 
@@ -89,15 +93,16 @@ def follow(one: Run, job: Job, how: str, name: str, seed: int, few: bool) -> Ans
         trial.race.kernel = spoilt
     else:
         turn(victim)
-    gain = total = None
+    gain = total = doubt = None
     reason, why = "", ""
     last = begun + 2 * one.growth.orchestrator.timing.ramp if where == "finish" else STEPS
     try:
         while one.trial is trial and one.growth.steps < last:
             victim.step()
             if before is not None:
-                total = before - (now := one.held_out(trial.layer.kernel))
-                gain = one.held_out(None) - now
+                now = one.held_out(trial.layer.kernel)
+                gain = float((one.held_out(None) - now).mean())
+                total, doubt = float((before - now).mean()), float((before - now).std()) / len(now) ** 0.5
             one.step()
         if one.trial is trial:
             one.growth.finish()
@@ -125,6 +130,7 @@ def follow(one: Run, job: Job, how: str, name: str, seed: int, few: bool) -> Ans
         clean,
         gain,
         total,
+        doubt,
     )
 
 
