@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -16,6 +18,7 @@ from esper.errors import RunError
 from esper.nissa.standing import decided_after
 
 EVENTS_FILE = "events.jsonl"
+PATIENCE = 64 * 2**20  # bytes of events that may wait for room on the disk
 # Told before growth applies them, or where the run went: these survive a machine that loses its power.
 DURABLE = frozenset({"decision", "gate", "widened", "grafted", "outcome", "resumed", "rolled_back"})
 
@@ -44,6 +47,8 @@ class RunJournal:
             raise RunError(
                 f"cannot write the run folder {run_dir}: {error.strerror}; choose another run_dir"
             ) from None
+        self._waiting = bytearray()  # what did not fit on the disk yet
+        self._told = False
         weakref.finalize(
             self, self._file.close
         )  # a run that is given up without finish() leaves no open file
@@ -54,24 +59,38 @@ class RunJournal:
         """Append one event.
 
         Raises:
-            RunError: The journal is closed, the disk is full, or the event holds what JSON cannot.
+            RunError: The journal is closed, the event holds what JSON cannot, or the disk has been full until
+                more waits than memory should hold.
         """
         if self._file.closed:
             raise RunError(
                 f"{self.path} is closed, so the event {event.kind!r} was not written; open a new RunJournal"
             )
-        line = encode(event)
+        self._waiting += encode(event)
         try:
-            written = self._file.write(line)
+            while self._waiting:
+                del self._waiting[: self._file.write(self._waiting)]
             if event.kind in DURABLE:
                 os.fsync(self._file.fileno())
         except OSError as error:
+            self._keep(error)
+        else:
+            self._told = False
+
+    def _keep(self, error: OSError) -> None:
+        """Let training go on where the disk is full: events wait in memory, and one warning says so."""
+        if len(self._waiting) > PATIENCE:
             raise RunError(
-                f"cannot append to {self.path}: {error.strerror}; free space and resume the run"
-            ) from None
-        if written != len(line):
-            raise RunError(
-                f"only {written} of {len(line)} bytes reached {self.path}; free space and resume the run"
+                f"cannot append to {self.path}: {error.strerror}, and {len(self._waiting)} bytes wait; free "
+                "space and resume the run"
+            )
+        if not self._told:
+            self._told = True
+            warnings.warn(
+                f"cannot append to {self.path}: {error.strerror}; training goes on and events wait in "
+                "memory, where a killed run loses them: free space",
+                RuntimeWarning,
+                stacklevel=3,
             )
 
     def decided_after(self, step: int) -> dict[int, Mapping[str, Any]]:
@@ -84,6 +103,9 @@ class RunJournal:
 
     def close(self) -> None:
         """Close the file; the folder can be opened again."""
+        if self._waiting and not self._file.closed:
+            with suppress(OSError):
+                self._file.write(self._waiting)
         self._file.close()
 
     def __enter__(self) -> RunJournal:
