@@ -238,12 +238,16 @@ class Disturbed:
         return found
 
     def starts(self) -> list[tuple[float, float]]:
-        """Return, of each life that came so far, when it was begun and when it had done a step."""
-        lives = [(life.born, life.lines(0)) for life in self.lives]
-        return [(born, lines[0].when) for born, lines in lives if lines]
+        """Return when each life was begun, and when it had done a step or the next one was begun."""
+        found = []
+        following = [life.born for life in self.lives[1:]] + [float("inf")]
+        for life, end in zip(self.lives, following, strict=True):
+            firsts = [lines[0].when for rank in range(WORLD) if (lines := life.lines(rank))]
+            found.append((life.born, min(firsts, default=end)))
+        return found
 
     def longest(self) -> float:
-        """Return the longest time without a step of any process; a life's own start does not count."""
+        """Return the longest time without a step of any process; the lives' own starts do not count."""
         steps, starts = self.steps_done(), self.starts()
         gaps = []
         for before, after in itertools.pairwise(steps):
