@@ -1,8 +1,9 @@
 """Notices a process that has gone silent, and ends this one, so that torchrun can start all of them again.
 
-A process that dies closes its connections, and the others are told at once. One that is stopped, or hangs on
-its disk, tells nobody: the others wait inside a collective of the backward pass, for half an hour by torch's
-default, where no Python runs. A thread with a group of its own goes on hearing from the others meanwhile.
+A process that dies closes its connections, and the others are told at once. One that is stopped, or whose
+machine is gone, tells nobody: the others wait inside a collective of the backward pass, for half an hour by
+torch's default, where no Python runs. A thread with a group of its own goes on hearing from the others
+meanwhile. Work that takes long is not silence: one process may read or evaluate while the others wait.
 """
 
 from __future__ import annotations
