@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset, rand
 
 import esper
 from esper.tolaria.checkpoint import Batches, CheckpointManager, Run
-from esper.tolaria.distributed.launch import leave
+from esper.tolaria.distributed.launch import join, leave
 
 
 def loss_fn(model: nn.Module, batch: list[torch.Tensor]) -> torch.Tensor:
@@ -25,8 +25,8 @@ def loss_fn(model: nn.Module, batch: list[torch.Tensor]) -> torch.Tensor:
 
 
 def main(folder: str = "runs/ddp", epochs: int = 40, fsdp: bool = False) -> dict[str, float]:
-    if not dist.is_initialized():  # (1) Ray has done it
-        dist.init_process_group("gloo")
+    if not dist.is_initialized():  # Ray has done it
+        join()  # (1)
     rank, world = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(0)  # (2)
     images, labels = load_digits(return_X_y=True)
