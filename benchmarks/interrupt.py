@@ -26,6 +26,7 @@ NAME = "interrupt"
 WORKERS = (0, 2)  # of the loader
 QUICK = (2, 9, 21, 24, 39, 41)  # the steps after which a quick run is cut off: every stage is among them
 STAGES = [stage.name for stage in Stage if stage is not Stage.ROLLED_BACK]  # that one is the governor's
+GOVERNED = (17, 20, 21, 34, 52)  # likewise of a run whose governor rolls back a batch of NaN
 
 
 def main(argv: Sequence[str]) -> int:
@@ -38,15 +39,21 @@ def main(argv: Sequence[str]) -> int:
     found = {workers: interrupted(workers, steps) for workers in WORKERS}
     asked = WORKERS[-1:] if chosen.quick else WORKERS  # a process takes seconds to import torch
     killed = {w: chain(found[w], w, QUICK[2:3] if chosen.quick else found[w].firsts()) for w in asked}
+    governed = interrupted(0, GOVERNED if chosen.quick else range(1, STEPS + 1), governed=True)
     table = compare.titled(
         f"A run of {STEPS} steps that was cut off and gone on with: equal to the run that never was",
-        ["a seed was then in, or passed in the step before or after", *(f"{w} workers" for w in WORKERS)],
+        [
+            "a seed was then in, or passed in the step before or after",
+            *(f"{w} workers" for w in WORKERS),
+            "governed",
+        ],
     )
-    for stage in STAGES:
-        table.add_row(stage, *(one.row(stage) for one in found.values()))
-    table.add_row("any", *(one.row() for one in found.values()))
+    shown = [*found.values(), governed]
+    for stage in [*STAGES, Stage.ROLLED_BACK.name]:
+        table.add_row(stage, *(one.row(stage) for one in shown))
+    table.add_row("any", *(one.row() for one in shown))
     table.add_row(
-        "killed -9 in every stage, one process after the other", *map(said, map(killed.get, WORKERS))
+        "killed -9 in every stage, one process after the other", *map(said, map(killed.get, WORKERS)), "–"
     )
     judged = [
         Promise(
@@ -54,6 +61,13 @@ def main(argv: Sequence[str]) -> int:
             sum(sum(not lines for lines in one.differences.values()) for one in found.values()),
             ">=",
             len(WORKERS) * STEPS,
+            digits=0,
+        ),
+        Promise(
+            "governed, with a rollback: steps after which it was cut off, and everything was equal",
+            sum(not lines for lines in governed.differences.values()),
+            ">=",
+            STEPS,
             digits=0,
         ),
         Promise(
@@ -79,7 +93,8 @@ def main(argv: Sequence[str]) -> int:
         ),
     ]
     record = {str(workers): one.to_dict() | killed.get(workers, {}) for workers, one in found.items()}
-    return harness.conclude(NAME, chosen, [table], judged, {"workers": record})
+    figures = {"workers": record, "governed": governed.to_dict()}
+    return harness.conclude(NAME, chosen, [table], judged, figures)
 
 
 def said(killed: Mapping[str, Any] | None) -> str:

@@ -1,4 +1,4 @@
-"""A part of the bad seeds' bench: every kind turns bad in real runs, none is kept, every way back is exact."""
+"""A part of the bad seeds' bench: each kind turns bad in real runs, none is kept, each way back is exact."""
 
 from __future__ import annotations
 

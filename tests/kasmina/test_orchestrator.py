@@ -342,3 +342,4 @@ def test_worse_means_more_than_chance_explains() -> None:
     assert worse(before, [2.0])
     assert worse(before, [float("nan")] * 3)
     assert not worse([], [5.0])
+    assert worse(before, [3.0, 9.0, 80.0, 2e6])  # its own spread must not excuse an explosion

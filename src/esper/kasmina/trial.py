@@ -115,6 +115,8 @@ def worse(before: Sequence[float], after: Sequence[float]) -> bool:
     if len(before) < 2 or len(after) < 1:
         return False
     old, new = np.asarray(before), np.asarray(after)
+    if new.min() > old.max():  # losses that explode have a spread that would excuse them
+        return True
     spread = old.var(ddof=1) / len(old) + (new.var(ddof=1) if len(new) > 1 else old.var(ddof=1)) / len(new)
     return not float(new.mean()) <= float(old.mean()) + 2 * math.sqrt(float(spread))
 

@@ -248,6 +248,23 @@ def a_fault_in_one_process_counts_in_all(rank: int, world: int, folder: Path) ->
     run.same_everywhere()
 
 
+def a_nan_in_one_process_is_rolled_back_in_all(rank: int, world: int, folder: Path) -> None:
+    for steps in (30, 47):  # a host alone; a seed on its way
+        run = Together(rank, world, config={"governor": {"enabled": True, "every": 5}})
+        run.run(steps)
+        rows = torch.randint(0, 384, (BATCH,), generator=run.order)[rank::world]
+        loss = loss_fn(run.model, (X[rows] * (float("nan") if rank == 1 else 1.0), Y[rows]))
+        run.optimizer.zero_grad()
+        loss.backward()
+        run.optimizer.step()
+        run.growth.step((X[rows], Y[rows]), loss)
+        assert len(run.kinds("rolled_back")) == 1
+        run.same_everywhere()
+        run.run(20)
+        run.growth.finish()
+        assert bool(torch.isfinite(run.same_everywhere()).all())
+
+
 def ways_that_part_are_joined(rank: int, world: int, folder: Path) -> None:
     run = Together(rank, world)
     run.until("TRAINING")
@@ -321,6 +338,7 @@ CHECKS = {
         runs_go_on_bit_for_bit,
         a_sharded_checkpoint_fits_a_replicated_run,
         a_fault_in_one_process_counts_in_all,
+        a_nan_in_one_process_is_rolled_back_in_all,
         ways_that_part_are_joined,
         a_commit_that_fails_in_one_process_fails_in_all,
         the_first_process_is_asked,

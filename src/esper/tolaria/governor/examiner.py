@@ -109,7 +109,8 @@ class Examiner:
         """Return every held-out example's loss with a kernel at full strength, or without any."""
         gate, seed = self.orchestrator.given.gate, 0
         found: list[float] = []
-        with self.orchestrator.given.ledger.growth("gate", trial.decision.id), evaluating(self.host):
+        key = ("held out", trial.decision.id, kernel is None)
+        with self.orchestrator.given.ledger.growth(*key), evaluating(self.host):
             for batch in gate.probe:
                 found += gate.losses(trial.layer, kernel, batch, seed).tolist()
         return found

@@ -63,6 +63,7 @@ class Governor:
     Attributes:
         lost: Steps undone by rollbacks so far.
         alarms: Findings acted on so far.
+        trouble: Step of the first evidence of what is not over yet; what was seen since may have felt it.
     """
 
     def __init__(self, settings: Settings, actions: Actions) -> None:
@@ -72,6 +73,8 @@ class Governor:
         self.latest: dict[str, int] = {}  # kind -> step of the latest
         self.turned: list[int] = []  # steps of rollbacks, while they are near each other
         self.held: int | None = None  # step of the latest alarm while growth is held
+        self.trouble: int | None = None
+        self.alarmed = 0  # step of the latest alarm of any kind
         self.lost = self.alarms = 0
 
     def expect(self, step: int, why: str, steps: int | None = None, excused: float = math.inf) -> None:
@@ -98,6 +101,8 @@ class Governor:
         """
         finding = self.detectors.look(vitals, step)
         if finding is None:
+            if step - self.alarmed >= self.settings.calm:
+                self.trouble = None
             if self.held is not None and step - self.held >= self.settings.calm:
                 self.held = None
                 self.actions.release()
@@ -106,6 +111,8 @@ class Governor:
             self.actions.notify(finding, "notify")
             return None
         self.alarms += 1
+        self.alarmed = step
+        self.trouble = finding.since if self.trouble is None else min(self.trouble, finding.since)
         return self.act(finding, self.rung(finding, least if finding.kind == "spike" else "notify"))
 
     def rung(self, finding: Finding, least: Action) -> Action:
@@ -136,6 +143,7 @@ class Governor:
             else:
                 self.lost += steps
                 self.turned.append(finding.step)
+                self.trouble = None
                 self.detectors.forget()
         self.actions.notify(finding, action)
         if action == "stop":
@@ -169,6 +177,7 @@ class Governor:
             "turned": list(self.turned),
             "held": self.held,
             "counts": [self.lost, self.alarms],
+            "trouble": [self.trouble, self.alarmed],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -177,3 +186,4 @@ class Governor:
         self.rungs, self.latest = dict(state["rungs"]), dict(state["latest"])
         self.turned, self.held = list(state["turned"]), state["held"]
         self.lost, self.alarms = state["counts"]
+        self.trouble, self.alarmed = state["trouble"]

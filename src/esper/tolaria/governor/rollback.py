@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 from esper.errors import StateError
 
 Capture = tuple[Callable[[], Any], Callable[[Any], None]]  # what else goes back: how to read and to write it
+KEPT = "a kept tensor"  # marks one in a checkpoint
 LAG = 3  # steps a fault may work before it shows in the loss
 KEEP = 2  # detection lags by a few steps, so the newest snapshot may hold the fault already
 
@@ -173,6 +174,40 @@ class Snapshots:
         """Forget all snapshots: the topology has changed."""
         self.ring.clear()
 
+    def state_dict(self) -> list[dict[str, Any]]:
+        """Return the ring: what a run that goes on elsewhere needs to go back as far as this one could."""
+        return [self._written(snapshot) for snapshot in self.ring]
+
+    def _written(self, snapshot: Snapshot) -> dict[str, Any]:
+        names = {id(tensor): name for name, tensor in self.tensors()}
+        random_ = snapshot.randomness
+        return {
+            "step": snapshot.step,
+            "tensors": written(snapshot.tensors),
+            "states": [[(names[id(p)], written(s)) for p, s in one] for one in snapshot.states],
+            "groups": [
+                [{**written(g), "params": [names[id(p)] for p in g["params"]]} for g in one]
+                for one in snapshot.groups
+            ],
+            "settings": snapshot.settings,
+            "randomness": [random_.python, random_.numpy, random_.cpu, random_.cuda],
+            "captured": snapshot.captured,
+        }
+
+    def load_state_dict(self, state: Sequence[Mapping[str, Any]]) -> None:
+        """Take the ring back; topology, and so every name, is what it was by now."""
+        named = dict(self.tensors())
+        self.ring.clear()
+        for one in state:
+            states = [[(named[name], read_back(s)) for name, s in each] for each in one["states"]]
+            groups = [
+                [{**read_back(g), "params": [named[name] for name in g["params"]]} for g in each]
+                for each in one["groups"]
+            ]
+            randomness = Randomness(*one["randomness"])
+            rest = one["settings"], randomness, one["captured"]
+            self.ring.append(Snapshot(one["step"], read_back(one["tensors"]), states, groups, *rest))
+
     def misfit(self, snapshot: Snapshot) -> str | None:
         """Say why a snapshot does not fit the model as it is now, or None."""
         now = {name: (tuple(t.shape), t.dtype) for name, t in self.tensors()}
@@ -227,6 +262,24 @@ def duplicate(value: Any) -> Any:
     if type(value) is tuple:
         return tuple(duplicate(item) for item in value)
     return copy.deepcopy(value)
+
+
+def written(value: Any) -> Any:
+    """Turn copies into tensors with the device they came from, for a checkpoint."""
+    if isinstance(value, Kept):
+        return {KEPT: value.copy, "device": str(value.device)}
+    if isinstance(value, dict):
+        return {key: written(item) for key, item in value.items()}
+    return type(value)(map(written, value)) if type(value) in (list, tuple) else value
+
+
+def read_back(value: Any) -> Any:
+    """Undo :func:`written`."""
+    if isinstance(value, dict):
+        if KEPT in value:
+            return Kept(value[KEPT], torch.device(value["device"]))
+        return {key: read_back(item) for key, item in value.items()}
+    return type(value)(map(read_back, value)) if type(value) in (list, tuple) else value
 
 
 def put_back(

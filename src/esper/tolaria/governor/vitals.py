@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -128,13 +128,14 @@ class Watcher:
             hook.remove()
         self.hooks.clear()
 
-    def state_dict(self) -> dict[str, int]:
-        """Return where the reading stands."""
-        return {"steps": self.steps, "turn": self.turn}
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the reading stands, and how much is read: another share would be another norm."""
+        return {"steps": self.steps, "turn": self.turn, "reading": asdict(self.reading)}
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on reading."""
         self.steps, self.turn = state["steps"], state["turn"]
+        self.reading = Reading(**state["reading"])
 
 
 def few(optimizer: Optimizer, count: int | None) -> list[Tensor]:

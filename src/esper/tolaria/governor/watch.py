@@ -133,7 +133,7 @@ class Watch:
 
     def keep(self, step: int) -> None:
         """Take a snapshot where one is due and nothing of a seed is in the host's output."""
-        if self.exposed() or self.governor.detectors.evidence > 0:
+        if self.exposed() or self.governor.detectors.evidence > 0 or self.governor.trouble is not None:
             return
         ring = self.snapshots.ring
         if not ring or step - ring[-1].step >= self.settings.every:
@@ -190,6 +190,9 @@ class Watch:
         # A seed is what to blame where it leaks or is exposed, and the last snapshot has not felt it.
         blamed = self.exposed() or finding.signal == "seed"
         snapshot = self.snapshots.before(finding.since, 0 if blamed else LAG)
+        trouble = self.governor.trouble
+        if trouble is not None and not blamed:  # an alarm was only told before: what came of it goes, too
+            snapshot = self.snapshots.before(min(trouble, finding.since), LAG) or snapshot
         if snapshot is None:
             return None
         reason = f"rolled back to step {snapshot.step}: {finding}"
@@ -220,19 +223,22 @@ class Watch:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps; snapshots are not in it, the checkpoint is one itself."""
+        """Return what a checkpoint keeps; without the snapshots a resumed run could not go back."""
         return {
+            "snapshots": self.snapshots.state_dict(),
             "governor": self.governor.state_dict(),
             "watcher": self.watcher.state_dict(),
             "paused_before": self.paused_before,
             "silent": self.silent,
+            "metered": self.metered,
             "examiner": self.examiner.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on watching; the first snapshot is taken at the next step."""
+        """Go on watching."""
         self.governor.load_state_dict(state["governor"])
         self.watcher.load_state_dict(state["watcher"])
-        self.snapshots.clear()
+        self.snapshots.load_state_dict(state.get("snapshots", ()))
         self.paused_before, self.silent = state["paused_before"], state["silent"]
+        self.metered, self.examiner.share = state["metered"], self.watcher.reading.share
         self.examiner.load_state_dict(state["examiner"])

@@ -269,13 +269,24 @@ class Growth:
         """
         self._refuse_finished("rewrap")
         trial = self.orchestrator.trial
-        if trial is not None and trial.waiting:
+        if trial is not None and trial.waiting and self._examined():
             begun, site = time.perf_counter(), trial.decision.site
             self._open(self.orchestrator.commit_waiting)
             seconds = time.perf_counter() - begun
             self.cost.seconds += seconds
             self.tell("rewrapped", sites=[site], milliseconds=seconds * 1e3)
         return self.model
+
+    def _examined(self) -> bool:
+        """Ask the governor, where there is one, whether the seed that is awake may stay for good."""
+        trial = self.orchestrator.trial
+        if self.watch is not None and trial is not None:
+            with self.morphable.policy.uncompiled():
+                self.watch.examine(self.steps, last=True)
+            if trial.ending:
+                trial.waiting = False  # its part is taken back, step by step
+            return self.orchestrator.trial is trial and not trial.ending
+        return True
 
     def _open(self, change: Callable[[], Outcome | None]) -> None:
         """Carry out what may change the layers' shapes."""
@@ -294,6 +305,7 @@ class Growth:
         """
         self._refuse_finished("finish")
         begun = time.perf_counter()
+        self._examined()
         self._open(self.orchestrator.settle)
         self.cost.seconds += time.perf_counter() - begun
         self.taken.close()

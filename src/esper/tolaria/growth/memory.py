@@ -68,6 +68,7 @@ def capture_trial(trial: Trial) -> dict[str, Any]:
         else {k: v.detach().clone() for k, v in trial.kernel.state_dict().items()},
         "optimizer": None if trial.optimizer is None else copy.deepcopy(trial.optimizer.state_dict()),
         "sampling": trial.layer.sampling,
+        "tapped": None if trial.kernel is None else trial.tap.x,  # what an exposed kernel is examined with
     }
 
 
@@ -143,6 +144,7 @@ def restore_trial(growth: Any, state: Mapping[str, Any]) -> None:
             trial.optimizer = orchestrator.given.optimizer(trial.kernel, layer.place)
             trial.optimizer.load_state_dict(state["optimizer"])
             layer.alpha = morphable.layout.alpha[trial.seed]
+            trial.tap.x = state.get("tapped")
             layer.open()
             layer.sampling = state.get("sampling", False)  # whether the next pass tells vitals
             layer.exposed = bool(layer.alpha > 0) and morphable.layout.stage_of(trial.seed) is not Stage.ERROR
