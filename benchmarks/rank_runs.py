@@ -140,6 +140,11 @@ class Journey:
             places = list(self.growth.morphable.places)
             self.growth.grow_now(places[self.growth.tamiyo.decisions % len(places)])
 
+    def awake(self) -> list[nn.Module]:
+        """Return the exposed kernel, which DistributedDataParallel does not know of."""
+        trial = self.growth.orchestrator.trial
+        return [] if trial is None or trial.kernel is None else [trial.kernel]
+
     def raises(self, decision: int) -> bool:
         return decision % RAISING == RAISING - 1 and self.rank == WORLD - 1
 
@@ -154,18 +159,19 @@ class Journey:
             self.manager.steps,
             growth.orchestrator.lineage,
             growth.topology,
-            digest(self.net),
+            digest(self.net, *self.awake()),
             "+".join(sorted(stage.name for stage in awake)) or "none",
             "+".join(kept) or "none",
         )
         say(" ".join(map(str, fields)))
 
 
-def digest(net: nn.Module) -> str:
-    """Sum up a model's parameters."""
+def digest(*modules: nn.Module) -> str:
+    """Sum up parameters."""
     sha = hashlib.sha256()
-    for name, parameter in net.named_parameters():
-        sha.update(name.encode() + parameter.detach().numpy().tobytes())
+    for module in modules:
+        for name, parameter in module.named_parameters():
+            sha.update(name.encode() + parameter.detach().numpy().tobytes())
     return sha.hexdigest()[:16]
 
 
