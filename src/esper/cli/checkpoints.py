@@ -117,7 +117,7 @@ def export(
     found = newest(storage, told.append) if name is None else read(storage, find(names, name))
     if found is None:
         raise StateError(f"{storage} holds no sound checkpoint: {'; '.join(told) or 'it is empty'}")
-    export_model(found, to)
+    export_model(found, to, storage)
     if json:
         print_json({"checkpoint": found.manifest.name, "model": str(to), "passed_over": told})
         return

@@ -16,7 +16,10 @@ from torch.optim import Adam
 import esper
 from esper.contracts import Event
 from esper.errors import ConfigError, ProcessError, SiteError
-from esper.tolaria.checkpoint import CheckpointManager, Run
+from esper.tolaria.checkpoint import CheckpointManager, FolderStorage, Run
+from esper.tolaria.checkpoint.exporting import export_model
+from esper.tolaria.checkpoint.format import damage
+from esper.tolaria.checkpoint.loading import newest
 from esper.tolaria.distributed.group import Group
 from tests.tolaria.distributed.ranks import take_part
 
@@ -232,6 +235,22 @@ def a_sharded_checkpoint_fits_a_replicated_run(rank: int, world: int, folder: Pa
         assert torch.equal(other.same_everywhere(), cut.same_everywhere()), wrap
         other.run(10)
         other.same_everywhere()
+    dist.barrier()
+    if rank == 1:
+        return
+    storage = FolderStorage(folder / "from-shards")
+    found = newest(storage, print)
+    assert found is not None
+    fresh = nn.Sequential(nn.Sequential(nn.Linear(8, 2), nn.ReLU()), nn.Linear(2, 4))
+    model = esper.load_into(fresh, export_model(found, folder / "exported", storage))
+    weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+    assert len(weights) == sum(p.numel() for p in cut.net.parameters())
+    assert list(damage(storage, found.manifest.name)) == []
+    shard = folder / "from-shards" / found.manifest.summary["shards"][1]["name"] / "tensors.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    assert [part for part, _ in damage(storage, found.manifest.name)] == [shard.parent.name]
 
 
 def a_fault_in_one_process_counts_in_all(rank: int, world: int, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""A run that ends, or renews its wrappers, asks the governor before an exposed seed becomes part of the host."""
+"""A run that ends, or rewraps, asks the governor before an exposed seed becomes part of the host."""
 
 from __future__ import annotations
 

@@ -15,22 +15,24 @@ from esper.tolaria import rebuild_template, saving
 from esper.tolaria.checkpoint.folder import sync, write_file
 from esper.tolaria.checkpoint.format import digest, safetensors_chunks
 from esper.tolaria.checkpoint.loading import Checkpoint
-from esper.tolaria.checkpoint.storage import Chunks
+from esper.tolaria.checkpoint.storage import Chunks, Storage
+from esper.tolaria.distributed.wrapping import TABLE, WRAPPINGS
 from esper.tolaria.genome import decode
 
 
-def export_model(checkpoint: Checkpoint, directory: str | Path) -> Path:
+def export_model(checkpoint: Checkpoint, directory: str | Path, storage: Storage) -> Path:
     """Write what ``growth.save`` would have written at that step.
 
     Args:
         checkpoint: Any; kernels of seeds that were awake are not part of the model yet, and are left out.
+        storage: Where it lies, and the shards of a sharded model with it.
         directory: Created.
 
     Raises:
         StateError: The model's state is not all plain tensors, or the folder exists or cannot be written.
     """
     target = Path(directory)
-    tensors = safetensors_chunks(weights_of(checkpoint.state))
+    tensors = safetensors_chunks(weights_of(checkpoint.state, storage))
     files: dict[str, Chunks] = {saving.GENOME: [checkpoint.genome], saving.TENSORS: tensors}
     files["card.md"] = [card(checkpoint).encode()]
     files["rebuild.py"] = [Path(rebuild_template.__file__).read_bytes()]
@@ -52,13 +54,15 @@ def export_model(checkpoint: Checkpoint, directory: str | Path) -> Path:
     return target
 
 
-def weights_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the model's tensors.
+def weights_of(state: Mapping[str, Any], storage: Storage) -> dict[str, Tensor]:
+    """Return the model's tensors, whole.
 
     Raises:
         StateError: The model's state is not all plain tensors.
     """
     weights = state["modules"][""]["state"]
+    if TABLE in state:
+        weights = WRAPPINGS.get("sharded").gathered(storage, state)
     for name, value in weights.items():
         if not isinstance(value, Tensor) or value.dtype not in rebuild_template.DTYPES.values():
             kind = value.dtype if isinstance(value, Tensor) else type(value).__name__

@@ -194,6 +194,15 @@ def damage(storage: Storage, name: str) -> Iterator[tuple[str, str]]:
             read_part(storage, manifest, part)
         except CheckpointError as error:
             yield part, str(error)
+    for shard in manifest.summary.get(
+        "shards", []
+    ):  # of a sharded model: beside the checkpoint, listed by it
+        try:
+            content = storage.get(shard["name"], TENSORS)
+            if len(content) != shard["size"] or digest([content]) != shard["sha256"]:
+                yield shard["name"], f"{shard['name']} is damaged: its size or SHA-256 digest is another"
+        except CheckpointError as error:
+            yield shard["name"], str(error)
 
 
 def read_part(storage: Storage, manifest: Manifest, part: str) -> bytes:

@@ -17,11 +17,13 @@ def launched() -> bool:
 
 
 def join() -> tuple[int, int]:
-    """Join the other processes.
+    """Join the other processes, unless that was done already, as on a Ray cluster.
 
     Returns:
         This one's rank, and how many there are.
     """
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
     # torchrun keeps one store for all its attempts; under the same keys the processes of the second would be
     # sent to the addresses of the first, which are dead ("connectFullMesh failed … Connection refused").
     store, rank, world = next(dist.rendezvous("env://"))

@@ -35,12 +35,12 @@ class Wrapping:
 
     Attributes:
         peers: The processes that train it.
-        governed: Whether a governor can watch it: gradients are whole and the same in every process.
         deferred: Whether layers keep their shapes until ``opened``.
+        sharded: Whether a process holds only a part of each parameter.
     """
 
-    governed = True
     deferred = False
+    sharded = False
 
     def __init__(self, host: nn.Module, peers: Peers = ALONE) -> None:
         self.host, self.peers = host, peers

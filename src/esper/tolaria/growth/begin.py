@@ -67,7 +67,7 @@ def grow(
     """
     settings = load_config(config)
     wrapping = wrapping_of(model, settings.distributed.mode, settings.distributed.deadline)
-    if settings.governor.enabled and not wrapping.governed:
+    if settings.governor.enabled and wrapping.sharded:
         raise ConfigError(
             "governor.enabled watches whole gradients, and each process of a sharded model has a part of "
             "them; leave it off, or wrap the model in DistributedDataParallel"

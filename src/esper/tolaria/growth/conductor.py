@@ -330,7 +330,8 @@ class Growth:
     def save(self, directory: str | Path) -> Path:
         """Write the model with its genome, card and a torch-only ``rebuild.py``; see ``esper.load_into``.
 
-        Of several processes one is enough, unless the model is sharded: then all of them call it.
+        Of several processes one is enough, unless the model is sharded: then all of them call it, and the
+        first one writes.
         """
         card = {
             "host parameters": self.parts.host_parameters,
@@ -340,6 +341,8 @@ class Growth:
             "steps": self.steps,
         }
         with self.parts.wrapping.plain(self.parts.optimizers):
+            if self.parts.wrapping.sharded and self.peers.rank:
+                return Path(directory)
             return save(self.morphable.host, self.plans, Path(directory), card=card)
 
     def state_dict(self) -> dict[str, Any]:

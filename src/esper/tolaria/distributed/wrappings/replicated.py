@@ -39,8 +39,8 @@ class Replicated(Wrapping):
 
     def __init__(self, wrapper: DistributedDataParallel, deadline: float) -> None:
         refuse_parts(wrapper)
-        super().__init__(wrapper.module, Group(wrapper.process_group, deadline))
-        self.wrapper = wrapper
+        self.wrapper, self.group = wrapper, Group(wrapper.process_group, deadline)
+        super().__init__(wrapper.module, self.group)
         self.watchdog = Watchdog(wrapper.process_group, deadline)
 
     def close(self) -> None:
@@ -57,7 +57,8 @@ class Replicated(Wrapping):
         try:
             yield
         finally:
-            renew(self.wrapper, given)
+            with self.group.waiting("a new wrapper"):
+                renew(self.wrapper, given)
 
 
 def refuse_parts(wrapper: DistributedDataParallel) -> None:

@@ -6,19 +6,30 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from esper.errors import StateError
+from esper.kasmina.peers import ALONE
 from esper.tolaria.checkpoint.loading import sound_among, steps_kept
 from esper.tolaria.distributed.group import Group
 from esper.tolaria.distributed.sharded import laid_out, lifted, likes_of, lowered, refuse_unfit, targets_for
 from esper.tolaria.distributed.sharding import unshard
-from esper.tolaria.distributed.shards import orphans, read_shards, together, verify_shards, write_shards
+from esper.tolaria.distributed.shards import (
+    TYPES,
+    orphans,
+    read_shards,
+    together,
+    verify_shards,
+    write_shards,
+)
 from esper.tolaria.distributed.watchdog import Watchdog
 from esper.tolaria.distributed.whole import whole
 from esper.tolaria.distributed.wrapping import TABLE, Optimizers, State, Wrapping
 
 __all__ = ["Sharded"]
+
+MODEL = "modules//"  # where the model's own tensors stand in a state
 
 
 class Sharded(Wrapping):
@@ -29,8 +40,8 @@ class Sharded(Wrapping):
         deadline: Seconds to wait for another process.
     """
 
-    governed = False
     deferred = True
+    sharded = True
 
     def __init__(self, host: nn.Module, deadline: float) -> None:
         super().__init__(host, Group(None, deadline))
@@ -83,3 +94,18 @@ class Sharded(Wrapping):
         targets = together(self.peers, lambda: targets_for(table, likes))
         read_shards(storage, table, targets, self.peers)
         return laid_out(lowered(state, targets), likes)
+
+    @staticmethod
+    def gathered(storage: Any, state: State) -> dict[str, Tensor]:
+        """Return the model's tensors of a sharded checkpoint, whole, in one process.
+
+        Raises:
+            CheckpointError: A shard is missing or damaged.
+        """
+        model, table = state["modules"][""]["state"], state[TABLE]
+        paths = {path: facts for path, facts in table["tensors"].items() if path.startswith(MODEL)}
+        targets = {
+            path: torch.empty(facts["shape"], dtype=TYPES[facts["dtype"]]) for path, facts in paths.items()
+        }
+        read_shards(storage, {**table, "tensors": paths}, targets, ALONE)
+        return lowered(model, targets)
