@@ -115,3 +115,14 @@ def test_a_direction_of_zero_length_does_not_become_nan() -> None:
     kernel = WidenKernel(wrapped.pairs["fc1>fc2"], 2)
     stretch(kernel, torch.zeros(2, 10))
     assert bool(kernel.producer_weight.isfinite().all())
+
+
+def test_the_default_dtype_of_torch_changes_nothing() -> None:
+    torch.manual_seed(0)
+    x, gradient = torch.randn(20, 6), torch.randn(20, 3)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert singular_directions(x, gradient, 12).dtype is torch.float32
+    finally:
+        torch.set_default_dtype(before)

@@ -115,7 +115,8 @@ def singular_directions(x: Tensor, gradient: Tensor, pool: int) -> Tensor:
         _, values, vectors = torch.linalg.svd(cross, full_matrices=False)  # (rank,), (rank, in)
     signed = torch.stack((vectors, -vectors), 1).flatten(0, 1)[:pool]  # (2 * rank, in)
     if len(signed) < pool:
-        blends = torch.randn(pool - len(signed), len(values), device=x.device) * values
+        like = {"device": x.device, "dtype": values.dtype}  # whatever torch's default dtype is
+        blends = torch.randn(pool - len(signed), len(values), **like) * values
         signed = torch.cat((signed, blends @ vectors))
     return signed
 

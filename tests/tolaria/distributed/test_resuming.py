@@ -78,7 +78,7 @@ def test_all_step_over_a_damaged_checkpoint_together(found: dict[str, Any]) -> N
     assert last_words(run) == last_words(found["damaged"]["whole"])
 
 
-@pytest.mark.parametrize("name", ["silent 0", "silent 1"])
+@pytest.mark.parametrize("name", ["silent 0", "silent 1", "damaged 0", "damaged 1", "empty 1"])
 def test_all_refuse_what_one_cannot_read(found: dict[str, Any], name: str) -> None:
     run = found["one cannot"][name]
     refused = [words(said, "refused") for said in run["said"]]

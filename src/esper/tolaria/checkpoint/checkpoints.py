@@ -317,11 +317,15 @@ class CheckpointManager:
                 found = read(self.storage, name)
             except StateError as error:
                 failure = error
-            worst = max(self.peers.exchange([VERDICTS.index(verdict_on(failure))]))[0]
+            verdicts = [VERDICTS[v] for (v,) in self.peers.exchange([VERDICTS.index(verdict_on(failure))])]
+            if len(set(verdicts)) > 1:  # who stepped back would delete what the others find sound
+                raise StateError(
+                    f"to the processes, in the order of ranks, {name} is {', '.join(verdicts)}; do all of "
+                    f"them see the same storage?{'' if failure is None else f' {failure}'}"
+                )
             try:
-                if found is None or VERDICTS[worst] != "sound":
-                    kind = CheckpointError if VERDICTS[worst] == "damaged" else StateError
-                    raise failure or kind(f"another process could not read {name}")
+                if found is None:
+                    raise failure or CheckpointError(f"{name} holds nothing")
                 self.wrapping.verify(self.storage, found.manifest)
             except CheckpointError as error:
                 self.messages.append(f"a damaged checkpoint was passed over: {error}")
