@@ -30,7 +30,7 @@ from esper.tamiyo.controller import Tamiyo
 from esper.tolaria.distributed.wrapping import Wrapping
 from esper.tolaria.growth.boundary import digest
 from esper.tolaria.growth.commit import Committer
-from esper.tolaria.growth.entrance import first_probe, merged_budget, named_optimizers, refuse_host
+from esper.tolaria.growth.entrance import first_probe, merged_budget, named_optimizers
 from esper.tolaria.growth.forging import Forging
 from esper.tolaria.growth.streams import Streams
 from esper.tolaria.surgery.adoption import refuse_homeless
@@ -83,7 +83,6 @@ def assemble(
     observe: Observer,
 ) -> Parts:
     """Check what was given and wire a run; nothing of the user's is changed."""
-    refuse_host(wrapping.host)
     policy, peers = detect(wrapping.host, loss_fn), wrapping.peers
     host = policy.host
     optimizers = named_optimizers(optimizer, host)

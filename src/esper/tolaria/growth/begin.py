@@ -19,6 +19,7 @@ from esper.tolaria.distributed.wrapping import wrapping_of
 from esper.tolaria.governor import Settings, Watch
 from esper.tolaria.growth.assembly import assemble
 from esper.tolaria.growth.conductor import Growth
+from esper.tolaria.growth.entrance import refuse_host
 
 
 def grow(
@@ -65,6 +66,7 @@ def grow(
     Raises:
         EsperError: Whatever is given does not fit; nothing was changed then.
     """
+    refuse_host(model)
     settings = load_config(config)
     wrapping = wrapping_of(model, settings.distributed.mode, settings.distributed.deadline)
     if settings.governor.enabled and wrapping.sharded:
