@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch import nn
+from torch.utils.data import DataLoader
 
 import esper
+from benchmarks.clusters import Clusters, loss_fn, refuse
 from esper.contracts import Event, Stage
 from esper.kasmina.state import VITALS
 from esper.tolaria.checkpoint import Batches, CheckpointManager, Run, Storage
@@ -42,33 +43,10 @@ CONFIG = {
 }
 
 
-class Clusters(Dataset[tuple[Tensor, int]]):
-    """Every look at an example adds other noise, from torch's, NumPy's and Python's streams."""
-
-    noise = NOISE[0]
-
-    def __len__(self) -> int:
-        return BATCH * BATCHES
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        label = index % CLASSES
-        noise = torch.randn(CLASSES) + 0.1 * random.random() + 0.1 * float(np.random.rand())
-        return 2 * torch.eye(CLASSES)[label] + self.noise * noise, label
-
-
 def host() -> nn.Sequential:
     return nn.Sequential(
         nn.Linear(CLASSES, 2), nn.BatchNorm1d(2), nn.Tanh(), nn.Dropout(0.1), nn.Linear(2, CLASSES)
     )
-
-
-def loss_fn(model: nn.Module, batch: Any) -> Tensor:
-    return nn.functional.cross_entropy(model(batch[0]), batch[1])
-
-
-def refuse(*given: Any) -> None:
-    """Raise in a kernel's place."""
-    raise RuntimeError("a kernel that was made to raise")
 
 
 class Journey:
@@ -125,7 +103,7 @@ class Journey:
             },
             on_event=self.events.append,
         )
-        self.data = Clusters()
+        self.data = Clusters(CLASSES, BATCH * BATCHES, NOISE[0])
         order = torch.Generator().manual_seed(1)
         self.batches = Batches(
             DataLoader(self.data, BATCH, shuffle=True, num_workers=workers, generator=order)

@@ -22,11 +22,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 import esper
+from benchmarks.clusters import Clusters, loss_fn, refuse
 from esper.contracts import Event, Stage
 from esper.tolaria.checkpoint import Batches, CheckpointManager, Run
 from esper.tolaria.distributed.launch import leave
@@ -46,29 +47,6 @@ CONFIG: dict[str, Any] = {
     "gate": {"false_keep": 0.99, "looks": 60},
     "telemetry": {"progress_every": 50, "sampling": 2},
 }
-
-
-class Clusters(Dataset[tuple[Tensor, int]]):
-    """Every look at an example adds other noise, from torch's, NumPy's and Python's streams."""
-
-    noise = 0.3
-
-    def __len__(self) -> int:
-        return BATCH * BATCHES
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        label = index % CLASSES
-        noise = torch.randn(CLASSES) + 0.1 * random.random() + 0.1 * float(np.random.rand())
-        return 2 * torch.eye(CLASSES)[label] + self.noise * noise, label
-
-
-def loss_fn(model: nn.Module, batch: Any) -> Tensor:
-    return nn.functional.cross_entropy(model(batch[0]), batch[1])
-
-
-def refuse(*given: Any) -> None:
-    """Raise in a kernel's place."""
-    raise RuntimeError("a kernel that was made to raise")
 
 
 class Journey:
@@ -105,7 +83,7 @@ class Journey:
         )
         for stream in (torch.manual_seed, random.seed, np.random.seed):
             stream(rank)  # each process has noise of its own
-        self.data = Clusters()
+        self.data = Clusters(CLASSES, BATCH * BATCHES, 0.3)
         order = torch.Generator().manual_seed(1)
         loader = DataLoader(self.data, BATCH, shuffle=True, generator=order)
         self.batches = Batches(Share(loader, rank, world))
