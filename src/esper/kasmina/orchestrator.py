@@ -10,7 +10,6 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict
-from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from esper.kasmina.health import Measured, vitals
 from esper.kasmina.isolation import same_randomness, untouched
 from esper.kasmina.lessons import FIELD, Lessons, Step, first
 from esper.kasmina.morphable import MorphableModel
+from esper.kasmina.peers import digest
 from esper.kasmina.race import Race
 from esper.kasmina.trial import Given, Timing, Trial, summed, worse
 
@@ -363,8 +363,7 @@ class SeedOrchestrator:
 
     def note_move(self, seed: int, target: Stage) -> None:
         """Go on with the digest of all moves."""
-        move = f"{self.lineage} {self.step} {seed} {target.name}".encode()
-        self.lineage = int.from_bytes(blake2b(move, digest_size=7).digest())  # fits a signed 64-bit number
+        self.lineage = digest(f"{self.lineage} {self.step} {seed} {target.name}")
 
     def fault(self, error: str) -> None:
         """Note a fault of the kernel; among several processes it counts once all of them know."""

@@ -8,6 +8,7 @@ order: no question is put where one process may pass it by.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from hashlib import blake2b
 from typing import Protocol
 
 from torch import Tensor
@@ -87,3 +88,8 @@ class Alone:
 
 
 ALONE = Alone()
+
+
+def digest(text: str) -> int:
+    """Return 56 bits, which fit a record."""
+    return int.from_bytes(blake2b(text.encode(), digest_size=7).digest())

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from esper.errors import SiteError
 from esper.kasmina.peers import ALONE, Peers
 from esper.registry import Registry
+from esper.tolaria.distributed.watchdog import Watchdog
 
 WRAPPINGS = Registry("esper.tolaria.distributed.wrappings", "esper.wrappings")
 Optimizers = Mapping[str, Optimizer]
@@ -32,6 +33,8 @@ class Wrapping:
 
     Args:
         host: The model.
+        peers: The processes that train it.
+        watchdog: Over them.
 
     Attributes:
         peers: The processes that train it.
@@ -42,11 +45,13 @@ class Wrapping:
     deferred = False
     sharded = False
 
-    def __init__(self, host: nn.Module, peers: Peers = ALONE) -> None:
-        self.host, self.peers = host, peers
+    def __init__(self, host: nn.Module, peers: Peers = ALONE, watchdog: Watchdog | None = None) -> None:
+        self.host, self.peers, self.watchdog = host, peers, watchdog
 
     def close(self) -> None:
         """Let go of the other processes; growth is over."""
+        if self.watchdog is not None:
+            self.watchdog.close()
 
     def whole(self) -> AbstractContextManager[Any]:
         """Let the host run as an ordinary module of this process."""

@@ -23,12 +23,11 @@ from esper.kasmina.gate import Gate
 from esper.kasmina.isolation import evaluating, same_randomness, untouched
 from esper.kasmina.morphable import MorphableModel
 from esper.kasmina.orchestrator import SeedOrchestrator
-from esper.kasmina.peers import Peers
+from esper.kasmina.peers import Peers, digest
 from esper.kasmina.sites import Sites
 from esper.kasmina.trial import Given, Timing
 from esper.tamiyo.controller import Tamiyo
 from esper.tolaria.distributed.wrapping import Wrapping
-from esper.tolaria.growth.boundary import digest
 from esper.tolaria.growth.commit import Committer
 from esper.tolaria.growth.entrance import first_probe, merged_budget, named_optimizers
 from esper.tolaria.growth.forging import Forging

@@ -11,12 +11,11 @@ import json
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from hashlib import blake2b
 from typing import Any, Literal
 
 from esper.contracts import Decision, Stage
 from esper.errors import ProcessError
-from esper.kasmina.peers import Peers
+from esper.kasmina.peers import Peers, digest
 from esper.tolaria.genome import Plan
 
 ACTIONS: tuple[Literal["widen", "graft", "nothing"], ...] = ("widen", "graft", "nothing")
@@ -133,8 +132,3 @@ def number(value: int) -> float:
 def topology(plans: Sequence[Plan]) -> int:
     """Digest what grew; asked again only where something did."""
     return digest(repr(plans))
-
-
-def digest(text: str) -> int:
-    """Return 56 bits, which fit a record."""
-    return int.from_bytes(blake2b(text.encode(), digest_size=7).digest())

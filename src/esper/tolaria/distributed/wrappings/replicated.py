@@ -40,12 +40,7 @@ class Replicated(Wrapping):
     def __init__(self, wrapper: DistributedDataParallel, deadline: float) -> None:
         refuse_parts(wrapper)
         self.wrapper, self.group = wrapper, Group(wrapper.process_group, deadline)
-        super().__init__(wrapper.module, self.group)
-        self.watchdog = Watchdog(wrapper.process_group, deadline)
-
-    def close(self) -> None:
-        """End the watchdog."""
-        self.watchdog.close()
+        super().__init__(wrapper.module, self.group, Watchdog(wrapper.process_group, deadline))
 
     @contextmanager
     def opened(self, optimizers: Optimizers) -> Iterator[None]:

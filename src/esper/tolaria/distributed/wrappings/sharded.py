@@ -44,12 +44,7 @@ class Sharded(Wrapping):
     sharded = True
 
     def __init__(self, host: nn.Module, deadline: float) -> None:
-        super().__init__(host, Group(None, deadline))
-        self.watchdog = Watchdog(None, deadline)
-
-    def close(self) -> None:
-        """End the watchdog."""
-        self.watchdog.close()
+        super().__init__(host, Group(None, deadline), Watchdog(None, deadline))
 
     def whole(self) -> AbstractContextManager[Any]:
         """Gather the shards for a while."""
