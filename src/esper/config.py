@@ -21,8 +21,27 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class Early(Section):
+    """The early recipe: a few events, all places at once, inserted without a race and judged afterwards."""
+
+    shares: tuple[float, ...] = Field(
+        (0.1, 0.3, 0.5, 0.7),
+        min_length=1,
+        description="of the learning (the sum of learning rates) at which events fall; under a cosine .1, .3, "
+        ".5, .7 are .05, .15, .25, .4 of the steps",
+    )
+    factor: float = Field(2.0, gt=1, description="by which an event multiplies a width")
+    examples: int = Field(1024, ge=32, description="examples an event reads at most, of either kind")
+    reopen: Literal["auto", "output", "shrink", "no"] = Field(
+        "auto", description="what an event does to a saturated host, see docs/how-it-grows.md"
+    )
+    judge: float = Field(
+        0.07, gt=0, le=1, description="share of the steps after which an event must have lowered the held-out loss"
+    )
+
+
 class Schedule(Section):
-    """When to look for growth."""
+    """When to look for growth, where growth is incubated."""
 
     warmup: float = Field(0.1, ge=0, le=1, description="share of the steps before the first decision")
     stop: float = Field(0.9, gt=0, le=1, description="share of the steps after which no decision is due")
@@ -88,8 +107,11 @@ class Widths(Section):
 class Budget(Section):
     """What growth may spend; None is unlimited."""
 
-    parameters: float = Field(4.0, gt=1, description="up to 1000: multiples of the host's; above: a count")
-    growth_events: int = Field(4, ge=0, description="widenings kept")
+    parameters: int | None = Field(None, ge=1, description="of the grown model, a count")
+    growth_factor: float = Field(
+        16.0, gt=1, description="of the host's parameters; where parameters is given, that count alone holds"
+    )
+    growth_events: int = Field(4, ge=0, description="events that grow, or widenings kept where they are raced")
     growth_flops: float | None = Field(None, gt=0, description="training FLOPs all growth may cost")
     model_flops: float | None = Field(None, gt=0, description="forward FLOPs per example of the grown model")
     wall_seconds: float | None = Field(None, gt=0, description="seconds all growth may take")
@@ -166,6 +188,12 @@ class Config(BaseSettings):
         env_prefix="ESPER_", env_nested_delimiter="__", extra="forbid", frozen=True
     )
 
+    growth: Literal["auto", "early", "incubate", "off"] = Field(
+        "auto",
+        description="early: a few events, all places at once; incubate: candidates are raced at one place at a "
+        "time; off; auto: early, and incubate where most of the model is frozen or only branches fit",
+    )
+    early: Early = Early()
     schedule: Schedule = Schedule()
     race: Race = Race()
     gate: Gate = Gate()

@@ -110,6 +110,34 @@ def empty_slices(model: nn.Module, plan: WidenPlan) -> dict[str, Tensor]:
     return slices
 
 
+def put_in_place(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Write earlier weights and buffers into a model, whatever their shapes; parameters keep their identity.
+
+    Args:
+        model: Whose parameters and buffers have these names.
+        tensors: By name; they are not kept.
+    """
+    owners = {
+        f"{path}.{leaf}".lstrip("."): (module, leaf)
+        for path, module in model.named_modules(remove_duplicate=False)
+        for leaf in (*module._parameters, *module._buffers)
+    }
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            module, leaf = owners[name]
+            own = module._parameters.get(leaf)
+            if own is None:
+                buffer = module._buffers[leaf]
+                if buffer is not None and buffer.shape == tensor.shape:
+                    buffer.copy_(tensor)
+                else:
+                    module._buffers[leaf] = tensor.clone()
+            elif own.shape == tensor.shape:
+                own.copy_(tensor)
+            else:
+                _put_back(own, tensor.clone(), None)
+
+
 def extend(old: Tensor, new: Tensor, axis: int) -> Tensor:
     """Append ``new`` to ``old`` along ``axis``, in the dtype, device and memory format of ``old``."""
     joined = torch.cat([old.detach(), new.detach().to(old)], axis)

@@ -56,6 +56,9 @@ class Parts:
     config: Config
     budget: Budget
     observe: Observer
+    probe: Iterable[Any]
+    averages: Sequence[nn.Module]
+    schedulers: Sequence[Any]
     run: Callable[[Any], Tensor]
     latency_ms: Callable[[], float]
     host_parameters: int
@@ -73,6 +76,7 @@ def assemble(
     probe: Iterable[Any],
     *,
     steps: int | None,
+    schedulers: Sequence[Any],
     scaler: Any,
     ema: Sequence[nn.Module],
     sites: Sites,
@@ -170,6 +174,9 @@ def assemble(
         config=config,
         budget=merged,
         observe=observe,
+        probe=probe,
+        averages=ema,
+        schedulers=schedulers,
         run=given.run,
         latency_ms=lambda: latency(host, lambda: loss_fn(host, batch)),
         host_parameters=model.parameter_count(),
@@ -203,7 +210,7 @@ def widenings(model: MorphableModel, budget: Budget) -> int:
 
 def limit(budget: Budget, host: int) -> float:
     """Return the most parameters a budget allows."""
-    return budget.parameters * host if budget.parameters <= 1000 else budget.parameters
+    return budget.growth_factor * host if budget.parameters is None else budget.parameters
 
 
 def looks(model: MorphableModel, config: Config) -> int:

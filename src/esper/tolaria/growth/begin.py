@@ -88,6 +88,7 @@ def grow(
         loss_fn,
         probe,
         steps=steps,
+        schedulers=schedulers,
         scaler=scaler,
         ema=ema,
         sites=sites,

@@ -26,6 +26,7 @@ from esper.tolaria.genome import Plan
 from esper.tolaria.governor import Watch
 from esper.tolaria.growth.assembly import Parts, limit
 from esper.tolaria.growth.boundary import Word, bits, meet, realign, same_decision, topology
+from esper.tolaria.growth.early import Early
 from esper.tolaria.growth.entrance import check_finite, check_loss
 from esper.tolaria.growth.memory import capture, restore
 from esper.tolaria.growth.redo import Redo
@@ -69,6 +70,7 @@ class Growth:
         self.watch: Watch | None = None  # the governor, where the settings want one
         self.evaluations = 0  # of closures, since the last step
         self.hooks = [before_closures(o, self._begin_evaluation) for o in parts.optimizers.values()]
+        self.early: Early | None = Early(self) if parts.config.growth in ("auto", "early") else None
         self._tell_start()
 
     @property
@@ -147,6 +149,9 @@ class Growth:
         return found.loss
 
     def _act(self, loss: float) -> None:
+        if self.early is not None:
+            self.early.step(loss)
+            return
         if self.parts.forging.orders:
             self.parts.forging.collect(self.steps)
         if self.orchestrator.trial is not None:

@@ -1,0 +1,440 @@
+"""The held-out score: would new units lower the loss of examples nobody has learned from?
+
+For every place at once, in one pass forth and back over training examples and one over held-out ones. Per
+place a pool of random units is drawn. What the host's own consumer can already do with the units it has is
+projected out of them (the efficient score), the units that promise most are picked one after the other, and
+a direction for their outgoing weights is fitted. On a held-out example the score is the first-order decrease
+of its loss along that direction: on noise its mean is zero or less, whatever the training examples said.
+
+Cross-entropy is read at tempered logits (output layer × 0.3): a saturated host gives almost no gradient, and
+its plain score falls from 8 to 2 while the tempered one stays at 8 to 19 (digits CNN).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from esper.blueprints.kernel import LiveKernel
+from esper.contracts import HealthReport
+from esper.kasmina.health import dead
+from esper.kasmina.isolation import untouched
+from esper.kasmina.peers import ALONE, Peers
+from esper.kasmina.places import Place
+from esper.kasmina.seam import open_seam
+from esper.kasmina.starts import pick
+from esper.kasmina.widen import HostKernel, affine
+
+RIDGE = 1e-2  # of the mean diagonal: what the host's own units can do is estimated from a few hundred rows
+DAMPING = 0.1  # likewise, for the direction
+POOL = 4  # units drawn per unit wanted, while they are few
+LARGE = 256  # units above which none are drawn beyond those wanted, and none are compared with each other
+ROWS = 65_536  # positions the host's units are regressed on
+
+
+@dataclass(slots=True)
+class Sight:
+    """What one pass showed at a place."""
+
+    x: Tensor | None = None  # what a kernel reads, (batch, …)
+    hidden: Tensor | None = None  # what the exit reads
+    gradient: Tensor | None = None  # of the batch's mean loss for the exit's output, (batch, …)
+
+
+class Eye:
+    """A gateway at both ends of a place; keeps what passes, changes nothing."""
+
+    def __init__(self, place: Place) -> None:
+        self.place, self.sight = place, Sight()
+        self.serial = place.port == "serial"
+
+    def enter(self, x: Tensor | None) -> None:
+        """Keep the entry's input."""
+        if x is not None and not self.serial:
+            self.sight.x = x.detach()
+
+    def leave(self, y: Tensor) -> Tensor:
+        """Wait for the gradient of the exit's output."""
+        if self.serial:
+            self.sight.x = y.detach()
+        if not y.requires_grad:
+            return y
+        sight = self.sight
+
+        def receive(gradient: Tensor) -> None:
+            sight.gradient = gradient.detach()
+
+        y.register_hook(receive)
+        return y
+
+
+class HiddenEye:
+    """A gateway at the exit's own input."""
+
+    def __init__(self, eye: Eye) -> None:
+        self.eye = eye
+
+    def enter(self, x: Tensor | None) -> None:
+        """Keep what the exit reads."""
+        if x is not None:
+            self.eye.sight.hidden = x.detach()
+
+    def leave(self, y: Tensor) -> Tensor:
+        """Let outputs pass."""
+        return y
+
+
+@contextmanager
+def watching(places: Mapping[str, Place]) -> Iterator[dict[str, Eye]]:
+    """Open the seams of many places for a few passes."""
+    eyes = {name: Eye(place) for name, place in places.items()}
+    with ExitStack() as stack:
+        for eye in eyes.values():
+            entry, exit_ = eye.place.ends()
+            if not eye.serial:
+                stack.callback(open_seam(entry, "entry", eye))
+            stack.callback(open_seam(exit_, "entry", HiddenEye(eye)))
+            stack.callback(open_seam(exit_, "exit", eye))
+        yield eyes
+
+
+@contextmanager
+def judging(model: nn.Module) -> Iterator[None]:
+    """Run passes in eval mode, but normalise by the batch: new channels have no running statistics yet."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        for module in model.modules():
+            if isinstance(module, _NormBase):
+                module.training = True
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@dataclass(slots=True)
+class Sums:
+    """What training examples say of a pool of units; sums over rows, so that batches and processes add up."""
+
+    gram: Tensor  # (c + 1, c + 1) of the host's units and a constant
+    cross: Tensor  # (c + 1, pool) of those with the pool
+    pool: Tensor  # (pool, pool)
+    own: Tensor  # (c + 1, out) gradient of the consumer's weights, flattened per unit
+    new: Tensor  # (pool, out) the same for the pool's
+    rows: Tensor  # 0-dim
+    examples: Tensor  # 0-dim
+
+
+@dataclass(slots=True)
+class Scored:
+    """What was found at one place."""
+
+    report: HealthReport
+    kernel: LiveKernel  # the units picked, outgoing weights at zero
+    direction: dict[str, Tensor]  # for the outgoing weights
+    values: np.ndarray = field(repr=False)  # (examples or blocks,) held-out first-order decrease of the loss
+
+    @property
+    def gain(self) -> float | None:
+        """Mean held-out decrease that a step along the direction promises: half of the first order."""
+        return 0.5 * float(self.values.mean()) if len(self.values) else None
+
+
+class Score:
+    """Scores all places of a model.
+
+    Args:
+        model: The host.
+        places: By name.
+        units: Wanted, by name.
+        peers: Other processes, whose examples count too.
+    """
+
+    def __init__(
+        self, model: nn.Module, places: Mapping[str, Place], units: Mapping[str, int], peers: Peers = ALONE
+    ) -> None:
+        self.model, self.places, self.units, self.peers = model, dict(places), dict(units), peers
+        self.pools: dict[str, LiveKernel] = {}
+        self.sums: dict[str, Sums] = {}
+        self.chosen: dict[str, Scored] = {}
+        self.seen: dict[str, dict[str, float]] = {}
+
+    def fit(self, runs: Sequence[tuple[Callable[[], Tensor], int]], seed: int) -> None:
+        """Look at training examples.
+
+        Args:
+            runs: Passes to mean losses, each with its number of examples.
+            seed: Of the pools.
+        """
+        with judging(self.model), untouched(self.model, seed), torch.enable_grad():
+            for name, place in self.places.items():
+                self.pools[name] = place.kernel(pool_size(place, self.units[name]))
+            for sights, examples in self.passes(runs):
+                for name, sight in sights.items():
+                    self.learn(name, sight, examples)
+            for name in list(self.sums):
+                self.choose(name)
+
+    def passes(
+        self, runs: Sequence[tuple[Callable[[], Tensor], int]]
+    ) -> Iterator[tuple[dict[str, Sight], int]]:
+        """Run passes forth and back; yields what was seen at the places that were passed."""
+        host = [p for p in self.model.parameters() if p.requires_grad]
+        for run, examples in runs:
+            with watching(self.places) as eyes:
+                torch.autograd.grad(run(), host, allow_unused=True)
+            whole = {name: eye.sight for name, eye in eyes.items() if eye.sight.gradient is not None}
+            yield {name: s for name, s in whole.items() if s.x is not None}, examples
+
+    def learn(self, name: str, sight: Sight, examples: int) -> None:
+        """Add one pass to a place's sums."""
+        kernel, place = self.pools[name], self.places[name]
+        assert sight.x is not None and sight.gradient is not None
+        gradient = sight.gradient * examples  # per example
+        outgoing = [kernel.get_parameter(n) for n in kernel.outgoing]
+        if name not in self.seen and sight.hidden is not None and isinstance(kernel, HostKernel):
+            flat = sight.hidden.float()
+            self.seen[name] = {
+                "activation_mean": float(flat.mean()),
+                "activation_variance": float(flat.var()),
+                "dead": dead(flat),
+                "gradient_norm": float(sight.gradient.norm()),
+            }
+        if not isinstance(kernel, HostKernel) or sight.hidden is None:
+            slopes = torch.autograd.grad((kernel(sight.x) * gradient).sum(), outgoing)
+            flat = torch.cat([slope.flatten() for slope in slopes])
+            self.add(name, plain_sums(flat, examples))
+            return
+        if isinstance(kernel, HostKernel) and name not in self.sums:
+            centre(kernel, sight.x)
+        with torch.no_grad():
+            phi = kernel(sight.x, hidden=True)
+        new = outgoing_gradient(kernel, phi, gradient, len(outgoing[0]))
+        own = outgoing_gradient(kernel, with_one(sight.hidden, kernel), gradient, 0)
+        a, b = rows_of(with_one(sight.hidden, kernel), kernel), rows_of(phi, kernel)
+        if len(a) > ROWS:
+            which = torch.randperm(len(a), device=a.device)[:ROWS]
+            a, b = a[which], b[which]
+        count = torch.tensor(float(len(a)), device=a.device)
+        self.add(name, Sums(a.T @ a, a.T @ b, b.T @ b, own, new, count, torch.full_like(count, examples)))
+
+    def add(self, name: str, part: Sums) -> None:
+        """Add up."""
+        known = self.sums.get(name)
+        if known is None:
+            self.sums[name] = part
+            return
+        for fact in Sums.__slots__:
+            getattr(known, fact).add_(getattr(part, fact))
+
+    def choose(self, name: str) -> None:
+        """Pick units and fit the direction of their outgoing weights."""
+        pool, sums, units = self.pools[name], self.sums[name], self.units[name]
+        self.peers.mean([getattr(sums, fact) for fact in Sums.__slots__])
+        report = HealthReport(
+            self.places[name].site.name, None, int(sums.examples * self.peers.world), **self.seen.get(name, {})
+        )
+        if not isinstance(pool, HostKernel) or not len(sums.gram):
+            flat = sums.new / sums.examples
+            step = -flat / flat.norm().clamp_min(1e-12)
+            direction, at = {}, 0
+            for outgoing in pool.outgoing:
+                own = pool.get_parameter(outgoing)
+                direction[outgoing] = step[at : at + own.numel()].view_as(own)
+                at += own.numel()
+            self.chosen[name] = Scored(report, pool, direction, np.empty(0))
+            return
+        gram = damped(sums.gram / sums.rows, RIDGE)
+        regression = torch.linalg.solve(gram, sums.cross / sums.rows)  # (c + 1, pool)
+        left = sums.pool / sums.rows - regression.T @ (sums.cross / sums.rows)  # (pool, pool), residual
+        slope = (sums.new - regression.T @ sums.own) / sums.examples  # (pool, out)
+        which = greedy(left, slope, units, self.places[name].site.granularity)
+        kernel = picked(self.places[name], pool, which)
+        per_example = sums.rows / sums.examples
+        step = -torch.linalg.solve(damped(left[which][:, which] * per_example, DAMPING), slope[which])
+        flat = {"new": step, "own": -(regression[:, which] @ step)}  # (units, out), (c + 1, out)
+        self.chosen[name] = Scored(report, kernel, flat, np.empty(0))
+
+    def test(self, runs: Sequence[tuple[Callable[[], Tensor], int]], additive: bool, seed: int) -> None:
+        """Look at held-out examples.
+
+        Args:
+            runs: Passes to mean losses, each with its number of examples.
+            additive: Whether a loss is the mean of its examples', so that each of them counts alone.
+            seed: Of random numbers in the passes.
+        """
+        found: dict[str, list[Tensor]] = {name: [] for name in self.chosen}
+        with judging(self.model), untouched(self.model, seed), torch.enable_grad():
+            for sights, examples in self.passes(runs):
+                for name in found.keys() & sights.keys():
+                    values = self.values(name, sights[name], examples)
+                    found[name].append(values if additive else values.mean(0, keepdim=True))
+        for name, parts in found.items():
+            if parts:
+                joined = self.peers.gather(torch.cat(parts))
+                self.chosen[name].values = joined.double().cpu().numpy()
+
+    def values(self, name: str, sight: Sight, examples: int) -> Tensor:
+        """Return the first-order decrease of each example's loss, (examples,)."""
+        scored = self.chosen[name]
+        kernel, direction = scored.kernel, scored.direction
+        assert sight.x is not None and sight.gradient is not None
+        with torch.no_grad():
+            if isinstance(kernel, HostKernel) and "new" in direction:
+                phi = kernel(sight.x, hidden=True)
+                moved = through(kernel, phi, direction["new"])
+                assert sight.hidden is not None
+                moved = moved + through(kernel, with_one(sight.hidden, kernel), direction["own"])
+            else:
+                moved = moved_along(kernel, sight.x, direction)
+            product = -(moved * sight.gradient).float() * examples
+        return per_example(product, examples)
+
+
+def pool_size(place: Place, units: int) -> int:
+    """Return how many units to draw: whole groups, several for each that is wanted while they are few."""
+    if units >= LARGE or place.site.kind != "pair":
+        return units
+    return min(POOL * units, LARGE // place.site.granularity * place.site.granularity or units)
+
+
+def centre(kernel: LiveKernel, x: Tensor) -> None:
+    """Spread the units' thresholds over what they read, as torch's own start does with its biases."""
+    for name, parameter in kernel.named_parameters():
+        if name.endswith("_bias") and not name.startswith(("between", "left", "right")):
+            weight = kernel.get_parameter(name.removesuffix("_bias") + "_weight")
+            bound = 1 / math.sqrt(weight[0].numel())
+            with torch.no_grad():
+                parameter.uniform_(-bound, bound)
+
+
+def with_one(hidden: Tensor, kernel: HostKernel[Any]) -> Tensor:
+    """Append a unit that is always on to what the consumer reads."""
+    columns = int(kernel.pair.columns)
+    axis = hidden.dim() - 1 if isinstance(kernel.pair.consumer, nn.Linear) else 1
+    shape = list(hidden.shape)
+    shape[axis] = columns
+    return torch.cat([hidden, hidden.new_ones(shape)], axis)
+
+
+def rows_of(hidden: Tensor, kernel: HostKernel[Any]) -> Tensor:
+    """Return the units one by one, a row per position, (rows, units)."""
+    columns = int(kernel.pair.columns)
+    if not isinstance(kernel.pair.consumer, nn.Linear):
+        return hidden.movedim(1, -1).flatten(0, -2).float()
+    if columns > 1:
+        return hidden.unflatten(-1, (-1, columns)).movedim(-2, -1).flatten(0, -2).float()
+    return hidden.flatten(0, -2).float()
+
+
+def outgoing_gradient(kernel: HostKernel[Any], hidden: Tensor, gradient: Tensor, units: int) -> Tensor:
+    """Return the gradient of the outgoing weights of these units, (units, out · …)."""
+    consumer, columns = kernel.pair.consumer, int(kernel.pair.columns)
+    host = consumer.weight
+    axis = hidden.dim() - 1 if isinstance(consumer, nn.Linear) else 1
+    weight = host.new_zeros(host.shape[0], hidden.shape[axis], *host.shape[2:]).requires_grad_()
+    with torch.enable_grad():
+        (slope,) = torch.autograd.grad((affine(consumer, hidden, weight, None) * gradient).sum(), weight)
+    return slope.float().movedim(1, 0).reshape(hidden.shape[axis] // columns, -1)
+
+
+def through(kernel: HostKernel[Any], hidden: Tensor, weight: Tensor) -> Tensor:
+    """Run the consumer with other weights, given per unit, (units, out · …)."""
+    consumer, columns = kernel.pair.consumer, int(kernel.pair.columns)
+    host = consumer.weight
+    flat = weight.reshape(-1, host.shape[0], *host.shape[2:]).movedim(0, 1)
+    assert flat.shape[1] == weight.shape[0] * columns
+    return affine(consumer, hidden, flat.to(host.dtype), None)
+
+
+def moved_along(kernel: LiveKernel, x: Tensor, direction: Mapping[str, Tensor]) -> Tensor:
+    """Return what a kernel gives when its outgoing weights move along a direction, to first order."""
+    small = 1e-2
+    own = {name: kernel.get_parameter(name) for name in direction}
+    try:
+        for name, parameter in own.items():
+            parameter.copy_(small * direction[name])
+        return kernel(x) / small
+    finally:
+        for parameter in own.values():
+            parameter.zero_()
+
+
+def per_example(values: Tensor, examples: int) -> Tensor:
+    """Sum up what belongs to each example; axis 0 is theirs, or a multiple of it."""
+    if values.dim() > 1 and values.shape[0] != examples and values.shape[1] == examples:
+        values = values.transpose(0, 1)
+    if values.shape[0] % examples:
+        return values.sum().reshape(1) / examples
+    return values.reshape(examples, -1).sum(1)
+
+
+def plain_sums(slope: Tensor, examples: int) -> Sums:
+    """Sum up a place whose units cannot be told apart: only the gradient of its outgoing weights."""
+    none = slope.new_zeros(0, 0)
+    one = slope.new_tensor(1.0)
+    return Sums(none, none.clone(), none.clone(), none.clone(), slope.float(), one, one * examples)
+
+
+def damped(matrix: Tensor, share: float) -> Tensor:
+    """Add a share of the mean diagonal to the diagonal."""
+    mean = matrix.diagonal().mean().clamp_min(1e-12)
+    return matrix + share * mean * torch.eye(len(matrix), device=matrix.device, dtype=matrix.dtype)
+
+
+def greedy(left: Tensor, slope: Tensor, units: int, group: int) -> Tensor:
+    """Pick units one after the other, each for what the ones before it leave, (units,).
+
+    Args:
+        left: (pool, pool) covariance of what the host's units cannot do.
+        slope: (pool, out) gradient of the outgoing weights.
+        units: Wanted.
+        group: Units that come together.
+    """
+    if units >= len(slope):
+        return torch.arange(len(slope), device=slope.device)
+    if group > 1:
+        power = (slope.square().sum(1) / left.diagonal().clamp_min(1e-12)).view(-1, group).sum(1)
+        groups = power.topk(units // group).indices
+        return (groups[:, None] * group + torch.arange(group, device=slope.device)).flatten()
+    left, slope = left.clone(), slope.clone()
+    floor = 1e-6 * float(left.diagonal().max().clamp_min(1e-30))
+    free = torch.ones(len(slope), dtype=torch.bool, device=slope.device)
+    picked_: list[Tensor] = []
+    for _ in range(units):
+        size = left.diagonal().clamp_min(floor)
+        power = torch.where(free, slope.square().sum(1) / size, -torch.inf)
+        best = power.argmax()
+        picked_.append(best)
+        free[best] = False
+        share = left[:, best] / size[best]
+        slope = slope - share[:, None] * slope[best]
+        left = left - share[:, None] * left[best]
+    return torch.stack(picked_)
+
+
+def picked(place: Place, pool: LiveKernel, which: Tensor) -> LiveKernel:
+    """Build a kernel of some of a pool's units."""
+    kernel = place.kernel(len(which))
+    total = pool_units(pool)
+    tensors = {**dict(pool.named_parameters()), **dict(pool.named_buffers())}
+    with torch.no_grad():
+        for name, own in (*kernel.named_parameters(), *kernel.named_buffers()):
+            if name in pool.axes and name not in kernel.outgoing:
+                own.copy_(pick(tensors[name].detach(), pool.axes[name], total, which))
+    return kernel
+
+
+def pool_units(kernel: LiveKernel) -> int:
+    """Count a kernel's units."""
+    assert isinstance(kernel, HostKernel)
+    return int(kernel.units)

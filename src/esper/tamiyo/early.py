@@ -1,0 +1,70 @@
+"""The early recipe's part of the decisions: when events fall, and how many units each place gets."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+from esper.contracts import Site
+from esper.tamiyo.controller import Room
+
+HALVINGS = 12  # of the interval in which the share lies that the budget allows
+
+Cost = Callable[[Mapping[str, int]], tuple[int, int]]  # units by place -> parameters, forward FLOPs per example
+
+
+def due(shares: Sequence[float], rates: Sequence[float] | None, steps: int) -> list[int]:
+    """Return the steps of a run at which it has done these shares of its learning.
+
+    Learning is the sum of learning rates: under a constant rate a share of it is the same share of the
+    steps, under a cosine .1, .3, .5, .7 of it are .05, .15, .26, .4 of the steps.
+
+    Args:
+        shares: Of the learning, in (0, 1).
+        rates: Of every step; None is not known, and taken for a cosine: too early costs less than too late.
+        steps: Of the run.
+    """
+    if rates is None:
+        rates = [0.5 * (1 + math.cos(math.pi * (i + 0.5) / steps)) for i in range(steps)]
+    learned = list(itertools.accumulate(rates))
+    found, at = set[int](), 0
+    for share in shares:
+        while at < len(learned) - 1 and learned[at] < share * learned[-1]:
+            at += 1
+        found.add(at + 1)
+    return sorted(found) if learned[-1] > 0 else []
+
+
+def wanted(site: Site, factor: float) -> int:
+    """Return the units that multiply a site's width, in whole groups; at least one group."""
+    group = site.granularity
+    units = max(round(site.width * (factor - 1) / group), 1) * group
+    return units if site.most is None else min(units, site.most)
+
+
+def allocate(sites: Sequence[Site], factor: float, room: Room, cost: Cost) -> dict[str, int]:
+    """Share out what the budget allows: all that is wanted, or every place the same part of it.
+
+    Args:
+        sites: Places that may grow.
+        factor: By which a width is multiplied.
+        room: What is left.
+        cost: What units cost together: two layers that both double have four times the weights between them.
+    """
+
+    def units(share: float) -> dict[str, int]:
+        whole = {s.name: int(wanted(s, factor) * share / s.granularity) * s.granularity for s in sites}
+        return {name: count for name, count in whole.items() if count > 0}
+
+    def fits(share: float) -> bool:
+        parameters, flops = cost(units(share))
+        return parameters <= room.parameters and (room.model_flops is None or flops <= room.model_flops)
+
+    if fits(1.0):
+        return units(1.0)
+    low, high = 0.0, 1.0
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return units(low)

@@ -1,0 +1,87 @@
+"""Read ahead what the user's schedulers will do to the learning rate, so that no unit is born when it is gone."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+MOST = 20_000  # steps of a scheduler that are tried out; longer runs are read at a coarser pace
+HORIZONS = ("total_steps", "T_max", "total_iters")  # what torch's schedulers call their own length
+
+
+class StandIn(SGD):
+    """Has the groups of a user's optimizer, and nothing to train."""
+
+    def __init__(self, given: Optimizer) -> None:
+        groups = [
+            {**{k: v for k, v in g.items() if k != "params"}, "params": [nn.Parameter(torch.zeros(1))]}
+            for g in given.param_groups
+        ]
+        super().__init__(groups, lr=1.0)
+        self.defaults = {**given.defaults, **self.defaults}
+        self.step = _stepped  # schedulers ask whether it was ever called
+        self._opt_called = True
+
+
+def _stepped(closure: Any = None) -> None:
+    """Do nothing."""
+
+
+_stepped._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # torch's own mark, or it would warn
+
+
+def forecast(schedulers: Sequence[Any], optimizer: Optimizer, steps: int, done: int) -> list[float] | None:
+    """Return the learning rate of every step of a run, or None where it cannot be known.
+
+    Args:
+        schedulers: The user's.
+        optimizer: Whose first group is read.
+        steps: Of the run.
+        done: Steps so far; a scheduler that moved more seldom moves by the epoch.
+    """
+    known = [s for s in schedulers if isinstance(s, LRScheduler)]
+    if any(isinstance(s, ReduceLROnPlateau) for s in schedulers) or len(known) < len(schedulers):
+        return None
+    known = [s for s in known if s.optimizer is optimizer]
+    if not known:
+        return None if "initial_lr" in optimizer.param_groups[0] else [1.0] * steps
+    stand_in = StandIn(optimizer)
+    try:
+        twins = [copy.deepcopy(s, {id(optimizer): stand_in}) for s in known]
+    except (TypeError, RuntimeError, AttributeError, copy.Error):  # it holds what cannot be copied
+        return None
+    every = max(pace(s, steps, done) for s in known)
+    if steps / every > MOST:
+        return None
+    rates: list[float] = []
+    for step in range(done, steps):
+        rates.append(float(stand_in.param_groups[0]["lr"]))
+        if (step + 1) % every:
+            continue
+        try:
+            for twin in twins:
+                twin.step()
+        except ValueError:  # OneCycleLR is over
+            break
+    past = rates[:1] * done
+    return past + rates + rates[-1:] * (steps - done - len(rates))
+
+
+def pace(scheduler: LRScheduler, steps: int, done: int) -> int:
+    """Return the optimizer steps between two moves of a scheduler: seen, or guessed from its own length."""
+    moved = int(scheduler.last_epoch)
+    if moved > 0 and done > 0:
+        return max(round(done / moved), 1)
+    inner = getattr(scheduler, "_schedulers", ())
+    lengths = [int(getattr(scheduler, name)) for name in HORIZONS if hasattr(scheduler, name)]
+    lengths += [int(scheduler.milestones[-1])] if getattr(scheduler, "milestones", None) else []  # type: ignore[attr-defined]
+    for one in inner:
+        lengths += [int(getattr(one, name)) for name in HORIZONS if hasattr(one, name)]
+    length = max(lengths, default=steps)
+    return 1 if 2 * length > steps else max(round(steps / length), 1)

@@ -1,0 +1,124 @@
+"""A moment before an event, and the way back to it across the change of shapes.
+
+Weights, buffers and what the optimizers know of them go back. Learning rates, schedulers and random streams
+stay where they are: the loop goes on, and a schedule that was set back would end before its rate has decayed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from esper.contracts import WidenPlan
+from esper.kasmina.materialise import put_in_place
+from esper.tolaria.governor.rollback import duplicate, read_back, write, written
+
+State = dict[str, Any]
+
+
+@dataclass
+class Before:
+    """A run as it was.
+
+    Attributes:
+        step: When.
+        plans: How many there were.
+        tensors: Of the host, then of its averages, by name.
+        attributes: (module path, attribute, value) of the counts that plans changed since, in order.
+        states: Per optimizer, the state of each parameter by the host's name for it.
+        groups: Per optimizer and group, the host's names for its parameters.
+    """
+
+    step: int
+    plans: int
+    tensors: list[dict[str, Tensor]]
+    attributes: list[tuple[str, str, int]]
+    states: list[dict[str, State]]
+    groups: list[list[list[str]]]
+
+    @classmethod
+    def of(cls, models: Sequence[nn.Module], optimizers: Mapping[str, Optimizer], step: int, plans: int) -> Before:
+        """Copy a run as it is.
+
+        Args:
+            models: The host, then its averages.
+            optimizers: By name.
+            step: Now.
+            plans: How many there are.
+        """
+        names = {id(p): name for name, p in models[0].named_parameters()}
+        return cls(
+            step,
+            plans,
+            [{n: t.detach().clone() for n, t in named(model)} for model in models],
+            [],
+            [
+                {names[id(p)]: duplicate(state) for p, state in o.state.items() if id(p) in names}
+                for o in optimizers.values()
+            ],
+            [
+                [[names[id(p)] for p in g["params"] if id(p) in names] for g in o.param_groups]
+                for o in optimizers.values()
+            ],
+        )
+
+    def note(self, model: nn.Module, plan: WidenPlan) -> None:
+        """Note the counts that a plan is about to change."""
+        modules = dict(model.named_modules(remove_duplicate=False))
+        self.attributes += [(path, a, getattr(modules[path], a)) for path, a, _ in plan.attributes]
+
+    def restore(self, models: Sequence[nn.Module], optimizers: Mapping[str, Optimizer]) -> None:
+        """Bring the run back; parameters keep their identity where torch lets them."""
+        for model, tensors in zip(models, self.tensors, strict=True):
+            modules = dict(model.named_modules(remove_duplicate=False))
+            for path, attribute, value in reversed(self.attributes):
+                if path in modules:
+                    setattr(modules[path], attribute, value)
+            put_in_place(model, tensors)
+            model.zero_grad(set_to_none=True)
+        parameters = dict(models[0].named_parameters())
+        for optimizer, states in zip(optimizers.values(), self.states, strict=True):
+            for name, parameter in parameters.items():
+                if name in states:
+                    write(optimizer.state[parameter], states[name])
+                else:
+                    optimizer.state.pop(parameter, None)
+
+    def state_dict(self) -> State:
+        """Return what a checkpoint keeps."""
+        return {
+            "step": self.step,
+            "plans": self.plans,
+            "tensors": self.tensors,
+            "attributes": [list(one) for one in self.attributes],
+            "states": [{n: written(s) for n, s in one.items()} for one in self.states],
+            "groups": self.groups,
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Before:
+        """Read it back."""
+        return cls(
+            state["step"],
+            state["plans"],
+            [dict(one) for one in state["tensors"]],
+            [(path, attribute, value) for path, attribute, value in state["attributes"]],
+            [{n: read_back(s) for n, s in one.items()} for one in state["states"]],
+            state["groups"],
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Return the memory it takes."""
+        held = [t for one in self.tensors for t in one.values()]
+        return sum(t.numel() * t.element_size() for t in held if isinstance(t, torch.Tensor))
+
+
+def named(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """List parameters and buffers."""
+    return [*model.named_parameters(), *model.named_buffers()]
