@@ -224,6 +224,12 @@ class Early:
         for name in reversed(list(units)):  # consumers first: rows that are new may read what is there
             place = growth.morphable.places[name]
             kernel = fitted(place, scored[name].kernel, units[name])
+            import os
+            if os.environ.get("X_OUT") == "random":
+                with torch.no_grad():
+                    w = kernel.consumer_weight; old = place.consumer.weight
+                    fan = old[0].numel() + w[0].numel()
+                    w.uniform_(-(fan ** -0.5), fan ** -0.5)
             plan = kernel.plan()
             before.note(growth.morphable.host, plan)
             parts.committer.carry_out(plan, kernel.slices(plan), {}, None, growth.steps)
@@ -245,7 +251,7 @@ class Early:
         elif how == "shrink":
             with torch.no_grad():
                 for p in self.growth.morphable.host.parameters():
-                    p.mul_(0.4)
+                    p.mul_(float(__import__("os").environ.get("X_SHR","0.4")))
             for optimizer in self.parts.optimizers.values():
                 for state in optimizer.state.values():
                     for value in state.values():
