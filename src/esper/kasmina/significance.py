@@ -24,7 +24,7 @@ from esper.errors import StateError
 
 FEWEST = 8  # values; below, the spread itself is not known
 # Size of the unseen bad example, in root-mean-square values; never below the worst one seen. Of 3 to 6, 5 is
-# the least that holds at 0.0002 for 1 - lognormal (4 missed twofold); from 270 examples on it costs little power.
+# the least that holds at 0.0002 for 1 - lognormal (4 missed twofold), and costs little power from 270 on.
 UNSEEN = 5.0
 UNSEEN_BLOCK = 1.5  # for values that are means of 16 examples or more: what is rare has been averaged in
 FLOOR = 1e-12  # smaller p-values are not told apart
