@@ -1,9 +1,9 @@
-"""Is the gate's p-value honest about the mean? False-keep rates where nothing helps, and power where growth does.
+"""Is the gate's p-value honest about the mean? False-keep rates where nothing helps; power where growth does.
 
-Every cell draws 10,000 probes a seed whose true mean gain is exactly nought. A cell is promised unless it cannot
-hold: (1 - seen)^n of the probes of n examples show nothing of what is rare, and to such a probe the loss that
-would undo the gain is unknown (Bahadur & Savage 1956: no test of the mean holds for every distribution); or its
-neighbours are correlated over more examples than a block has, and the blocks were not given.
+Every cell draws 10,000 probes a seed whose true mean gain is exactly nought. A cell is promised unless it
+cannot hold: (1 - seen)^n of the probes of n examples show nothing of what is rare, and to such a probe the
+loss that would undo the gain is unknown (Bahadur & Savage 1956: no test of the mean holds for every one);
+or its neighbours are correlated over more examples than a block has, and the blocks were not given.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rich.table import Table
 from benchmarks import harness
 from benchmarks.nulls import BOTH, NULLS, Null
 from benchmarks.promises import Promise
-from benchmarks.workers import workers
+from benchmarks.workers import Workers, workers
 from esper.kasmina import significance
 from esper.kasmina.significance import Spending
 
@@ -64,7 +64,9 @@ class Cell:
     def missed(self) -> int:
         """Count the promised rates that exceed the slack by more than Monte Carlo's error."""
         rows = zip(self.rates, self.promised, self.alphas, strict=True)
-        return sum(said and rate > SLACK + SIGMAS * math.sqrt(SLACK / a / self.draws) for rate, said, a in rows)
+        return sum(
+            said and rate > SLACK + SIGMAS * math.sqrt(SLACK / a / self.draws) for rate, said, a in rows
+        )
 
 
 def known(name: str) -> Null:
@@ -116,7 +118,13 @@ def jobs(rows: int, seeds: int, sizes: Sequence[int]) -> list[Job]:
     listed = [Job(null, n, rows, seed) for null in (*NULLS, *BOTH) for n in sizes for seed in range(seeds)]
     for null, blocks in (("AR .5 in 32", 32), ("AR .9 in 32", 32)):
         listed += [Job(null, n, rows, seed, n // blocks) for n in sizes if n >= 512 for seed in range(seeds)]
-    skewed = ("normal", "exponential, rare losses", "lognormal, rare losses", "N4: .07 lose .14", ".02 lose .5")
+    skewed = (
+        "normal",
+        "exponential, rare losses",
+        "lognormal, rare losses",
+        "N4: .07 lose .14",
+        ".02 lose .5",
+    )
     for null in skewed:
         listed += [Job(null, n, rows, s, n, True) for n in (8, 16, 32, 64) for s in range(seeds)]
     return listed
@@ -139,12 +147,21 @@ def cells(listed: Sequence[Job], counts: Sequence[tuple[np.ndarray, np.ndarray]]
     return found
 
 
-def run_cells(pool, rows: int) -> list[Cell]:  # noqa: ANN001
+def run_cells(pool: Workers, rows: int) -> list[Cell]:
     """Judge whole runs."""
     listed = [Job(null, PROBE, rows, 0, run=run) for null in RUN_NULLS for run in RUNS]
     kept = pool.map(count_runs, listed, "whole runs")
     return [
-        Cell(j.null, j.n, f"{j.run[0]} events of {j.run[1]}", (k / rows / BUDGET,), (), rows, (True,), (BUDGET,))
+        Cell(
+            j.null,
+            j.n,
+            f"{j.run[0]} events of {j.run[1]}",
+            (k / rows / BUDGET,),
+            (),
+            rows,
+            (True,),
+            (BUDGET,),
+        )
         for j, k in zip(listed, kept, strict=True)
         if j.run is not None
     ]
@@ -209,7 +226,13 @@ def main(argv: Sequence[str]) -> int:
     strong = [row for row in gains if row["gains"] == "normal" and row["n"] == 1024 and row["z"] == 6.0]
     sizes = {str(a): [significance.smallest(a), significance.smallest(a, of_blocks=True)] for a in ALPHAS}
     promises = [
-        Promise("cells whose false-keep rate exceeds 1.2 budgets", float(sum(c.missed for c in found)), "<=", 0.0, 0),
+        Promise(
+            "cells whose false-keep rate exceeds 1.2 budgets",
+            float(sum(c.missed for c in found)),
+            "<=",
+            0.0,
+            0,
+        ),
         Promise("power at z = 6, n = 1,024, level 0.0002", strong[0]["passes"][-1], ">=", 0.9, 2),  # type: ignore[index]
     ]
     figures = {"cells": [asdict(cell) for cell in found], "power": gains, "fewest values": sizes}

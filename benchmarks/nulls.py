@@ -26,7 +26,9 @@ class Null:
     alike: int = 1
 
     def fits(self, n: int) -> bool:
-        return self.alike == 1 or self.alike <= (n // 8 if n < 64 else 8 if n < 256 else 16 if n < 1024 else 32)
+        return self.alike == 1 or self.alike <= (
+            n // 8 if n < 64 else 8 if n < 256 else 16 if n < 1024 else 32
+        )
 
 
 def two_points(chance: float, bad: float, good: float, noise: float) -> Draw:

@@ -74,10 +74,10 @@ def block_means(rows: np.ndarray, cuts: np.ndarray) -> np.ndarray:
 def student(rows: np.ndarray) -> np.ndarray:
     """Return the one-sided p of Student's t that the mean of each row is not above nought."""
     n = rows.shape[1]
-    spread = rows.std(axis=1, ddof=1) / math.sqrt(n)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        t = np.where(spread > 0, rows.mean(axis=1) / spread, np.sign(rows.mean(axis=1)) * np.inf)
-    return t_tail(t, n - 1)
+    mean, spread = rows.mean(axis=1), rows.std(axis=1, ddof=1) / math.sqrt(n)
+    even = spread == 0.0  # all blocks alike: certain, or nothing at all
+    t = np.where(even, np.copysign(np.inf, mean), mean / np.where(even, 1.0, spread))
+    return t_tail(np.where(mean == 0.0, 0.0, t), n - 1)
 
 
 def likelihood(rows: np.ndarray, unseen: float) -> np.ndarray:
