@@ -12,7 +12,7 @@ from torch import nn
 
 from esper.config import Gate as GateSettings
 from esper.errors import ProbeError
-from esper.kasmina.evidence import LossFunction, e_value, example_losses
+from esper.kasmina.evidence import LossFunction, example_losses, weight_of_evidence
 from esper.kasmina.isolation import evaluating, untouched
 from esper.kasmina.layer import KasminaLayer
 from esper.kasmina.peers import ALONE, Peers
@@ -24,7 +24,7 @@ class Verdict:
 
     passed: bool
     look: int
-    e_value: float
+    e_value: float  # at most 1/p of the mean
     threshold: float
     gain: float | None  # mean held-out loss without minus with the kernel
     loss: float | None  # held-out, without
@@ -83,7 +83,8 @@ class Gate:
         threshold = self.allowed / self.settings.false_keep
         rehearsal = self.differences(layer, kernel, [train], seed)[0]
         differences, losses = self.differences(layer, kernel, self.probe, seed)
-        found = float(differences.mean()), float(losses.mean()), e_value(differences, rehearsal)
+        weight = weight_of_evidence(differences, rehearsal)
+        found = float(differences.mean()), float(losses.mean()), weight
         gain, loss, value = self.peers.agree(found)
         if not math.isfinite(gain):
             reason = "the held-out loss is not finite"
