@@ -36,7 +36,10 @@ class Early(Section):
         "auto", description="what an event does to a saturated host, see docs/how-it-grows.md"
     )
     judge: float = Field(
-        0.07, gt=0, le=1, description="share of the steps after which an event must have lowered the held-out loss"
+        0.07,
+        gt=0,
+        le=1,
+        description="share of the steps after which an event must have lowered the held-out loss",
     )
 
 
@@ -111,7 +114,9 @@ class Budget(Section):
     growth_factor: float = Field(
         16.0, gt=1, description="of the host's parameters; where parameters is given, that count alone holds"
     )
-    growth_events: int = Field(4, ge=0, description="events that grow, or widenings kept where they are raced")
+    growth_events: int = Field(
+        4, ge=0, description="events that grow, or widenings kept where they are raced"
+    )
     growth_flops: float | None = Field(None, gt=0, description="training FLOPs all growth may cost")
     model_flops: float | None = Field(None, gt=0, description="forward FLOPs per example of the grown model")
     wall_seconds: float | None = Field(None, gt=0, description="seconds all growth may take")

@@ -13,15 +13,13 @@ its plain score falls from 8 to 2 while the tempered one stays at 8 to 19 (digit
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from esper.blueprints.kernel import LiveKernel
 from esper.contracts import HealthReport
@@ -29,7 +27,7 @@ from esper.kasmina.health import dead
 from esper.kasmina.isolation import untouched
 from esper.kasmina.peers import ALONE, Peers
 from esper.kasmina.places import Place
-from esper.kasmina.seam import open_seam
+from esper.kasmina.sight import Run, Sight, judging, passes
 from esper.kasmina.starts import pick
 from esper.kasmina.widen import HostKernel, affine
 
@@ -38,87 +36,6 @@ DAMPING = 0.1  # likewise, for the direction
 POOL = 4  # units drawn per unit wanted, while they are few
 LARGE = 256  # units above which none are drawn beyond those wanted, and none are compared with each other
 ROWS = 65_536  # positions the host's units are regressed on
-
-
-@dataclass(slots=True)
-class Sight:
-    """What one pass showed at a place."""
-
-    x: Tensor | None = None  # what a kernel reads, (batch, …)
-    hidden: Tensor | None = None  # what the exit reads
-    gradient: Tensor | None = None  # of the batch's mean loss for the exit's output, (batch, …)
-
-
-class Eye:
-    """A gateway at both ends of a place; keeps what passes, changes nothing."""
-
-    def __init__(self, place: Place) -> None:
-        self.place, self.sight = place, Sight()
-        self.serial = place.port == "serial"
-
-    def enter(self, x: Tensor | None) -> None:
-        """Keep the entry's input."""
-        if x is not None and not self.serial:
-            self.sight.x = x.detach()
-
-    def leave(self, y: Tensor) -> Tensor:
-        """Wait for the gradient of the exit's output."""
-        if self.serial:
-            self.sight.x = y.detach()
-        if not y.requires_grad:
-            return y
-        sight = self.sight
-
-        def receive(gradient: Tensor) -> None:
-            sight.gradient = gradient.detach()
-
-        y.register_hook(receive)
-        return y
-
-
-class HiddenEye:
-    """A gateway at the exit's own input."""
-
-    def __init__(self, eye: Eye) -> None:
-        self.eye = eye
-
-    def enter(self, x: Tensor | None) -> None:
-        """Keep what the exit reads."""
-        if x is not None:
-            self.eye.sight.hidden = x.detach()
-
-    def leave(self, y: Tensor) -> Tensor:
-        """Let outputs pass."""
-        return y
-
-
-@contextmanager
-def watching(places: Mapping[str, Place]) -> Iterator[dict[str, Eye]]:
-    """Open the seams of many places for a few passes."""
-    eyes = {name: Eye(place) for name, place in places.items()}
-    with ExitStack() as stack:
-        for eye in eyes.values():
-            entry, exit_ = eye.place.ends()
-            if not eye.serial:
-                stack.callback(open_seam(entry, "entry", eye))
-            stack.callback(open_seam(exit_, "entry", HiddenEye(eye)))
-            stack.callback(open_seam(exit_, "exit", eye))
-        yield eyes
-
-
-@contextmanager
-def judging(model: nn.Module) -> Iterator[None]:
-    """Run passes in eval mode, but normalise by the batch: new channels have no running statistics yet."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        for module in model.modules():
-            if isinstance(module, _NormBase):
-                module.training = True
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @dataclass(slots=True)
@@ -168,7 +85,7 @@ class Score:
         self.chosen: dict[str, Scored] = {}
         self.seen: dict[str, dict[str, float]] = {}
 
-    def fit(self, runs: Sequence[tuple[Callable[[], Tensor], int]], seed: int) -> None:
+    def fit(self, runs: Sequence[Run], seed: int) -> None:
         """Look at training examples.
 
         Args:
@@ -178,22 +95,11 @@ class Score:
         with judging(self.model), untouched(self.model, seed), torch.enable_grad():
             for name, place in self.places.items():
                 self.pools[name] = place.kernel(pool_size(place, self.units[name]))
-            for sights, examples in self.passes(runs):
+            for sights, examples in passes(self.model, self.places, runs):
                 for name, sight in sights.items():
                     self.learn(name, sight, examples)
             for name in list(self.sums):
                 self.choose(name)
-
-    def passes(
-        self, runs: Sequence[tuple[Callable[[], Tensor], int]]
-    ) -> Iterator[tuple[dict[str, Sight], int]]:
-        """Run passes forth and back; yields what was seen at the places that were passed."""
-        host = [p for p in self.model.parameters() if p.requires_grad]
-        for run, examples in runs:
-            with watching(self.places) as eyes:
-                torch.autograd.grad(run(), host, allow_unused=True)
-            whole = {name: eye.sight for name, eye in eyes.items() if eye.sight.gradient is not None}
-            yield {name: s for name, s in whole.items() if s.x is not None}, examples
 
     def learn(self, name: str, sight: Sight, examples: int) -> None:
         """Add one pass to a place's sums."""
@@ -241,7 +147,10 @@ class Score:
         pool, sums, units = self.pools[name], self.sums[name], self.units[name]
         self.peers.mean([getattr(sums, fact) for fact in Sums.__slots__])
         report = HealthReport(
-            self.places[name].site.name, None, int(sums.examples * self.peers.world), **self.seen.get(name, {})
+            self.places[name].site.name,
+            None,
+            int(sums.examples * self.peers.world),
+            **self.seen.get(name, {}),
         )
         if not isinstance(pool, HostKernel) or not len(sums.gram):
             flat = sums.new / sums.examples
@@ -264,7 +173,7 @@ class Score:
         flat = {"new": step, "own": -(regression[:, which] @ step)}  # (units, out), (c + 1, out)
         self.chosen[name] = Scored(report, kernel, flat, np.empty(0))
 
-    def test(self, runs: Sequence[tuple[Callable[[], Tensor], int]], additive: bool, seed: int) -> None:
+    def test(self, runs: Sequence[Run], additive: bool, seed: int) -> None:
         """Look at held-out examples.
 
         Args:
@@ -274,7 +183,7 @@ class Score:
         """
         found: dict[str, list[Tensor]] = {name: [] for name in self.chosen}
         with judging(self.model), untouched(self.model, seed), torch.enable_grad():
-            for sights, examples in self.passes(runs):
+            for sights, examples in passes(self.model, self.places, runs):
                 for name in found.keys() & sights.keys():
                     values = self.values(name, sights[name], examples)
                     found[name].append(values if additive else values.mean(0, keepdim=True))

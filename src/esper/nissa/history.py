@@ -38,6 +38,8 @@ class RunHistory:
     rollbacks: list[Event] = field(default_factory=list)
     ranks: list[Event] = field(default_factory=list)  # processes that joined, were lost or differed
     rewraps: list[Event] = field(default_factory=list)
+    reopened: list[Event] = field(default_factory=list)  # hosts whose loss was satisfied
+    taken_back: list[Event] = field(default_factory=list)  # events that did not pay
     _standing: Standing = field(default_factory=Standing, repr=False, compare=False)
 
     def add(self, event: Event) -> None:
@@ -250,6 +252,8 @@ _FOLDS: dict[str, Callable[[RunHistory, Event], None]] = {
     "alarm": lambda history, event: history.alarms.append(event),
     "rolled_back": lambda history, event: history.rollbacks.append(event),
     "ranks": lambda history, event: history.ranks.append(event),
+    "reopened": lambda history, event: history.reopened.append(event),
+    "taken_back": lambda history, event: history.taken_back.append(event),
     "rewrapped": lambda history, event: history.rewraps.append(event),
     "run_finished": _run_finished,
 }

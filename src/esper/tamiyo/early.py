@@ -11,7 +11,9 @@ from esper.tamiyo.controller import Room
 
 HALVINGS = 12  # of the interval in which the share lies that the budget allows
 
-Cost = Callable[[Mapping[str, int]], tuple[int, int]]  # units by place -> parameters, forward FLOPs per example
+Cost = Callable[
+    [Mapping[str, int]], tuple[int, int]
+]  # units by place -> parameters, forward FLOPs per example
 
 
 def due(shares: Sequence[float], rates: Sequence[float] | None, steps: int) -> list[int]:

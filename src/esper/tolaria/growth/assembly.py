@@ -56,12 +56,14 @@ class Parts:
     config: Config
     budget: Budget
     observe: Observer
+    loss_fn: LossFunction
     probe: Iterable[Any]
     averages: Sequence[nn.Module]
     schedulers: Sequence[Any]
     run: Callable[[Any], Tensor]
     latency_ms: Callable[[], float]
     host_parameters: int
+    host_flops: int
     steps: int | None
     seed: int
     warnings: list[str]
@@ -174,12 +176,14 @@ def assemble(
         config=config,
         budget=merged,
         observe=observe,
+        loss_fn=loss_fn,
         probe=probe,
         averages=ema,
         schedulers=schedulers,
         run=given.run,
         latency_ms=lambda: latency(host, lambda: loss_fn(host, batch)),
         host_parameters=model.parameter_count(),
+        host_flops=model.flops,
         steps=steps,
         seed=seed,
         warnings=warnings,

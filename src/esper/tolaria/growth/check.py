@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -22,16 +23,27 @@ def output(model: MorphableModel, layer: nn.Module, run: Callable[[], Any]) -> T
     Raises:
         SurgeryError: The probe does not reach it.
     """
-    capture = Capture()
-    close = open_seam(layer, "exit", capture)
-    try:
+    return outputs(model, {"": layer}, run)[""]
+
+
+def outputs(
+    model: MorphableModel, layers: Mapping[str, nn.Module], run: Callable[[], Any]
+) -> dict[str, Tensor]:
+    """Return several layers' outputs in one pass.
+
+    Raises:
+        SurgeryError: The probe does not reach one of them.
+    """
+    captures = {name: Capture() for name in layers}
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            stack.callback(open_seam(layer, "exit", captures[name]))
         with evaluating(model), untouched(model.host, seed=0):
             run()
-    finally:
-        close()
-    if capture.y is None:
-        raise SurgeryError("the probe did not reach the grown layer")
-    return capture.y
+    found = {name: capture.y for name, capture in captures.items() if capture.y is not None}
+    if missed := layers.keys() - found.keys():
+        raise SurgeryError(f"the probe did not reach the grown layer {', '.join(sorted(missed))}".rstrip())
+    return found
 
 
 def deviation(branch: Tensor, grown: Tensor) -> float:

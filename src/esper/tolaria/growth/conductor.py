@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from esper.config import Config
-from esper.contracts import Event, Outcome, WidenPlan
+from esper.contracts import Decision, Event, Outcome, WidenPlan
 from esper.errors import FinishedError, SiteError, StateError, nearest
 from esper.kasmina.evidence import count_examples, join
 from esper.kasmina.flops import Ledger
@@ -24,12 +26,15 @@ from esper.kasmina.peers import Peers
 from esper.tamiyo.controller import Room, Tamiyo
 from esper.tolaria.genome import Plan
 from esper.tolaria.governor import Watch
+from esper.tolaria.growth.account import Report
 from esper.tolaria.growth.assembly import Parts, limit
 from esper.tolaria.growth.boundary import Word, bits, meet, realign, same_decision, topology
 from esper.tolaria.growth.early import Early
 from esper.tolaria.growth.entrance import check_finite, check_loss
 from esper.tolaria.growth.memory import capture, restore
+from esper.tolaria.growth.recipe import Recipe, recipe_of
 from esper.tolaria.growth.redo import Redo
+from esper.tolaria.growth.reporting import report
 from esper.tolaria.growth.telling import decided, size_and_cost, started, surveyed
 from esper.tolaria.saving import save
 from esper.tolaria.surgery.closures import before_closures
@@ -70,7 +75,12 @@ class Growth:
         self.watch: Watch | None = None  # the governor, where the settings want one
         self.evaluations = 0  # of closures, since the last step
         self.hooks = [before_closures(o, self._begin_evaluation) for o in parts.optimizers.values()]
-        self.early: Early | None = Early(self) if parts.config.growth in ("auto", "early") else None
+        self.metrics: dict[str, float] = {}  # of the latest epoch
+        self.recipe: Recipe = recipe_of(self)
+        self.early: Early | None = None
+        if self.recipe == "early":
+            with self.morphable.policy.uncompiled(), parts.wrapping.whole():
+                self.early = Early(self)
         self._tell_start()
 
     @property
@@ -152,6 +162,8 @@ class Growth:
         if self.early is not None:
             self.early.step(loss)
             return
+        if self.recipe == "off":
+            return
         if self.parts.forging.orders:
             self.parts.forging.collect(self.steps)
         if self.orchestrator.trial is not None:
@@ -188,7 +200,7 @@ class Growth:
         sites = [self.morphable.places[n].site for n in free]
         reports = {name: m.report for name, m in measured.items()}
         rng = self.parts.streams.generators["policy"]
-        own = self.tamiyo.decide(self.steps, why, sites, reports, self._room(), rng, only)
+        own = self.tamiyo.decide(self.steps, why, sites, reports, self.room(), rng, only)
         decision = self.redo.instead(own, measured)
         decision = same_decision(self.peers, decision, list(self.morphable.places))
         if decision is not own:
@@ -210,7 +222,7 @@ class Growth:
         with self.cost.growth("survey", facts, tuple(free), examples):
             return measure(self.morphable, free, runs, seed, POOL, self.config.race.examples, self.peers)
 
-    def _room(self) -> Room:
+    def room(self) -> Room:
         """Return what the budget still allows."""
         budget = self.parts.budget
         gate = self.parts.gate
@@ -224,6 +236,42 @@ class Growth:
         size = self.morphable.parameter_count()
         flops = None if budget.model_flops is None else budget.model_flops - self.morphable.flops
         return Room(size, limit(budget, self.parts.host_parameters) - size, events, flops)
+
+    @contextmanager
+    def watched_surgery(self) -> Iterator[None]:
+        """Change shapes where the governor knows of it: no snapshot outlives the change."""
+        yield
+        if self.watch is not None:
+            self.watch.snapshots.clear()
+
+    def topology_changed(self) -> None:
+        """Digest anew what has grown."""
+        self.topology = topology(self.plans)
+
+    def decided(self, decision: Decision) -> dict[str, Any]:
+        """Describe a decision for an event."""
+        return decided(decision)
+
+    @property
+    def growing(self) -> bool:
+        """Whether anything may still grow; once it is False the probe may go back to training."""
+        if self.finished or self.recipe == "off":
+            return False
+        if self.early is not None:
+            return self.early.growing
+        return self.orchestrator.trial is not None or self.room().events > 0
+
+    def report(self) -> Report:
+        """Say what was looked at, what grew, what did not and why, and what could be changed."""
+        return report(self)
+
+    def curve(self) -> list[dict[str, Any]]:
+        """Return held-out loss and metrics against size and FLOPs, a point per event and judgement."""
+        return [] if self.early is None else [asdict(point) for point in self.early.points]
+
+    def __str__(self) -> str:
+        """Return the report."""
+        return str(self.report())
 
     def expect(self, why: str, steps: int | None = None) -> None:
         """Announce a discontinuity, such as other data or another learning rate: it is no alarm then.
@@ -241,7 +289,8 @@ class Growth:
         """Note the end of an epoch, with metrics for the report."""
         self._refuse_finished("epoch")
         self.parts.epochs += 1
-        self.tell("epoch", epoch=self.parts.epochs, metrics={k: float(v) for k, v in (metrics or {}).items()})
+        self.metrics = {name: float(value) for name, value in (metrics or {}).items()}
+        self.tell("epoch", epoch=self.parts.epochs, metrics=self.metrics)
 
     def pause(self) -> None:
         """Take no new decision until :meth:`resume`; a seed that is awake goes on."""
@@ -273,6 +322,12 @@ class Growth:
             What was given to ``esper.grow``.
         """
         self._refuse_finished("rewrap")
+        if self.early is not None and self.parts.wrapping.deferred:
+            early = self.early
+            if early.waiting is not None or early.open is not None:
+                with self.morphable.policy.uncompiled(), self.parts.wrapping.opened(self.parts.optimizers):
+                    early.rewrap()
+            return self.model
         trial = self.orchestrator.trial
         if trial is not None and trial.waiting and self._examined():
             begun, site = time.perf_counter(), trial.decision.site
@@ -310,8 +365,13 @@ class Growth:
         """
         self._refuse_finished("finish")
         begun = time.perf_counter()
-        self._examined()
-        self._open(self.orchestrator.settle)
+        if self.early is not None:
+            if self.early.open is not None:
+                with self.morphable.policy.uncompiled(), self.parts.wrapping.opened(self.parts.optimizers):
+                    self.early.finish()
+        else:
+            self._examined()
+            self._open(self.orchestrator.settle)
         self.cost.seconds += time.perf_counter() - begun
         self.taken.close()
         for hook in self.hooks:

@@ -8,32 +8,25 @@ A while later the held-out loss must have fallen, or the event is taken back.
 
 from __future__ import annotations
 
-import time
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from esper.contracts import Decision, Event, Outcome, Stage
-from esper.errors import SurgeryError
-from esper.kasmina.evidence import count_examples, join
+from esper.contracts import Decision, Outcome, Stage
 from esper.kasmina.growth_cost import growth_cost
-from esper.kasmina.isolation import evaluating, untouched
-from esper.kasmina.lessons import first
 from esper.kasmina.places import Place, WidenPlace
-from esper.kasmina.reopen import SATURATED, TEMPER, guess, multiply, output_layers, tempered
-from esper.kasmina.score import Score, Scored
-from esper.tamiyo.early import allocate, due, wanted
-from esper.tamiyo.triggers import Trigger
-from esper.tolaria.growth.commit import FAILURES
-from esper.tolaria.growth.rates import forecast
+from esper.kasmina.reopen import SATURATED
+from esper.kasmina.score import Scored
+from esper.kasmina.significance import Spending, p_value
+from esper.tamiyo.controller import Room
+from esper.tamiyo.early import allocate
+from esper.tolaria.growth.account import EventRecord, Looked, Point
+from esper.tolaria.growth.evidence import Evidence, Found
+from esper.tolaria.growth.insertion import How, Insertion
 from esper.tolaria.growth.takeback import Before
+from esper.tolaria.growth.timetable import Timetable
 
-RECENT = 20  # losses of the latest steps that a saturated host is told by
+SPENT = "the budget is spent"
 
 
 @dataclass
@@ -41,255 +34,333 @@ class Judged:
     """An event whose worth is still open."""
 
     before: Before
-    until: int
-    loss: float  # held out, before the event
-    grown: list[tuple[Decision, int, int]]  # decision, seed, units
-    outcomes: list[Outcome] = field(default_factory=list)
+    until: int  # the step at which it is judged
+    held_out: float  # mean loss before it
+    decisions: list[tuple[int, int, str, float | None, int, int]]  # id, seed, site, gain, parameters, flops
+    record: EventRecord
 
 
 class Early:
     """Grows one run early.
 
     Args:
-        growth: The conductor.
+        growth: The conductor: ``parts``, ``morphable``, ``steps``, ``batches``, ``tell``, ``asked``.
     """
 
     def __init__(self, growth: Any) -> None:
         self.growth, self.parts = growth, growth.parts
         self.settings = growth.config.early
+        self.insertion = Insertion(self.parts.committer)
+        self.timetable = Timetable(growth)
+        self.evidence = Evidence(growth)
+        self.spending = Spending(growth.config.gate.false_keep)
         self.open: Judged | None = None
-        self.events = 0
-        self.losses: deque[float] = deque(maxlen=RECENT)
-        self.batches: deque[Any] = deque()
-        self.trigger = Trigger(growth.config.schedule, None, 0) if self.parts.steps is None else None
-        self.due = self.plan()
-        self.outputs = self.find_outputs()
-        self.guess: float | None = None
-        self.guessed = False
-        self.log: list[dict[str, Any]] = []
-
-    # -- when ------------------------------------------------------------------------------------------------
-
-    def plan(self) -> list[int]:
-        """Place the events that are still to come by what the learning rate will do."""
-        steps = self.parts.steps
-        if steps is None:
-            return []
-        optimizer = next(iter(self.parts.optimizers.values()))
-        rates = forecast(self.parts.schedulers, optimizer, steps, self.growth.steps)
-        return [s for s in due(self.settings.shares, rates, steps) if s > self.growth.steps]
+        self.waiting: str | None = None  # why an event waits for growth.rewrap()
+        self.records: list[EventRecord] = []
+        self.points: list[Point] = []
 
     @property
     def growing(self) -> bool:
-        """Whether anything may still grow."""
-        return self.open is not None or bool(self.due) or self.trigger is not None
+        """Whether anything may still grow, or be taken back."""
+        return self.open is not None or self.waiting is not None or self.timetable.pending
+
+    # -- the loop --------------------------------------------------------------------------------------------
 
     def step(self, loss: float) -> None:
-        """Do what one optimizer step asks for."""
+        """Do what one optimizer step asks for; most ask for nothing."""
         growth = self.growth
-        self.losses.append(loss)
-        self.collect()
-        if self.open is not None and growth.steps >= self.open.until:
+        now = growth.steps
+        if self.open is not None and now >= self.open.until and not self.parts.wrapping.deferred:
             self.judge()
-        why = self.reason(loss)
-        if why is not None and not growth.paused:
+        if growth.asked is None and now < self.timetable.wake:
+            return
+        self.evidence.collect(growth.batches[-1], loss)
+        why = "asked for" if growth.asked is not None else self.timetable.reason(now, loss)
+        if why is None or growth.paused:
+            return
+        if self.parts.wrapping.deferred:
+            if self.waiting is None:
+                growth.tell("warning", message="an event is due and waits until growth.rewrap() is called")
+            self.waiting = why
+        else:
             self.event(why)
 
-    def reason(self, loss: float) -> str | None:
-        """Return why an event is due, or None."""
-        growth = self.growth
-        if growth.asked is not None:
-            return "asked for"
-        if self.trigger is not None:
-            return self.trigger.reason(growth.steps, loss)
-        now = growth.steps
-        if self.due and now & (now - 1) == 0 and now < self.due[0] and not self.events:
-            self.due = self.plan() or self.due  # how often the schedulers move shows only by and by
-        if self.due and now >= self.due[0]:
-            self.due = [s for s in self.due if s > now]
-            return "scheduled"
-        return None
+    def rewrap(self) -> None:
+        """Do what waited until the layers may change their shapes."""
+        if self.open is not None and self.growth.steps >= self.open.until:
+            self.judge()
+        if self.waiting is not None:
+            why, self.waiting = self.waiting, None
+            self.event(why)
 
-    def collect(self) -> None:
-        """Keep recent batches while an event is near: as many as it will read."""
-        latest = self.growth.batches[-1]
-        size = max(count_examples(latest), 1)
-        near = self.trigger is not None or (
-            bool(self.due) and self.due[0] - self.growth.steps <= self.settings.examples // size + 1
-        )
-        if not near:
-            self.batches.clear()
-        self.batches.append(latest)
-        while len(self.batches) > 1 and (len(self.batches) - 1) * size >= self.settings.examples:
-            self.batches.popleft()
+    def finish(self) -> None:
+        """Judge what is still open."""
+        if self.open is not None:
+            self.judge()
 
-    # -- what ------------------------------------------------------------------------------------------------
-
-    def find_outputs(self) -> list[torch.nn.Module]:
-        """Find the output layer."""
-        host = self.growth.morphable.host
-        batch = self.probe()[0]
-        with self.growth.morphable.policy.uncompiled(), evaluating(host), untouched(host, 0):
-            return output_layers(host, lambda: self.parts.run(first(batch, 2)))
-
-    def probe(self) -> list[Any]:
-        """Return the held-out examples an event reads."""
-        with untouched(self.growth.morphable.host):
-            batches, count = [], 0
-            for batch in self.parts.probe:
-                batches.append(batch)
-                count += count_examples(batch)
-                if count >= self.settings.examples:
-                    break
-        return [first(batch, self.settings.examples) for batch in join(batches)]
-
-    def held_out(self, batches: Sequence[Any]) -> float:
-        """Return the mean held-out loss."""
-        host = self.growth.morphable.host
-        total = examples = 0.0
-        with evaluating(host), untouched(host, 0):
-            for batch in batches:
-                count = count_examples(batch)
-                total += float(self.parts.run(batch)) * count
-                examples += count
-        return total / examples
+    # -- an event --------------------------------------------------------------------------------------------
 
     def event(self, why: str) -> None:
         """Look at every place, and grow those that pass."""
-        growth, parts = self.growth, self.parts
+        growth = self.growth
         if self.open is not None:
             self.judge()
         only, growth.asked = growth.asked, None
-        room = growth._room()
         free = {
-            n: p
-            for n, p in growth.morphable.places.items()
-            if isinstance(p, WidenPlace) and only in (None, n) and not growth.orchestrator.embargoed(n)
+            name: place
+            for name, place in growth.morphable.places.items()
+            if isinstance(place, WidenPlace) and only in (None, name)
         }
-        sites = [place.site for place in free.values()]
-        cost = lambda units: growth_cost(growth.morphable.host, free, units)  # noqa: E731
-        units = allocate(sites, self.settings.factor, room, cost) if room.events > 0 else {}
+        room = growth.room()
+        units = self.allocated(free, room)
+        record = EventRecord(growth.steps, why, None, self.evidence.training_loss, 0)
+        self.records.append(record)
         if not units:
-            self.due = []
+            self.timetable.clear()
+            self.decline(record, free, {}, SPENT)
             return
-        self.events += 1
-        held = self.probe()
-        with growth.cost.growth("event", growth.steps):
-            scored, loss, training = self.score(free, units, held)
-        passed = self.passing(scored)
-        entry: dict[str, Any] = {
-            "step": growth.steps, "held": loss, "train": training, "guess": self.guess,
-            "sites": {n: (z(s.values), s.gain) for n, s in scored.items()}, "passed": sorted(passed),
-        }
-        self.log.append(entry)
-        final = allocate([free[n].site for n in passed], self.settings.factor, room, cost)
+        with growth.cost.growth("event", growth.steps), self.parts.wrapping.whole():
+            found = self.evidence.look({name: free[name] for name in units}, units)
+        record.held_out, record.examples = found.held_out, found.examples
+        self.note_point(found.held_out)
+        passed = self.passing(record, found, free, units)
+        final = self.allocated({name: free[name] for name in passed}, room)
         if not final:
+            self.decline(record, free, found.scored, "no evidence on held-out examples")
             return
-        self.insert(why, {n: scored[n] for n in final}, final, loss)
-        entry["reopened"] = self.reopen(training)
+        self.grow(record, found, free, final)
 
-    def score(
-        self, free: Mapping[str, Place], units: Mapping[str, int], held: Sequence[Any]
-    ) -> tuple[dict[str, Scored], float, float]:
-        """Measure every place."""
-        host, parts = self.growth.morphable.host, self.parts
-        seed = parts.streams.draw("evidence")
-        if not self.guessed:
-            with evaluating(host), untouched(host, 0):
-                self.guess = guess(self.outputs, lambda: parts.run(held[0]))
-            self.guessed = True
-        score = Score(host, {n: free[n] for n in units}, units, self.growth.peers)
-        factor = TEMPER if self.guess is not None else 1.0
-        with tempered(self.outputs, factor):
-            score.fit(self.runs(join(self.batches)), seed)
-            score.test(self.runs(held), True, seed)
-        return score.chosen, self.held_out(held), float(np.mean(self.losses))
+    def allocated(self, places: Mapping[str, Place], room: Room) -> dict[str, int]:
+        """Return the units each place gets."""
+        if room.events <= 0 or not places:
+            return {}
+        host = self.growth.morphable.host
+        sites = [place.site for place in places.values()]
+        return allocate(sites, self.settings.factor, room, lambda units: growth_cost(host, places, units))
 
-    def runs(self, batches: Sequence[Any]) -> list[tuple[Callable[[], Tensor], int]]:
-        """Return passes over batches, with their examples."""
-        few = [first(batch, self.settings.examples) for batch in batches]
-        return [((lambda b=batch: self.parts.run(b)), count_examples(batch)) for batch in few]
+    def passing(
+        self, record: EventRecord, found: Found, free: Mapping[str, Place], units: Mapping[str, int]
+    ) -> list[str]:
+        """Return the places with held-out evidence, and write down what was found at each."""
+        threshold = self.spending.threshold(len(self.spending.looks), len(units))
+        host = self.growth.morphable.host
+        passed: list[str] = []
+        for name, count in units.items():
+            one = found.scored.get(name)
+            parameters, flops = growth_cost(host, free, {name: count})
+            looked = Looked(name, free[name].site.width, count, None, threshold, None, parameters, flops)
+            record.looked.append(looked)
+            if one is None:
+                looked.reason = "not passed by these examples"
+                continue
+            blocks = None if found.additive else len(one.values)
+            looked.p_value, looked.gain = p_value(one.values, blocks=blocks), one.gain
+            if looked.p_value is None:
+                looked.reason = f"{len(one.values)} held-out values cannot be judged"
+            elif looked.p_value > threshold:
+                looked.reason = "the held-out gain may be chance"
+            else:
+                passed.append(name)
+        return passed
 
-    def passing(self, scored: Mapping[str, Scored]) -> list[str]:
-        """Return the places with held-out evidence."""
-        return [name for name, one in scored.items() if len(one.values) and z(one.values) > 4.0]
+    def decline(
+        self, record: EventRecord, free: Mapping[str, Place], scored: Mapping[str, Scored], reason: str
+    ) -> None:
+        """Grow nothing, and say why."""
+        record.reason = reason
+        known = {one.site for one in record.looked}
+        record.looked += [
+            Looked(name, place.site.width, reason=reason) for name, place in free.items() if name not in known
+        ]
+        self.tell_survey(record, scored)
+        self.tell_decision(record, None, 0, f"{record.why}; {reason}")
 
-    # -- how -------------------------------------------------------------------------------------------------
-
-    def insert(self, why: str, scored: Mapping[str, Scored], units: Mapping[str, int], loss: float) -> None:
-        """Widen every place that passed."""
-        growth, parts = self.growth, self.parts
-        models = [growth.morphable.host, *parts.averages]
-        before = Before.of(models, parts.optimizers, growth.steps, len(growth.plans))
-        for name in reversed(list(units)):  # consumers first: rows that are new may read what is there
-            place = growth.morphable.places[name]
-            kernel = fitted(place, scored[name].kernel, units[name])
-            import os
-            if os.environ.get("X_OUT") == "random":
-                with torch.no_grad():
-                    w = kernel.consumer_weight; old = place.consumer.weight
-                    fan = old[0].numel() + w[0].numel()
-                    w.uniform_(-(fan ** -0.5), fan ** -0.5)
-            plan = kernel.plan()
-            before.note(growth.morphable.host, plan)
-            parts.committer.carry_out(plan, kernel.slices(plan), {}, None, growth.steps)
-            growth.plans.append(plan)
-            growth.morphable.refresh(parts.committer.run)
-        growth.morphable.meter(parts.committer.run)
+    def grow(
+        self, record: EventRecord, found: Found, free: Mapping[str, Place], units: Mapping[str, int]
+    ) -> None:
+        """Insert what passed."""
+        growth = self.growth
+        before = self.insertion.remember(growth.steps)
+        decisions, moves = [], []
+        self.tell_survey(record, found.scored)
+        for name, count in units.items():
+            number = self.tell_decision(record, name, count, f"{record.why}; held-out evidence")
+            one = next(one for one in record.looked if one.site == name)
+            seed = self.germinate(name)
+            decisions.append((number, seed, name, one.gain, one.parameters, one.flops))
+            moves.append((one, count))
+        kernels = {name: found.scored[name].kernel for name in units}
+        with growth.watched_surgery():
+            failed = self.insertion.widen(kernels, units, before)
+        if failed:
+            record.reason = failed
+            for number, seed, name, *_ in decisions:
+                self.end(number, seed, name, None, failed)
+            return
+        for one, count in moves:
+            one.grown, one.reason = count, "grown"
+        record.reopened = self.reopen()
+        record.verdict = "open"
         growth.events_kept += 1
-        until = growth.steps + max(round(self.settings.judge * (parts.steps or 1000)), 1)
-        self.open = Judged(before, until, loss, [])
+        until = growth.steps + self.timetable.length(self.settings.judge)
+        self.open = Judged(before, until, found.held_out, decisions, record)
+        for number, seed, name, gain, *_ in decisions:
+            self.move(seed, name, Stage.GERMINATED, Stage.STABILISING, "inserted: the output is unchanged")
+            growth.tell("widened", **self.widened(number, name))
+        growth.topology_changed()
+        growth.expect(f"an event at step {growth.steps}", self.timetable.length(self.settings.judge))
+        self.note_point(None)
 
-    def reopen(self, training: float) -> str:
-        """Re-open a saturated host."""
-        how = self.settings.reopen
-        if how == "auto":
-            saturated = self.guess is not None and training < SATURATED * self.guess
+    def reopen(self) -> How:
+        """Re-open a saturated host; ``auto`` is for cross-entropy whose training loss is nearly satisfied."""
+        how: How = "no"
+        guess, training = self.evidence.guess, self.evidence.training_loss
+        if self.settings.reopen == "auto":
+            saturated = guess is not None and training is not None and training < SATURATED * guess
             how = "output" if saturated else "no"
-        if how == "output" and self.guess is not None:
-            multiply(self.outputs, TEMPER)
-        elif how == "shrink":
-            with torch.no_grad():
-                for p in self.growth.morphable.host.parameters():
-                    p.mul_(float(__import__("os").environ.get("X_SHR","0.4")))
-            for optimizer in self.parts.optimizers.values():
-                for state in optimizer.state.values():
-                    for value in state.values():
-                        if isinstance(value, Tensor):
-                            value.zero_()
+        elif self.settings.reopen != "output" or guess is not None:
+            how = self.settings.reopen
+        self.insertion.reopen(how, self.evidence.outputs)
+        if how != "no":
+            self.growth.tell("reopened", how=how, loss=training, guess=guess)
         return how
 
+    # -- afterwards ------------------------------------------------------------------------------------------
+
     def judge(self) -> None:
-        """Keep the event, or take it back."""
-        judged, self.open = self.open, None
+        """Keep an event whose held-out loss has fallen since; take the others back."""
+        growth, judged = self.growth, self.open
         assert judged is not None
-        now = self.held_out(self.probe())
-        self.log.append({"judged": self.growth.steps, "before": judged.loss, "now": now})
-        if now < judged.loss:
-            return
-        models = [self.growth.morphable.host, *self.parts.averages]
-        judged.before.restore(models, self.parts.optimizers)
-        del self.growth.plans[judged.before.plans :]
-        self.growth.morphable.refresh(self.parts.committer.run)
-        self.growth.morphable.meter(self.parts.committer.run)
-        self.growth.events_kept -= 1
+        self.open = None
+        with growth.cost.growth("judge", growth.steps), self.parts.wrapping.whole():
+            now = self.evidence.held_out()
+        self.note_point(now)
+        kept = now < judged.held_out
+        reason = f"held-out loss {judged.held_out:.4g} → {now:.4g}"
+        judged.record.verdict, judged.record.reason = ("kept" if kept else "taken back"), reason
+        if not kept:
+            lost = growth.steps - judged.before.step
+            with growth.watched_surgery():
+                self.insertion.restore(judged.before)
+            growth.events_kept -= 1
+            growth.topology_changed()
+            growth.tell("taken_back", to=judged.before.step, lost=lost, before=judged.held_out, now=now)
+        for number, seed, name, gain, parameters, flops in judged.decisions:
+            self.end(number, seed, name, (gain, parameters, flops) if kept else None, reason)
+
+    def end(
+        self, decision: int, seed: int, site: str, kept: tuple[float | None, int, int] | None, reason: str
+    ) -> None:
+        """Move a seed to its end and tell the outcome."""
+        stage = self.growth.morphable.layout.stage_of(seed)
+        if kept is not None:
+            self.move(seed, site, stage, Stage.EVALUATING, "the event is judged")
+            self.move(seed, site, Stage.EVALUATING, Stage.FOSSILISED, reason)
+            self.move(seed, site, Stage.FOSSILISED, Stage.DORMANT, "")
+        else:
+            self.move(seed, site, stage, Stage.ROLLED_BACK, reason)
+            self.move(seed, site, Stage.ROLLED_BACK, Stage.CULLED, reason)
+            self.move(seed, site, Stage.CULLED, Stage.EMBARGOED, "")
+            self.move(seed, site, Stage.EMBARGOED, Stage.DORMANT, "the next event may ask again")
+        gain, parameters, flops = kept or (None, 0, 0)
+        outcome = Outcome(decision, site, kept is not None, gain, parameters, flops, 0, reason)
+        self.growth.tell("outcome", **asdict(outcome))
+
+    # -- telling ---------------------------------------------------------------------------------------------
+
+    def germinate(self, site: str) -> int:
+        """Wake a seed of a site."""
+        model = self.growth.morphable
+        seed = next(s for s in model.seeds(site) if model.layout.stage_of(s) is Stage.DORMANT)
+        self.move(seed, site, Stage.DORMANT, Stage.GERMINATED, "held-out evidence")
+        return seed
+
+    def move(self, seed: int, site: str, source: Stage, target: Stage, reason: str) -> None:
+        """Move a seed on and tell."""
+        growth = self.growth
+        growth.morphable.layout.move(seed, source, target, growth.steps)
+        growth.orchestrator.note_move(seed, target)
+        growth.tell("stage", seed=seed, site=site, source=source.name, target=target.name, reason=reason)
+
+    def tell_survey(self, record: EventRecord, scored: Mapping[str, Scored]) -> None:
+        """Tell what an event saw."""
+        reports = {name: one.report for name, one in scored.items()}
+        sites = [
+            {
+                "site": one.site,
+                "width": one.width,
+                "improvement": one.gain,
+                "unit_flops": one.flops // max(one.units, 1),
+                "dead": reports[one.site].dead if one.site in reports else None,
+                "gradient_norm": reports[one.site].gradient_norm if one.site in reports else None,
+                "examples": record.examples,
+            }
+            for one in record.looked
+        ]
+        self.growth.tell("survey", decision=self.growth.tamiyo.decisions + 1, sites=sites)
+
+    def tell_decision(self, record: EventRecord, site: str | None, width: int, reason: str) -> int:
+        """Number a decision and tell it, with the evidence behind it."""
+        growth = self.growth
+        growth.tamiyo.decisions += 1
+        number = growth.tamiyo.decisions
+        looked = [one for one in record.looked if site in (None, one.site)]
+        gain = looked[0].gain if site is not None else None
+        predicted = None if gain is None or not looked[0].flops else gain / looked[0].flops
+        action = "nothing" if site is None else "widen"
+        arms = tuple({"site": one.site, "width": one.units, "score": one.gain} for one in record.looked)
+        decision = Decision(
+            number,
+            growth.steps,
+            action,
+            site,
+            width,
+            None if site is None else "scored",
+            reason,
+            1.0,
+            predicted,
+            arms,
+        )
+        growth.tell("decision", **growth.decided(decision))
+        for one in looked:
+            if one.threshold is not None:
+                growth.tell("gate", **gated(number, one, record.examples, len(self.spending.looks)))
+        return number
+
+    def widened(self, decision: int, site: str) -> dict[str, Any]:
+        """Describe what became wider."""
+        plan = next(plan for plan in reversed(self.growth.plans) if plan.site == site)
+        return {
+            "decision": decision,
+            "site": site,
+            "units": plan.units,
+            "edits": [[e.name, e.axis, e.old, e.new] for e in plan.edits],
+            "parameters": self.growth.morphable.parameter_count(),
+            "difference": 0.0,
+            "milliseconds": None,
+        }
+
+    def note_point(self, held_out: float | None) -> None:
+        """Write a point of the curve."""
+        growth = self.growth
+        spent = growth.cost.training_flops + growth.cost.growth_flops
+        size = growth.morphable.parameter_count()
+        self.points.append(
+            Point(growth.steps, size, growth.morphable.flops, spent, held_out, dict(growth.metrics))
+        )
 
 
-def z(values: np.ndarray) -> float:
-    """Return mean over standard error."""
-    return float(values.mean() / (values.std(ddof=1) / len(values) ** 0.5 + 1e-30))
-
-
-def fitted(place: Any, given: Any, units: int) -> Any:
-    """Build a kernel of the place's present shapes from one of shapes before its neighbours grew."""
-    kernel = place.kernel(units)
-    tensors = {**dict(given.named_parameters()), **dict(given.named_buffers())}
-    with torch.no_grad():
-        for name, own in (*kernel.named_parameters(), *kernel.named_buffers()):
-            old = tensors[name]
-            if name in kernel.outgoing:
-                continue
-            own.zero_()
-            window = tuple(slice(0, min(a, b)) for a, b in zip(own.shape, old.shape, strict=True))
-            own[window] = old[window]
-    return kernel
+def gated(decision: int, one: Looked, examples: int, look: int) -> dict[str, Any]:
+    """Describe a place's evidence; an e-value of 1/p is what a p-value is worth at most."""
+    assert one.threshold is not None
+    return {
+        "decision": decision,
+        "site": one.site,
+        "look": look,
+        "e_value": None if one.p_value is None else 1 / one.p_value,
+        "threshold": 1 / one.threshold,
+        "gain": one.gain,
+        "examples": examples,
+        "passed": not one.reason,
+        "reason": one.reason or "held-out evidence",
+    }

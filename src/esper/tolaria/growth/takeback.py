@@ -42,7 +42,9 @@ class Before:
     groups: list[list[list[str]]]
 
     @classmethod
-    def of(cls, models: Sequence[nn.Module], optimizers: Mapping[str, Optimizer], step: int, plans: int) -> Before:
+    def of(
+        cls, models: Sequence[nn.Module], optimizers: Mapping[str, Optimizer], step: int, plans: int
+    ) -> Before:
         """Copy a run as it is.
 
         Args:

@@ -1,0 +1,134 @@
+"""What an event reads: training batches kept for it, held-out examples, and what they say of every place."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from esper.kasmina.evidence import additive, count_examples, join
+from esper.kasmina.isolation import evaluating, untouched
+from esper.kasmina.lessons import first
+from esper.kasmina.places import Place
+from esper.kasmina.reopen import TEMPER, guess, output_layers, tempered
+from esper.kasmina.score import Score, Scored
+from esper.kasmina.sight import Run
+
+RECENT = 20  # of the latest losses, by which a saturated host is told
+LARGEST = 2**26  # numbers of one example's batch that one pass may take in at once
+
+
+@dataclass(frozen=True)
+class Found:
+    """What an event found."""
+
+    scored: Mapping[str, Scored]
+    held_out: float  # mean loss in eval mode, as the model is
+    examples: int  # held out
+    additive: bool  # whether each example is evidence of its own
+
+
+class Evidence:
+    """Reads training and held-out examples for the events of one run.
+
+    Args:
+        growth: The conductor.
+
+    Attributes:
+        outputs: The output layer, in a list; empty where there is none.
+        guess: The loss of equal logits where the loss is cross-entropy.
+    """
+
+    def __init__(self, growth: Any) -> None:
+        self.growth, self.parts = growth, growth.parts
+        self.most: int = growth.config.early.examples
+        self.batches: deque[Any] = deque()
+        self.losses: deque[float] = deque(maxlen=RECENT)
+        self.outputs: list[nn.Module] = []
+        self.guess: float | None = None
+        self.additive: bool | None = None
+        self.learn_loss(self.probe())
+
+    @property
+    def host(self) -> nn.Module:
+        """The model."""
+        return self.growth.morphable.host
+
+    @property
+    def training_loss(self) -> float | None:
+        """Mean of the latest training losses."""
+        return sum(self.losses) / len(self.losses) if self.losses else None
+
+    def collect(self, batch: Any, loss: float) -> None:
+        """Keep a training batch, and as many before it as an event reads."""
+        self.losses.append(loss)
+        self.batches.append(batch)
+        size = max(count_examples(batch), 1)
+        while len(self.batches) > 1 and (len(self.batches) - 1) * size >= self.most:
+            self.batches.popleft()
+
+    def probe(self) -> list[Any]:
+        """Return the held-out examples that an event reads, joined."""
+        batches, count = [], 0
+        with untouched(self.host):
+            for batch in self.parts.probe:
+                batches.append(batch)
+                count += count_examples(batch)
+                if count >= self.most:
+                    break
+        return batches
+
+    def learn_loss(self, held: Sequence[Any]) -> None:
+        """Find out once what kind of loss this is."""
+        few = first(held[0], 64)
+        self.additive = additive(self.host, self.parts.loss_fn, few)
+        with evaluating(self.host), untouched(self.host, 0):
+            self.outputs = output_layers(self.host, lambda: self.parts.run(few))
+            self.guess = guess(self.outputs, lambda: self.parts.run(few))
+
+    def look(self, places: Mapping[str, Place], units: Mapping[str, int]) -> Found:
+        """Measure places.
+
+        Args:
+            places: By name.
+            units: To test, by name.
+        """
+        held = self.probe()
+        seed = self.parts.streams.draw("evidence")
+        score = Score(self.host, places, units, self.growth.peers)
+        alone = self.additive is True
+        with tempered(self.outputs, TEMPER if self.guess is not None else 1.0):
+            score.fit(self.runs([*self.batches], alone), seed)
+            score.test(self.runs(held, alone), alone, seed)
+        examples = sum(count_examples(batch) for batch in held)
+        self.batches.clear()
+        return Found(score.chosen, self.held_out(held), examples, alone)
+
+    def runs(self, batches: Sequence[Any], alone: bool) -> list[Run]:
+        """Return passes over batches: joined where examples count alone, as they came where they do not."""
+        given = join(batches) if alone else list(batches)
+        few = [first(batch, self.most) for batch in given]
+        return [((lambda b=batch: self.parts.run(b)), count_examples(batch)) for batch in few]
+
+    def held_out(self, held: Sequence[Any] | None = None) -> float:
+        """Return the mean held-out loss in eval mode; rank 0's counts."""
+        total = examples = 0.0
+        batches = self.probe() if held is None else held
+        with evaluating(self.host), untouched(self.host, 0):
+            for batch in join(batches) if self.additive else batches:
+                count = count_examples(batch)
+                total += float(self.parts.run(batch)) * count
+                examples += count
+        return self.growth.peers.agree([total / examples])[0]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was kept for the next event."""
+        return {"batches": list(self.batches), "losses": list(self.losses)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on."""
+        self.batches.extend(state["batches"])
+        self.losses.extend(state["losses"])

@@ -1,0 +1,145 @@
+"""Insert what passed, all of it or nothing; re-open a saturated host; take an event back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from esper.blueprints.kernel import LiveKernel
+from esper.errors import ProcessError
+from esper.kasmina.places import WidenPlace
+from esper.kasmina.reopen import TEMPER, multiply
+from esper.kasmina.widen import HostKernel
+from esper.tolaria.growth.check import deviation, outputs
+from esper.tolaria.growth.commit import FAILURES, Committer
+from esper.tolaria.growth.takeback import Before
+
+SHRINK = 0.5  # of all weights; 0.4 to 0.5 measured best (digits), 0.2 loses what was learned
+How = Literal["output", "shrink", "no"]
+
+
+class Insertion:
+    """Changes host, optimizers and averages at an event.
+
+    Args:
+        committer: Carries out one widening.
+    """
+
+    def __init__(self, committer: Committer) -> None:
+        self.committer, self.model = committer, committer.model
+
+    @property
+    def models(self) -> list[nn.Module]:
+        """The host, then its averages."""
+        return [self.model.host, *self.committer.averages]
+
+    def remember(self, step: int) -> Before:
+        """Copy the run as it is."""
+        return Before.of(self.models, self.committer.optimizers, step, len(self.committer.plans))
+
+    def widen(self, kernels: Mapping[str, LiveKernel], units: Mapping[str, int], before: Before) -> str:
+        """Widen places together; what the model says stays as it is.
+
+        Consumers come first: rows that are new read what is there, and get zeros for what comes beside it.
+
+        Returns:
+            "" when it was carried out, otherwise why everything was put back.
+        """
+        committer, step = self.committer, before.step
+        names = list(reversed(units))
+        exits = {name: self.model.places[name].ends()[1] for name in names}
+        try:
+            said = outputs(self.model, exits, committer.run)
+            for name in names:
+                place = self.model.places[name]
+                assert isinstance(place, WidenPlace)
+                kernel = fitted(place, kernels[name], units[name])
+                plan = kernel.plan()
+                before.note(self.model.host, plan)
+                committer.carry_out(plan, kernel.slices(plan), {}, None, step)
+                committer.plans.append(plan)
+                self.model.places = {
+                    n: p.refreshed() if isinstance(p, WidenPlace) else p for n, p in self.model.places.items()
+                }
+            with committer.everywhere():
+                now = outputs(self.model, exits, committer.run)
+                for name in names:
+                    if said[name].shape == now[name].shape:  # an exit that is widened itself has more to say
+                        deviation(said[name], now[name])
+        except ProcessError:
+            raise
+        except FAILURES as error:
+            self.restore(before)
+            return f"the grown model was put back: {error}"
+        self.refreshed()
+        return ""
+
+    def refreshed(self) -> None:
+        """Bring sites and costs up to date."""
+        self.model.refresh(self.committer.run)
+        self.model.meter(self.committer.run)
+
+    def restore(self, before: Before) -> None:
+        """Take an event back."""
+        before.restore(self.models, self.committer.optimizers)
+        del self.committer.plans[before.plans :]
+        self.refreshed()
+
+    def reopen(self, how: How, outputs_: Sequence[nn.Module]) -> None:
+        """Re-open a saturated host, its averages too.
+
+        Args:
+            how: "output": every argmax stays; "shrink": all weights, and the moments are cleared.
+            outputs_: The output layer.
+        """
+        if how == "output":
+            paths = {id(m): path for path, m in self.model.host.named_modules()}
+            for layer in outputs_:
+                multiply([layer], TEMPER)
+                for average in self.committer.averages:
+                    twin = [m for m in (average, *average.children())]
+                    multiply(
+                        [found for m in twin if (found := _at(m, paths[id(layer)])) is not None][:1], TEMPER
+                    )
+        elif how == "shrink":
+            for model in self.models:
+                with torch.no_grad():
+                    for parameter in model.parameters():
+                        parameter.mul_(SHRINK)
+            for optimizer in self.committer.optimizers.values():
+                for state in optimizer.state.values():
+                    for value in state.values():
+                        if isinstance(value, Tensor):
+                            value.zero_()
+
+
+def _at(model: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def fitted(place: WidenPlace, given: LiveKernel, units: int) -> HostKernel[Any]:
+    """Build a kernel of a place's present shapes from one made before its neighbours grew.
+
+    Args:
+        place: As it is now.
+        given: Its units are used, the first ones where fewer are asked for.
+        units: How many.
+    """
+    kernel = place.kernel(units)
+    assert isinstance(kernel, HostKernel)
+    tensors = {**dict(given.named_parameters()), **dict(given.named_buffers())}
+    with torch.no_grad():
+        for name, own in (*kernel.named_parameters(), *kernel.named_buffers()):
+            if name in kernel.outgoing:
+                continue
+            old = tensors[name]
+            own.zero_()
+            window = tuple(slice(0, min(a, b)) for a, b in zip(own.shape, old.shape, strict=True))
+            own[window] = old[window]
+    return kernel

@@ -1,0 +1,29 @@
+"""Put the report of a run together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from esper.kasmina.significance import smallest
+from esper.tolaria.growth.account import EventRecord, Report, advise
+
+
+def report(growth: Any) -> Report:
+    """Return why what grew grew, and why the rest did not."""
+    parts, early = growth.parts, growth.early
+    events: list[EventRecord] = [] if early is None else early.records
+    due = [] if early is None or growth.finished else list(early.timetable.due)
+    needed = None
+    if early is not None:
+        threshold = growth.config.gate.false_keep / 2 / max(len(growth.morphable.places), 1)
+        needed = smallest(threshold, of_blocks=early.evidence.additive is not True)
+    training = growth.cost.training_flops
+    return Report(
+        events=events,
+        refused=[(refusal.place, refusal.reason) for refusal in growth.morphable.refusals],
+        size=(parts.host_parameters, growth.morphable.parameter_count()),
+        flops=(parts.host_flops, growth.morphable.flops),
+        cost=growth.cost.growth_flops / training if training else None,
+        due=due,
+        advice=advise(events, due, needed, parts.steps),
+    )

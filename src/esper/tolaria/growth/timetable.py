@@ -1,0 +1,99 @@
+"""When events fall: at shares of the learning that the user's own schedule will do."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from esper.kasmina.evidence import count_examples
+from esper.tamiyo.early import due
+from esper.tamiyo.triggers import Trigger
+from esper.tolaria.growth.rates import forecast
+
+LENGTH = 1000  # steps a run counts as whose length is not known
+
+
+class Timetable:
+    """The steps of a run at which something is due.
+
+    Args:
+        growth: The conductor.
+
+    Attributes:
+        due: Steps of events to come.
+        wake: The step from which on batches are kept for the next event; before it nothing is asked.
+    """
+
+    def __init__(self, growth: Any) -> None:
+        self.growth, self.parts = growth, growth.parts
+        self.settings = growth.config.early
+        self.trigger = Trigger(growth.config.schedule, None, 0) if self.parts.steps is None else None
+        self.due = self.planned()
+        self.settled = not self.parts.schedulers  # whether how often the schedulers move is known
+        self.wake: float = 0
+
+    @property
+    def pending(self) -> bool:
+        """Whether an event may still come."""
+        return bool(self.due) or self.trigger is not None
+
+    def planned(self) -> list[int]:
+        """Place the events that are still to come by what the learning rate will do."""
+        steps, now = self.parts.steps, self.growth.steps
+        if steps is None:
+            return []
+        optimizer = next(iter(self.parts.optimizers.values()))
+        rates = forecast(self.parts.schedulers, optimizer, steps, now)
+        return [step for step in due(self.settings.shares, rates, steps) if step > now]
+
+    def reason(self, now: int, loss: float) -> str | None:
+        """Return why an event is due, or None."""
+        if self.trigger is not None:
+            return self.trigger.reason(now, loss)
+        if not self.settled:
+            self.settle(now)
+        if not self.due:
+            self.wake = math.inf
+            return None
+        if now >= self.due[0]:
+            self.due = [step for step in self.due if step > now]
+            self.rest(now)
+            return "scheduled"
+        self.rest(now)
+        return None
+
+    def settle(self, now: int) -> None:
+        """Look whether the schedulers move as was assumed: by the step, or once in an epoch."""
+        moved = [int(s.last_epoch) for s in self.parts.schedulers if hasattr(s, "last_epoch")]
+        if moved and min(moved) > 0:
+            self.settled, self.due = True, self.planned()
+
+    def rest(self, now: int) -> None:
+        """Sleep until batches for the next event must be kept."""
+        if not self.settled or self.trigger is not None:
+            return
+        size = max(count_examples(self.growth.batches[-1]), 1)
+        needed = math.ceil(self.settings.examples / size) + 1
+        self.wake = self.due[0] - needed if self.due else math.inf
+
+    def clear(self) -> None:
+        """Expect no further event."""
+        self.due = []
+        if self.trigger is None:
+            self.wake = math.inf
+
+    def length(self, share: float) -> int:
+        """Return a share of the run in steps."""
+        return max(round(share * (self.parts.steps or LENGTH)), 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is still due."""
+        trigger = None if self.trigger is None else self.trigger.state_dict()
+        return {"due": list(self.due), "settled": self.settled, "trigger": trigger}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on."""
+        self.due, self.settled = list(state["due"]), state["settled"]
+        if self.trigger is not None and state["trigger"] is not None:
+            self.trigger.load_state_dict(state["trigger"])
+        self.wake = 0
