@@ -21,7 +21,9 @@ from esper.errors import ConfigError, TransitionError
 
 MOVES: dict[Stage, frozenset[Stage]] = {
     Stage.DORMANT: frozenset({Stage.GERMINATED}),
-    Stage.GERMINATED: frozenset({Stage.TRAINING, Stage.STABILISING, Stage.CULLED, Stage.ERROR, Stage.ROLLED_BACK}),
+    Stage.GERMINATED: frozenset(
+        {Stage.TRAINING, Stage.STABILISING, Stage.CULLED, Stage.ERROR, Stage.ROLLED_BACK}
+    ),
     Stage.TRAINING: frozenset({Stage.GRAFTING, Stage.CULLED, Stage.ERROR, Stage.ROLLED_BACK}),
     Stage.GRAFTING: frozenset({Stage.STABILISING, Stage.CULLED, Stage.ERROR, Stage.ROLLED_BACK}),
     Stage.STABILISING: frozenset({Stage.EVALUATING, Stage.CULLED, Stage.ERROR, Stage.ROLLED_BACK}),
