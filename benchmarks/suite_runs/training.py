@@ -15,7 +15,15 @@ from benchmarks.flops import STEP, forward_flops, parameters
 from benchmarks.suite_tasks import Batch, Schedule, Size, SuiteTask
 from esper.contracts import Event
 
-TOLD = ("widened", "grafted", "deepened", "reopened", "restored", "gate", "warning")  # kept of growth's events
+TOLD = (
+    "widened",
+    "grafted",
+    "deepened",
+    "reopened",
+    "restored",
+    "gate",
+    "warning",
+)  # kept of growth's events
 
 
 @dataclass(frozen=True)

@@ -11,5 +11,7 @@ from benchmarks.suite_tasks.task import SCHEDULES, Batch, Schedule, Size, SuiteT
 __all__ = ["SCHEDULES", "TASKS", "Batch", "Schedule", "Size", "SuiteTask"]
 
 TASKS: dict[str, SuiteTask] = {
-    task.name: task for file in (digits, tables, transformers, teachers, glyphs, series) for task in file.TASKS
+    task.name: task
+    for file in (digits, tables, transformers, teachers, glyphs, series)
+    for task in file.TASKS
 }

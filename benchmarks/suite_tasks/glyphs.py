@@ -22,7 +22,7 @@ FONTS = ("DejaVuSans", "DejaVuSerif", "STIXGeneral", "cmr", "cmss", "cmtt", "cmb
 SIDE, CANVAS = 16, 48  # pixels of an image, and of the canvas it is drawn on
 COUNTS = (6000, 1200, 2400)  # training, probe, test
 STAGES = (8, 16, 32)  # channels of the three stages
-NOISE = 0.12
+NOISE = 0.06
 
 
 def draw(random: np.random.Generator, fonts: list[ImageFont.FreeTypeFont]) -> tuple[np.ndarray, int]:
@@ -34,13 +34,13 @@ def draw(random: np.random.Generator, fonts: list[ImageFont.FreeTypeFont]) -> tu
     canvas = Image.new("L", (CANVAS, CANVAS))
     font = fonts[int(random.integers(len(fonts)))]
     ImageDraw.Draw(canvas).text((CANVAS / 2, CANVAS / 2), character, fill=255, font=font, anchor="mm")
-    turn, shear, scale = random.normal(0, 0.2), random.normal(0, 0.2), random.uniform(0.85, 1.25)
+    turn, shear, scale = random.normal(0, 0.1), random.normal(0, 0.1), random.uniform(0.9, 1.2)
     affine = np.array([[np.cos(turn), shear - np.sin(turn)], [np.sin(turn), np.cos(turn)]]) / scale
     middle = np.full(2, CANVAS / 2)
-    shift = middle - affine @ (middle + random.uniform(-4, 4, 2))
+    shift = middle - affine @ (middle + random.uniform(-3, 3, 2))
     matrix = (*affine[0], shift[0], *affine[1], shift[1])
     canvas = canvas.transform(canvas.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
-    if random.random() < 0.5:
+    if random.random() < 0.25:
         ends = tuple(random.uniform(0, CANVAS, 4))
         ImageDraw.Draw(canvas).line(ends, fill=int(random.integers(80, 220)), width=2)
     image = np.asarray(canvas.resize((SIDE, SIDE), Image.Resampling.BOX), np.float32) / 255
@@ -73,7 +73,10 @@ class Block(nn.Module):
 
     def __init__(self, channels: int, inner: int) -> None:
         super().__init__()
-        self.norm1, self.conv1 = nn.BatchNorm2d(channels), nn.Conv2d(channels, inner, 3, padding=1, bias=False)
+        self.norm1, self.conv1 = (
+            nn.BatchNorm2d(channels),
+            nn.Conv2d(channels, inner, 3, padding=1, bias=False),
+        )
         self.norm2, self.conv2 = nn.BatchNorm2d(inner), nn.Conv2d(inner, channels, 3, padding=1, bias=False)
         nn.init.zeros_(self.conv2.weight)  # fixed networks too
 
@@ -87,7 +90,7 @@ class ResidualCnn(nn.Module):
 
     def __init__(self, size: Size) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(1, STAGES[0], 3, padding=1, bias=False)
+        self.stem = nn.Conv2d(1, STAGES[0], 3, stride=2, padding=1, bias=False)
         self.stages = nn.ModuleList(
             nn.Sequential(*(Block(channels, inner) for inner in inners))
             for channels, inners in zip(STAGES, size, strict=True)

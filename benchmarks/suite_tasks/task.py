@@ -40,6 +40,7 @@ class SuiteTask:
         batch: Examples of a step; None is all of them.
         schedules: Those the published suite runs.
         seeds: Of the published suite: 10, or 5 where a run of the full size takes over 5 s.
+        floor: Losses are compared as shares of at least this, since shares of a loss near zero say nothing.
     """
 
     name: str
@@ -56,6 +57,7 @@ class SuiteTask:
     batch: int | None
     schedules: tuple[Schedule, ...] = ("constant", "cosine")
     seeds: int = 10
+    floor: float = 0.0
 
     @property
     def small(self) -> Size:

@@ -51,6 +51,7 @@ teacher = partial(
     rates=(0.3, 0.5, 1.0),
     steps=1500,
     batch=None,
+    floor=0.02,  # 1 % of it is 2e-4, a few ten-thousandths of the targets' variance
 )
 
 TASKS = (
