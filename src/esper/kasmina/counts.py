@@ -30,7 +30,7 @@ def counts_of(model: nn.Module, container: str, donor: str, name: str, index: in
     holder = model.get_submodule(container)
     found: list[tuple[str, str, int | tuple[str, ...]]] = []
     for path, config in configs(model, container):
-        found += [(path, *entry) for entry in of_config(config, container, len(holder._modules), index)]
+        found += [(path, *e) for e in of_config(config, path, container, len(holder._modules), index)]
     owner, _, attribute = container.rpartition(".")
     parent = model.get_submodule(owner)
     if isinstance(parent, nn.TransformerEncoder | nn.TransformerDecoder) and attribute == "layers":
@@ -55,13 +55,15 @@ def configs(model: nn.Module, container: str) -> Iterator[tuple[str, Any]]:
             yield f"{path}.config".lstrip("."), config
 
 
-def of_config(config: Any, container: str, blocks: int, index: int) -> Iterator[tuple[str, int | tuple[str, ...]]]:
+def of_config(
+    config: Any, path: str, container: str, blocks: int, index: int
+) -> Iterator[tuple[str, int | tuple[str, ...]]]:
     """List the entries of a config that count the blocks of a container."""
     facts = vars(config)
     side = next((side for side in SIDES if side in container.split(".")), None)
     fitting = [n for n in DEPTHS if type(facts.get(n)) is int and facts[n] == blocks]
     fitting = [n for n in fitting if not any(s in n for s in SIDES) or (side is not None and side in n)]
-    if any("decoder" in name for name in fitting):  # T5: num_layers is the encoder's, num_decoder_layers not
+    if path == "config" and any("decoder" in name for name in fitting):  # T5: there num_layers is the encoder's
         fitting = [name for name in fitting if "decoder" in name]
     for name in fitting:
         yield name, blocks + 1

@@ -239,6 +239,7 @@ _FOLDS: dict[str, Callable[[RunHistory, Event], None]] = {
     "outcome": _outcome,
     "widened": _widened,
     "grafted": _widened,
+    "deepened": _widened,
     "compiled": lambda history, event: history.compiled.append(event),
     "recompiled": lambda history, event: history.compiled.append(event),
     "vitals": _vitals,
