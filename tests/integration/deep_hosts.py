@@ -19,7 +19,7 @@ class Attentive(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, time, width = x.shape
+        batch, time, _ = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(batch, time, 3, 2, -1).permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         x = x + self.dropout(self.out(y.transpose(1, 2).reshape(x.shape)))
@@ -73,9 +73,7 @@ class Basic(nn.Module):
 
 def resnet() -> nn.Module:
     stage = nn.Sequential(Basic(4, 6), Basic(6, 6))
-    return nn.Sequential(
-        nn.Conv2d(2, 4, 3), stage, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 11)
-    )
+    return nn.Sequential(nn.Conv2d(2, 4, 3), stage, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 11))
 
 
 class Residual(nn.Module):

@@ -17,7 +17,10 @@ from torch.optim.swa_utils import AveragedModel
 
 import esper
 from esper.contracts import DeepenPlan, Event
-from esper.kasmina.stacks import Stack, find_stacks
+from esper.kasmina.materialise import empty_slices
+from esper.kasmina.morphable import MorphableModel
+from esper.kasmina.stack import Stack
+from esper.kasmina.stacks import find_stacks
 from tests.integration.deep_hosts import HOSTS, INPUTS, NEW, SITES
 
 KINDS = sorted(HOSTS)
@@ -81,7 +84,9 @@ def test_nothing_changes_at_birth(deep: Deep) -> None:
     assert deep.why == ""
     assert deep.unmoved
     assert torch.equal(deep.after, deep.before)
-    assert list(deep.plain.state_dict()) == [k for k in deep.net.state_dict() if not k.startswith(NEW[deep.kind])]
+    assert list(deep.plain.state_dict()) == [
+        k for k in deep.net.state_dict() if not k.startswith(NEW[deep.kind])
+    ]
     (event,) = [event for event in deep.events if event.kind == "deepened"]
     assert event.data["difference"] == 0
     assert event.data["blocks"] == deep.stack.site.width + 1
@@ -145,7 +150,9 @@ def test_averages_follow(kind: str) -> None:
     (average,) = deep.ema
     twin = average.module.get_submodule(NEW[kind])
     assert all(map(torch.equal, twin.state_dict().values(), deep.block.state_dict().values()))
-    assert all(mine is not theirs for mine, theirs in zip(twin.parameters(), deep.block.parameters(), strict=True))
+    assert all(
+        mine is not theirs for mine, theirs in zip(twin.parameters(), deep.block.parameters(), strict=True)
+    )
     deep.step()
     average.update_parameters(deep.net)
 
@@ -179,8 +186,6 @@ def test_it_is_saved_loaded_and_rebuilt_without_esper(deep: Deep, tmp_path: Path
 def test_widening_and_deepening_in_turns_are_replayed(tmp_path: Path) -> None:
     deep = Deep("mlp")
     committer, model = deep.growth.parts.committer, deep.growth.morphable
-    from esper.kasmina.materialise import empty_slices
-
     for name, place in model.pairs.items():
         if name.startswith("2."):
             plan = place.plan(3)
@@ -227,7 +232,7 @@ def test_a_kernel_is_what_the_block_adds(deep: Deep) -> None:
     assert set(kernel.outgoing) <= set(dict(kernel.named_parameters()))
     with place.listening() as seen:
         deep.net.eval()(deep.x)
-    assert seen.given is not None and seen.y is not None
+    assert seen.y is not None
     assert not kernel(seen.y).any()
     with torch.no_grad():
         for name in kernel.outgoing:
@@ -237,8 +242,6 @@ def test_a_kernel_is_what_the_block_adds(deep: Deep) -> None:
 
 def test_morphable_offers_stacks_only_where_asked() -> None:
     net, given = HOSTS["gpt"](), batch("gpt")
-    from esper.kasmina.morphable import MorphableModel
-
     run = lambda: loss_fn(net, given)  # noqa: E731
     assert "blocks+block" not in MorphableModel(net, run, 16).places
     model = MorphableModel(net, run, 16, deepen=True)

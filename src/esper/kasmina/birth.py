@@ -67,7 +67,8 @@ def _reset(block: nn.Module) -> Iterator[str]:
         own = "_reset_parameters" if isinstance(module, nn.MultiheadAttention) else "reset_parameters"
         reset = getattr(module, own, None)
         if not callable(reset) or any(
-            given.default is inspect.Parameter.empty and given.kind not in (given.VAR_POSITIONAL, given.VAR_KEYWORD)
+            given.default is inspect.Parameter.empty
+            and given.kind not in (given.VAR_POSITIONAL, given.VAR_KEYWORD)
             for given in inspect.signature(reset).parameters.values()
         ):
             continue

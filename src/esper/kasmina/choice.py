@@ -14,8 +14,8 @@ def chosen(names: Sequence[str]) -> tuple[bool, list[Graph]]:
     """Return whether pairs may be widened, and the blueprints to offer.
 
     Args:
-        names: "widen", "deepen" (see ``kasmina/stacks.py``), names of the catalogue, or paths of JSON files. "auto" is widening and, for a model in
-            which nothing can be widened, every blueprint that has won its benchmark.
+        names: "widen", "deepen", names of the catalogue, or paths of JSON files. "auto" is widening and, for
+            a model in which nothing can be widened, every blueprint that has won its benchmark.
 
     Raises:
         RegistryError: No such blueprint.

@@ -63,7 +63,9 @@ def of_config(
     side = next((side for side in SIDES if side in container.split(".")), None)
     fitting = [n for n in DEPTHS if type(facts.get(n)) is int and facts[n] == blocks]
     fitting = [n for n in fitting if not any(s in n for s in SIDES) or (side is not None and side in n)]
-    if path == "config" and any("decoder" in name for name in fitting):  # T5: there num_layers is the encoder's
+    if path == "config" and any(
+        "decoder" in name for name in fitting
+    ):  # T5: there num_layers is the encoder's
         fitting = [name for name in fitting if "decoder" in name]
     for name in fitting:
         yield name, blocks + 1

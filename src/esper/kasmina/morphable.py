@@ -18,7 +18,8 @@ from esper.kasmina.layer import KasminaLayer
 from esper.kasmina.places import Place, WidenPlace
 from esper.kasmina.recorder import tensors
 from esper.kasmina.sites import Sites, find_pairs, reachable, select
-from esper.kasmina.stacks import Stack, find_stacks
+from esper.kasmina.stack import Stack
+from esper.kasmina.stacks import find_stacks
 from esper.kasmina.state import KasminaStateLayout
 from esper.kasmina.streams import StreamPool
 
@@ -161,8 +162,9 @@ class MorphableModel(nn.Module):
     def refresh(self, run: Callable[[], Any]) -> None:
         """Bring the facts of all sites up to date after one of them has grown.
 
-        Pairs and stacks know their own modules. Where blueprints are in play the host is looked at again: what grew may
-        have changed a shape, or stand between two layers, and such places are closed from now on.
+        Pairs and stacks know their own modules. Where blueprints are in play the host is looked at again:
+        what grew may have changed a shape, or stand between two layers, and such places are closed from now
+        on.
         """
         stacks: list[Place] = [stack.refreshed() for stack in self.stacks.values()]
         found: list[Place] = [pair.refreshed() for pair in self.pairs.values()]

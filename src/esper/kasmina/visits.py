@@ -76,7 +76,9 @@ def given_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Given, Tens
             try:
                 kept.append(leaf if isinstance(leaf, PLAIN) else copy.deepcopy(leaf))
             except (RuntimeError, TypeError, NotImplementedError) as error:
-                raise Refused(f"it is called with a {type(leaf).__name__} that has no copy: {error}") from None
+                raise Refused(
+                    f"it is called with a {type(leaf).__name__} that has no copy: {error}"
+                ) from None
     return Given(kept, nest, slots[0]), x
 
 

@@ -165,8 +165,8 @@ def block(shapes: Shapes, plan: DeepenPlan, *, grow: bool) -> None:
     own = {name: shape for name, shape in shapes.items() if name.startswith(new)}
     if not donor or own != ({} if grow else donor):
         raise SavedModelError(
-            f"the plan for {plan.site!r} makes {new[:-1]!r} like {plan.donor!r}, and this model has "
-            f"{len(own)} tensors of the one and {len(donor)} of the other: the plans do not belong to this model"
+            f"the plan for {plan.site!r} makes {new[:-1]!r} like {plan.donor!r}; this model has {len(own)} "
+            f"tensors of the one, {len(donor)} of the other: the plans do not belong to this model"
         )
     for name in donor:
         if grow:

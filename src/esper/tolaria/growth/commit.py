@@ -25,7 +25,7 @@ from esper.kasmina.materialise import empty_slices, widen
 from esper.kasmina.merge import merged, write
 from esper.kasmina.morphable import MorphableModel, slug
 from esper.kasmina.peers import ALONE, Peers
-from esper.kasmina.stacks import Stack
+from esper.kasmina.stack import Stack
 from esper.tolaria.genome import GraftPlan, Plan, program_of
 from esper.tolaria.growth.check import deviation, output
 from esper.tolaria.surgery.adoption import adopt
