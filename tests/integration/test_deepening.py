@@ -21,6 +21,9 @@ from esper.kasmina.materialise import empty_slices
 from esper.kasmina.morphable import MorphableModel
 from esper.kasmina.stack import Stack
 from esper.kasmina.stacks import find_stacks
+from esper.tolaria.checkpoint import CheckpointManager, FolderStorage, Run
+from esper.tolaria.checkpoint.exporting import export_model
+from esper.tolaria.checkpoint.loading import newest
 from tests.integration.deep_hosts import HOSTS, INPUTS, NEW, SITES
 
 KINDS = sorted(HOSTS)
@@ -249,3 +252,49 @@ def test_morphable_offers_stacks_only_where_asked() -> None:
     assert set(model.pairs).isdisjoint(model.stacks)
     model.refresh(run)
     assert list(model.stacks) == ["blocks+block"]
+
+
+def test_a_checkpoint_is_gone_on_from_and_exported(tmp_path: Path) -> None:
+    def run_of(net: nn.Module, optimizer: Any, growth: esper.Growth) -> CheckpointManager:
+        return CheckpointManager(tmp_path / "kept", Run(net, optimizer, growth=growth), every=10**6)
+
+    deep = Deep("resnet")
+    deep.step()
+    manager = run_of(deep.net, deep.optimizer, deep.growth)
+    manager.save(wait=True)
+    again = copy.deepcopy(deep.plain)
+    optimizer = torch.optim.AdamW(again.parameters(), 1e-2)
+    growth = esper.grow(
+        again, optimizer, loss_fn, probe=[deep.probe], steps=100, config={"blueprints": ["widen", "low_rank"]}
+    )
+    assert run_of(again, optimizer, growth).resume() is not None
+    assert growth.plans == deep.growth.plans
+    for net, own in ((deep.net, deep.optimizer), (again, optimizer)):
+        net.train()
+        own.zero_grad()
+        loss_fn(net, deep.probe).backward()
+        own.step()
+    assert all(map(torch.equal, deep.net.state_dict().values(), again.state_dict().values()))
+    storage = FolderStorage(tmp_path / "kept")
+    found = newest(storage, print)
+    assert found is not None
+    folder = export_model(found, tmp_path / "exported", storage)
+    assert "new block 2" in (folder / "card.md").read_text(encoding="utf-8")
+    assert "1.2.bn2.weight" in esper.load_into(HOSTS["resnet"](), folder).state_dict()
+
+
+def test_norms_of_a_new_block_know_a_batch() -> None:
+    deep = Deep("resnet")
+    norm = deep.block.get_submodule("bn1")
+    assert isinstance(norm, nn.BatchNorm2d)
+    assert norm.num_batches_tracked is not None
+    assert int(norm.num_batches_tracked) == 1
+    assert norm.momentum == 0.1
+    with torch.no_grad():
+        deep.block.get_parameter("bn2.weight").fill_(1.0)
+        evaluated = deep.net.eval()(deep.probe[0])
+        trained = deep.net.train()(deep.probe[0])
+        deep.block.get_submodule("bn1").reset_running_stats()  # type: ignore[operator]
+        deep.block.get_submodule("bn2").reset_running_stats()  # type: ignore[operator]
+        unknown = deep.net.eval()(deep.probe[0])
+    assert float((evaluated - trained).abs().max()) < float((unknown - trained).abs().max())

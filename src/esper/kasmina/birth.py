@@ -14,9 +14,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from esper.kasmina.deepen import duplicate
 from esper.kasmina.isolation import same_randomness
+from esper.kasmina.visits import Given
 
 ALIKE = 0.25  # relative difference of spreads up to which torch's own draw is kept
 
@@ -59,6 +61,34 @@ def born(
         for name in zeroed:
             block.get_parameter(name).zero_()
     return block
+
+
+def warmed(block: nn.Module, given: Given, x: Tensor) -> None:
+    """Give norms that have seen nothing the statistics of one batch.
+
+    Without them a new block evaluates by mean 0 and variance 1 until its running statistics have caught up,
+    and what it has learned by then is judged by the wrong numbers.
+
+    Args:
+        block: In the model by now, still the identity.
+        given: What it is called with besides.
+        x: What it reads.
+    """
+    norms = [m for m in block.modules() if isinstance(m, _NormBase) and m.num_batches_tracked is not None]
+    fresh = [(norm, norm.momentum) for norm in norms if not norm.num_batches_tracked]
+    if not fresh:
+        return
+    modes = [(module, module.training) for module in block.modules()]
+    try:
+        for norm, _ in fresh:
+            norm.momentum = 1.0
+        with torch.no_grad(), same_randomness(0):
+            given.call(block.train(), x.clone())
+    finally:
+        for norm, momentum in fresh:
+            norm.momentum = momentum
+        for module, mode in modes:
+            module.training = mode
 
 
 def _reset(block: nn.Module) -> Iterator[str]:

@@ -144,6 +144,8 @@ def unshared(model: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[str]:
             where = f"{path or 'a block'}, a {type(module).__name__},"
             if any(getattr(module, kind) for kind in HOOKS):
                 yield f"{where} has hooks, which a new block would not have"
+            if hasattr(module, "_orig_mod") or vars(module).get("_compiled_call_impl") is not None:
+                yield f"{where} is compiled by itself"
             if torch.nn.utils.parametrize.is_parametrized(module):
                 yield f"{where} is parametrized"
             if "_esper_seam" in vars(module):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -24,11 +24,12 @@ PLAIN = (Tensor, bool, int, float, str, type(None), torch.dtype, torch.device)
 
 @dataclass(slots=True)
 class Given:
-    """What a block was called with; ``slot`` is the leaf that it adds to."""
+    """What a block was called with, and under which autocast; ``slot`` is the leaf that it adds to."""
 
     leaves: list[Any]
     nest: TreeSpec
     slot: int
+    autocast: tuple[str, torch.dtype, bool]
 
     def call(self, block: nn.Module, x: Tensor) -> Tensor:
         """Call a block with another input and everything else as it was.
@@ -39,14 +40,16 @@ class Given:
         leaves = [leaf if isinstance(leaf, PLAIN) else copy.deepcopy(leaf) for leaf in self.leaves]
         leaves[self.slot] = x
         args, kwargs = tree_unflatten(leaves, self.nest)
-        y = floating(block(*args, **kwargs))
+        device, dtype, enabled = self.autocast
+        with torch.autocast(device, dtype=dtype, enabled=enabled):
+            y = floating(block(*args, **kwargs))
         if y is None:
             raise Refused("it returns no floating-point tensor")
         return y
 
     def without(self, index: int) -> Given:
         """Return the same call with None in one place."""
-        return Given([*self.leaves[:index], None, *self.leaves[index + 1 :]], self.nest, self.slot)
+        return replace(self, leaves=[*self.leaves[:index], None, *self.leaves[index + 1 :]])
 
 
 def floating(tree: Any) -> Tensor | None:
@@ -79,7 +82,9 @@ def given_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Given, Tens
                 raise Refused(
                     f"it is called with a {type(leaf).__name__} that has no copy: {error}"
                 ) from None
-    return Given(kept, nest, slots[0]), x
+    device = x.device.type
+    cast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+    return Given(kept, nest, slots[0], cast), x
 
 
 @dataclass(slots=True)

@@ -30,7 +30,8 @@ class GraftPlan:
 
 
 FORMAT = 2
-READABLE = (1, 2)  # 1 knew widenings only
+DEEP = 3  # with blocks, which readers of 2 do not know
+READABLE = (1, 2, 3)  # 1 knew widenings only
 Plan: TypeAlias = "WidenPlan | GraftPlan | DeepenPlan"
 Shapes: TypeAlias = dict[str, list[int]]  # of a state_dict
 
@@ -44,7 +45,8 @@ def encode(model: nn.Module, plans: Sequence[Plan]) -> bytes:
     base, names = shapes_of(model), aliases(model)
     for plan in reversed(plans):
         resize(base, plan, names, grow=False)
-    genome = {"format": FORMAT, "base": base, "plans": [written(plan) for plan in plans]}
+    form = DEEP if any(isinstance(plan, DeepenPlan) for plan in plans) else FORMAT
+    genome = {"format": form, "base": base, "plans": [written(plan) for plan in plans]}
     return json.dumps(genome, indent=1).encode()
 
 
@@ -89,7 +91,7 @@ def decode(genome: bytes) -> tuple[Shapes, list[Plan]]:
     except (ValueError, LookupError, TypeError) as error:
         raise SavedModelError(f"the genome is not of format {FORMAT}: {error!r}") from error
     raise SavedModelError(
-        f"the genome has format {recipe['format']!r}, this Esper reads {FORMAT}: update esper-morph"
+        f"the genome has format {recipe['format']!r}, this Esper reads {DEEP}: update esper-morph"
     )
 
 

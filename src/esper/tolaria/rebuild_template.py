@@ -124,7 +124,7 @@ def load(model: nn.Module, folder: str | Path = Path(__file__).parent) -> nn.Mod
         raise ValueError(f"SHA256SUMS in {folder} is damaged")
     genome, data = json.loads(content["genome.json"]), content["model.safetensors"]
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    if genome["format"] != 2 or genome["base"] != shapes:
+    if genome["format"] not in (2, 3) or genome["base"] != shapes:
         raise ValueError(
             f"{folder} was grown from another model than this {type(model).__name__}, or is newer"
         )

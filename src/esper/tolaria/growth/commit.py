@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from esper.blueprints.kernel import GraphKernel, LiveKernel
 from esper.contracts import Decision, DeepenPlan, Event, Observer, WidenPlan
 from esper.errors import ProcessError, SurgeryError
+from esper.kasmina.birth import warmed
 from esper.kasmina.blocks import Block
 from esper.kasmina.deepen import duplicate, insert, twin_of
 from esper.kasmina.grown import CHILD, attach, detach
@@ -112,6 +113,7 @@ class Committer:
         before = output(self.model, place.donor, self.run)
         try:
             plan = place.deepening()
+            warmed(block, place.given, before)
             difference = self.stack(plan, block, before, step)
         except ProcessError:
             raise
