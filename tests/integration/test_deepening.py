@@ -298,3 +298,26 @@ def test_norms_of_a_new_block_know_a_batch() -> None:
         deep.block.get_submodule("bn2").reset_running_stats()  # type: ignore[operator]
         unknown = deep.net.eval()(deep.probe[0])
     assert float((evaluated - trained).abs().max()) < float((unknown - trained).abs().max())
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_a_compiled_host_is_compiled_again(wrapped: bool) -> None:
+    torch.manual_seed(0)
+    net, given = HOSTS["gpt"](), batch("gpt")
+    model: Any = torch.compile(net, backend="eager") if wrapped else net
+    if not wrapped:
+        net.compile(backend="eager")
+    optimizer = torch.optim.AdamW(net.parameters(), 1e-2)
+    events: list[Event] = []
+    growth = esper.grow(model, optimizer, loss_fn, probe=[given], steps=100, on_event=events.append)
+    before = model.eval()(given[0])
+    with growth.morphable.policy.uncompiled():
+        (stack,), _ = find_stacks(net, lambda: loss_fn(net, given), 16)
+        assert growth.parts.committer.deepen(stack, stack.block(1), 1) == ""
+    assert [event.kind for event in events][-2:] == ["deepened", "recompiled"]
+    assert torch.equal(model(given[0]), before)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss_fn(model.train(), given).backward()
+        optimizer.step()
+    assert all(p.grad is not None and p.grad.any() for p in net.get_submodule("blocks.2").parameters())

@@ -239,13 +239,34 @@ def parametrized() -> nn.Module:
     return net
 
 
+def half_still() -> nn.Module:
+    net = mlp()
+    for block in (net[1], net[2]):
+        block.branch[3].requires_grad_(False)
+    return net
+
+
+def compiled() -> nn.Module:
+    net = mlp()
+    for block in (net[1], net[2]):
+        block.compile(backend="eager")
+    return net
+
+
 def still() -> nn.Module:
     return mlp().requires_grad_(False)
 
 
 @pytest.mark.parametrize(
     ("made", "reason"),
-    [(tied, "tied"), (hooked, "hooks"), (parametrized, "parametrized"), (still, "frozen")],
+    [
+        (tied, "tied"),
+        (hooked, "hooks"),
+        (parametrized, "parametrized"),
+        (still, "frozen"),
+        (half_still, "branch.3.weight is frozen"),
+        (compiled, "compiled by itself"),
+    ],
 )
 def test_blocks_that_are_not_their_own_are_refused(made: Callable[[], nn.Module], reason: str) -> None:
     stacks, refusals = found(made(), torch.randn(4, 8))

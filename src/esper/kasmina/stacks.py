@@ -122,6 +122,8 @@ def proven(
     assert given is not None and y is not None
     trial = duplicate(model, last)
     zeroed = zeros_of(trial, given, y)
+    if frozen := [name for name in zeroed if not blocks[-1].get_parameter(name).requires_grad]:
+        raise Refused(f"{frozen[0]} is frozen: at zero it would stay there, and the block the identity")
     with torch.no_grad(), untouched(trial, seed=0), FlopMeter() as meter:
         given.call(trial.train(), y.clone())  # evaluation may take a fused path of which no formula is known
     site = Site(
