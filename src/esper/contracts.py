@@ -32,6 +32,7 @@ EVENT_FIELDS: dict[str, tuple[str, ...]] = {
     "reopened": ("how", "loss", "guess"),  # a saturated host: its training loss, and that of equal logits
     "taken_back": ("to", "lost", "before", "now"),  # an event whose held-out loss did not fall
     "grafted": ("decision", "site", "blueprint", "how", "parameters", "difference", "milliseconds"),
+    "deepened": ("decision", "site", "blocks", "parameters", "difference", "milliseconds"),
     "compiled": ("site", "kernel", "pipeline", "milliseconds", "speedup"),
     "recompiled": ("policy", "why"),
     "vitals": ("seed", "site", "score"),
@@ -94,11 +95,11 @@ class Site:
     """A place where something can grow."""
 
     name: str  # "fc1>fc2": producer, consumer; "blocks.0+residual_mlp": place, blueprint
-    kind: Literal["pair", "module", "span"]
+    kind: Literal["pair", "module", "span", "stack"]
     entry: str  # module path whose input is tapped
     exit: str  # module path whose output a kernel is added to
     between: tuple[str, ...]  # what stands between, in order: "ReLU", "BatchNorm2d bn1", "flatten"
-    width: int  # units now; 0 where there are none to count
+    width: int  # units now (blocks of a stack); 0 where there are none to count
     granularity: int  # widths grow by multiples of this (GroupNorm widens by whole groups)
     unit_parameters: int  # parameters one more unit adds
     unit_flops: int  # forward FLOPs per example one more unit adds
@@ -238,3 +239,16 @@ class WidenPlan:
     units: int
     edits: tuple[WidenEdit, ...]
     attributes: tuple[tuple[str, str, int], ...]  # (module, attribute, new value)
+
+
+@dataclass(frozen=True, slots=True)
+class DeepenPlan:
+    """Growth of a stack of like blocks by one more, which changes nothing at birth."""
+
+    site: str
+    container: str  # module path of the ModuleList or Sequential; "" where it is the model itself
+    index: int  # of the new block among the container's children
+    name: str  # its name there; no other child changes its own
+    donor: str  # module path of the block it is a copy of, but for the values of its tensors
+    zeroed: tuple[str, ...]  # parameters of the block that start at zero
+    counts: tuple[tuple[str, str, int | tuple[str, ...]], ...]  # (path of module or config, attribute, value)

@@ -140,6 +140,13 @@ def test_a_new_run_in_an_old_folder_starts_from_nothing(events: list[Event]) -> 
     assert fold([*events, *events]) == fold(events)
 
 
+def test_a_block_that_was_asked_for_by_hand_counts_its_parameters() -> None:
+    facts = {"decision": None, "site": "blocks+block", "blocks": 3, "parameters": 70, "difference": 0.0}
+    history = fold([Event("deepened", 5, {**facts, "milliseconds": 2.0})])
+    assert history.decisions == {}
+    assert history.parameters.last == 70
+
+
 def test_a_grafted_decision_is_judged_like_a_widening() -> None:
     decision = DecisionHistory(1, 5, chosen={"action": "graft", "site": "head+residual_mlp"})
     assert decision.verdict == "open"

@@ -14,8 +14,8 @@ def chosen(names: Sequence[str]) -> tuple[bool, list[Graph]]:
     """Return whether pairs may be widened, and the blueprints to offer.
 
     Args:
-        names: "widen", names of the catalogue, or paths of JSON files. "auto" is widening and, for a model in
-            which nothing can be widened, every blueprint that has won its benchmark.
+        names: "widen", "deepen", names of the catalogue, or paths of JSON files. "auto" is widening and, for
+            a model in which nothing can be widened, every blueprint that has won its benchmark.
 
     Raises:
         RegistryError: No such blueprint.
@@ -27,7 +27,7 @@ def chosen(names: Sequence[str]) -> tuple[bool, list[Graph]]:
             graphs += [g for g in map(CATALOGUE.get, CATALOGUE.names()) if not g.experimental]
         elif name.endswith(".json"):
             graphs.append(read_graph(name))
-        elif name != "widen":
+        elif name not in {"widen", "deepen"}:
             graphs.append(CATALOGUE.get(name))
     return bool({"auto", "widen"} & set(names)), graphs
 

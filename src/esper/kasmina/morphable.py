@@ -18,6 +18,8 @@ from esper.kasmina.layer import KasminaLayer
 from esper.kasmina.places import Place, WidenPlace
 from esper.kasmina.recorder import tensors
 from esper.kasmina.sites import Sites, find_pairs, reachable, select
+from esper.kasmina.stack import Stack
+from esper.kasmina.stacks import find_stacks
 from esper.kasmina.state import KasminaStateLayout
 from esper.kasmina.streams import StreamPool
 
@@ -40,6 +42,7 @@ class MorphableModel(nn.Module):
         policy: How the host is compiled; None: not at all.
         smoothing: Weight of a new measurement of a kernel's vitals.
         sampling: Steps between such measurements.
+        deepen: Whether stacks of blocks are places too; a race cannot take them.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class MorphableModel(nn.Module):
         policy: CompilePolicy | None = None,
         smoothing: float = 0.1,
         sampling: int = 10,
+        deepen: bool = False,
     ) -> None:
         super().__init__()
         self.host = host
@@ -60,6 +64,10 @@ class MorphableModel(nn.Module):
         self.seeds_per_site = seeds_per_site
         self.examples, self.blueprints = examples, tuple(blueprints)
         found, self.refusals = self.find(run)
+        if deepen and {"auto", "deepen"} & set(self.blueprints):
+            with untouched(host, seed=0, gather=True):
+                stacks, unfit = find_stacks(host, run, examples)
+            found, self.refusals = [*found, *stacks], [*self.refusals, *unfit]
         self.places: dict[str, Place] = {p.site.name: p for p in select(found, self.refusals, sites)}
         self.names = list(self.places)  # of all sites ever; one that growth elsewhere closed keeps its seeds
         self.flops = 0  # forward, per example
@@ -97,6 +105,11 @@ class MorphableModel(nn.Module):
     def pairs(self) -> dict[str, WidenPlace]:
         """The places that widen the user's own layers."""
         return {name: place for name, place in self.places.items() if isinstance(place, WidenPlace)}
+
+    @property
+    def stacks(self) -> dict[str, Stack]:
+        """The places that get one more block."""
+        return {name: place for name, place in self.places.items() if isinstance(place, Stack)}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the host."""
@@ -149,14 +162,15 @@ class MorphableModel(nn.Module):
     def refresh(self, run: Callable[[], Any]) -> None:
         """Bring the facts of all sites up to date after one of them has grown.
 
-        Pairs know their own modules. Where blueprints are in play the host is looked at again: what grew may
-        have changed a shape, or stand between two layers, and such places are closed from now on.
+        Pairs and stacks know their own modules. Where blueprints are in play the host is looked at again:
+        what grew may have changed a shape, or stand between two layers, and such places are closed from now
+        on.
         """
-        if len(self.pairs) == len(self.places):
-            self.places = {name: pair.refreshed() for name, pair in self.pairs.items()}
-            return
-        found, self.refusals = self.find(run)
-        self.places = {p.site.name: p for p in found if p.site.name in self.names}
+        stacks: list[Place] = [stack.refreshed() for stack in self.stacks.values()]
+        found: list[Place] = [pair.refreshed() for pair in self.pairs.values()]
+        if len(found) + len(stacks) < len(self.places):
+            found, self.refusals = self.find(run)
+        self.places = {p.site.name: p for p in (*found, *stacks) if p.site.name in self.names}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MorphableModel:
         """Move everything, then hand the awake layers the rows of the moved layout."""

@@ -220,6 +220,13 @@ def _widened(history: RunHistory, event: Event) -> None:
     history.parameters.add(event.step, event.data["parameters"])
 
 
+def _deepened(history: RunHistory, event: Event) -> None:
+    if event.data["decision"] is None:  # asked for by hand
+        history.parameters.add(event.step, event.data["parameters"])
+    else:
+        _widened(history, event)
+
+
 def _run_finished(history: RunHistory, event: Event) -> None:
     history.finished = event.data
     history.parameters.add(event.step, event.data["parameters"])
@@ -241,6 +248,7 @@ _FOLDS: dict[str, Callable[[RunHistory, Event], None]] = {
     "outcome": _outcome,
     "widened": _widened,
     "grafted": _widened,
+    "deepened": _deepened,
     "compiled": lambda history, event: history.compiled.append(event),
     "recompiled": lambda history, event: history.compiled.append(event),
     "vitals": _vitals,

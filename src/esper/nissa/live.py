@@ -120,6 +120,8 @@ class LiveView:
                 yield f"gate {word} at {data['site']}: {evidence}"
             case "widened":
                 yield f"{data['site']} grew by {data['units']} units, {data['parameters']:,} parameters now"
+            case "deepened":
+                yield f"{data['site']} has {data['blocks']} blocks, {data['parameters']:,} parameters now"
             case "grafted":
                 how = "was folded into its layer" if data["how"] == "merged" else "became a branch"
                 yield f"{data['site']} {how}, {data['parameters']:,} parameters now"

@@ -113,6 +113,8 @@ def _lines(decision: DecisionHistory, story: Mapping[str, Any]) -> Iterator[str]
     if story["widened"] and "how" in story["widened"]:
         how = "folded into the layer" if story["widened"]["how"] == "merged" else "a branch that stays"
         yield _row("grafted", f"{how}, at step {decision.widened_at}")
+    elif story["widened"] and "blocks" in story["widened"]:
+        yield _row("deepened", f"{story['widened']['blocks']} blocks, at step {decision.widened_at}")
     elif story["widened"]:
         edits = "; ".join(
             f"{edit['tensor']} axis {edit['axis']}: {edit['old']}→{edit['new']}"

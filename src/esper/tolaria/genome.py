@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from esper.blueprints.graph import Graph
 from esper.blueprints.program import Program
-from esper.contracts import Signature, WidenEdit, WidenPlan
+from esper.contracts import DeepenPlan, Signature, WidenEdit, WidenPlan
 from esper.errors import BlueprintError, SavedModelError, nearest
 from esper.kasmina.grown import CHILD
 
@@ -30,8 +30,9 @@ class GraftPlan:
 
 
 FORMAT = 2
-READABLE = (1, 2)  # 1 knew widenings only
-Plan: TypeAlias = "WidenPlan | GraftPlan"
+DEEP = 3  # with blocks, which readers of 2 do not know
+READABLE = (1, 2, 3)  # 1 knew widenings only
+Plan: TypeAlias = "WidenPlan | GraftPlan | DeepenPlan"
 Shapes: TypeAlias = dict[str, list[int]]  # of a state_dict
 
 
@@ -44,7 +45,8 @@ def encode(model: nn.Module, plans: Sequence[Plan]) -> bytes:
     base, names = shapes_of(model), aliases(model)
     for plan in reversed(plans):
         resize(base, plan, names, grow=False)
-    genome = {"format": FORMAT, "base": base, "plans": [written(plan) for plan in plans]}
+    form = DEEP if any(isinstance(plan, DeepenPlan) for plan in plans) else FORMAT
+    genome = {"format": form, "base": base, "plans": [written(plan) for plan in plans]}
     return json.dumps(genome, indent=1).encode()
 
 
@@ -52,7 +54,16 @@ def written(plan: Plan) -> dict[str, Any]:
     """Write a plan; a branch brings its program, so that a reader needs torch alone."""
     if isinstance(plan, WidenPlan):
         return {"kind": "widen", **asdict(plan)}
+    if isinstance(plan, DeepenPlan):
+        return {"kind": "deepen", **asdict(plan)}
     return {"kind": "graft", **asdict(plan), "program": program_of(plan).to_json()}
+
+
+def units_of(plan: Plan) -> int:
+    """Return by how many units a plan grows: rows, width of a branch, blocks."""
+    if isinstance(plan, WidenPlan):
+        return plan.units
+    return plan.hidden if isinstance(plan, GraftPlan) else 1
 
 
 def program_of(plan: GraftPlan) -> Program:
@@ -80,7 +91,7 @@ def decode(genome: bytes) -> tuple[Shapes, list[Plan]]:
     except (ValueError, LookupError, TypeError) as error:
         raise SavedModelError(f"the genome is not of format {FORMAT}: {error!r}") from error
     raise SavedModelError(
-        f"the genome has format {recipe['format']!r}, this Esper reads {FORMAT}: update esper-morph"
+        f"the genome has format {recipe['format']!r}, this Esper reads {DEEP}: update esper-morph"
     )
 
 
@@ -90,6 +101,11 @@ def plan_from(data: Mapping[str, Any]) -> Plan:
         facts: dict[str, Any] = {f.name: data[f.name] for f in fields(GraftPlan)}
         facts["signature"] = Signature.from_dict(data["signature"])
         return GraftPlan(**facts)
+    if "container" in data:
+        facts = {f.name: data[f.name] for f in fields(DeepenPlan)}
+        facts["zeroed"] = tuple(data["zeroed"])
+        facts["counts"] = tuple((p, a, tuple(v) if isinstance(v, list) else v) for p, a, v in data["counts"])
+        return DeepenPlan(**facts)
     edits = tuple(WidenEdit(**edit) for edit in data["edits"])
     return WidenPlan(data["site"], data["units"], edits, tuple((m, a, v) for m, a, v in data["attributes"]))
 
@@ -117,6 +133,9 @@ def resize(shapes: Shapes, plan: Plan, names: Mapping[str, Sequence[str]], *, gr
     if isinstance(plan, GraftPlan):
         branch(shapes, plan, grow=grow)
         return
+    if isinstance(plan, DeepenPlan):
+        block(shapes, plan, grow=grow)
+        return
     for edit in plan.edits:
         source, result = (edit.old, edit.new) if grow else (edit.new, edit.old)
         for name in names.get(edit.name, [edit.name]):
@@ -139,6 +158,23 @@ def branch(shapes: Shapes, plan: GraftPlan, *, grow: bool) -> None:
             raise SavedModelError(
                 f"the branch {plan.name!r} has no {name!r}: the plans do not belong to this model"
             )
+
+
+def block(shapes: Shapes, plan: DeepenPlan, *, grow: bool) -> None:
+    """Add the tensors of one more block, or take them away; they have the shapes of its donor's."""
+    new, old = f"{plan.container}.{plan.name}.".lstrip("."), f"{plan.donor}."
+    donor = {new + name[len(old) :]: list(shape) for name, shape in shapes.items() if name.startswith(old)}
+    own = {name: shape for name, shape in shapes.items() if name.startswith(new)}
+    if not donor or own != ({} if grow else donor):
+        raise SavedModelError(
+            f"the plan for {plan.site!r} makes {new[:-1]!r} like {plan.donor!r}; this model has {len(own)} "
+            f"tensors of the one, {len(donor)} of the other: the plans do not belong to this model"
+        )
+    for name in donor:
+        if grow:
+            shapes[name] = donor[name]
+        else:
+            del shapes[name]
 
 
 def require_fit(wanted: Shapes, given: Shapes, otherwise: str) -> None:

@@ -4,6 +4,7 @@ from rebuild import load
 model = load(Net())  # the plain model, as it was built before it grew
 """
 
+import copy
 import functools
 import hashlib
 import json
@@ -90,6 +91,25 @@ def graft(model: Any, plan: dict[str, Any]) -> None:
     model.get_submodule(plan["exit"]).register_forward_hook(branch.leave)
 
 
+def deepen(model: Any, plan: dict[str, Any], weights: dict[str, Tensor]) -> None:
+    """Put one more block behind its like; what that shares with the rest of the model is not copied."""
+    container, donor = model.get_submodule(plan["container"]), model.get_submodule(plan["donor"])
+    inside, own = set(map(id, donor.modules())), set(vars(nn.Module()))
+    outside = [module for module in model.modules() if id(module) not in inside]
+    held = [value for module in outside for name, value in vars(module).items() if name not in own]
+    shared = {id(v): v for v in (*outside, *held) if id(v) not in inside and not isinstance(v, Tensor)}
+    block = copy.deepcopy(donor, shared)
+    prefix = f"{plan['container']}.{plan['name']}.".lstrip(".")
+    for name, tensor in block.state_dict(keep_vars=True).items():
+        tensor.data = tensor.new_zeros(weights[prefix + name].shape)
+    children = list(container._modules.items())
+    children.insert(plan["index"], (plan["name"], block))
+    container._modules.clear()
+    container._modules.update(children)
+    for path, attribute, value in plan["counts"]:
+        setattr(functools.reduce(getattr, filter(None, path.split(".")), model), attribute, value)
+
+
 def load(model: nn.Module, folder: str | Path = Path(__file__).parent) -> nn.Module:
     """Grow ``model`` in place as it grew and load its weights; a ValueError says what does not fit."""
     sums, names = (Path(folder) / "SHA256SUMS").read_bytes(), ["genome.json", "model.safetensors"]
@@ -104,7 +124,7 @@ def load(model: nn.Module, folder: str | Path = Path(__file__).parent) -> nn.Mod
         raise ValueError(f"SHA256SUMS in {folder} is damaged")
     genome, data = json.loads(content["genome.json"]), content["model.safetensors"]
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    if genome["format"] != 2 or genome["base"] != shapes:
+    if genome["format"] not in (2, 3) or genome["base"] != shapes:
         raise ValueError(
             f"{folder} was grown from another model than this {type(model).__name__}, or is newer"
         )
@@ -118,6 +138,9 @@ def load(model: nn.Module, folder: str | Path = Path(__file__).parent) -> nn.Mod
     for plan in genome["plans"]:
         if plan["kind"] == "graft":
             graft(model, plan)
+            continue
+        if plan["kind"] == "deepen":
+            deepen(model, plan, weights)
             continue
         own = model.state_dict(keep_vars=True)
         for edit in plan["edits"]:

@@ -25,8 +25,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from esper.blueprints.kernel import GraphKernel
-from esper.contracts import WidenPlan
+from esper.contracts import DeepenPlan, WidenPlan
 from esper.errors import SavedModelError, StateError, SurgeryError
+from esper.kasmina.deepen import duplicate, insert
 from esper.kasmina.grown import attach, detach
 from esper.kasmina.materialise import empty_slices, widen
 from esper.tolaria import genome, rebuild_template
@@ -114,6 +115,8 @@ def _repeat(model: nn.Module, plan: genome.Plan) -> Callable[[], None]:
     """Carry one plan out with empty tensors; returns the way back."""
     if isinstance(plan, WidenPlan):
         return widen(model, plan, empty_slices(model, plan)).undo
+    if isinstance(plan, DeepenPlan):
+        return insert(model, plan, duplicate(model, plan.donor)).undo
     ends = model.get_submodule(plan.entry), model.get_submodule(plan.exit)
     kernel = GraphKernel(genome.program_of(plan), next(model.parameters()))
     attach(model, plan.name, kernel, ends, plan.signature.port)
@@ -217,6 +220,9 @@ def _card(model: nn.Module, plans: Iterable[genome.Plan], facts: Mapping[str, ob
         lines.append(f"| {name} | {f'{value:.6g}' if isinstance(value, float) else value} |")
     lines += ["", "## What grew", "", "| site | units | tensors |", "|---|---|---|"]
     for plan in plans:
+        if isinstance(plan, DeepenPlan):
+            lines.append(f"| {plan.site} | +1 | new block {plan.container}.{plan.name} |")
+            continue
         if not isinstance(plan, WidenPlan):
             lines.append(f"| {plan.site} | {plan.hidden} | new branch {plan.name} |")
             continue

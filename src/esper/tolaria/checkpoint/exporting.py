@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from esper.contracts import WidenPlan
+from esper.contracts import DeepenPlan, WidenPlan
 from esper.errors import StateError
 from esper.tolaria import rebuild_template, saving
 from esper.tolaria.checkpoint.folder import sync, write_file
@@ -81,7 +81,10 @@ def card(checkpoint: Checkpoint) -> str:
     lines += [f"| {name} | {f'{v:.6g}' if isinstance(v, float) else v} |" for name, v in facts.items()]
     lines += ["", "## What grew", "", "| site | units |", "|---|---|"]
     for plan in decode(checkpoint.genome)[1]:
-        widened = isinstance(plan, WidenPlan)
-        lines.append(f"| {plan.site} | {f'+{plan.units}' if widened else f'new branch {plan.name}'} |")
+        if isinstance(plan, WidenPlan):
+            grown = f"+{plan.units}"
+        else:
+            grown = f"new {'block' if isinstance(plan, DeepenPlan) else 'branch'} {plan.name}"
+        lines.append(f"| {plan.site} | {grown} |")
     lines += ["", "Load it: `esper.load_into(Net(), folder)`, or with torch alone, from inside this folder:"]
     return "\n".join([*lines, "`from rebuild import load; model = load(Net())`.", ""])

@@ -141,7 +141,7 @@ class Watch:
 
     def told(self, event: Event) -> None:
         """Hear what growth tells: expect what a stage does to the loss, begin again behind a commit."""
-        if event.kind in ("widened", "grafted"):
+        if event.kind in ("widened", "grafted", "deepened"):
             self.snapshots.clear()
             self.watcher.kept.clear()
             self.watcher.chosen.clear()

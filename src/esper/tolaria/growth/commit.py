@@ -16,14 +16,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from esper.blueprints.kernel import GraphKernel, LiveKernel
-from esper.contracts import Decision, Event, Observer, WidenPlan
+from esper.contracts import Decision, DeepenPlan, Event, Observer, WidenPlan
 from esper.errors import ProcessError, SurgeryError
+from esper.kasmina.birth import warmed
 from esper.kasmina.blocks import Block
+from esper.kasmina.deepen import duplicate, insert, twin_of
 from esper.kasmina.grown import CHILD, attach, detach
 from esper.kasmina.materialise import empty_slices, widen
 from esper.kasmina.merge import merged, write
 from esper.kasmina.morphable import MorphableModel, slug
 from esper.kasmina.peers import ALONE, Peers
+from esper.kasmina.stack import Stack
 from esper.tolaria.genome import GraftPlan, Plan, program_of
 from esper.tolaria.growth.check import deviation, output
 from esper.tolaria.surgery.adoption import adopt
@@ -93,6 +96,58 @@ class Committer:
         if why:
             self.observe(Event("recompiled", step, {"policy": self.model.policy.kind, "why": why}))
         return ""
+
+    def deepen(self, place: Stack, block: nn.Module, step: int, decision: int | None = None) -> str:
+        """Insert a block behind the last of its kind, in model, averages and optimizers.
+
+        Args:
+            place: The stack, as it is now.
+            block: What ``place.block(seed)`` made, or the ``block`` of its kernel, itself: no copy is taken.
+            step: Of the run.
+            decision: That it follows from.
+
+        Returns:
+            "" when it was carried out, otherwise why everything was put back.
+        """
+        begun = time.perf_counter()
+        before = output(self.model, place.donor, self.run)
+        try:
+            plan = place.deepening()
+            warmed(block, place.given, before)
+            difference = self.stack(plan, block, before, step)
+        except ProcessError:
+            raise
+        except FAILURES as error:
+            return f"the deeper model was put back: {error}"
+        self.plans.append(plan)
+        self.model.refresh(self.run)
+        facts: dict[str, Any] = {"decision": decision, "site": plan.site, "difference": difference}
+        facts |= {"blocks": place.site.width + 1, "parameters": self.model.parameter_count()}
+        facts |= {"index": plan.index, "milliseconds": (time.perf_counter() - begun) * 1e3}
+        self.observe(Event("deepened", step, facts))
+        why = self.model.policy.after_commit((place.donor, block))
+        if why:
+            self.observe(Event("recompiled", step, {"policy": self.model.policy.kind, "why": why}))
+        return ""
+
+    def stack(self, plan: DeepenPlan, block: nn.Module, before: Tensor | None, step: int) -> float:
+        """Insert a block in host and averages and let the optimizers adopt it; all or nothing."""
+        host, difference = self.model.host, 0.0
+        donor = host.get_submodule(plan.donor)
+        with ExitStack() as back:
+            with self.everywhere():
+                back.callback(insert(host, plan, block).undo)
+                if before is not None:
+                    difference = deviation(before, output(self.model, block, self.run))
+                for average in self.averages:
+                    twin = copy_of(average, {plan.donor})
+                    back.callback(insert(twin, plan, twin_of(twin, plan, block)).undo)
+                like = dict(donor.named_parameters())
+                prefix = f"{plan.container}.{plan.name}.".lstrip(".")
+                back.callback(adopted := adopt(self.optimizers, (donor,), block, None, prefix, like))
+            back.pop_all()
+        self.tell_lost(adopted.lines, step)
+        return difference
 
     @contextmanager
     def everywhere(self) -> Iterator[None]:
@@ -222,6 +277,8 @@ class Committer:
         """Repeat growth of an earlier run on a fresh host; a checkpoint will fill its empty tensors."""
         if isinstance(plan, WidenPlan):
             self.carry_out(plan, empty_slices(self.model.host, plan), {}, None, 0)
+        elif isinstance(plan, DeepenPlan):
+            self.stack(plan, duplicate(self.model.host, plan.donor), None, 0)
         else:
             like = next(self.model.host.parameters())
             self.attach(plan, GraphKernel(program_of(plan), like), None, None)

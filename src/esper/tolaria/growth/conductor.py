@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from esper.config import Config
-from esper.contracts import Decision, Event, Outcome, WidenPlan
+from esper.contracts import Decision, Event, Outcome
 from esper.errors import FinishedError, SiteError, StateError, nearest
 from esper.kasmina.evidence import count_examples, join
 from esper.kasmina.flops import Ledger
@@ -24,7 +24,7 @@ from esper.kasmina.morphable import MorphableModel
 from esper.kasmina.orchestrator import SeedOrchestrator
 from esper.kasmina.peers import Peers
 from esper.tamiyo.controller import Room, Tamiyo
-from esper.tolaria.genome import Plan
+from esper.tolaria.genome import Plan, units_of
 from esper.tolaria.governor import Watch
 from esper.tolaria.growth.account import Report
 from esper.tolaria.growth.assembly import Parts, limit
@@ -388,7 +388,7 @@ class Growth:
             flops=self.morphable.flops,
             seconds=time.perf_counter() - self.begun,
             growth_seconds=self.cost.seconds,
-            grown=[[p.site, p.units if isinstance(p, WidenPlan) else p.hidden] for p in self.plans],
+            grown=[[plan.site, units_of(plan)] for plan in self.plans],
         )
         return self.model
 

@@ -78,6 +78,15 @@ def home(optimizers: Mapping[str, Optimizer], ends: Iterable[nn.Module], paramet
     return None if best is None else best[1]
 
 
+def own_home(optimizers: Mapping[str, Optimizer], parameter: Tensor | None) -> Home | None:
+    """Return the group that holds a parameter."""
+    for optimizer in optimizers.values():
+        for index, group in enumerate(optimizer.param_groups):
+            if any(own is parameter for own in group["params"]):
+                return optimizer, index
+    return None
+
+
 def refuse_homeless(
     optimizers: Mapping[str, Optimizer], ends: Iterable[nn.Module], kernel: nn.Module, site: str
 ) -> None:
@@ -101,6 +110,7 @@ def adopt(
     kernel: nn.Module,
     own: Optimizer | None,
     prefix: str = "",
+    like: Mapping[str, Tensor] | None = None,
 ) -> Adoption:
     """Give the host's optimizers a kernel's parameters and their state.
 
@@ -111,6 +121,8 @@ def adopt(
         own: The kernel's optimizer so far, None where there is no state to keep. The state goes along where
             the new optimizer is of the same class.
         prefix: Path of the kernel in the host, for groups that list their parameters' names.
+        like: Parameters whose groups those of the kernel join, by the kernel's names; a frozen one is not
+            trained, nor is its like.
 
     Raises:
         SurgeryError: No optimizer takes one of the parameters; nothing was changed.
@@ -118,7 +130,10 @@ def adopt(
     ends = tuple(ends)
     homes: list[tuple[str, nn.Parameter, Home]] = []
     for name, parameter in kernel.named_parameters():
-        found = home(optimizers, ends, parameter)
+        found = own_home(optimizers, (like or {}).get(name))
+        if found is None and like is not None and not parameter.requires_grad:
+            continue
+        found = found or home(optimizers, ends, parameter)
         if found is None:
             raise SurgeryError(
                 f"no optimizer takes {name!r} of shape {tuple(parameter.shape)}: {_wants(optimizers)}"
