@@ -8,8 +8,16 @@ Two one-sided tests are made, and the larger p-value counts, so that one of them
   (adjusted, Chen, Variyath & Abraham 2008): rare large losses make the mean of a sample too good, and its
   spread too small, together.
 
-Nothing can be honest about the mean of *every* distribution (Bahadur & Savage 1956): a loss so rare that the
-probe never saw it is not known. `esper bench evidence` prints where that is and how large the miss is.
+Measured by `esper bench evidence` over normal, skewed, heavy-tailed and correlated gains, at 0.05 to
+0.0002: at most 1.2 budgets, where Student's t over single examples takes up to 97 on skewed and 1,000 on
+correlated ones; Johnson's and Hall's corrections, the bootstrap-t, Catoni's mean and bets on signs or
+clipped values took 2 to 600.
+
+Nothing can be honest about the mean of *every* distribution (Bahadur & Savage 1956): a loss that an example
+shows with chance q is unknown to (1 − q)^n of the probes, which pass if they are long enough (N4's, 64
+examples: 0.0096). Nor is the promise made for neighbours correlated over more than a block (AR(1) of .9
+over 32: up to 35 budgets at 0.0002, unless ``blocks`` is given), and for ones correlated and skewed at once
+(up to 16).
 """
 
 from __future__ import annotations
