@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from esper.errors import StateError
+from esper.errors import ConfigError, ProbeError, StateError
 
 FEWEST = 8  # values; below, the spread itself is not known
 # Size of the unseen bad example, in root-mean-square values; never below the worst one seen. Of 3 to 6, 5 is
@@ -128,10 +128,10 @@ def smallest(alpha: float, *, of_blocks: bool = False) -> int:
         of_blocks: Every value is a block's mean.
 
     Raises:
-        ValueError: No number could: p-values are not told apart below 1e-12.
+        ProbeError: No number could: p-values are not told apart below 1e-12.
     """
     if alpha < FLOOR:
-        raise ValueError(
+        raise ProbeError(
             f"no probe can pass at {alpha}: p-values end at {FLOOR}; share the budget by fewer looks"
         )
     n, unseen = FEWEST, UNSEEN_BLOCK if of_blocks else UNSEEN
@@ -152,7 +152,7 @@ class Spending:
 
     def __init__(self, budget: float) -> None:
         if not 0 < budget < 1:
-            raise ValueError(f"the false-keep budget is {budget}; give a probability between 0 and 1")
+            raise ConfigError(f"the false-keep budget is {budget}; give a probability between 0 and 1")
         self.budget = budget
         self.looks: dict[int, int] = {}  # event to places
 
@@ -160,12 +160,12 @@ class Spending:
         """Return the largest p-value that passes, for each of ``places`` tested in one event.
 
         Raises:
-            ValueError: A negative event, no place, or an event that was tested on another number of places.
+            StateError: A negative event, no place, or an event that was tested on another number of places.
         """
         if event_index < 0 or places < 1:
-            raise ValueError(f"event {event_index} with {places} places; events count from 0, places from 1")
+            raise StateError(f"event {event_index} with {places} places; events count from 0, places from 1")
         if self.looks.setdefault(event_index, places) != places:
-            raise ValueError(
+            raise StateError(
                 f"event {event_index} was tested on {self.looks[event_index]} places, and now on {places}: "
                 "its budget is spent; number the second test as an event of its own"
             )
