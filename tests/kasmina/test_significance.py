@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esper.errors import StateError
+from esper.errors import ConfigError, ProbeError, StateError
 from esper.kasmina import significance
 from esper.kasmina.significance import Spending, block_means, log_ratio, p_value, smallest, starts, t_tail
 
@@ -142,7 +142,7 @@ def test_below_the_smallest_probe_nothing_passes_and_from_it_on_something(
 
 def test_the_smallest_probes_are_those_the_documentation_names() -> None:
     assert [smallest(alpha) for alpha in (0.05, 0.01, 0.001, 0.0002)] == [21, 30, 44, 53]
-    with pytest.raises(ValueError, match="no probe can pass"):
+    with pytest.raises(ProbeError, match="no probe can pass"):
         smallest(1e-13)
 
 
@@ -164,13 +164,13 @@ def test_an_event_is_spent_once() -> None:
     assert spending.threshold(1, 1) == pytest.approx(0.01)
     assert spending.threshold(0, 3) == pytest.approx(0.01)  # a replay
     assert spending.spent == pytest.approx(0.04)
-    with pytest.raises(ValueError, match="event 0 was tested on 3 places"):
+    with pytest.raises(StateError, match="event 0 was tested on 3 places"):
         spending.threshold(0, 2)
     for event, places in ((-1, 1), (2, 0)):
-        with pytest.raises(ValueError, match="count from 0"):
+        with pytest.raises(StateError, match="count from 0"):
             spending.threshold(event, places)
     for budget in (0.0, 1.0, math.nan):
-        with pytest.raises(ValueError, match="budget"):
+        with pytest.raises(ConfigError, match="budget"):
             Spending(budget)
 
 

@@ -111,9 +111,9 @@ def additive(model: nn.Module, loss_fn: LossFunction, batch: Any) -> bool | None
 
     The loss of the whole is compared with that of its two parts, cut unequally and in two ways, and with that
     of the reversed order; then of a dozen examples, where a weak coupling shows more (that of a term
-    .01 × std(0) is 5e-6 of the loss of 40). Losses that couple examples (contrastive,
-    class-weighted means, batch statistics) differ. Rows whose integer targets are all -100 are left out first:
-    torch's losses do not count them.
+    .01 × std(0) is 5e-6 of the loss of 40). Losses that couple examples (contrastive, class-weighted means,
+    batch statistics) differ. Rows whose integer entries are all -100 are left out first: torch's losses do
+    not count them.
 
     Args:
         model: Put into eval mode for the while.

@@ -8,8 +8,17 @@ Two one-sided tests are made, and the larger p-value counts, so that one of them
   (adjusted, Chen, Variyath & Abraham 2008): rare large losses make the mean of a sample too good, and its
   spread too small, together.
 
-Nothing can be honest about the mean of *every* distribution (Bahadur & Savage 1956): a loss so rare that the
-probe never saw it is not known. `esper bench evidence` prints where that is and how large the miss is.
+Measured by `esper bench evidence` over normal, skewed, heavy-tailed and correlated gains, at 0.05 to
+0.0002: at most 1.2 budgets within Monte Carlo's error but in one cell (64 means of 16 examples of which .02
+lose .5: 2.0 at 0.0002), where Student's t over single examples takes up to 97 on skewed and 1,000 on
+correlated ones; Johnson's and Hall's corrections, the bootstrap-t, Catoni's mean and bets on signs or
+clipped values took 2 to 600.
+
+Nothing can be honest about the mean of *every* distribution (Bahadur & Savage 1956): a loss that an example
+shows with chance q is unknown to (1 − q)^n of the probes, which pass if they are long enough (N4's, 64
+examples: 0.0096). Nor is the promise made for neighbours correlated over more than a block (AR(1) of .9
+over 32: up to 35 budgets at 0.0002, unless ``blocks`` is given), and for ones correlated and skewed at once
+(up to 16).
 """
 
 from __future__ import annotations
@@ -20,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from esper.errors import StateError
+from esper.errors import ConfigError, ProbeError, StateError
 
 FEWEST = 8  # values; below, the spread itself is not known
 # Size of the unseen bad example, in root-mean-square values; never below the worst one seen. Of 3 to 6, 5 is
@@ -120,10 +129,10 @@ def smallest(alpha: float, *, of_blocks: bool = False) -> int:
         of_blocks: Every value is a block's mean.
 
     Raises:
-        ValueError: No number could: p-values are not told apart below 1e-12.
+        ProbeError: No number could: p-values are not told apart below 1e-12.
     """
     if alpha < FLOOR:
-        raise ValueError(
+        raise ProbeError(
             f"no probe can pass at {alpha}: p-values end at {FLOOR}; share the budget by fewer looks"
         )
     n, unseen = FEWEST, UNSEEN_BLOCK if of_blocks else UNSEEN
@@ -144,7 +153,7 @@ class Spending:
 
     def __init__(self, budget: float) -> None:
         if not 0 < budget < 1:
-            raise ValueError(f"the false-keep budget is {budget}; give a probability between 0 and 1")
+            raise ConfigError(f"the false-keep budget is {budget}; give a probability between 0 and 1")
         self.budget = budget
         self.looks: dict[int, int] = {}  # event to places
 
@@ -152,12 +161,12 @@ class Spending:
         """Return the largest p-value that passes, for each of ``places`` tested in one event.
 
         Raises:
-            ValueError: A negative event, no place, or an event that was tested on another number of places.
+            StateError: A negative event, no place, or an event that was tested on another number of places.
         """
         if event_index < 0 or places < 1:
-            raise ValueError(f"event {event_index} with {places} places; events count from 0, places from 1")
+            raise StateError(f"event {event_index} with {places} places; events count from 0, places from 1")
         if self.looks.setdefault(event_index, places) != places:
-            raise ValueError(
+            raise StateError(
                 f"event {event_index} was tested on {self.looks[event_index]} places, and now on {places}: "
                 "its budget is spent; number the second test as an event of its own"
             )
