@@ -79,6 +79,14 @@ def insert(model: nn.Module, plan: DeepenPlan, block: nn.Module) -> Inserted:
     return Inserted(block, undo)
 
 
+def remove(model: nn.Module, plan: DeepenPlan) -> nn.Module:
+    """Take an inserted block out again; what counts blocks is the caller's to put back."""
+    container = model.get_submodule(plan.container)
+    block = container._modules.pop(plan.name)
+    assert block is not None
+    return block
+
+
 def _arrange(container: nn.Module, children: list[tuple[str, nn.Module | None]]) -> None:
     container._modules.clear()
     container._modules.update(children)

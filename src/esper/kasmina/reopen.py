@@ -17,8 +17,12 @@ from torch import Tensor, nn
 from esper.kasmina.finder import LAYERS
 from esper.kasmina.seam import open_seam
 
-TEMPER = 0.3  # of the output layer; 0.3 measured best of 0.1, 0.3 and 0.5 on digits
-SATURATED = 0.25  # of the loss of equal logits: below it a host is saturated
+TEMPER = float(
+    __import__("os").environ.get("X_TMP", "0.3")
+)  # of the output layer; 0.3 measured best of 0.1, 0.3 and 0.5 on digits
+SATURATED = float(
+    __import__("os").environ.get("X_SAT", "0.25")
+)  # of the loss of equal logits: below it a host is saturated
 EQUAL = 1e-3  # relative: how near a loss at zero logits comes to the logarithm of the classes
 
 

@@ -28,6 +28,7 @@ from esper.kasmina.isolation import untouched
 from esper.kasmina.peers import ALONE, Peers
 from esper.kasmina.places import Place
 from esper.kasmina.sight import Run, Sight, judging, passes
+from esper.kasmina.stack import DepthKernel
 from esper.kasmina.starts import pick
 from esper.kasmina.widen import HostKernel, affine
 
@@ -62,8 +63,11 @@ class Scored:
 
     @property
     def gain(self) -> float | None:
-        """Mean held-out decrease that a step along the direction promises: half of the first order."""
-        return 0.5 * float(self.values.mean()) if len(self.values) else None
+        """Mean held-out decrease that a step along the direction promises: half of the first order.
+
+        None where the direction has no length of its own: a block's is a gradient's.
+        """
+        return 0.5 * float(self.values.mean()) if len(self.values) and "new" in self.direction else None
 
 
 class Score:
@@ -115,6 +119,8 @@ class Score:
                 "dead": dead(flat),
                 "gradient_norm": float(sight.gradient.norm()),
             }
+        if isinstance(kernel, DepthKernel) and sight.given is not None:
+            kernel.given = sight.given
         if not isinstance(kernel, HostKernel) or sight.hidden is None:
             slopes = torch.autograd.grad((kernel(sight.x) * gradient).sum(), outgoing)
             flat = torch.cat([slope.flatten() for slope in slopes])
@@ -197,6 +203,8 @@ class Score:
         scored = self.chosen[name]
         kernel, direction = scored.kernel, scored.direction
         assert sight.x is not None and sight.gradient is not None
+        if isinstance(kernel, DepthKernel) and sight.given is not None:
+            kernel.given = sight.given
         with torch.no_grad():
             if isinstance(kernel, HostKernel) and "new" in direction:
                 phi = kernel(sight.x, hidden=True)

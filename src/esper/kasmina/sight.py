@@ -12,6 +12,8 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from esper.kasmina.places import Place
 from esper.kasmina.seam import open_seam
+from esper.kasmina.stack import Stack
+from esper.kasmina.visits import Given, Visits
 
 Run = tuple[Callable[[], Tensor], int]  # a pass to a mean loss, and its number of examples
 
@@ -23,6 +25,7 @@ class Sight:
     x: Tensor | None = None  # what a kernel reads, (batch, …)
     hidden: Tensor | None = None  # what the exit reads
     gradient: Tensor | None = None  # of the batch's mean loss for the exit's output, (batch, …)
+    given: Given | None = None  # what a block was called with besides its input
 
 
 class Eye:
@@ -31,6 +34,7 @@ class Eye:
     def __init__(self, place: Place) -> None:
         self.place, self.sight = place, Sight()
         self.serial = place.port == "serial"
+        self.visits: Visits | None = None  # of a block, whose calls take more than a tensor
 
     def enter(self, x: Tensor | None) -> None:
         """Keep the entry's input."""
@@ -75,6 +79,8 @@ def watching(places: Mapping[str, Place]) -> Iterator[dict[str, Eye]]:
     with ExitStack() as stack:
         for eye in eyes.values():
             entry, exit_ = eye.place.ends()
+            if isinstance(eye.place, Stack):
+                eye.visits = stack.enter_context(eye.place.listening())
             if not eye.serial:
                 stack.callback(open_seam(entry, "entry", eye))
             stack.callback(open_seam(exit_, "entry", HiddenEye(eye)))
@@ -105,5 +111,7 @@ def passes(
     for run, examples in runs:
         with watching(places) as eyes:
             torch.autograd.grad(run(), host, allow_unused=True)
+            for eye in eyes.values():
+                eye.sight.given = None if eye.visits is None else eye.visits.given
         seen = {name: eye.sight for name, eye in eyes.items()}
         yield {n: s for n, s in seen.items() if s.gradient is not None and s.x is not None}, examples

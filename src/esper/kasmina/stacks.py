@@ -137,7 +137,6 @@ def proven(
         unit_parameters=sum(parameter.numel() for parameter in blocks[-1].parameters()),
         unit_flops=meter.total // max(examples, 1),
         blueprint="deepen",
-        most=1,
     )
     foreign = frozenset(model.get_submodule(container)._modules) - set(names)
     light = lightened(given, blocks[-1], y)

@@ -148,9 +148,9 @@ def advise(
         found.append("steps= was not given, and the loss never stalled: pass the number of optimizer steps")
     elif not events and not due:
         found.append("no event was due: the learning rate was gone, or steps= is far from what was run")
-    last = events[-1] if events else None
-    if last is not None and smallest is not None and last.examples < smallest:
-        found.append(f"the probe has {last.examples} examples; with fewer than {smallest} nothing can pass")
+    examples = max((event.examples for event in events), default=0)
+    if smallest is not None and 0 < examples < smallest:
+        found.append(f"the probe has {examples} examples; with fewer than {smallest} nothing can pass")
     looked = [one for event in events for one in event.looked]
     if looked and not any(one.grown for one in looked):
         if any(one.reason == "the budget is spent" for one in looked):

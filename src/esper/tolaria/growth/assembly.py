@@ -104,6 +104,7 @@ def assemble(
             policy=policy,
             smoothing=config.telemetry.smoothing,
             sampling=config.telemetry.sampling,
+            deepen=config.growth in ("auto", "early"),
         )
         refuse_branches(model, optimizers)
     model.pool.enabled = config.kernels.streams

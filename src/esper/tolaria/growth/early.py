@@ -18,8 +18,9 @@ from esper.kasmina.places import Place, WidenPlace
 from esper.kasmina.reopen import SATURATED
 from esper.kasmina.score import Scored
 from esper.kasmina.significance import Spending, p_value
+from esper.kasmina.stack import Stack
 from esper.tamiyo.controller import Room
-from esper.tamiyo.early import allocate
+from esper.tamiyo.early import allocate, wanted
 from esper.tolaria.growth.account import EventRecord, Looked, Point
 from esper.tolaria.growth.evidence import Evidence, Found
 from esper.tolaria.growth.insertion import How, Insertion
@@ -27,6 +28,7 @@ from esper.tolaria.growth.takeback import Before
 from esper.tolaria.growth.timetable import Timetable
 
 SPENT = "the budget is spent"
+ALMOST = 0.9  # of the budget: what is left then is not worth an event
 
 
 @dataclass
@@ -51,8 +53,8 @@ class Early:
         self.growth, self.parts = growth, growth.parts
         self.settings = growth.config.early
         self.insertion = Insertion(self.parts.committer)
-        self.timetable = Timetable(growth)
         self.evidence = Evidence(growth)
+        self.timetable = Timetable(growth, self.events_needed())
         self.spending = Spending(growth.config.gate.false_keep)
         self.open: Judged | None = None
         self.waiting: str | None = None  # why an event waits for growth.rewrap()
@@ -106,11 +108,7 @@ class Early:
         if self.open is not None:
             self.judge()
         only, growth.asked = growth.asked, None
-        free = {
-            name: place
-            for name, place in growth.morphable.places.items()
-            if isinstance(place, WidenPlace) and only in (None, name)
-        }
+        free = {name: p for name, p in self.places().items() if only in (None, name)}
         room = growth.room()
         units = self.allocated(free, room)
         record = EventRecord(growth.steps, why, None, self.evidence.training_loss, 0)
@@ -129,6 +127,32 @@ class Early:
             self.decline(record, free, found.scored, "no evidence on held-out examples")
             return
         self.grow(record, found, free, final)
+
+    def places(self) -> dict[str, Place]:
+        """Return the places an event asks at: where blocks can be added, what is inside them stays as it is.
+
+        Residual nets and transformers gained by depth and lost by inner width (char GPT, glyphs; see
+        docs/decisions.md); once no further block fits the budget, widths are next.
+        """
+        found = self.growth.morphable.places
+        stacks = {n: p for n, p in found.items() if isinstance(p, Stack)}
+        pairs = {n: p for n, p in found.items() if isinstance(p, WidenPlace)}
+        if not self.allocated(stacks, self.growth.room()):
+            return pairs
+        inside = tuple(f"{stack.container}." for stack in stacks.values())
+        return {**{n: p for n, p in pairs.items() if not p.site.entry.startswith(inside)}, **stacks}
+
+    def events_needed(self) -> int:
+        """Return how many events it takes to spend the budget, each multiplying what the last one left."""
+        places, room = self.places(), self.growth.room()
+        sites, host = [place.site for place in places.values()], self.growth.morphable.host
+        most = len(self.settings.shares)
+        for events in range(1, most):
+            factor = self.settings.factor**events
+            parameters, _ = growth_cost(host, places, {s.name: wanted(s, factor) for s in sites})
+            if parameters > ALMOST * room.parameters:
+                return events
+        return most
 
     def allocated(self, places: Mapping[str, Place], room: Room) -> dict[str, int]:
         """Return the units each place gets."""
@@ -190,8 +214,12 @@ class Early:
             decisions.append((number, seed, name, one.gain, one.parameters, one.flops))
             moves.append((one, count))
         kernels = {name: found.scored[name].kernel for name in units}
+        widths = {n: count for n, count in units.items() if isinstance(free[n], WidenPlace)}
         with growth.watched_surgery():
-            failed = self.insertion.widen(kernels, units, before)
+            failed = self.insertion.widen(kernels, widths, before) if widths else ""
+            for name in [n for n in units if n not in widths and not failed]:
+                seed = self.parts.streams.draw("initialisation")
+                failed = self.insertion.deepen(name, kernels[name], units[name], seed, before)
         if failed:
             record.reason = failed
             for number, seed, name, *_ in decisions:
@@ -206,7 +234,8 @@ class Early:
         self.open = Judged(before, until, found.held_out, decisions, record)
         for number, seed, name, gain, *_ in decisions:
             self.move(seed, name, Stage.GERMINATED, Stage.STABILISING, "inserted: the output is unchanged")
-            growth.tell("widened", **self.widened(number, name))
+            if name in widths:
+                growth.tell("widened", **self.widened(number, name))
         growth.topology_changed()
         growth.expect(f"an event at step {growth.steps}", self.timetable.length(self.settings.judge))
         self.note_point(None)

@@ -17,8 +17,9 @@ from esper.kasmina.reopen import TEMPER, guess, output_layers, tempered
 from esper.kasmina.score import Score, Scored
 from esper.kasmina.sight import Run
 
+SHARE = 0.01  # of the examples that a run trains on, which an event reads at most
+LEAST = 128  # examples it reads all the same: fewer are hardly evidence
 RECENT = 20  # of the latest losses, by which a saturated host is told
-LARGEST = 2**26  # numbers of one example's batch that one pass may take in at once
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Evidence:
 
     def __init__(self, growth: Any) -> None:
         self.growth, self.parts = growth, growth.parts
-        self.most: int = growth.config.early.examples
+        self.most: int = growth.config.early.examples  # examples of either kind that an event reads
         self.batches: deque[Any] = deque()
         self.losses: deque[float] = deque(maxlen=RECENT)
         self.outputs: list[nn.Module] = []
@@ -67,6 +68,9 @@ class Evidence:
         self.losses.append(loss)
         self.batches.append(batch)
         size = max(count_examples(batch), 1)
+        if self.parts.steps is not None:  # a short run's events read less: 1 % of what it trains on, each
+            share = int(SHARE * self.parts.steps * size)
+            self.most = min(max(share, LEAST), self.growth.config.early.examples)
         while len(self.batches) > 1 and (len(self.batches) - 1) * size >= self.most:
             self.batches.popleft()
 

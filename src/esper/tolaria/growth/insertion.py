@@ -12,12 +12,15 @@ from esper.blueprints.kernel import LiveKernel
 from esper.errors import ProcessError
 from esper.kasmina.places import WidenPlace
 from esper.kasmina.reopen import TEMPER, multiply
+from esper.kasmina.stack import DepthKernel, Stack
 from esper.kasmina.widen import HostKernel
 from esper.tolaria.growth.check import deviation, outputs
 from esper.tolaria.growth.commit import FAILURES, Committer
 from esper.tolaria.growth.takeback import Before
 
-SHRINK = 0.5  # of all weights; 0.4 to 0.5 measured best (digits), 0.2 loses what was learned
+SHRINK = float(
+    __import__("os").environ.get("X_SHR", "0.5")
+)  # of all weights; 0.4 to 0.5 measured best (digits), 0.2 loses what was learned
 How = Literal["output", "shrink", "no"]
 
 
@@ -57,6 +60,15 @@ class Insertion:
                 place = self.model.places[name]
                 assert isinstance(place, WidenPlace)
                 kernel = fitted(place, kernels[name], units[name])
+                import os
+
+                if os.environ.get("X_OUT"):
+                    with torch.no_grad():
+                        w = kernel.consumer_weight
+                        old = place.consumer.weight
+                        fan = old[0].numel() + w[0].numel()
+                        w.uniform_(-(fan**-0.5), fan**-0.5)
+                        w.mul_(float(os.environ["X_OUT"]))
                 plan = kernel.plan()
                 before.note(self.model.host, plan)
                 committer.carry_out(plan, kernel.slices(plan), {}, None, step)
@@ -67,13 +79,33 @@ class Insertion:
             with committer.everywhere():
                 now = outputs(self.model, exits, committer.run)
                 for name in names:
-                    if said[name].shape == now[name].shape:  # an exit that is widened itself has more to say
+                    if said[name].shape == now[name].shape and not os.environ.get(
+                        "X_OUT"
+                    ):  # an exit that is widened itself has more to say
                         deviation(said[name], now[name])
         except ProcessError:
             raise
         except FAILURES as error:
             self.restore(before)
             return f"the grown model was put back: {error}"
+        self.refreshed()
+        return ""
+
+    def deepen(self, site: str, kernel: LiveKernel, blocks: int, seed: int, before: Before) -> str:
+        """Insert blocks behind the last of their kind; the first is the one that was tested.
+
+        Returns:
+            "" when it was carried out, otherwise why everything was put back.
+        """
+        for count in range(blocks):
+            place = self.model.places[site]
+            assert isinstance(place, Stack) and isinstance(kernel, DepthKernel)
+            block = kernel.block if count == 0 else place.block(seed + count)
+            before.note(self.model.host, place.deepening())
+            failed = self.committer.deepen(place, block, before.step)
+            if failed:
+                self.restore(before)
+                return failed
         self.refreshed()
         return ""
 
@@ -84,7 +116,7 @@ class Insertion:
 
     def restore(self, before: Before) -> None:
         """Take an event back."""
-        before.restore(self.models, self.committer.optimizers)
+        before.restore(self.models, self.committer.optimizers, self.committer.plans)
         del self.committer.plans[before.plans :]
         self.refreshed()
 

@@ -14,9 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from esper.contracts import WidenPlan
+from esper.contracts import DeepenPlan, WidenPlan
+from esper.kasmina.deepen import at, remove
 from esper.kasmina.materialise import put_in_place
+from esper.tolaria.genome import Plan
 from esper.tolaria.governor.rollback import duplicate, read_back, write, written
+from esper.tolaria.surgery.averages import copy_of
 
 State = dict[str, Any]
 
@@ -31,15 +34,13 @@ class Before:
         tensors: Of the host, then of its averages, by name.
         attributes: (module path, attribute, value) of the counts that plans changed since, in order.
         states: Per optimizer, the state of each parameter by the host's name for it.
-        groups: Per optimizer and group, the host's names for its parameters.
     """
 
     step: int
     plans: int
     tensors: list[dict[str, Tensor]]
-    attributes: list[tuple[str, str, int]]
+    attributes: list[tuple[str, str, Any]]
     states: list[dict[str, State]]
-    groups: list[list[list[str]]]
 
     @classmethod
     def of(
@@ -63,24 +64,35 @@ class Before:
                 {names[id(p)]: duplicate(state) for p, state in o.state.items() if id(p) in names}
                 for o in optimizers.values()
             ],
-            [
-                [[names[id(p)] for p in g["params"] if id(p) in names] for g in o.param_groups]
-                for o in optimizers.values()
-            ],
         )
 
-    def note(self, model: nn.Module, plan: WidenPlan) -> None:
+    def note(self, model: nn.Module, plan: WidenPlan | DeepenPlan) -> None:
         """Note the counts that a plan is about to change."""
-        modules = dict(model.named_modules(remove_duplicate=False))
-        self.attributes += [(path, a, getattr(modules[path], a)) for path, a, _ in plan.attributes]
+        counts = plan.attributes if isinstance(plan, WidenPlan) else plan.counts
+        self.attributes += [(path, name, getattr(at(model, path), name)) for path, name, _ in counts]
 
-    def restore(self, models: Sequence[nn.Module], optimizers: Mapping[str, Optimizer]) -> None:
-        """Bring the run back; parameters keep their identity where torch lets them."""
-        for model, tensors in zip(models, self.tensors, strict=True):
-            modules = dict(model.named_modules(remove_duplicate=False))
+    def restore(
+        self, models: Sequence[nn.Module], optimizers: Mapping[str, Optimizer], plans: Sequence[Plan]
+    ) -> None:
+        """Bring the run back; parameters keep their identity where torch lets them.
+
+        Args:
+            models: The host, then its averages.
+            optimizers: By name.
+            plans: All of the run; those since are undone.
+        """
+        deeper = [plan for plan in reversed(plans[self.plans :]) if isinstance(plan, DeepenPlan)]
+        for index, (model, tensors) in enumerate(zip(models, self.tensors, strict=True)):
+            copy = model
+            for plan in deeper:
+                copy = model if index == 0 else copy_of(model, {plan.donor})
+                block = remove(copy, plan)
+                for optimizer in optimizers.values():
+                    forget(optimizer, block)
+            if index and self.attributes:
+                copy = copy_of(model, {path for path, _, _ in self.attributes if "config" not in path})
             for path, attribute, value in reversed(self.attributes):
-                if path in modules:
-                    setattr(modules[path], attribute, value)
+                setattr(at(copy, path), attribute, value)
             put_in_place(model, tensors)
             model.zero_grad(set_to_none=True)
         parameters = dict(models[0].named_parameters())
@@ -99,7 +111,6 @@ class Before:
             "tensors": self.tensors,
             "attributes": [list(one) for one in self.attributes],
             "states": [{n: written(s) for n, s in one.items()} for one in self.states],
-            "groups": self.groups,
         }
 
     @classmethod
@@ -111,7 +122,6 @@ class Before:
             [dict(one) for one in state["tensors"]],
             [(path, attribute, value) for path, attribute, value in state["attributes"]],
             [{n: read_back(s) for n, s in one.items()} for one in state["states"]],
-            state["groups"],
         )
 
     @property
@@ -119,6 +129,18 @@ class Before:
         """Return the memory it takes."""
         held = [t for one in self.tensors for t in one.values()]
         return sum(t.numel() * t.element_size() for t in held if isinstance(t, torch.Tensor))
+
+
+def forget(optimizer: Optimizer, block: nn.Module) -> None:
+    """Drop a block's parameters from an optimizer."""
+    gone = {id(parameter) for parameter in block.parameters()}
+    for group in optimizer.param_groups:
+        keep = [id(parameter) not in gone for parameter in group["params"]]
+        for key in ("params", "param_names"):
+            if key in group:
+                group[key][:] = [one for one, stays in zip(group[key], keep, strict=True) if stays]
+    for parameter in [p for p in optimizer.state if id(p) in gone]:
+        del optimizer.state[parameter]
 
 
 def named(model: nn.Module) -> list[tuple[str, Tensor]]:
