@@ -53,6 +53,11 @@ class EventRecord:
     reason: str = ""
 
 
+def record_from(data: Mapping[str, Any]) -> EventRecord:
+    """Rebuild a record from what ``dataclasses.asdict`` made of it."""
+    return EventRecord(**{**data, "looked": [Looked(**one) for one in data["looked"]]})
+
+
 @dataclass
 class Point:
     """One point of ``growth.curve()``; None is not measured."""

@@ -21,7 +21,7 @@ from esper.kasmina.significance import Spending, p_value
 from esper.kasmina.stack import Stack
 from esper.tamiyo.controller import Room
 from esper.tamiyo.early import allocate, wanted
-from esper.tolaria.growth.account import EventRecord, Looked, Point
+from esper.tolaria.growth.account import EventRecord, Looked, Point, record_from
 from esper.tolaria.growth.evidence import Evidence, Found
 from esper.tolaria.growth.insertion import How, Insertion
 from esper.tolaria.growth.takeback import Before
@@ -294,6 +294,46 @@ class Early:
         gain, parameters, flops = kept or (None, 0, 0)
         outcome = Outcome(decision, site, kept is not None, gain, parameters, flops, 0, reason)
         self.growth.tell("outcome", **asdict(outcome))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a run needs to go on: what is due, what is kept for it, and what is still judged."""
+        judged = self.open
+        return {
+            "timetable": self.timetable.state_dict(),
+            "evidence": self.evidence.state_dict(),
+            "spending": self.spending.state_dict(),
+            "waiting": self.waiting,
+            "records": [asdict(record) for record in self.records],
+            "points": [asdict(point) for point in self.points],
+            "open": None
+            if judged is None
+            else {
+                "before": judged.before.state_dict(),
+                "until": judged.until,
+                "held_out": judged.held_out,
+                "decisions": [list(one) for one in judged.decisions],
+                "record": self.records.index(judged.record),
+            },
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on."""
+        self.timetable.load_state_dict(state["timetable"])
+        self.evidence.load_state_dict(state["evidence"])
+        self.spending.load_state_dict(state["spending"])
+        self.waiting = state["waiting"]
+        self.records = [record_from(record) for record in state["records"]]
+        self.points = [Point(**point) for point in state["points"]]
+        judged = state["open"]
+        self.open = None
+        if judged is not None:
+            self.open = Judged(
+                Before.from_state(judged["before"]),
+                judged["until"],
+                judged["held_out"],
+                [(i, seed, site, gain, p, f) for i, seed, site, gain, p, f in judged["decisions"]],
+                self.records[judged["record"]],
+            )
 
     # -- telling ---------------------------------------------------------------------------------------------
 

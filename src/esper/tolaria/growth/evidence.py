@@ -130,9 +130,10 @@ class Evidence:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was kept for the next event."""
-        return {"batches": list(self.batches), "losses": list(self.losses)}
+        return {"batches": list(self.batches), "losses": list(self.losses), "most": self.most}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on."""
         self.batches.extend(state["batches"])
         self.losses.extend(state["losses"])
+        self.most = state["most"]

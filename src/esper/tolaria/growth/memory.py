@@ -45,6 +45,7 @@ def capture(growth: Any) -> dict[str, Any]:
         "pending": list(growth.losses),
         "batches": list(growth.batches),
         "governor": None if growth.watch is None else growth.watch.state_dict(),
+        "early": None if growth.early is None else growth.early.state_dict(),
         "trial": None if orchestrator.trial is None else capture_trial(orchestrator.trial),
     }
 
@@ -109,6 +110,13 @@ def restore(growth: Any, state: Mapping[str, Any]) -> None:
         growth.watch.snapshots.clear()  # the model is another one by now
         if state.get("governor") is not None:
             growth.watch.load_state_dict(state["governor"])
+    if (state.get("early") is None) != (growth.early is None):
+        raise StateError(
+            f"the state is of a run that grew by another recipe; this one grows by {growth.recipe!r}: pass "
+            "growth= as it was"
+        )
+    if growth.early is not None:
+        growth.early.load_state_dict(state["early"])
     if state["trial"] is not None:
         restore_trial(growth, state["trial"])
 
