@@ -489,7 +489,7 @@ HOSTS: dict[str, Host] = {
     "GPT with SwiGLU": Host(swiglu, ids, 4),
     "GPT with checkpointing": Host(checkpointed, ids, 4),
     "encoder-decoder": Host(translator, ids, 4),
-    "nn.TransformerEncoderLayer": Host(torch_encoder, ids, 1),
+    "nn.TransformerEncoderLayer": Host(torch_encoder, ids, 2),
     "LSTM": Host(recurrent(nn.LSTM), ids, 1),
     "GRU": Host(recurrent(nn.GRU), ids, 1),
     "two towers": Host(bag, ids, 2),

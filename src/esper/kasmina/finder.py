@@ -36,6 +36,7 @@ from esper.kasmina.regions import region
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 LAYERS = (nn.Linear, *CONVOLUTIONS)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+FAST = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
 PRODUCTS = frozenset({"mul", "__mul__", "mul_", "multiply", "__imul__"})
 PARTING = frozenset({"glu", "chunk", "split", "tensor_split"})
 
@@ -273,7 +274,18 @@ class Finder:
         )
         columns = in_size(consumer) // out_size(producer)
         places = positions(self.only_call(name), producer), positions(call, consumer)
-        return Pair(site, producer, consumer, tuple(steps), columns, places, track.flops).refreshed()
+        fast = self.fast(name, target)
+        return Pair(site, producer, consumer, tuple(steps), columns, places, track.flops, fast).refreshed()
+
+    def fast(self, *names: str) -> tuple[nn.Module, ...]:
+        """List the outermost modules around layers that have a fast path past them."""
+        found: dict[str, nn.Module] = {}
+        for name in names:
+            parts = name.split(".")
+            above = [".".join(parts[:depth]) for depth in range(len(parts))]
+            first = next((path for path in above if isinstance(self.modules[path], FAST)), None)
+            found |= {} if first is None else {first: self.modules[first]}
+        return tuple(found.values())
 
     def step(self, call: Call, value: int, axis: int, name: str) -> tuple[Step, int]:
         """Turn a call into a step, with the axis the channels are on behind it."""

@@ -1,4 +1,4 @@
-"""FLOPs of operators that run a whole layer in one call, for which torch has no formula: it counts them as free.
+"""FLOPs of operators that run a whole layer in one call: torch has no formula for them and counts none.
 
 Each equals what the plain operators of the same layer would count: 2 per multiply-add.
 """

@@ -23,6 +23,7 @@ class Pair:
     columns: int  # consumer columns per unit: 1, or positions per channel behind a flatten
     places: tuple[int, int]  # positions per example at which producer and consumer are applied
     step_flops: int  # forward, per example and unit, of what stands between
+    fast: tuple[Any, ...] = ()  # modules around whose fast path would pass the layers by in evaluation
 
     @property
     def port(self) -> Literal["parallel"]:

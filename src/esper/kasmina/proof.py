@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from esper.contracts import Site
 from esper.kasmina.attention import Found
 from esper.kasmina.heads import Count, HeadsPair
+from esper.kasmina.isolation import slow_path
 from esper.kasmina.materialise import widen
 from esper.kasmina.recorder import Recording, Refused
 
@@ -45,7 +46,8 @@ def entered(recording: Recording, modules: Mapping[str, nn.Module], paths: Itera
 
             stack.callback(modules[path].register_forward_pre_hook(keep, with_kwargs=True).remove)
         assert recording.again is not None
-        recording.again()
+        with slow_path():
+            recording.again()
     return calls
 
 
@@ -71,7 +73,8 @@ class Proof:
 
             stack.callback(first.register_forward_pre_hook(enter).remove)
             stack.callback(last.register_forward_hook(leave).remove)
-            self.run()
+            with slow_path():
+                self.run()
         if len(seen) != 2:
             raise Refused(f"{self.pair.names[0]} and {self.pair.names[3]} are not called as modules")
         return seen[0], seen[1]

@@ -14,6 +14,8 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from esper.kasmina.isolation import slow_path
+
 ATTRIBUTE = "_esper_seam"
 
 
@@ -36,6 +38,8 @@ def seam_class(base: type[nn.Module]) -> type[nn.Module]:
         for role, gateway in gateways:
             if role == "entry":
                 gateway.enter(first_tensor(args, kwargs))
+            elif role == "slow":
+                core = partial(slowly, core)
         y = core(*args, **kwargs)
         for role, gateway in gateways:
             if role == "exit":
@@ -53,6 +57,12 @@ def seam_class(base: type[nn.Module]) -> type[nn.Module]:
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     calls = {"__call__": call, "__reduce_ex__": reduce, "__setstate__": set_state}
     return type(base.__name__, (base,), {**names, **calls, "_esper_base": base})
+
+
+def slowly(core: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a module whose fast path would pass its layers by, and their seams with them."""
+    with slow_path():
+        return core(*args, **kwargs)
 
 
 def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -106,6 +116,8 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
 
 def open_seam(module: nn.Module, role: str, gateway: Gateway) -> Callable[[], None]:
     """Let ``gateway`` see a module's input ("entry") or output ("exit").
+
+    With "slow" it sees nothing, but the module takes no fast path past seams inside it.
 
     Returns:
         A function that takes this gateway out again; with the last one the module is exactly as before.

@@ -19,6 +19,7 @@ from esper.errors import SiteError, nearest
 from esper.kasmina.finder import LAYERS, Finder, Refused, is_depthwise
 from esper.kasmina.gated import GatedPair
 from esper.kasmina.heads import HeadsPair
+from esper.kasmina.isolation import slow_path
 from esper.kasmina.pairs import Pair
 from esper.kasmina.places import Place
 from esper.kasmina.recorder import record
@@ -39,11 +40,12 @@ def find_pairs(model: nn.Module, run: Callable[[], Any]) -> tuple[list[Found], l
     """
     modes = {module: module.training for module in model.modules()}
     try:
-        model.train()
-        train = Finder(model, record(model, run))
-        model.eval()
-        with torch.no_grad():
-            evaluation = Finder(model, record(model, run))
+        with slow_path():
+            model.train()
+            train = Finder(model, record(model, run))
+            model.eval()
+            with torch.no_grad():
+                evaluation = Finder(model, record(model, run))
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -75,15 +77,15 @@ def reachable(
 ) -> tuple[list[Found], list[Refusal]]:
     """Keep the pairs whose seams see every pass, in train mode and, without gradients, in eval mode.
 
-    ``nn.TransformerEncoderLayer`` is why: its fast path calls neither of its Linear layers in evaluation, so
-    a branch would be there in training and absent in evaluation.
+    A branch would else be there in training and absent in evaluation, or the other way round. (The fast path
+    of ``nn.TransformerEncoderLayer``, which calls neither of its layers, is off while a seam in it is open.)
     """
     modes = {module: module.training for module in model.modules()}
     seen: list[list[list[str]]] = []
     try:
         for training in (True, False):
             model.train(training)
-            with torch.set_grad_enabled(training):
+            with slow_path(), torch.set_grad_enabled(training):
                 seen.append(witnessed(pairs, run))
     finally:
         for module, mode in modes.items():
