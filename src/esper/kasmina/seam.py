@@ -48,10 +48,11 @@ def seam_class(base: type[nn.Module]) -> type[nn.Module]:
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
         gateways, _ = self.__dict__[ATTRIBUTE]
-        return revive, (base,), {**self.__dict__, ATTRIBUTE: gateways}
+        state = base.__getstate__(self)  # a recurrent layer leaves out its weak references
+        return revive, (base,), {**(state if isinstance(state, dict) else {}), ATTRIBUTE: gateways}
 
     def set_state(self: nn.Module, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        base.__setstate__(self, state)
         join(self, base, state[ATTRIBUTE])
 
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from esper.blueprints.kernel import LiveKernel
-from esper.contracts import Site, WidenPlan
+from esper.contracts import Site, WidenEdit, WidenPlan
 from esper.kasmina.between import Step
 
 
@@ -129,7 +129,11 @@ class HostKernel(LiveKernel, Generic[PlaceT]):
 
     def slices(self, plan: WidenPlan) -> dict[str, Tensor]:
         """Return the new part of every tensor the plan names."""
-        return {edit.name: getattr(self, edit.source).detach() for edit in plan.edits}
+        return {key: self.lay(edit, getattr(self, edit.source).detach()) for key, edit in plan.keyed()}
+
+    def lay(self, edit: WidenEdit, tensor: Tensor) -> Tensor:
+        """Bring a tensor of this kernel, or its optimizer's state, into the order of the host's."""
+        return tensor
 
 
 class WidenKernel(HostKernel[TwoLayers]):
