@@ -287,7 +287,9 @@ def test_pairs_are_found_in_hand_written_forwards(kind: str) -> None:
         ), found[name]
     assert set(found) == set(FOUND[kind])
     places = {r.place for r in wrapped.refusals} | {name.split(">")[0] for name in found}
-    layers = {n for n, m in wrapped.host.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    layers = {
+        n for n, m in wrapped.host.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d, nn.Embedding))
+    }
     assert places == layers, "every layer is a place or has a reason"
 
 

@@ -15,7 +15,6 @@ from esper.contracts import Site
 from esper.kasmina.attention import OPERATORS, Behind, attentions
 from esper.kasmina.between import (
     ELEMENTWISE,
-    REDUCE,
     RESHAPE,
     SPATIAL,
     BatchNorm,
@@ -32,6 +31,7 @@ from esper.kasmina.penalties import is_penalty
 from esper.kasmina.proof import Entered, around, entered, heads_of
 from esper.kasmina.recorder import Call, Recording, Refused
 from esper.kasmina.regions import region
+from esper.kasmina.shaping import moved
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 LAYERS = (nn.Linear, *CONVOLUTIONS)
@@ -59,6 +59,7 @@ class Track:
     steps: list[Step] = field(default_factory=list)
     flops: int = 0
     granularity: int = 1
+    batch: int = 0  # axis of the examples
 
 
 class Finder:
@@ -130,13 +131,26 @@ class Finder:
             following = self.layer_of(reader)
             if following is not None and not is_depthwise(following[1]):
                 return following[0], reader
-            step, track.axis = self.step(reader, track.value, track.axis, track.name)
+            step = self.advance(reader, track)
             if isinstance(step, GroupNorm):
                 track.granularity = math.lcm(track.granularity, step.group)
             if reader.shape is not None:
                 track.flops += step.unit_flops(reader.shape)
             track.steps.append(step)
             track.value = reader.makes[0]
+
+    def advance(self, reader: Call, track: Track) -> Step:
+        """Turn a call into a step, and move on to where the axes are behind it."""
+        there = moved(reader, self.recording.shapes[track.value], track.axis, track.batch)
+        if there is None or reader.shape is None:
+            if track.batch and reader.name not in ELEMENTWISE:
+                raise Refused(
+                    f"{reader.name} over the output of {track.name} runs with time as its first axis"
+                )
+            step, track.axis = self.step(reader, track.value, track.axis, track.name)
+            return step
+        track.axis, track.batch = there.axis, there.batch
+        return there.step
 
     def partner(self, track: Track, met: Met) -> tuple[str, Track]:
         """Return the other factor's layer, which must read the same input and have the same size."""
@@ -248,17 +262,13 @@ class Finder:
 
     def close(self, track: Track, target: str, call: Call) -> Pair:
         """Check the consumer and build the pair."""
-        name, axis, steps, consumer = track.name, track.axis, track.steps, self.modules[target]
+        name, steps, consumer = track.name, track.steps, self.modules[target]
         self.only_call(target)
         producer = self.modules[name]
-        shape = self.recording.shapes[track.value]
-        if isinstance(consumer, nn.Linear) and axis != len(shape) - 1:
-            raise Refused(f"{target} reads another axis than the one {name} widens")
-        if isinstance(consumer, CONVOLUTIONS):
-            if axis != 1 or consumer.groups != 1:
-                raise Refused(f"{target} is grouped, or reads another axis than the one {name} widens")
-            if consumer.padding_mode != "zeros" and steps and steps[-1].label == "pad":
-                steps = steps[:-1]  # the consumer's own padding, which its slice repeats
+        self.fits(track, target, consumer)
+        circular = isinstance(consumer, CONVOLUTIONS) and consumer.padding_mode != "zeros"
+        if circular and steps and steps[-1].label == "pad":
+            steps = steps[:-1]  # the consumer's own padding, which its slice repeats
         if producer is consumer:
             raise Refused(f"{name} feeds itself")
         site = Site(
@@ -276,6 +286,14 @@ class Finder:
         places = positions(self.only_call(name), producer), positions(call, consumer)
         fast = self.fast(name, target)
         return Pair(site, producer, consumer, tuple(steps), columns, places, track.flops, fast).refreshed()
+
+    def fits(self, track: Track, target: str, consumer: nn.Module) -> None:
+        """Refuse a consumer that reads another axis."""
+        name, axis, dims = track.name, track.axis, len(self.recording.shapes[track.value])
+        if isinstance(consumer, nn.Linear) and axis != dims - 1:
+            raise Refused(f"{target} reads another axis than the one {name} widens")
+        if isinstance(consumer, CONVOLUTIONS) and (axis != 1 or track.batch or consumer.groups != 1):
+            raise Refused(f"{target} is grouped, or reads another axis than the one {name} widens")
 
     def fast(self, *names: str) -> tuple[nn.Module, ...]:
         """List the outermost modules around layers that have a fast path past them."""
@@ -313,8 +331,6 @@ class Finder:
             return Replay(
                 call.name, call.func, args, kwargs, call.name.startswith(("dropout", "feature"))
             ), axis
-        if call.name in REDUCE and axis == 1 and is_spatial(call, len(before)):
-            return Replay(call.name, call.func, args, kwargs), axis
         if call.name in PARTING:
             raise Refused(
                 f"{call.name} cuts the output of {name} into parts (a fused gate, for example): new units "
@@ -365,13 +381,6 @@ def positions(call: Call, layer: nn.Module) -> int:
     """Count the positions per example at which a layer is applied."""
     shape = call.shape or torch.Size()
     return math.prod(shape[1:-1]) if isinstance(layer, nn.Linear) else math.prod(shape[2:])
-
-
-def is_spatial(call: Call, dims: int) -> bool:
-    """Tell a reduction that leaves batch and channels alone; equal sizes can make shapes look so."""
-    given = call.argument(1, "dim")
-    axes = (given,) if isinstance(given, int) else tuple(given or ())
-    return bool(axes) and all(axis % dims > 1 for axis in axes)
 
 
 def is_depthwise(module: nn.Module) -> bool:

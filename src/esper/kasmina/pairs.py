@@ -65,9 +65,9 @@ class Pair:
         return WidenPlan(self.site.name, units, tuple(edits), tuple(attributes))
 
 
-def edit(name: str, axis: int, tensor: Any, added: int, source: str) -> WidenEdit:
+def edit(name: str, axis: int, tensor: Any, added: int, source: str, chunks: int = 1) -> WidenEdit:
     """Describe one tensor's growth."""
-    return WidenEdit(name, axis, tensor.shape[axis], tensor.shape[axis] + added, source)
+    return WidenEdit(name, axis, tensor.shape[axis], tensor.shape[axis] + added, source, chunks)
 
 
 def out_name(layer: nn.Module) -> str:

@@ -22,11 +22,14 @@ from esper.kasmina.heads import HeadsPair
 from esper.kasmina.isolation import slow_path
 from esper.kasmina.pairs import Pair
 from esper.kasmina.places import Place
+from esper.kasmina.reasons import why_not
 from esper.kasmina.recorder import record
+from esper.kasmina.recurrences import recurrent
+from esper.kasmina.recurrent import RecurrentPair
 from esper.kasmina.seam import open_seam
 
 Selector: TypeAlias = "str | re.Pattern[str] | type[nn.Module]"
-Found: TypeAlias = "Pair | GatedPair | HeadsPair"  # what widens the user's own layers
+Found: TypeAlias = "Pair | GatedPair | HeadsPair | RecurrentPair"  # what widens the user's own layers
 Sites: TypeAlias = "Selector | Sequence[Selector] | Mapping[str, Selector | Sequence[Selector]]"
 
 
@@ -52,24 +55,22 @@ def find_pairs(model: nn.Module, run: Callable[[], Any]) -> tuple[list[Found], l
     pairs: list[Found] = []
     refusals: list[Refusal] = []
     for name, module in model.named_modules():
-        if not isinstance(module, LAYERS) or is_depthwise(module):
-            if is_matrix(module):
-                kind = type(module).__name__
-                refusals.append(Refusal(name, f"a {kind} is no Linear or convolution of torch's own"))
+        if not isinstance(module, (*LAYERS, nn.RNNBase)) or is_depthwise(module):
+            reason = None if is_depthwise(module) else why_not(module)
+            refusals += [] if reason is None else [Refusal(name, reason)]
             continue
         try:
-            pairs.append(agreed(train.pair(name), evaluation.pair(name)))
+            pairs.append(agreed(look(train, name), look(evaluation, name)))
         except Refused as refusal:
             refusals.append(Refusal(name, str(refusal)))
     return pairs, refusals
 
 
-def is_matrix(module: nn.Module) -> bool:
-    """Tell a layer of someone's own that holds a matrix, for example Hugging Face's Conv1D."""
-    weight = module._parameters.get("weight")
-    return (
-        weight is not None and weight.dim() == 2 and not isinstance(module, (nn.Embedding, nn.EmbeddingBag))
-    )
+def look(finder: Finder, name: str) -> Found:
+    """Return the place at a layer in one mode."""
+    if isinstance(finder.modules[name], nn.RNNBase):
+        return recurrent(finder, name)
+    return finder.pair(name)
 
 
 def reachable(
