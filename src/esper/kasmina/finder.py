@@ -88,7 +88,7 @@ class Finder:
                 raise
             path, behind = self.attentions[name]
             found = behind.found(path)
-            for part in found.names:
+            for part in dict.fromkeys(found.names):
                 self.only_call(part)
             if name != found.names[0]:
                 raise Refused(f"{name} is widened with {found.names[0]}, as heads") from refusal

@@ -82,13 +82,16 @@ class HostKernel(LiveKernel, Generic[PlaceT]):
         """The pair, under the name that every kernel of a place has for it."""
         return self.pair
 
-    def draw(self, role: str, layer: Any) -> None:
-        """Make rows of a producing layer: uniform with bound 1/√fan_in, torch's default, and bias 0."""
+    def draw(self, role: str, layer: Any, each: int = 1) -> None:
+        """Make rows of a producing layer: uniform with bound 1/√fan_in, torch's default, and bias 0.
+
+        A unit may have several, which stand together.
+        """
         host = layer.weight
         bound = 1 / math.sqrt(host[0].numel())
-        rows = host.new_empty(self.units, *host.shape[1:]).uniform_(-bound, bound)
-        self.register_parameter(f"{role}_weight", nn.Parameter(rows))  # (units, in, *taps)
-        bias = None if layer.bias is None else nn.Parameter(host.new_zeros(self.units))
+        rows = host.new_empty(self.units * each, *host.shape[1:]).uniform_(-bound, bound)
+        self.register_parameter(f"{role}_weight", nn.Parameter(rows))  # (units * each, in, *taps)
+        bias = None if layer.bias is None else nn.Parameter(host.new_zeros(self.units * each))
         self.register_parameter(f"{role}_bias", bias)
 
     def columns(self) -> None:
