@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import esper
 from esper.contracts import Stage
-from esper.kasmina.finder import LAYERS, is_depthwise
+from esper.kasmina.layers import is_depthwise, is_layer
 from esper.kasmina.materialise import widen
 from esper.kasmina.morphable import MorphableModel
 from esper.kasmina.widen import HostKernel
@@ -151,7 +151,7 @@ def test_every_place_of_every_host_widens_as_its_branch_computed(kind: str, trai
     net, given = host(kind, dropout=False), batch(kind)
     wrapped = esper.wrap(net, given[0], blueprints=WIDEN)
     names, attributes, moved = [n for n, _ in net.named_parameters()], {}, list[bool]()
-    depth = sum(1 for module in net.modules() if isinstance(module, LAYERS))
+    depth = sum(1 for module in net.modules() if is_layer(module))
     for site in list(wrapped.pairs):
         wrapped.train(training)
         granularity, unit = wrapped.pairs[site].site.granularity, wrapped.pairs[site].site.unit_parameters

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from esper.kasmina.pairs import out_size
+from esper.kasmina.layers import is_linear, out_size
 from esper.kasmina.recorder import Call, Recording, Refused
 
-OPERATORS = frozenset({"linear", "conv1d", "conv2d", "conv3d"})
+OPERATORS = frozenset(
+    "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split()
+)
 PRODUCTS = frozenset({"matmul", "__matmul__", "bmm", "baddbmm", "einsum"})
 FUSED = "scaled_dot_product_attention"
 SHAPING = frozenset(
@@ -49,7 +51,7 @@ def attentions(recording: Recording, modules: Mapping[str, nn.Module]) -> dict[s
     seen: dict[str, tuple[str, Behind]] = {}
     for index, call in enumerate(recording.calls):
         path = layer_of(call, modules)
-        if path is None or not isinstance(modules[path], nn.Linear):
+        if path is None or not is_linear(modules[path]):
             continue
         behind = Behind(recording, modules, call)
         if behind.is_attention() and index > max(behind.sources.values(), default=index):

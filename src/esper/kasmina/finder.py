@@ -26,15 +26,23 @@ from esper.kasmina.between import (
 )
 from esper.kasmina.gated import GatedPair
 from esper.kasmina.heads import HeadsPair
-from esper.kasmina.pairs import Pair, in_size, out_size
+from esper.kasmina.layers import (
+    CONVOLUTIONS,
+    PLAIN,
+    TRANSPOSED,
+    in_size,
+    is_depthwise,
+    is_layer,
+    is_linear,
+    out_size,
+)
+from esper.kasmina.pairs import Pair
 from esper.kasmina.penalties import is_penalty
 from esper.kasmina.proof import Entered, around, entered, heads_of
 from esper.kasmina.recorder import Call, Recording, Refused
 from esper.kasmina.regions import region
 from esper.kasmina.shaping import moved
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-LAYERS = (nn.Linear, *CONVOLUTIONS)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 FAST = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
 PRODUCTS = frozenset({"mul", "__mul__", "mul_", "multiply", "__imul__"})
@@ -116,7 +124,7 @@ class Finder:
             raise Refused(f"{name} is a grouped convolution")
         if isinstance(producer, CONVOLUTIONS) and len(call.shape or ()) != len(producer.kernel_size) + 2:
             raise Refused(f"{name} runs on input without a batch axis")
-        axis = len(call.shape or ()) - 1 if isinstance(producer, nn.Linear) else 1
+        axis = len(call.shape or ()) - 1 if is_linear(producer) else 1
         return Track(name, call.makes[0], axis)
 
     def follow(self, track: Track) -> tuple[str, Call]:
@@ -237,6 +245,8 @@ class Finder:
             )
         if call.name not in OPERATORS:
             raise Refused(f"the weight of {name} is read by {call.name}, not by the layer itself")
+        if isinstance(module, TRANSPOSED) and call.argument(5, "output_padding", 0) != module.output_padding:
+            raise Refused(f"{name} is called with output_size; give it output_padding when it is built")
         return call
 
     def uses(self, parameter: str) -> list[int]:
@@ -256,8 +266,9 @@ class Finder:
         """Return the Linear or convolution a call belongs to."""
         for parameter in call.parameters:
             path, _, own = parameter.rpartition(".")
-            if own == "weight" and isinstance(self.modules.get(path), LAYERS) and call.name in OPERATORS:
-                return path, self.modules[path]
+            module = self.modules.get(path)
+            if own == "weight" and module is not None and is_layer(module) and call.name in OPERATORS:
+                return path, module
         return None
 
     def close(self, track: Track, target: str, call: Call) -> Pair:
@@ -266,7 +277,7 @@ class Finder:
         self.only_call(target)
         producer = self.modules[name]
         self.fits(track, target, consumer)
-        circular = isinstance(consumer, CONVOLUTIONS) and consumer.padding_mode != "zeros"
+        circular = isinstance(consumer, PLAIN) and consumer.padding_mode != "zeros"
         if circular and steps and steps[-1].label == "pad":
             steps = steps[:-1]  # the consumer's own padding, which its slice repeats
         if producer is consumer:
@@ -290,7 +301,7 @@ class Finder:
     def fits(self, track: Track, target: str, consumer: nn.Module) -> None:
         """Refuse a consumer that reads another axis."""
         name, axis, dims = track.name, track.axis, len(self.recording.shapes[track.value])
-        if isinstance(consumer, nn.Linear) and axis != dims - 1:
+        if is_linear(consumer) and axis != dims - 1:
             raise Refused(f"{target} reads another axis than the one {name} widens")
         if isinstance(consumer, CONVOLUTIONS) and (axis != 1 or track.batch or consumer.groups != 1):
             raise Refused(f"{target} is grouped, or reads another axis than the one {name} widens")
@@ -364,7 +375,7 @@ class Finder:
             return BatchNorm(label, path, owned, module)
         if axis == 1 and isinstance(module, nn.GroupNorm) and call.name == "group_norm":
             return GroupNorm(label, path, owned, module)
-        if axis == 1 and isinstance(module, CONVOLUTIONS) and is_depthwise(module):
+        if axis == 1 and module is not None and is_depthwise(module):
             self.only_call(path)
             return Depthwise(label, path, owned, module)
         raise Refused(
@@ -380,9 +391,4 @@ def labels(steps: Sequence[Step]) -> tuple[str, ...]:
 def positions(call: Call, layer: nn.Module) -> int:
     """Count the positions per example at which a layer is applied."""
     shape = call.shape or torch.Size()
-    return math.prod(shape[1:-1]) if isinstance(layer, nn.Linear) else math.prod(shape[2:])
-
-
-def is_depthwise(module: nn.Module) -> bool:
-    """Tell a convolution that keeps every channel to itself."""
-    return isinstance(module, CONVOLUTIONS) and module.groups == module.in_channels == module.out_channels > 1
+    return math.prod(shape[1:-1]) if is_linear(layer) else math.prod(shape[2:])

@@ -16,8 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from esper.contracts import Site, WidenEdit, WidenPlan
+from esper.kasmina.layers import (
+    affine,
+    grown_inputs,
+    grown_outputs,
+    in_axis,
+    in_size,
+    out_axis,
+    out_size,
+)
 from esper.kasmina.pairs import edit, unit_parameters
-from esper.kasmina.widen import HostKernel, affine
+from esper.kasmina.widen import HostKernel
 
 ROLES = ("producer", "key", "value")
 
@@ -95,11 +104,11 @@ class HeadsPair:
 
     def refreshed(self) -> HeadsPair:
         """Return the pair with its layers' facts as they are now."""
-        outgoing = self.group * self.consumer.out_features
+        outgoing = self.group * out_size(self.consumer)
         parameters = sum(unit_parameters(layer) * each for _, _, layer, each in self.layers()) + outgoing
-        rows = (self.group + 2) * self.producer.in_features + outgoing
+        rows = (self.group + 2) * in_size(self.producer) + outgoing
         flops = 2 * self.time * (rows + 2 * self.group * self.time)
-        width = self.producer.out_features // self.rows
+        width = out_size(self.producer) // self.rows
         site = replace(self.site, width=width, unit_parameters=parameters, unit_flops=flops)
         return replace(self, site=site)
 
@@ -109,13 +118,15 @@ class HeadsPair:
         attributes: list[tuple[str, str, int]] = []
         chunks = 3 if self.fused and not self.by_head else 1
         for role, path, layer, each in self.layers():
-            edits.append(edit(f"{path}.weight", 0, layer.weight, units * each, f"{role}_weight", chunks))
+            axis, weight = out_axis(layer), f"{path}.weight"
+            edits.append(edit(weight, axis, layer.weight, units * each, f"{role}_weight", chunks))
             if layer.bias is not None:
                 edits.append(edit(f"{path}.bias", 0, layer.bias, units * each, f"{role}_bias", chunks))
-            attributes.append((path, "out_features", layer.out_features + units * each))
+            attributes += grown_outputs(path, layer, units * each)
         behind, added = self.names[3], units * self.columns
-        edits.append(edit(f"{behind}.weight", 1, self.consumer.weight, added, "consumer_weight"))
-        attributes.append((behind, "in_features", self.consumer.in_features + added))
+        axis = in_axis(self.consumer)
+        edits.append(edit(f"{behind}.weight", axis, self.consumer.weight, added, "consumer_weight"))
+        attributes += grown_inputs(behind, self.consumer, added)
         heads = units // self.site.granularity
         attributes.extend(count.plus(heads) for count in self.counts)
         return WidenPlan(self.site.name, units, tuple(edits), tuple(attributes))
@@ -180,7 +191,8 @@ class HeadsKernel(HostKernel[HeadsPair]):
         """Put a unit's rows, or columns, where the host has them."""
         size = self.units if edit.chunks > 1 else self.pair.site.granularity
         each = self.pair.columns if edit.source == "consumer_weight" else self.pair.rows
-        return tensor if edit.source[:3] in {"key", "val"} else exchanged(tensor, edit.axis, size, each)
+        each = 1 if edit.source[:3] in {"key", "val"} else each
+        return super().lay(edit, exchanged(tensor, self.axes[edit.source], size, each))
 
 
 def exchanged(tensor: Tensor, axis: int, one: int, two: int) -> Tensor:

@@ -20,6 +20,7 @@ from esper.contracts import Site
 from esper.kasmina.attention import Found
 from esper.kasmina.heads import Count, HeadsPair
 from esper.kasmina.isolation import slow_path
+from esper.kasmina.layers import out_size
 from esper.kasmina.materialise import widen
 from esper.kasmina.recorder import Recording, Refused
 
@@ -168,8 +169,7 @@ def heads_of(modules: Mapping[str, nn.Module], found: Found, calls: Entered) -> 
     first = len(path) + 1 if path else 0
     near = (q[first:], k[first:], v[first:], behind[first:])
     one, two, three, last = (duplicate.get_submodule(name) for name in near)
-    assert isinstance(one, nn.Linear)
-    width = one.out_features // (3 if found.fused else found.group)
+    width = out_size(one) // (3 if found.fused else found.group)
     between = ("attention",) if found.fused else (k, v, "attention")
     site = Site(f"{q}>{behind}", "pair", q, behind, between, width, width // found.heads, 0, 0)
     time, group = found.x.shape[1], found.group

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from esper.contracts import Site
-from esper.kasmina.finder import CONVOLUTIONS, Finder, Track, labels, positions
-from esper.kasmina.pairs import in_size
+from esper.kasmina.finder import Finder, Track, labels, positions
+from esper.kasmina.layers import CONVOLUTIONS, in_size
 from esper.kasmina.proof import entered
 from esper.kasmina.recorder import Call, Refused
 from esper.kasmina.recurrent import RecurrentPair

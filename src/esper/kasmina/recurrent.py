@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from esper.contracts import Site, WidenEdit, WidenPlan
 from esper.kasmina.between import Step
-from esper.kasmina.pairs import edit, in_name, in_size, weight_of
-from esper.kasmina.widen import HostKernel, affine
+from esper.kasmina.layers import affine, grown_inputs, in_axis, weight_of
+from esper.kasmina.pairs import edit
+from esper.kasmina.widen import HostKernel
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
 
@@ -99,9 +100,9 @@ class RecurrentPair:
                 edits.append(edit(host, 0, step.tensors()[own], units, f"between_{index}_{own}"))
             attributes.extend(step.attributes(units))
         added = units * self.columns
-        behind = f"{exit_}.weight"
-        edits.append(edit(behind, 1, self.consumer.weight, added, "consumer_weight", self.columns))
-        attributes.append((exit_, in_name(self.consumer), in_size(self.consumer) + added))
+        behind, axis = f"{exit_}.weight", in_axis(self.consumer)
+        edits.append(edit(behind, axis, self.consumer.weight, added, "consumer_weight", self.columns))
+        attributes += grown_inputs(exit_, self.consumer, added)
         return WidenPlan(self.site.name, units, tuple(edits), tuple(attributes))
 
 
@@ -177,9 +178,9 @@ class RecurrentKernel(HostKernel[RecurrentPair]):
     def lay(self, edit: WidenEdit, tensor: Tensor) -> Tensor:
         """Put gates, or directions, in front of units; between old and new units there are zeros."""
         if edit.source == "consumer_weight":
-            return tensor.unflatten(1, (self.units, edit.chunks)).transpose(1, 2).flatten(1, 2)
-        if edit.source.startswith("between"):
-            return tensor
+            tensor = tensor.unflatten(1, (self.units, edit.chunks)).transpose(1, 2).flatten(1, 2)
+        if edit.source == "consumer_weight" or edit.source.startswith("between"):
+            return super().lay(edit, tensor)
         rows = tensor.transpose(0, 1)  # (gates, units, …)
         host = getattr(self.pair.producer, edit.source)
         if edit.axis == 1:

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from esper.contracts import Refusal
 from esper.errors import SiteError, nearest
-from esper.kasmina.finder import LAYERS, Finder, Refused, is_depthwise
+from esper.kasmina.finder import Finder, Refused
 from esper.kasmina.gated import GatedPair
 from esper.kasmina.heads import HeadsPair
 from esper.kasmina.isolation import slow_path
+from esper.kasmina.joining import joined
+from esper.kasmina.layers import is_depthwise, is_layer
 from esper.kasmina.pairs import Pair
 from esper.kasmina.places import Place
 from esper.kasmina.reasons import why_not
@@ -45,17 +47,17 @@ def find_pairs(model: nn.Module, run: Callable[[], Any]) -> tuple[list[Found], l
     try:
         with slow_path():
             model.train()
-            train = Finder(model, record(model, run))
+            train = Finder(model, joined(record(model, run), model))
             model.eval()
             with torch.no_grad():
-                evaluation = Finder(model, record(model, run))
+                evaluation = Finder(model, joined(record(model, run), model))
     finally:
         for module, mode in modes.items():
             module.training = mode
     pairs: list[Found] = []
     refusals: list[Refusal] = []
     for name, module in model.named_modules():
-        if not isinstance(module, (*LAYERS, nn.RNNBase)) or is_depthwise(module):
+        if not (is_layer(module) or isinstance(module, nn.RNNBase)) or is_depthwise(module):
             reason = None if is_depthwise(module) else why_not(module)
             refusals += [] if reason is None else [Refusal(name, reason)]
             continue

@@ -11,13 +11,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from esper.blueprints.kernel import LiveKernel
 from esper.contracts import Site, WidenEdit, WidenPlan
 from esper.kasmina.between import Step
+from esper.kasmina.layers import affine, weight_of
 
 
 class Widenable(Protocol):
@@ -87,7 +86,7 @@ class HostKernel(LiveKernel, Generic[PlaceT]):
 
         A unit may have several, which stand together.
         """
-        host = layer.weight
+        host = weight_of(layer)
         bound = 1 / math.sqrt(host[0].numel())
         rows = host.new_empty(self.units * each, *host.shape[1:]).uniform_(-bound, bound)
         self.register_parameter(f"{role}_weight", nn.Parameter(rows))  # (units * each, in, *taps)
@@ -96,7 +95,7 @@ class HostKernel(LiveKernel, Generic[PlaceT]):
 
     def columns(self) -> None:
         """Make the consumer's columns, all zero."""
-        host = self.pair.consumer.weight
+        host = weight_of(self.pair.consumer)
         columns = host.new_zeros(host.shape[0], self.units * self.pair.columns, *host.shape[2:])
         self.consumer_weight = nn.Parameter(columns)  # (out, units * columns, *taps)
 
@@ -136,7 +135,8 @@ class HostKernel(LiveKernel, Generic[PlaceT]):
 
     def lay(self, edit: WidenEdit, tensor: Tensor) -> Tensor:
         """Bring a tensor of this kernel, or its optimizer's state, into the order of the host's."""
-        return tensor
+        axis = self.axes[edit.source]
+        return tensor if axis == edit.axis else tensor.transpose(axis, edit.axis)
 
 
 class WidenKernel(HostKernel[TwoLayers]):
@@ -154,7 +154,7 @@ class WidenKernel(HostKernel[TwoLayers]):
         super().__init__(pair, units)
         self.draw("producer", pair.producer)
         self.columns()
-        self.owned = self.own("between", pair.steps, pair.producer.weight)
+        self.owned = self.own("between", pair.steps, weight_of(pair.producer))
         self.axes = self.along()
 
     def forward(self, x: Tensor, hidden: bool = False) -> Tensor:
@@ -162,15 +162,3 @@ class WidenKernel(HostKernel[TwoLayers]):
         h = affine(self.pair.producer, x, self.producer_weight, self.producer_bias)
         h = self.through("between", self.pair.steps, self.owned, h)
         return h if hidden else affine(self.pair.consumer, h, self.consumer_weight, None)
-
-
-def affine(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Apply other weights in a layer's own way: its stride, dilation, padding and padding mode.
-
-    What was tapped under autocast may be half as wide as the weights; outside it has to be widened first.
-    """
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-        x = x.to(weight.dtype)
-    if isinstance(layer, nn.Linear):
-        return F.linear(x, weight, bias)
-    return layer._conv_forward(x, weight, bias)
