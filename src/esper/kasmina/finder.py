@@ -46,6 +46,7 @@ from esper.kasmina.shaping import moved
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 FAST = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
 PRODUCTS = frozenset({"mul", "__mul__", "mul_", "multiply", "__imul__"})
+RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
 PARTING = frozenset({"glu", "chunk", "split", "tensor_split"})
 
 
@@ -151,7 +152,7 @@ class Finder:
         """Turn a call into a step, and move on to where the axes are behind it."""
         there = moved(reader, self.recording.shapes[track.value], track.axis, track.batch)
         if there is None or reader.shape is None:
-            if track.batch and reader.name not in ELEMENTWISE:
+            if track.batch and reader.name not in ELEMENTWISE | RECURRENT:
                 raise Refused(
                     f"{reader.name} over the output of {track.name} runs with time as its first axis"
                 )
@@ -323,6 +324,16 @@ class Finder:
         product = call.name in PRODUCTS and len(call.reads) == 2 and not call.parameters
         if product and len(others) == 1 and self.recording.shapes[others[0]] == before == after:
             raise Met(name, call)
+        if call.name in RECURRENT:
+            raise Refused(
+                f"a recurrent layer ({call.name}) reads the output of {name}: nothing can be added to what "
+                "it makes; only a Linear or a convolution can take more inputs"
+            )
+        if call.name in OPERATORS and others and call.reads[0] == value:
+            raise Refused(
+                f"the output of {name} goes into a layer whose weight is made in the pass ({call.name}): "
+                "remove its parametrisation, weight norm for example, to let it take more inputs"
+            )
         if others or not call.makes or after is None:
             raise Refused(f"the output of {name} meets another tensor in {call.name}")
         if call.parameters:

@@ -6,14 +6,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from esper.contracts import Site
-from esper.kasmina.finder import Finder, Track, labels, positions
+from esper.kasmina.finder import RECURRENT, Finder, Track, labels, positions
 from esper.kasmina.layers import CONVOLUTIONS, in_size
 from esper.kasmina.proof import entered
 from esper.kasmina.recorder import Call, Refused
 from esper.kasmina.recurrent import RecurrentPair
 from esper.kasmina.shaping import examples
 
-OPERATORS = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
 PARTS = ("its outputs", "its last state", "its last cell")
 
 
@@ -28,10 +27,10 @@ def recurrent(finder: Finder, name: str) -> RecurrentPair:
     call = only_call(finder, name, layer)
     x = call.args[0]
     assert isinstance(x, Tensor)
-    if x.dim() != 3:
+    seen = entered(finder.recording, finder.modules, [name])[name]
+    if any(isinstance(part, Tensor) and part.dim() != 3 for args, _ in seen for part in args[:1]):
         raise Refused(f"{name} runs on input without a batch axis")
-    outside = [given for given in entered(finder.recording, finder.modules, [name])[name] if is_given(given)]
-    if outside:
+    if any(is_given(given) for given in seen):
         raise Refused(
             f"{name} is given its first state, whose size would stay; torch starts from zeros where none is "
             "given: leave it out to let the hidden size grow"
@@ -67,7 +66,7 @@ def only_call(finder: Finder, name: str, layer: nn.RNNBase) -> Call:
     if len(calls) > 1:
         raise Refused(f"{name} is called {len(calls)} times, or its weights are read elsewhere")
     call = finder.recording.calls[calls.pop()]
-    if call.name not in OPERATORS or type(layer) not in (nn.LSTM, nn.GRU, nn.RNN):
+    if call.name not in RECURRENT or type(layer) not in (nn.LSTM, nn.GRU, nn.RNN):
         raise Refused(f"the weights of {name} are read by {call.name}, not by a layer of torch's own")
     if not isinstance(call.args[2], (list, tuple)):
         raise Refused(
