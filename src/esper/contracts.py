@@ -222,23 +222,41 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class WidenEdit:
-    """One tensor that becomes larger along one axis."""
+    """One tensor that becomes larger along one axis.
+
+    The new part comes at the end of the axis. Where the axis holds several parts of one size, as the gates of
+    a GRU or q, k and v in one layer, a share of it comes at the end of each of these ``chunks``.
+    """
 
     name: str  # parameter or buffer name in the model
     axis: int
     old: int
     new: int
     source: str  # the kernel tensor that fills the new slice, or "" where the fill is a constant
+    chunks: int = 1  # equal parts of the axis; they divide old and new
 
 
 @dataclass(frozen=True, slots=True)
 class WidenPlan:
-    """Growth of existing layers: drives modules, optimizers, EMA, checkpoints, replay and export."""
+    """Growth of existing layers: drives modules, optimizers, EMA, checkpoints, replay and export.
+
+    A tensor may grow along several axes, once along each. Edits are carried out in order: the slice of a
+    later one fits the tensor as the earlier ones have left it.
+    """
 
     site: str
     units: int
     edits: tuple[WidenEdit, ...]
     attributes: tuple[tuple[str, str, int], ...]  # (module, attribute, new value)
+
+    def keyed(self) -> tuple[tuple[str, WidenEdit], ...]:
+        """Pair each edit with the key of its slice: the tensor's name, "name@axis" from the second on."""
+        seen: set[str] = set()
+        keyed: list[tuple[str, WidenEdit]] = []
+        for edit in self.edits:
+            keyed.append((f"{edit.name}@{edit.axis}" if edit.name in seen else edit.name, edit))
+            seen.add(edit.name)
+        return tuple(keyed)
 
 
 @dataclass(frozen=True, slots=True)

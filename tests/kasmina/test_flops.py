@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -40,6 +44,73 @@ def test_fused_attention_on_the_cpu_is_not_free() -> None:
         assert meter.total == 2 * (2 * 4 * 2 * 16 * 16 * 8), "two products"
         y.sum().backward()
     assert meter.total == 7 * (2 * 4 * 2 * 16 * 16 * 8), "and five backward: the scores are computed again"
+
+
+def metered(run: Callable[[], Any]) -> int:
+    with FlopMeter() as meter:
+        run()
+    return meter.total
+
+
+@pytest.mark.parametrize("given", [{}, {"num_layers": 2, "batch_first": True}, {"bidirectional": True}])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_a_recurrent_layer_counts_what_its_matrices_do(kind: type[nn.RNNBase], given: dict[str, Any]) -> None:
+    """One product per matrix and position; backward twice, but that the first state needs no gradient."""
+    net, x = kind(5, 6, **given), torch.randn(3, 7, 5, requires_grad=True)
+    matrices = [p.numel() for p in net.parameters() if p.dim() == 2]
+    forward = 2 * 3 * 7 * sum(matrices)
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            assert metered(lambda: net(x)) == forward
+    assert metered(lambda: net(x)) == forward
+    batch = 3 if net.batch_first else 7
+    first = 2 * batch * sum(p.numel() for n, p in net.named_parameters() if n.startswith("weight_hh"))
+    backward = metered(lambda: net(x)[0].sum().backward()) - forward
+    assert backward == 2 * forward - (0 if kind is nn.LSTM else first)
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+def test_the_fast_path_of_an_encoder_counts_as_the_slow_one(norm_first: bool, padded: bool) -> None:
+    def layer() -> nn.TransformerEncoderLayer:
+        return nn.TransformerEncoderLayer(8, 2, 12, batch_first=True, norm_first=norm_first)
+
+    net = nn.TransformerEncoder(layer(), 2, enable_nested_tensor=False).eval()
+    x = torch.randn(3, 5, 8)
+    mask = torch.zeros(3, 5, dtype=torch.bool)
+    mask[1, 3:] = padded
+    with torch.no_grad():
+        fast = metered(lambda: net(x, src_key_padding_mask=mask if padded else None))
+    slow = metered(lambda: net(x, src_key_padding_mask=mask if padded else None))
+    assert fast == slow == 2 * 2 * 15 * (4 * 8 * 8 + 2 * 8 * 12) + 2 * 2 * 2 * 3 * 5 * 5 * 8
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_count_the_positions_there_are() -> None:
+    net = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12, batch_first=True), 1).eval()
+    mask = torch.zeros(2, 5, dtype=torch.bool)
+    mask[1, 3:] = True
+    with torch.no_grad():
+        fast = metered(lambda: net(torch.randn(2, 5, 8), src_key_padding_mask=mask))
+    assert fast == 2 * 8 * (4 * 8 * 8 + 2 * 8 * 12) + 2 * 2 * (25 + 9) * 8
+
+
+@pytest.mark.parametrize("weights", [False, True])
+def test_the_fast_path_of_multihead_attention_counts_as_the_slow_one(weights: bool) -> None:
+    net, x = nn.MultiheadAttention(8, 2, batch_first=True).eval(), torch.randn(3, 5, 8)
+    with torch.no_grad():
+        fast = metered(lambda: net(x, x, x, need_weights=weights))
+    assert fast == metered(lambda: net(x, x, x, need_weights=weights)) == 2 * (15 * 256 + 2 * 75 * 8)
+
+
+@pytest.mark.parametrize("kv", [4, 2], ids=["all heads", "grouped"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_every_way_to_run_attention_counts_two_products(kv: int, masked: bool, grad: bool) -> None:
+    q, k, v = torch.randn(3, 4, 5, 8, requires_grad=grad), *torch.randn(2, 3, kv, 5, 8)
+    mask = torch.zeros(5, 5) if masked else None
+    run = partial(scaled_dot_product_attention, q, k, v, mask, enable_gqa=kv < 4)
+    assert metered(run) == 2 * 2 * 3 * 4 * 5 * 5 * 8
 
 
 def test_candidates_under_vmap_are_counted_each() -> None:

@@ -125,10 +125,10 @@ REFUSED: dict[str, tuple[nn.Module, str, str]] = {
         r"do not fit the forward pass.*num_heads.*shape",
     ),
     "rotary": (Heads("rotary"), "q", "stands in the attention before .*no rotary embeddings"),
-    "grouped queries": (Heads("grouped queries"), "q", "different widths"),
+    "grouped queries": (Heads("grouped queries"), "q", "do not fit the forward pass"),
     "slopes": (Heads("slopes"), "q", "slope is added to the scores"),
     "capped": (Heads("capped"), "q", "tanh stands in the attention"),
-    "fused": (Fused(), "q", "makes q, k and v in one"),
+    "fused, a constant number of heads": (Fused(), "q", "do not fit the forward pass"),
     "torch's own": (Torch(), "out.out_proj", "nn.MultiheadAttention never calls it"),
 }
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import esper
 from esper.contracts import Stage
-from esper.kasmina.finder import LAYERS, is_depthwise
+from esper.kasmina.layers import is_depthwise, is_layer
 from esper.kasmina.materialise import widen
 from esper.kasmina.morphable import MorphableModel
 from esper.kasmina.widen import HostKernel
@@ -54,9 +54,13 @@ def test_every_layer_of_every_host_is_a_place_or_has_a_reason(kind: str) -> None
     net = host(kind)
     wrapped = esper.wrap(net, HOSTS[kind].inputs(), blueprints=WIDEN)
     assert len(wrapped.pairs) == HOSTS[kind].sites, list(wrapped.pairs)
-    layers = {n for n, m in net.named_modules() if isinstance(m, LAYERS) and not is_depthwise(m)}
+    layers = {n for n, m in net.named_modules() if holds_matrices(m) and not is_depthwise(m)}
     entries = {place.site.entry for place in wrapped.pairs.values()}
     assert entries | {refusal.place for refusal in wrapped.refusals} == layers
+
+
+def holds_matrices(module: nn.Module) -> bool:
+    return any(own is not None and own.dim() > 1 for own in module._parameters.values())
 
 
 @pytest.mark.parametrize("kind", REASONS)
@@ -147,17 +151,18 @@ def test_every_place_of_every_host_widens_as_its_branch_computed(kind: str, trai
     net, given = host(kind, dropout=False), batch(kind)
     wrapped = esper.wrap(net, given[0], blueprints=WIDEN)
     names, attributes, moved = [n for n, _ in net.named_parameters()], {}, list[bool]()
-    depth = sum(1 for module in net.modules() if isinstance(module, LAYERS))
+    depth = sum(1 for module in net.modules() if is_layer(module))
     for site in list(wrapped.pairs):
         wrapped.train(training)
-        granularity = wrapped.pairs[site].site.granularity
+        granularity, unit = wrapped.pairs[site].site.granularity, wrapped.pairs[site].site.unit_parameters
         with torch.no_grad():
             before = logits(run(wrapped, given[0]))
             kernel = exposed(wrapped, site, 2 * granularity)
             parameters = wrapped.parameter_count()
             branch = logits(run(wrapped, given[0]))
             wrapped.release(site)
-            assert set(kernel.axes) == {n for n, _ in [*kernel.named_parameters(), *kernel.named_buffers()]}
+            held = {n for n, _ in [*kernel.named_parameters(), *kernel.named_buffers()]}
+            assert set(kernel.axes) == held - {n for n in held if n.startswith("weight_hh")}
             plan = kernel.plan()
             widen(net, plan, kernel.slices(plan))
             wrapped.refresh(lambda: run(net, given[0]))
@@ -166,8 +171,9 @@ def test_every_place_of_every_host_widens_as_its_branch_computed(kind: str, trai
         assert float((branch - wide).abs().max()) <= allowed, site
         moved.append(not torch.equal(before, branch))
         attributes.update({(m, a): v for m, a, v in plan.attributes})
-        added = 2 * granularity * wrapped.pairs[site].site.unit_parameters
-        assert wrapped.parameter_count() == parameters + added
+        added = 2 * granularity * unit
+        square = sum(p.numel() for n, p in kernel.named_parameters() if n.startswith("weight_hh"))
+        assert wrapped.parameter_count() == parameters + added + (square - square // (2 * granularity))
     assert any(moved), "no branch did anything"
     assert [n for n, _ in net.named_parameters()] == names
     modules = dict(net.named_modules())

@@ -388,6 +388,74 @@ def recurrent(kind: type[nn.LSTM] | type[nn.GRU]) -> Callable[[], nn.Module]:
     return make
 
 
+class Conv1D(nn.Module):
+    """Hugging Face's linear layer: its weight is (in, out)."""
+
+    def __init__(self, nf: int, nx: int) -> None:
+        super().__init__()
+        self.nf, self.nx = nf, nx
+        self.weight, self.bias = nn.Parameter(torch.randn(nx, nf) * 0.3), nn.Parameter(torch.zeros(nf))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight)
+        return y.view((*x.size()[:-1], self.nf))
+
+
+class GPT2Attention(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.embed_dim, self.num_heads, self.head_dim = width, heads, width // heads
+        self.split_size = width
+        self.c_attn, self.c_proj = Conv1D(3 * width, width), Conv1D(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.c_attn(x).split(self.split_size, dim=2)
+        q, k, v = (t.view(*t.shape[:-1], -1, self.head_dim).transpose(1, 2) for t in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+        return self.c_proj(y.reshape(*y.shape[:-2], -1).contiguous())
+
+
+def gpt2() -> nn.Module:
+    """Hugging Face's GPT-2 in small, gates and all."""
+
+    def body(s: Any, ids: Tensor) -> Tensor:
+        x = s.embed(ids)
+        x = x + s.attention(s.norm1(x))
+        x = x + s.c_proj(F.gelu(s.c_fc(s.norm2(x)), approximate="tanh"))
+        return s.head(x)
+
+    norms = {"norm1": nn.LayerNorm(8), "norm2": nn.LayerNorm(8)}
+    layers = {"attention": GPT2Attention(8, 2), "c_fc": Conv1D(10, 8), "c_proj": Conv1D(8, 10), **norms}
+    return Net(body, embed=nn.Embedding(CLASSES, 8), head=linear(8, CLASSES), **layers)
+
+
+def upsampling() -> nn.Module:
+    """An autoencoder whose decoder is of transposed convolutions."""
+
+    def up(n: int, m: int, **options: Any) -> nn.ConvTranspose2d:
+        return nn.ConvTranspose2d(n, m, 3, stride=2, padding=1, **options)
+
+    return nn.Sequential(
+        conv(2, 5, stride=2), nn.BatchNorm2d(5), nn.ReLU(), conv(5, 6, stride=2), nn.ReLU(),
+        up(6, 5, output_padding=1), nn.BatchNorm2d(5), nn.ReLU(), up(5, 3, output_padding=1, bias=False),
+        nn.Tanh(), conv(3, CLASSES),
+    )  # fmt: skip
+
+
+def upsampling_1d() -> nn.Module:
+    return nn.Sequential(
+        nn.ConvTranspose1d(3, 4, 2, stride=2), nn.ReLU(), nn.Conv1d(4, 5, 3), nn.GELU(),
+        nn.ConvTranspose1d(5, 4, 3, dilation=2), nn.ReLU(), nn.Flatten(), linear(4 * 20, CLASSES),
+    )  # fmt: skip
+
+
+def upsampling_3d() -> nn.Module:
+    return nn.Sequential(
+        nn.ConvTranspose3d(1, 3, 2, stride=2), nn.BatchNorm3d(3), nn.ReLU(), nn.ConvTranspose3d(3, 2, 1),
+        nn.ReLU(), nn.AdaptiveAvgPool3d(1), nn.Flatten(), linear(2, CLASSES),
+    )  # fmt: skip
+
+
 def bag() -> nn.Module:
     def body(s: Any, ids: Tensor) -> Tensor:
         user, item = s.user(s.bag(ids)), s.item(s.bag(ids.flip(1)))
@@ -489,9 +557,13 @@ HOSTS: dict[str, Host] = {
     "GPT with SwiGLU": Host(swiglu, ids, 4),
     "GPT with checkpointing": Host(checkpointed, ids, 4),
     "encoder-decoder": Host(translator, ids, 4),
-    "nn.TransformerEncoderLayer": Host(torch_encoder, ids, 1),
-    "LSTM": Host(recurrent(nn.LSTM), ids, 1),
-    "GRU": Host(recurrent(nn.GRU), ids, 1),
+    "nn.TransformerEncoderLayer": Host(torch_encoder, ids, 2),
+    "LSTM": Host(recurrent(nn.LSTM), ids, 2),
+    "GRU": Host(recurrent(nn.GRU), ids, 2),
+    "GPT-2": Host(gpt2, ids, 2),
+    "ConvTranspose2d": Host(upsampling, image, 4),
+    "ConvTranspose1d": Host(upsampling_1d, lambda: torch.randn(6, 3, 9), 3),
+    "ConvTranspose3d": Host(upsampling_3d, lambda: torch.randn(4, 1, 3, 3, 3), 2),
     "two towers": Host(bag, ids, 2),
     "tuple output": Host(tuples, flat, 1),
     "dict output": Host(dicts, flat, 1),

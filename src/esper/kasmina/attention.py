@@ -12,21 +12,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from esper.kasmina.pairs import out_size
+from esper.kasmina.layers import is_linear, out_size
 from esper.kasmina.recorder import Call, Recording, Refused
 
-OPERATORS = frozenset({"linear", "conv1d", "conv2d", "conv3d"})
+OPERATORS = frozenset(
+    "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split()
+)
 PRODUCTS = frozenset({"matmul", "__matmul__", "bmm", "baddbmm", "einsum"})
 FUSED = "scaled_dot_product_attention"
 SHAPING = frozenset(
     "view reshape flatten unflatten transpose permute swapaxes movedim contiguous clone expand squeeze "
-    "unsqueeze __get__ mT".split()
+    "unsqueeze __get__ mT chunk split tensor_split unbind __getitem__ select narrow repeat_interleave".split()
 )
 INNER = frozenset(
     "mul __mul__ __rmul__ mul_ div __truediv__ div_ softmax _softmax dropout float to type_as".split()
 )
 MASKS = frozenset("masked_fill masked_fill_ add __add__ add_ __iadd__ where".split())
-TRIES = 33  # subsets of five numbers, and the ones whose name says heads
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,14 @@ class Found:
 
     names: tuple[str, str, str, str]
     x: Tensor
-    heads: int
+    heads: int  # of k and v
     dropout: float
+    group: int = 1  # query heads that share one of k and v
+
+    @property
+    def fused(self) -> bool:
+        """One layer makes q, k and v."""
+        return self.names[0] == self.names[1]
 
 
 def attentions(recording: Recording, modules: Mapping[str, nn.Module]) -> dict[str, tuple[str, Behind]]:
@@ -44,7 +51,7 @@ def attentions(recording: Recording, modules: Mapping[str, nn.Module]) -> dict[s
     seen: dict[str, tuple[str, Behind]] = {}
     for index, call in enumerate(recording.calls):
         path = layer_of(call, modules)
-        if path is None or not isinstance(modules[path], nn.Linear):
+        if path is None or not is_linear(modules[path]):
             continue
         behind = Behind(recording, modules, call)
         if behind.is_attention() and index > max(behind.sources.values(), default=index):
@@ -122,11 +129,8 @@ class Behind:
     def found(self, path: str) -> Found:
         """Say which layers play which role; refuse what a kernel could not repeat."""
         named = ", ".join(self.sources)
-        if len(self.sources) == 1:
-            raise Refused(
-                f"{named} makes q, k and v in one: new heads would be rows in its middle; "
-                "write three layers to let heads grow"
-            )
+        if len(self.sources) == 1 and named in self.modules:
+            return self.counted(path, (named,) * 3, 3, 1)
         if len(self.sources) != 3 or any(n not in self.modules for n in self.sources):
             raise Refused(f"the attention before {path} reads {named}; q, k and v as three layers are needed")
         q, k, v = self.roles()
@@ -135,19 +139,27 @@ class Behind:
         calls = [self.recording.calls[self.sources[n]] for n in (q, k, v)]
         if len({call.reads[:1] for call in calls}) > 1:
             raise Refused(f"{q}, {k} and {v} read different inputs (cross-attention); a kernel sees only one")
-        sizes = {out_size(self.modules[n]) for n in (q, k, v)}
-        if len(sizes) > 1:
-            raise Refused(f"{q}, {k} and {v} have different widths (grouped queries)")
+        wide, *few = (out_size(self.modules[n]) for n in (q, k, v))
+        if few[0] != few[1] or wide % few[0]:
+            raise Refused(f"{q}, {k} and {v} have widths that do not fit ({wide}, {few[0]}, {few[1]})")
+        return self.counted(path, (q, k, v), 1, wide // few[0])
+
+    def counted(self, path: str, names: tuple[str, str, str], parts: int, group: int) -> Found:
+        """Count the heads; ``parts`` of the first layer's width are q, k and v."""
         self.check(path)
-        x = calls[0].argument(0, "input")
+        first = names[0]
+        x = self.recording.calls[self.sources[first]].argument(0, "input")
         if not isinstance(x, Tensor) or x.dim() != 3:
-            raise Refused(f"{q} does not read (batch, time, channels)")
+            raise Refused(f"{first} does not read (batch, time, channels)")
         assert self.core is not None
-        shape = self.core.shape or torch.Size()
+        shape, width = self.core.shape or torch.Size(), out_size(self.modules[first])
         heads = shape[1] if len(shape) == 4 else shape[0] // len(x) if len(shape) == 3 else 0
-        if heads < 1 or sizes.pop() % heads:
-            raise Refused(f"the heads of the attention before {path} cannot be counted from {tuple(shape)}")
-        return Found((q, k, v, path), x, heads, self.dropout())
+        if heads < 1 or heads % group or width % (heads * parts):
+            raise Refused(
+                f"the heads of the attention before {path} cannot be counted from {tuple(shape)}; {first} "
+                f"makes {width} channels, and new heads need q, k and v of one width in it or three layers"
+            )
+        return Found((*names, path), x, heads // group, self.dropout(), group)
 
     def check(self, path: str) -> None:
         """Refuse operations and masks that a kernel could not repeat."""

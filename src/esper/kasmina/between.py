@@ -33,7 +33,6 @@ SPATIAL = frozenset(
     "lp_pool1d lp_pool2d interpolate pad dropout1d dropout2d dropout3d feature_dropout feature_alpha_dropout "
     "instance_norm".split()
 )
-REDUCE = frozenset({"mean", "amax", "amin"})
 RESHAPE = frozenset({"flatten", "view", "reshape"})
 
 

@@ -15,7 +15,6 @@ from esper.contracts import Site
 from esper.kasmina.attention import OPERATORS, Behind, attentions
 from esper.kasmina.between import (
     ELEMENTWISE,
-    REDUCE,
     RESHAPE,
     SPATIAL,
     BatchNorm,
@@ -27,16 +26,27 @@ from esper.kasmina.between import (
 )
 from esper.kasmina.gated import GatedPair
 from esper.kasmina.heads import HeadsPair
-from esper.kasmina.pairs import Pair, in_size, out_size
+from esper.kasmina.layers import (
+    CONVOLUTIONS,
+    PLAIN,
+    TRANSPOSED,
+    in_size,
+    is_depthwise,
+    is_layer,
+    is_linear,
+    out_size,
+)
+from esper.kasmina.pairs import Pair
 from esper.kasmina.penalties import is_penalty
 from esper.kasmina.proof import Entered, around, entered, heads_of
 from esper.kasmina.recorder import Call, Recording, Refused
 from esper.kasmina.regions import region
+from esper.kasmina.shaping import moved
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-LAYERS = (nn.Linear, *CONVOLUTIONS)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+FAST = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
 PRODUCTS = frozenset({"mul", "__mul__", "mul_", "multiply", "__imul__"})
+RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
 PARTING = frozenset({"glu", "chunk", "split", "tensor_split"})
 
 
@@ -58,6 +68,7 @@ class Track:
     steps: list[Step] = field(default_factory=list)
     flops: int = 0
     granularity: int = 1
+    batch: int = 0  # axis of the examples
 
 
 class Finder:
@@ -86,7 +97,7 @@ class Finder:
                 raise
             path, behind = self.attentions[name]
             found = behind.found(path)
-            for part in found.names:
+            for part in dict.fromkeys(found.names):
                 self.only_call(part)
             if name != found.names[0]:
                 raise Refused(f"{name} is widened with {found.names[0]}, as heads") from refusal
@@ -114,7 +125,7 @@ class Finder:
             raise Refused(f"{name} is a grouped convolution")
         if isinstance(producer, CONVOLUTIONS) and len(call.shape or ()) != len(producer.kernel_size) + 2:
             raise Refused(f"{name} runs on input without a batch axis")
-        axis = len(call.shape or ()) - 1 if isinstance(producer, nn.Linear) else 1
+        axis = len(call.shape or ()) - 1 if is_linear(producer) else 1
         return Track(name, call.makes[0], axis)
 
     def follow(self, track: Track) -> tuple[str, Call]:
@@ -129,13 +140,26 @@ class Finder:
             following = self.layer_of(reader)
             if following is not None and not is_depthwise(following[1]):
                 return following[0], reader
-            step, track.axis = self.step(reader, track.value, track.axis, track.name)
+            step = self.advance(reader, track)
             if isinstance(step, GroupNorm):
                 track.granularity = math.lcm(track.granularity, step.group)
             if reader.shape is not None:
                 track.flops += step.unit_flops(reader.shape)
             track.steps.append(step)
             track.value = reader.makes[0]
+
+    def advance(self, reader: Call, track: Track) -> Step:
+        """Turn a call into a step, and move on to where the axes are behind it."""
+        there = moved(reader, self.recording.shapes[track.value], track.axis, track.batch)
+        if there is None or reader.shape is None:
+            if track.batch and reader.name not in ELEMENTWISE | RECURRENT:
+                raise Refused(
+                    f"{reader.name} over the output of {track.name} runs with time as its first axis"
+                )
+            step, track.axis = self.step(reader, track.value, track.axis, track.name)
+            return step
+        track.axis, track.batch = there.axis, there.batch
+        return there.step
 
     def partner(self, track: Track, met: Met) -> tuple[str, Track]:
         """Return the other factor's layer, which must read the same input and have the same size."""
@@ -222,6 +246,8 @@ class Finder:
             )
         if call.name not in OPERATORS:
             raise Refused(f"the weight of {name} is read by {call.name}, not by the layer itself")
+        if isinstance(module, TRANSPOSED) and call.argument(5, "output_padding", 0) != module.output_padding:
+            raise Refused(f"{name} is called with output_size; give it output_padding when it is built")
         return call
 
     def uses(self, parameter: str) -> list[int]:
@@ -241,23 +267,20 @@ class Finder:
         """Return the Linear or convolution a call belongs to."""
         for parameter in call.parameters:
             path, _, own = parameter.rpartition(".")
-            if own == "weight" and isinstance(self.modules.get(path), LAYERS) and call.name in OPERATORS:
-                return path, self.modules[path]
+            module = self.modules.get(path)
+            if own == "weight" and module is not None and is_layer(module) and call.name in OPERATORS:
+                return path, module
         return None
 
     def close(self, track: Track, target: str, call: Call) -> Pair:
         """Check the consumer and build the pair."""
-        name, axis, steps, consumer = track.name, track.axis, track.steps, self.modules[target]
+        name, steps, consumer = track.name, track.steps, self.modules[target]
         self.only_call(target)
         producer = self.modules[name]
-        shape = self.recording.shapes[track.value]
-        if isinstance(consumer, nn.Linear) and axis != len(shape) - 1:
-            raise Refused(f"{target} reads another axis than the one {name} widens")
-        if isinstance(consumer, CONVOLUTIONS):
-            if axis != 1 or consumer.groups != 1:
-                raise Refused(f"{target} is grouped, or reads another axis than the one {name} widens")
-            if consumer.padding_mode != "zeros" and steps and steps[-1].label == "pad":
-                steps = steps[:-1]  # the consumer's own padding, which its slice repeats
+        self.fits(track, target, consumer)
+        circular = isinstance(consumer, PLAIN) and consumer.padding_mode != "zeros"
+        if circular and steps and steps[-1].label == "pad":
+            steps = steps[:-1]  # the consumer's own padding, which its slice repeats
         if producer is consumer:
             raise Refused(f"{name} feeds itself")
         site = Site(
@@ -273,7 +296,26 @@ class Finder:
         )
         columns = in_size(consumer) // out_size(producer)
         places = positions(self.only_call(name), producer), positions(call, consumer)
-        return Pair(site, producer, consumer, tuple(steps), columns, places, track.flops).refreshed()
+        fast = self.fast(name, target)
+        return Pair(site, producer, consumer, tuple(steps), columns, places, track.flops, fast).refreshed()
+
+    def fits(self, track: Track, target: str, consumer: nn.Module) -> None:
+        """Refuse a consumer that reads another axis."""
+        name, axis, dims = track.name, track.axis, len(self.recording.shapes[track.value])
+        if is_linear(consumer) and axis != dims - 1:
+            raise Refused(f"{target} reads another axis than the one {name} widens")
+        if isinstance(consumer, CONVOLUTIONS) and (axis != 1 or track.batch or consumer.groups != 1):
+            raise Refused(f"{target} is grouped, or reads another axis than the one {name} widens")
+
+    def fast(self, *names: str) -> tuple[nn.Module, ...]:
+        """List the outermost modules around layers that have a fast path past them."""
+        found: dict[str, nn.Module] = {}
+        for name in names:
+            parts = name.split(".")
+            above = [".".join(parts[:depth]) for depth in range(len(parts))]
+            first = next((path for path in above if isinstance(self.modules[path], FAST)), None)
+            found |= {} if first is None else {first: self.modules[first]}
+        return tuple(found.values())
 
     def step(self, call: Call, value: int, axis: int, name: str) -> tuple[Step, int]:
         """Turn a call into a step, with the axis the channels are on behind it."""
@@ -282,6 +324,16 @@ class Finder:
         product = call.name in PRODUCTS and len(call.reads) == 2 and not call.parameters
         if product and len(others) == 1 and self.recording.shapes[others[0]] == before == after:
             raise Met(name, call)
+        if call.name in RECURRENT:
+            raise Refused(
+                f"a recurrent layer ({call.name}) reads the output of {name}: nothing can be added to what "
+                "it makes; only a Linear or a convolution can take more inputs"
+            )
+        if call.name in OPERATORS and others and call.reads[0] == value:
+            raise Refused(
+                f"the output of {name} goes into a layer whose weight is made in the pass ({call.name}): "
+                "remove its parametrisation, weight norm for example, to let it take more inputs"
+            )
         if others or not call.makes or after is None:
             raise Refused(f"the output of {name} meets another tensor in {call.name}")
         if call.parameters:
@@ -301,8 +353,6 @@ class Finder:
             return Replay(
                 call.name, call.func, args, kwargs, call.name.startswith(("dropout", "feature"))
             ), axis
-        if call.name in REDUCE and axis == 1 and is_spatial(call, len(before)):
-            return Replay(call.name, call.func, args, kwargs), axis
         if call.name in PARTING:
             raise Refused(
                 f"{call.name} cuts the output of {name} into parts (a fused gate, for example): new units "
@@ -336,7 +386,7 @@ class Finder:
             return BatchNorm(label, path, owned, module)
         if axis == 1 and isinstance(module, nn.GroupNorm) and call.name == "group_norm":
             return GroupNorm(label, path, owned, module)
-        if axis == 1 and isinstance(module, CONVOLUTIONS) and is_depthwise(module):
+        if axis == 1 and module is not None and is_depthwise(module):
             self.only_call(path)
             return Depthwise(label, path, owned, module)
         raise Refused(
@@ -352,16 +402,4 @@ def labels(steps: Sequence[Step]) -> tuple[str, ...]:
 def positions(call: Call, layer: nn.Module) -> int:
     """Count the positions per example at which a layer is applied."""
     shape = call.shape or torch.Size()
-    return math.prod(shape[1:-1]) if isinstance(layer, nn.Linear) else math.prod(shape[2:])
-
-
-def is_spatial(call: Call, dims: int) -> bool:
-    """Tell a reduction that leaves batch and channels alone; equal sizes can make shapes look so."""
-    given = call.argument(1, "dim")
-    axes = (given,) if isinstance(given, int) else tuple(given or ())
-    return bool(axes) and all(axis % dims > 1 for axis in axes)
-
-
-def is_depthwise(module: nn.Module) -> bool:
-    """Tell a convolution that keeps every channel to itself."""
-    return isinstance(module, CONVOLUTIONS) and module.groups == module.in_channels == module.out_channels > 1
+    return math.prod(shape[1:-1]) if is_linear(layer) else math.prod(shape[2:])

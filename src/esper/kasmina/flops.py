@@ -10,12 +10,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from esper.kasmina import fused
+
 ATTENTION = "_scaled_dot_product_flash_attention"
 FORMULAS = {  # torch has none for its attention on the CPU, which counted as free; the sizes are the same
     getattr(torch.ops.aten, f"{ATTENTION}_for_cpu"): flop_registry[getattr(torch.ops.aten, ATTENTION)],
     getattr(torch.ops.aten, f"{ATTENTION}_for_cpu_backward"): flop_registry[
         getattr(torch.ops.aten, f"{ATTENTION}_backward")
     ],
+    **fused.FORMULAS,
     **flop_registry,
 }
 
@@ -31,7 +34,12 @@ class FlopMeter(TorchDispatchMode):
         self.total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Count, then run."""
+        """Count, then run; under inference mode layers come whole and are taken apart first."""
+        if torch.is_inference_mode_enabled() and func._overloadpacket not in FORMULAS:
+            with self:
+                result = func.decompose(*args, **(kwargs or {}))
+            if result is not NotImplemented:
+                return result
         result = func(*args, **(kwargs or {}))
         formula = FORMULAS.get(func._overloadpacket)
         if formula is not None:

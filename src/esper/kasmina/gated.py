@@ -13,8 +13,17 @@ from torch import Tensor, nn
 
 from esper.contracts import Site, WidenEdit, WidenPlan
 from esper.kasmina.between import Step
-from esper.kasmina.pairs import edit, in_name, in_size, out_name, out_size, unit_parameters, weight_of
-from esper.kasmina.widen import HostKernel, affine
+from esper.kasmina.layers import (
+    affine,
+    grown_inputs,
+    grown_outputs,
+    in_axis,
+    out_axis,
+    out_size,
+    weight_of,
+)
+from esper.kasmina.pairs import edit, unit_parameters
+from esper.kasmina.widen import HostKernel
 
 
 @dataclass(frozen=True)
@@ -62,18 +71,19 @@ class GatedPair:
         attributes: list[tuple[str, str, int]] = []
         sides = (("producer", self.site.entry, self.producer), ("partner", self.partner_name, self.partner))
         for role, path, layer in sides:
-            edits.append(edit(f"{path}.weight", 0, layer.weight, units, f"{role}_weight"))
+            edits.append(edit(f"{path}.weight", out_axis(layer), layer.weight, units, f"{role}_weight"))
             if layer.bias is not None:
                 edits.append(edit(f"{path}.bias", 0, layer.bias, units, f"{role}_bias"))
-            attributes.append((path, out_name(layer), out_size(layer) + units))
+            attributes += grown_outputs(path, layer, units)
         for role, steps in (("left", self.left), ("right", self.right), ("between", self.steps)):
             for index, step in enumerate(steps):
                 for own, host in step.grows():
                     edits.append(edit(host, 0, step.tensors()[own], units, f"{role}_{index}_{own}"))
                 attributes.extend(step.attributes(units))
         added, exit_ = units * self.columns, self.site.exit
-        edits.append(edit(f"{exit_}.weight", 1, self.consumer.weight, added, "consumer_weight"))
-        attributes.append((exit_, in_name(self.consumer), in_size(self.consumer) + added))
+        axis = in_axis(self.consumer)
+        edits.append(edit(f"{exit_}.weight", axis, self.consumer.weight, added, "consumer_weight"))
+        attributes += grown_inputs(exit_, self.consumer, added)
         return WidenPlan(self.site.name, units, tuple(edits), tuple(attributes))
 
 
@@ -95,7 +105,7 @@ class GatedKernel(HostKernel[GatedPair]):
         self.draw("producer", pair.producer)
         self.draw("partner", pair.partner)
         self.columns()
-        like = pair.producer.weight
+        like = weight_of(pair.producer)
         self.owned = {
             "left": self.own("left", pair.left, like),
             "right": self.own("right", pair.right, like),

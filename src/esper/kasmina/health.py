@@ -11,13 +11,13 @@ from torch import Tensor
 from esper.contracts import HealthReport
 from esper.kasmina.isolation import same_randomness, untouched
 from esper.kasmina.layer import KasminaLayer, Tap
+from esper.kasmina.layers import affine, weight_of
 from esper.kasmina.morphable import MorphableModel
 from esper.kasmina.pairs import Pair
 from esper.kasmina.peers import ALONE, Peers
 from esper.kasmina.places import Place
 from esper.kasmina.starts import Survey, survey
 from esper.kasmina.state import KasminaStateLayout
-from esper.kasmina.widen import affine
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ def inspect(place: Place, x: Tensor, gradient: Tensor, scale: Tensor, pool: int)
 def hidden(pair: Pair, x: Tensor) -> dict[str, float]:
     """Measure the units a pair has: mean, variance and share of dead ones."""
     with torch.no_grad():
-        h = affine(pair.producer, x, pair.producer.weight, pair.producer.bias)
+        h = affine(pair.producer, x, weight_of(pair.producer), pair.producer.bias)
         for step in pair.steps:
             h = step.run(h, step.tensors(), training=False)
         flat = h.float()

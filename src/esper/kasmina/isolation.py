@@ -70,6 +70,20 @@ def untouched(model: nn.Module, seed: int | None = None, gather: bool = False) -
 
 
 @contextmanager
+def slow_path() -> Iterator[None]:
+    """Let ``nn.TransformerEncoder`` call its layers: in evaluation its fast path passes them by.
+
+    The switch is torch's own and global; it is put back.
+    """
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Run passes in eval mode without gradients; every module gets its own mode back."""
     modes = [(module, module.training) for module in model.modules()]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from esper.blueprints.kernel import LiveKernel
 from esper.errors import SiteError
 from esper.kasmina.compiling import blended
+from esper.kasmina.pairs import Pair
 from esper.kasmina.places import Place
 from esper.kasmina.seam import open_seam
 from esper.kasmina.streams import Fork, StreamPool
@@ -78,6 +79,8 @@ class KasminaLayer(nn.Module):
         if not self.closers:
             entry, exit_ = self.place.ends()
             self.closers = [open_seam(entry, "entry", self), open_seam(exit_, "exit", self)]
+            if isinstance(self.place, Pair):
+                self.closers += [open_seam(module, "slow", self) for module in self.place.fast]
 
     def shut(self) -> None:
         """Take the seams away; what is awake stays awake."""

@@ -26,10 +26,15 @@ _LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}
 class Change:
     """One parameter that became larger: what optimizers need to follow."""
 
-    edit: WidenEdit
+    edits: tuple[WidenEdit, ...]  # in order; one, but where it grew along several axes
     parameter: nn.Parameter  # in the model now
     replaced: nn.Parameter | None = None  # what stood there before, where identity could not be kept
     why: str = ""  # what blocked the swap
+
+    @property
+    def edit(self) -> WidenEdit:
+        """The first of its edits, which names it."""
+        return self.edits[0]
 
     @property
     def previous(self) -> nn.Parameter:
@@ -62,21 +67,22 @@ class Widened:
 def widen(model: nn.Module, plan: WidenPlan, slices: Mapping[str, Tensor]) -> Widened:
     """Enlarge the tensors that ``plan`` names and set its attributes.
 
-    The old part of every tensor stays bit for bit and comes first along the axis. Gradients of widened
-    parameters are cleared; ``requires_grad``, hooks, attributes, dtype, device and memory format stay. Either
-    everything is changed or nothing.
+    The old part of every tensor stays bit for bit and comes first along the axis, or along each of its
+    chunks. Gradients of widened parameters are cleared; ``requires_grad``, hooks, attributes, dtype, device
+    and memory format stay. Either everything is changed or nothing.
 
     Args:
         model: Owns every parameter, buffer and module the plan names.
         plan: What becomes how large.
-        slices: Per edit name the new part: the tensor's shape with ``new - old`` along ``axis``.
+        slices: Per key (``plan.keyed()``) the new part: the tensor's shape, as earlier edits left it, with
+            ``new - old`` along ``axis``.
 
     Raises:
         SurgeryError: The plan or a slice does not fit the model; nothing was changed.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     _refuse_shared(modules, plan)
-    grown = [_extended(modules, edit, slices) for edit in plan.edits]
+    grown = _extended(modules, plan, slices)
     for path, attribute, _ in plan.attributes:
         if not isinstance(getattr(modules.get(path), attribute, None), int):
             raise SurgeryError(
@@ -85,10 +91,15 @@ def widen(model: nn.Module, plan: WidenPlan, slices: Mapping[str, Tensor]) -> Wi
 
     changes: list[Change] = []
     with ExitStack() as restore:
-        for edit, tensor in zip(plan.edits, grown, strict=True):
-            path, _, leaf = edit.name.rpartition(".")
+        owners = [modules[path] for path in dict.fromkeys(name.rpartition(".")[0] for name in grown)]
+        recurrent = [owner for owner in owners if isinstance(owner, nn.RNNBase)]
+        restore.callback(_hold_weights, recurrent)
+        _let_go(recurrent)
+        for name, tensor in grown.items():
+            edits = tuple(edit for edit in plan.edits if edit.name == name)
+            path, _, leaf = name.rpartition(".")
             if leaf in modules[path]._parameters:
-                changes.append(_exchange(modules[path]._parameters, leaf, edit, tensor, restore))
+                changes.append(_exchange(modules[path]._parameters, leaf, edits, tensor, restore))
             else:
                 buffers = modules[path]._buffers
                 restore.callback(buffers.__setitem__, leaf, buffers[leaf])
@@ -96,17 +107,21 @@ def widen(model: nn.Module, plan: WidenPlan, slices: Mapping[str, Tensor]) -> Wi
         for path, attribute, value in plan.attributes:
             restore.callback(setattr, modules[path], attribute, getattr(modules[path], attribute))
             setattr(modules[path], attribute, value)
+        _hold_weights(recurrent)
+        restore.callback(_let_go, recurrent)
         return Widened(plan, tuple(changes), restore.pop_all())
 
 
 def empty_slices(model: nn.Module, plan: WidenPlan) -> dict[str, Tensor]:
     """Make zeros for every new slice of a plan, for weights that will be loaded afterwards."""
     state = model.state_dict()
+    shapes = {edit.name: list(state[edit.name].shape) for edit in plan.edits}
     slices: dict[str, Tensor] = {}
-    for edit in plan.edits:
-        shape = list(state[edit.name].shape)
+    for key, edit in plan.keyed():
+        shape = shapes[edit.name]
         shape[edit.axis] = edit.new - edit.old
-        slices[edit.name] = state[edit.name].new_zeros(shape)
+        slices[key] = state[edit.name].new_zeros(shape)
+        shape[edit.axis] = edit.new
     return slices
 
 
@@ -122,6 +137,8 @@ def put_in_place(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         for path, module in model.named_modules(remove_duplicate=False)
         for leaf in (*module._parameters, *module._buffers)
     }
+    recurrent = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
+    _let_go(recurrent)
     with torch.no_grad():
         for name, tensor in tensors.items():
             module, leaf = owners[name]
@@ -136,11 +153,16 @@ def put_in_place(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
                 own.copy_(tensor)
             else:
                 _put_back(own, tensor.clone(), None)
+    _hold_weights(recurrent)
 
 
-def extend(old: Tensor, new: Tensor, axis: int) -> Tensor:
-    """Append ``new`` to ``old`` along ``axis``, in the dtype, device and memory format of ``old``."""
-    joined = torch.cat([old.detach(), new.detach().to(old)], axis)
+def extend(old: Tensor, new: Tensor, axis: int, chunks: int = 1) -> Tensor:
+    """Append ``new`` to ``old`` along ``axis``, in the dtype, device and memory format of ``old``.
+
+    Both are cut into ``chunks`` equal parts, and each part of ``new`` comes behind its part of ``old``.
+    """
+    pairs = zip(old.detach().chunk(chunks, axis), new.detach().to(old).chunk(chunks, axis), strict=True)
+    joined = torch.cat([part for pair in pairs for part in pair], axis)
     return joined.to(memory_format=_layout(old))  # contiguous() would leave a single channel as it is
 
 
@@ -153,11 +175,15 @@ def _layout(tensor: Tensor) -> torch.memory_format:
 
 
 def _exchange(
-    table: dict[str, nn.Parameter | None], leaf: str, edit: WidenEdit, tensor: Tensor, restore: ExitStack
+    table: dict[str, nn.Parameter | None],
+    leaf: str,
+    edits: tuple[WidenEdit, ...],
+    tensor: Tensor,
+    restore: ExitStack,
 ) -> Change:
     parameter = table[leaf]
     if parameter is None:
-        raise SurgeryError(f"{edit.name!r} went away while it was widened")
+        raise SurgeryError(f"{edits[0].name!r} went away while it was widened")
     old, gradient = parameter.detach(), parameter.grad  # the alias keeps the old storage for undo
     larger = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
     try:
@@ -167,9 +193,21 @@ def _exchange(
         _arm_hooks(larger, parameter)
         restore.callback(table.__setitem__, leaf, parameter)
         table[leaf] = larger
-        return Change(edit, larger, parameter, str(blocked))
+        return Change(edits, larger, parameter, str(blocked))
     restore.callback(_put_back, parameter, old, gradient)
-    return Change(edit, parameter)
+    return Change(edits, parameter)
+
+
+def _let_go(recurrent: list[nn.RNNBase]) -> None:
+    # Their weak references to their own weights would block the swap.
+    for module in recurrent:
+        module._flat_weight_refs = []
+
+
+def _hold_weights(recurrent: list[nn.RNNBase]) -> None:
+    # The list a recurrent layer runs on, and one piece of memory for all of it on CUDA.
+    for module in recurrent:
+        module._init_flat_weights()
 
 
 def _swap(parameter: nn.Parameter, content: nn.Parameter) -> None:
@@ -204,7 +242,18 @@ def _put_back(parameter: nn.Parameter, old: Tensor, gradient: Tensor | None) -> 
     parameter.grad = gradient
 
 
-def _extended(modules: Mapping[str, nn.Module], edit: WidenEdit, slices: Mapping[str, Tensor]) -> Tensor:
+def _extended(
+    modules: Mapping[str, nn.Module], plan: WidenPlan, slices: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    grown: dict[str, Tensor] = {}
+    for key, edit in plan.keyed():
+        old = grown[edit.name] if edit.name in grown else _found(modules, edit)
+        _refuse_unfit(old, edit, key, slices)
+        grown[edit.name] = extend(old, slices[key], edit.axis, edit.chunks)
+    return grown
+
+
+def _found(modules: Mapping[str, nn.Module], edit: WidenEdit) -> Tensor:
     path, _, leaf = edit.name.rpartition(".")
     owner = modules.get(path)
     old = None if owner is None else {**owner._buffers, **owner._parameters}.get(leaf)
@@ -216,26 +265,34 @@ def _extended(modules: Mapping[str, nn.Module], edit: WidenEdit, slices: Mapping
         raise SurgeryError(
             f"cannot widen {edit.name!r}: it is a {type(old).__name__}; only a plain Parameter can be widened"
         )
+    return old
+
+
+def _refuse_unfit(old: Tensor, edit: WidenEdit, key: str, slices: Mapping[str, Tensor]) -> None:
     if not 0 <= edit.axis < old.dim() or old.shape[edit.axis] != edit.old or edit.new <= edit.old:
         raise SurgeryError(
             f"cannot widen {edit.name!r} from {edit.old} to {edit.new} along axis {edit.axis}: its shape is "
             f"{tuple(old.shape)}; plan the widening again on the model as it is now"
         )
-    if edit.name not in slices:
-        raise SurgeryError(f"no new slice given for {edit.name!r}; given: {', '.join(slices) or 'none'}")
-    wanted = (*old.shape[: edit.axis], edit.new - edit.old, *old.shape[edit.axis + 1 :])
-    if slices[edit.name].shape != wanted:
+    if edit.chunks < 1 or edit.old % edit.chunks or edit.new % edit.chunks:
         raise SurgeryError(
-            f"the new slice of {edit.name!r} has shape {tuple(slices[edit.name].shape)}; {wanted} is needed"
+            f"cannot widen {edit.name!r} from {edit.old} to {edit.new} in {edit.chunks} equal parts"
         )
-    return extend(old, slices[edit.name], edit.axis)
+    if key not in slices:
+        raise SurgeryError(f"no new slice given for {key!r}; given: {', '.join(slices) or 'none'}")
+    wanted = (*old.shape[: edit.axis], edit.new - edit.old, *old.shape[edit.axis + 1 :])
+    if slices[key].shape != wanted:
+        raise SurgeryError(
+            f"the new slice of {key!r} has shape {tuple(slices[key].shape)}; {wanted} is needed"
+        )
 
 
 def _refuse_shared(modules: Mapping[str, nn.Module], plan: WidenPlan) -> None:
     names = [edit.name for edit in plan.edits]
-    if len(set(names)) < len(names):
+    if len({(edit.name, edit.axis) for edit in plan.edits}) < len(names):
         raise SurgeryError(
-            f"the plan for {plan.site!r} names a tensor twice: {', '.join(names)}; plan it as two"
+            f"the plan for {plan.site!r} names a tensor twice along one axis: {', '.join(names)}; "
+            "plan it as two"
         )
     owners: dict[nn.Parameter, set[nn.Module]] = {}  # a module under two names is one owner: no harm
     aliases: dict[nn.Parameter, list[str]] = {}

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from esper.contracts import Site, WidenEdit, WidenPlan
 from esper.kasmina.between import Step
+from esper.kasmina.layers import grown_inputs, grown_outputs, in_axis, out_axis, out_size, weight_of
 from esper.kasmina.widen import WidenKernel
 
 
@@ -17,12 +18,13 @@ class Pair:
     """A site with the host's own modules at hand."""
 
     site: Site
-    producer: Any  # nn.Linear or a convolution
+    producer: Any  # a layer, see layers.py
     consumer: Any
     steps: tuple[Step, ...]
     columns: int  # consumer columns per unit: 1, or positions per channel behind a flatten
     places: tuple[int, int]  # positions per example at which producer and consumer are applied
     step_flops: int  # forward, per example and unit, of what stands between
+    fast: tuple[Any, ...] = ()  # modules around whose fast path would pass the layers by in evaluation
 
     @property
     def port(self) -> Literal["parallel"]:
@@ -50,8 +52,9 @@ class Pair:
     def plan(self, units: int) -> WidenPlan:
         """Write down what grows when ``units`` are added; sources are the kernel's tensor names."""
         entry, exit_ = self.site.entry, self.site.exit
-        edits = [edit(f"{entry}.weight", 0, self.producer.weight, units, "producer_weight")]
-        attributes = [(entry, out_name(self.producer), out_size(self.producer) + units)]
+        weight = f"{entry}.weight"
+        edits = [edit(weight, out_axis(self.producer), self.producer.weight, units, "producer_weight")]
+        attributes = grown_outputs(entry, self.producer, units)
         if self.producer.bias is not None:
             edits.append(edit(f"{entry}.bias", 0, self.producer.bias, units, "producer_bias"))
         for index, step in enumerate(self.steps):
@@ -59,40 +62,15 @@ class Pair:
                 edits.append(edit(host, 0, step.tensors()[own], units, f"between_{index}_{own}"))
             attributes.extend(step.attributes(units))
         added = units * self.columns
-        edits.append(edit(f"{exit_}.weight", 1, self.consumer.weight, added, "consumer_weight"))
-        attributes.append((exit_, in_name(self.consumer), in_size(self.consumer) + added))
+        axis = in_axis(self.consumer)
+        edits.append(edit(f"{exit_}.weight", axis, self.consumer.weight, added, "consumer_weight"))
+        attributes += grown_inputs(exit_, self.consumer, added)
         return WidenPlan(self.site.name, units, tuple(edits), tuple(attributes))
 
 
-def edit(name: str, axis: int, tensor: Any, added: int, source: str) -> WidenEdit:
+def edit(name: str, axis: int, tensor: Any, added: int, source: str, chunks: int = 1) -> WidenEdit:
     """Describe one tensor's growth."""
-    return WidenEdit(name, axis, tensor.shape[axis], tensor.shape[axis] + added, source)
-
-
-def out_name(layer: nn.Module) -> str:
-    """Name the attribute that counts outputs."""
-    return "out_features" if isinstance(layer, nn.Linear) else "out_channels"
-
-
-def in_name(layer: nn.Module) -> str:
-    """Name the attribute that counts inputs."""
-    return "in_features" if isinstance(layer, nn.Linear) else "in_channels"
-
-
-def out_size(layer: nn.Module) -> int:
-    """Count outputs."""
-    return int(getattr(layer, out_name(layer)))
-
-
-def in_size(layer: nn.Module) -> int:
-    """Count inputs."""
-    return int(getattr(layer, in_name(layer)))
-
-
-def weight_of(layer: nn.Module) -> Tensor:
-    """Return a layer's weight, (out, in, …)."""
-    assert isinstance(layer.weight, Tensor)
-    return layer.weight
+    return WidenEdit(name, axis, tensor.shape[axis], tensor.shape[axis] + added, source, chunks)
 
 
 def unit_parameters(producer: nn.Module) -> int:

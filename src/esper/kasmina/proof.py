@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from itertools import combinations, takewhile
+from itertools import combinations, permutations, product, takewhile
 from typing import Any, TypeAlias
 
 import torch
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from esper.contracts import Site
 from esper.kasmina.attention import Found
 from esper.kasmina.heads import Count, HeadsPair
+from esper.kasmina.isolation import slow_path
+from esper.kasmina.layers import out_size
 from esper.kasmina.materialise import widen
 from esper.kasmina.recorder import Recording, Refused
 
@@ -45,7 +47,8 @@ def entered(recording: Recording, modules: Mapping[str, nn.Module], paths: Itera
 
             stack.callback(modules[path].register_forward_pre_hook(keep, with_kwargs=True).remove)
         assert recording.again is not None
-        recording.again()
+        with slow_path():
+            recording.again()
     return calls
 
 
@@ -71,7 +74,8 @@ class Proof:
 
             stack.callback(first.register_forward_pre_hook(enter).remove)
             stack.callback(last.register_forward_hook(leave).remove)
-            self.run()
+            with slow_path():
+                self.run()
         if len(seen) != 2:
             raise Refused(f"{self.pair.names[0]} and {self.pair.names[3]} are not called as modules")
         return seen[0], seen[1]
@@ -83,31 +87,38 @@ class Proof:
 
     @torch.no_grad()
     def formula(self, pair: HeadsPair) -> HeadsPair:
-        """Explain the host's own heads: with or without looking ahead, and which scale."""
-        q, k, v = (layer(self.x) for _, _, layer in pair.layers())
-        size, width = pair.site.granularity, pair.site.width
-        for scale in dict.fromkeys((size**-0.5, 1.0, width**-0.5, 1 / size)):
-            for causal in (False, True):
-                tried = replace(pair, causal=causal, scale=scale)
-                if self.close(self.y, pair.consumer(tried.attend(q, k, v, False))):
-                    return tried
+        """Explain the host's own heads: looking ahead or not, which scale, and where q, k and v are."""
+        size, width = pair.site.granularity, pair.site.width * pair.group
+        scales = dict.fromkeys((size**-0.5, 1.0, width**-0.5, 1 / size))
+        orders = list(permutations(range(3))) if pair.fused else [(0, 1, 2)]
+        ways = product(scales, (False, True), orders, (False, True) if pair.fused else (False,))
+        for scale, causal, (q, k, v), by_head in ways:
+            tried = replace(pair, causal=causal, scale=scale, order=(q, k, v), by_head=by_head)
+            if self.close(self.y, pair.consumer(tried.attend(*tried.parts(self.x), False))):
+                return tried
         raise Refused(
             f"what {pair.names[3]} reads is not plain softmax attention, causal or not, of what is before it"
         )
 
     def heads(self, pair: HeadsPair) -> HeadsPair:
         """Find numbers of the user's modules whose growth makes the wider copy compute the new heads too."""
-        size, width = pair.site.granularity, pair.site.width
+        size, width, group = pair.site.granularity, pair.site.width, pair.group
+        numbers = {self.count * group: group, self.count: 1}
+        known = {3 * width: 3 * size, width * group: size * group, width: size, **numbers}
         counts = [
-            Count(path, module, name, 1 if value == self.count else size)
+            Count(path, module, name, known[value])
             for path, module in self.copy.named_modules()
             if module not in (pair.producer, pair.key, pair.value, pair.consumer)
             for name, value in vars(module).items()
-            if type(value) is int and value in (self.count, width)
+            if type(value) is int and value in known and (pair.fused or value != 3 * width)
         ]
         counts.sort(key=lambda c: ("head" not in c.attribute or "dim" in c.attribute, c.per_head))
         named = tuple(
-            c for c in counts if c.per_head == 1 and "head" in c.attribute and "dim" not in c.attribute
+            c
+            for c in counts
+            if getattr(c.module, c.attribute) in numbers
+            and "head" in c.attribute
+            and "dim" not in c.attribute
         )
         tries = [c for number in range(len(counts) + 1) for c in combinations(counts, number)]
         why = ""
@@ -119,7 +130,7 @@ class Proof:
         listed = ", ".join(f"{c.path}.{c.attribute}".lstrip(".") for c in counts) or "none"
         raise Refused(
             f"more heads in {pair.names[0]} do not fit the forward pass, whichever of its numbers grow "
-            f"({listed}): {why}"
+            f"({listed}): {why}; write the inner width as heads * head_dim, or -1, and not as the input's"
         )
 
     @torch.no_grad()
@@ -158,10 +169,11 @@ def heads_of(modules: Mapping[str, nn.Module], found: Found, calls: Entered) -> 
     first = len(path) + 1 if path else 0
     near = (q[first:], k[first:], v[first:], behind[first:])
     one, two, three, last = (duplicate.get_submodule(name) for name in near)
-    assert isinstance(one, nn.Linear)
-    width, size = one.out_features, one.out_features // found.heads
-    site = Site(f"{q}>{behind}", "pair", q, behind, (k, v, "attention"), width, size, 0, 0)
-    trial = HeadsPair(site, near, one, two, three, last, False, 1.0, found.dropout, (), found.x.shape[1])
+    width = out_size(one) // (3 if found.fused else found.group)
+    between = ("attention",) if found.fused else (k, v, "attention")
+    site = Site(f"{q}>{behind}", "pair", q, behind, between, width, width // found.heads, 0, 0)
+    time, group = found.x.shape[1], found.group
+    trial = HeadsPair(site, near, one, two, three, last, False, 1.0, found.dropout, (), time, group)
     proof = Proof(duplicate, trial, lambda: duplicate(*args, **kwargs), found.heads)
     trial = proof.heads(proof.formula(trial))
     counts = []

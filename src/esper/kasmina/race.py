@@ -13,13 +13,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call, stack_module_state, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from esper.blueprints.kernel import LiveKernel
 from esper.kasmina.isolation import same_randomness
 from esper.kasmina.layer import KasminaLayer, Tap
+from esper.kasmina.layers import is_linear
 from esper.kasmina.peers import ALONE, Peers
 from esper.kasmina.starts import Survey, centre, sow
 from esper.kasmina.widen import WidenKernel
@@ -104,7 +105,7 @@ class Race:
             gradient: Of the loss for the consumer's output.
             scale: Root mean square of that output.
         """
-        if not (isinstance(self.template, WidenKernel) and isinstance(self.layer.place.ends()[1], nn.Linear)):
+        if not (isinstance(self.template, WidenKernel) and is_linear(self.layer.place.ends()[1])):
             return
         slope = gradient.flatten(0, -2)  # (rows, out)
         rows = slope.square().mean(1, keepdim=True).sqrt()

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from esper.kasmina.finder import LAYERS
+from esper.kasmina.layers import is_layer, weight_of
 from esper.kasmina.seam import open_seam
 
 TEMPER = float(
@@ -40,7 +40,7 @@ def output_layers(model: nn.Module, run: Callable[[], Tensor]) -> list[nn.Module
     finally:
         for handle in handles:
             handle.remove()
-    return called[-1:] if called and isinstance(called[-1], LAYERS) else []
+    return called[-1:] if called and is_layer(called[-1]) else []
 
 
 class Tempered:
@@ -82,7 +82,7 @@ def guess(layers: Sequence[nn.Module], run: Callable[[], Tensor]) -> float | Non
         return None
     with tempered(layers, 0.0), torch.no_grad():
         loss = float(run())
-    outputs = len(layers[0].weight)  # type: ignore[arg-type]
+    outputs = len(weight_of(layers[0]))
     for classes in (outputs, 2):
         if classes > 1 and abs(loss - math.log(classes)) <= EQUAL * math.log(classes):
             return loss

@@ -25,12 +25,13 @@ from esper.blueprints.kernel import LiveKernel
 from esper.contracts import HealthReport
 from esper.kasmina.health import dead
 from esper.kasmina.isolation import untouched
+from esper.kasmina.layers import affine, is_linear, weight_of
 from esper.kasmina.peers import ALONE, Peers
 from esper.kasmina.places import Place
 from esper.kasmina.sight import Run, Sight, judging, passes
 from esper.kasmina.stack import DepthKernel
 from esper.kasmina.starts import pick
-from esper.kasmina.widen import HostKernel, affine
+from esper.kasmina.widen import HostKernel
 
 RIDGE = 1e-2  # of the mean diagonal: what the host's own units can do is estimated from a few hundred rows
 DAMPING = 0.1  # likewise, for the direction
@@ -173,7 +174,7 @@ class Score:
         left = sums.pool / sums.rows - regression.T @ (sums.cross / sums.rows)  # (pool, pool), residual
         slope = (sums.new - regression.T @ sums.own) / sums.examples  # (pool, out)
         which = greedy(left, slope, units, self.places[name].site.granularity)
-        kernel = picked(self.places[name], pool, which)
+        kernel = pool if len(which) == len(slope) else picked(self.places[name], pool, which)
         per_example = sums.rows / sums.examples
         step = -torch.linalg.solve(damped(left[which][:, which] * per_example, DAMPING), slope[which])
         flat = {"new": step, "own": -(regression[:, which] @ step)}  # (units, out), (c + 1, out)
@@ -219,8 +220,9 @@ class Score:
 
 def pool_size(place: Place, units: int) -> int:
     """Return how many units to draw: whole groups, several for each that is wanted while they are few."""
-    if units >= LARGE or place.site.kind != "pair":
-        return units
+    kernel = place.kernel(units)
+    if units >= LARGE or any(name not in kernel.axes for name, _ in kernel.named_parameters()):
+        return units  # a recurrent unit is bound to the others
     return min(POOL * units, LARGE // place.site.granularity * place.site.granularity or units)
 
 
@@ -237,7 +239,7 @@ def centre(kernel: LiveKernel, x: Tensor) -> None:
 def with_one(hidden: Tensor, kernel: HostKernel[Any]) -> Tensor:
     """Append a unit that is always on to what the consumer reads."""
     columns = int(kernel.pair.columns)
-    axis = hidden.dim() - 1 if isinstance(kernel.pair.consumer, nn.Linear) else 1
+    axis = hidden.dim() - 1 if is_linear(kernel.pair.consumer) else 1
     shape = list(hidden.shape)
     shape[axis] = columns
     return torch.cat([hidden, hidden.new_ones(shape)], axis)
@@ -246,7 +248,7 @@ def with_one(hidden: Tensor, kernel: HostKernel[Any]) -> Tensor:
 def rows_of(hidden: Tensor, kernel: HostKernel[Any]) -> Tensor:
     """Return the units one by one, a row per position, (rows, units)."""
     columns = int(kernel.pair.columns)
-    if not isinstance(kernel.pair.consumer, nn.Linear):
+    if not is_linear(kernel.pair.consumer):
         return hidden.movedim(1, -1).flatten(0, -2).float()
     if columns > 1:
         return hidden.unflatten(-1, (-1, columns)).movedim(-2, -1).flatten(0, -2).float()
@@ -256,8 +258,8 @@ def rows_of(hidden: Tensor, kernel: HostKernel[Any]) -> Tensor:
 def outgoing_gradient(kernel: HostKernel[Any], hidden: Tensor, gradient: Tensor, units: int) -> Tensor:
     """Return the gradient of the outgoing weights of these units, (units, out · …)."""
     consumer, columns = kernel.pair.consumer, int(kernel.pair.columns)
-    host = consumer.weight
-    axis = hidden.dim() - 1 if isinstance(consumer, nn.Linear) else 1
+    host = weight_of(consumer)
+    axis = hidden.dim() - 1 if is_linear(consumer) else 1
     weight = host.new_zeros(host.shape[0], hidden.shape[axis], *host.shape[2:]).requires_grad_()
     with torch.enable_grad():
         (slope,) = torch.autograd.grad((affine(consumer, hidden, weight, None) * gradient).sum(), weight)
@@ -267,7 +269,7 @@ def outgoing_gradient(kernel: HostKernel[Any], hidden: Tensor, gradient: Tensor,
 def through(kernel: HostKernel[Any], hidden: Tensor, weight: Tensor) -> Tensor:
     """Run the consumer with other weights, given per unit, (units, out · …)."""
     consumer, columns = kernel.pair.consumer, int(kernel.pair.columns)
-    host = consumer.weight
+    host = weight_of(consumer)
     flat = weight.reshape(-1, host.shape[0], *host.shape[2:]).movedim(0, 1)
     assert flat.shape[1] == weight.shape[0] * columns
     return affine(consumer, hidden, flat.to(host.dtype), None)

@@ -14,6 +14,8 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from esper.kasmina.isolation import slow_path
+
 ATTRIBUTE = "_esper_seam"
 
 
@@ -36,6 +38,8 @@ def seam_class(base: type[nn.Module]) -> type[nn.Module]:
         for role, gateway in gateways:
             if role == "entry":
                 gateway.enter(first_tensor(args, kwargs))
+            elif role == "slow":
+                core = partial(slowly, core)
         y = core(*args, **kwargs)
         for role, gateway in gateways:
             if role == "exit":
@@ -44,15 +48,22 @@ def seam_class(base: type[nn.Module]) -> type[nn.Module]:
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
         gateways, _ = self.__dict__[ATTRIBUTE]
-        return revive, (base,), {**self.__dict__, ATTRIBUTE: gateways}
+        state = base.__getstate__(self)  # a recurrent layer leaves out its weak references
+        return revive, (base,), {**(state if isinstance(state, dict) else {}), ATTRIBUTE: gateways}
 
     def set_state(self: nn.Module, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        base.__setstate__(self, state)
         join(self, base, state[ATTRIBUTE])
 
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     calls = {"__call__": call, "__reduce_ex__": reduce, "__setstate__": set_state}
     return type(base.__name__, (base,), {**names, **calls, "_esper_base": base})
+
+
+def slowly(core: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a module whose fast path would pass its layers by, and their seams with them."""
+    with slow_path():
+        return core(*args, **kwargs)
 
 
 def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -106,6 +117,8 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
 
 def open_seam(module: nn.Module, role: str, gateway: Gateway) -> Callable[[], None]:
     """Let ``gateway`` see a module's input ("entry") or output ("exit").
+
+    With "slow" it sees nothing, but the module takes no fast path past seams inside it.
 
     Returns:
         A function that takes this gateway out again; with the last one the module is exactly as before.

@@ -16,16 +16,22 @@ from torch import Tensor, nn
 
 from esper.contracts import Refusal
 from esper.errors import SiteError, nearest
-from esper.kasmina.finder import LAYERS, Finder, Refused, is_depthwise
+from esper.kasmina.finder import Finder, Refused
 from esper.kasmina.gated import GatedPair
 from esper.kasmina.heads import HeadsPair
+from esper.kasmina.isolation import slow_path
+from esper.kasmina.joining import joined
+from esper.kasmina.layers import is_depthwise, is_layer
 from esper.kasmina.pairs import Pair
 from esper.kasmina.places import Place
+from esper.kasmina.reasons import why_not
 from esper.kasmina.recorder import record
+from esper.kasmina.recurrences import recurrent
+from esper.kasmina.recurrent import RecurrentPair
 from esper.kasmina.seam import open_seam
 
 Selector: TypeAlias = "str | re.Pattern[str] | type[nn.Module]"
-Found: TypeAlias = "Pair | GatedPair | HeadsPair"  # what widens the user's own layers
+Found: TypeAlias = "Pair | GatedPair | HeadsPair | RecurrentPair"  # what widens the user's own layers
 Sites: TypeAlias = "Selector | Sequence[Selector] | Mapping[str, Selector | Sequence[Selector]]"
 
 
@@ -39,35 +45,34 @@ def find_pairs(model: nn.Module, run: Callable[[], Any]) -> tuple[list[Found], l
     """
     modes = {module: module.training for module in model.modules()}
     try:
-        model.train()
-        train = Finder(model, record(model, run))
-        model.eval()
-        with torch.no_grad():
-            evaluation = Finder(model, record(model, run))
+        with slow_path():
+            model.train()
+            train = Finder(model, joined(record(model, run), model))
+            model.eval()
+            with torch.no_grad():
+                evaluation = Finder(model, joined(record(model, run), model))
     finally:
         for module, mode in modes.items():
             module.training = mode
     pairs: list[Found] = []
     refusals: list[Refusal] = []
     for name, module in model.named_modules():
-        if not isinstance(module, LAYERS) or is_depthwise(module):
-            if is_matrix(module):
-                kind = type(module).__name__
-                refusals.append(Refusal(name, f"a {kind} is no Linear or convolution of torch's own"))
+        if not (is_layer(module) or isinstance(module, nn.RNNBase)) or is_depthwise(module):
+            reason = None if is_depthwise(module) else why_not(module)
+            refusals += [] if reason is None else [Refusal(name, reason)]
             continue
         try:
-            pairs.append(agreed(train.pair(name), evaluation.pair(name)))
+            pairs.append(agreed(look(train, name), look(evaluation, name)))
         except Refused as refusal:
             refusals.append(Refusal(name, str(refusal)))
     return pairs, refusals
 
 
-def is_matrix(module: nn.Module) -> bool:
-    """Tell a layer of someone's own that holds a matrix, for example Hugging Face's Conv1D."""
-    weight = module._parameters.get("weight")
-    return (
-        weight is not None and weight.dim() == 2 and not isinstance(module, (nn.Embedding, nn.EmbeddingBag))
-    )
+def look(finder: Finder, name: str) -> Found:
+    """Return the place at a layer in one mode."""
+    if isinstance(finder.modules[name], nn.RNNBase):
+        return recurrent(finder, name)
+    return finder.pair(name)
 
 
 def reachable(
@@ -75,15 +80,15 @@ def reachable(
 ) -> tuple[list[Found], list[Refusal]]:
     """Keep the pairs whose seams see every pass, in train mode and, without gradients, in eval mode.
 
-    ``nn.TransformerEncoderLayer`` is why: its fast path calls neither of its Linear layers in evaluation, so
-    a branch would be there in training and absent in evaluation.
+    A branch would else be there in training and absent in evaluation, or the other way round. (The fast path
+    of ``nn.TransformerEncoderLayer``, which calls neither of its layers, is off while a seam in it is open.)
     """
     modes = {module: module.training for module in model.modules()}
     seen: list[list[list[str]]] = []
     try:
         for training in (True, False):
             model.train(training)
-            with torch.set_grad_enabled(training):
+            with slow_path(), torch.set_grad_enabled(training):
                 seen.append(witnessed(pairs, run))
     finally:
         for module, mode in modes.items():

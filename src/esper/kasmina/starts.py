@@ -13,12 +13,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from esper.blueprints.kernel import LiveKernel
+from esper.kasmina.layers import affine, is_linear, weight_of
 from esper.kasmina.pairs import Pair
 from esper.kasmina.places import Place
-from esper.kasmina.widen import WidenKernel, affine
+from esper.kasmina.widen import WidenKernel
 
 EXACT = 256  # dimensions up to which the decomposition is exact; randomised above
 SCORED = 64  # examples on which directions are compared
@@ -50,7 +51,7 @@ def survey(place: Place, x: Tensor, gradient: Tensor, pool: int) -> Survey:
     with torch.enable_grad():
         kernel = place.kernel(pool).train()
         if isinstance(place, Pair) and isinstance(kernel, WidenKernel):
-            exact = isinstance(place.producer, nn.Linear) and isinstance(place.consumer, nn.Linear)
+            exact = is_linear(place.producer) and is_linear(place.consumer)
             exact = exact and x.shape[:-1] == gradient.shape[:-1]
             own = kernel.producer_weight.detach()
             stretch(kernel, singular_directions(x, gradient, pool) if exact else own)
@@ -124,7 +125,7 @@ def singular_directions(x: Tensor, gradient: Tensor, pool: int) -> Tensor:
 def stretch(kernel: WidenKernel, directions: Tensor) -> None:
     """Give the units these directions, as long as the host's own rows are on average."""
     with torch.no_grad():
-        rows = kernel.pair.producer.weight.detach().flatten(1)  # (units, in * taps)
+        rows = weight_of(kernel.pair.producer).detach().flatten(1)  # (units, in * taps)
         flat = directions.flatten(1).to(rows.dtype)
         flat = flat / flat.norm(dim=1, keepdim=True).clamp_min(1e-12) * rows.norm(dim=1).mean()
         kernel.producer_weight.copy_(flat.view_as(kernel.producer_weight))
@@ -136,5 +137,5 @@ def centre(kernel: WidenKernel, x: Tensor) -> None:
         return
     with torch.no_grad():
         h = affine(kernel.pair.producer, x, kernel.producer_weight, None)
-        axis = h.dim() - 1 if isinstance(kernel.pair.producer, nn.Linear) else 1
+        axis = h.dim() - 1 if is_linear(kernel.pair.producer) else 1
         kernel.producer_bias.copy_(-h.mean(dim=[d for d in range(h.dim()) if d != axis]))

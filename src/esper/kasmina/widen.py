@@ -11,13 +11,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from esper.blueprints.kernel import LiveKernel
-from esper.contracts import Site, WidenPlan
+from esper.contracts import Site, WidenEdit, WidenPlan
 from esper.kasmina.between import Step
+from esper.kasmina.layers import affine, weight_of
 
 
 class Widenable(Protocol):
@@ -82,18 +81,21 @@ class HostKernel(LiveKernel, Generic[PlaceT]):
         """The pair, under the name that every kernel of a place has for it."""
         return self.pair
 
-    def draw(self, role: str, layer: Any) -> None:
-        """Make rows of a producing layer: uniform with bound 1/√fan_in, torch's default, and bias 0."""
-        host = layer.weight
+    def draw(self, role: str, layer: Any, each: int = 1) -> None:
+        """Make rows of a producing layer: uniform with bound 1/√fan_in, torch's default, and bias 0.
+
+        A unit may have several, which stand together.
+        """
+        host = weight_of(layer)
         bound = 1 / math.sqrt(host[0].numel())
-        rows = host.new_empty(self.units, *host.shape[1:]).uniform_(-bound, bound)
-        self.register_parameter(f"{role}_weight", nn.Parameter(rows))  # (units, in, *taps)
-        bias = None if layer.bias is None else nn.Parameter(host.new_zeros(self.units))
+        rows = host.new_empty(self.units * each, *host.shape[1:]).uniform_(-bound, bound)
+        self.register_parameter(f"{role}_weight", nn.Parameter(rows))  # (units * each, in, *taps)
+        bias = None if layer.bias is None else nn.Parameter(host.new_zeros(self.units * each))
         self.register_parameter(f"{role}_bias", bias)
 
     def columns(self) -> None:
         """Make the consumer's columns, all zero."""
-        host = self.pair.consumer.weight
+        host = weight_of(self.pair.consumer)
         columns = host.new_zeros(host.shape[0], self.units * self.pair.columns, *host.shape[2:])
         self.consumer_weight = nn.Parameter(columns)  # (out, units * columns, *taps)
 
@@ -129,7 +131,12 @@ class HostKernel(LiveKernel, Generic[PlaceT]):
 
     def slices(self, plan: WidenPlan) -> dict[str, Tensor]:
         """Return the new part of every tensor the plan names."""
-        return {edit.name: getattr(self, edit.source).detach() for edit in plan.edits}
+        return {key: self.lay(edit, getattr(self, edit.source).detach()) for key, edit in plan.keyed()}
+
+    def lay(self, edit: WidenEdit, tensor: Tensor) -> Tensor:
+        """Bring a tensor of this kernel, or its optimizer's state, into the order of the host's."""
+        axis = self.axes[edit.source]
+        return tensor if axis == edit.axis else tensor.transpose(axis, edit.axis)
 
 
 class WidenKernel(HostKernel[TwoLayers]):
@@ -147,7 +154,7 @@ class WidenKernel(HostKernel[TwoLayers]):
         super().__init__(pair, units)
         self.draw("producer", pair.producer)
         self.columns()
-        self.owned = self.own("between", pair.steps, pair.producer.weight)
+        self.owned = self.own("between", pair.steps, weight_of(pair.producer))
         self.axes = self.along()
 
     def forward(self, x: Tensor, hidden: bool = False) -> Tensor:
@@ -155,15 +162,3 @@ class WidenKernel(HostKernel[TwoLayers]):
         h = affine(self.pair.producer, x, self.producer_weight, self.producer_bias)
         h = self.through("between", self.pair.steps, self.owned, h)
         return h if hidden else affine(self.pair.consumer, h, self.consumer_weight, None)
-
-
-def affine(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Apply other weights in a layer's own way: its stride, dilation, padding and padding mode.
-
-    What was tapped under autocast may be half as wide as the weights; outside it has to be widened first.
-    """
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-        x = x.to(weight.dtype)
-    if isinstance(layer, nn.Linear):
-        return F.linear(x, weight, bias)
-    return layer._conv_forward(x, weight, bias)

@@ -147,5 +147,8 @@ def load(model: nn.Module, folder: str | Path = Path(__file__).parent) -> nn.Mod
             own[edit["name"]].data = own[edit["name"]].new_zeros(weights[edit["name"]].shape)
         for path, attribute, value in plan["attributes"]:
             setattr(model.get_submodule(path), attribute, value)
+    for module in model.modules():
+        if isinstance(module, nn.RNNBase):
+            module.flatten_parameters()
     model.load_state_dict(weights)
     return model

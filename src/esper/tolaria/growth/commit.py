@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from esper.blueprints.kernel import GraphKernel, LiveKernel
-from esper.contracts import Decision, DeepenPlan, Event, Observer, WidenPlan
+from esper.contracts import Decision, DeepenPlan, Event, Observer, WidenEdit, WidenPlan
 from esper.errors import ProcessError, SurgeryError
 from esper.kasmina.birth import warmed
 from esper.kasmina.blocks import Block
@@ -163,7 +164,7 @@ class Committer:
     def widen(self, kernel: Any, optimizer: Optimizer, branch: Tensor, step: int) -> dict[str, Any]:
         """Make a kernel rows and columns of the pair it stands beside."""
         plan: WidenPlan = kernel.plan()
-        donor = {e.name: optimizer.state.get(getattr(kernel, e.source), {}) for e in plan.edits}
+        donor = {key: laid(kernel, edit, optimizer) for key, edit in plan.keyed()}
         difference = self.carry_out(plan, kernel.slices(plan), donor, branch, step)
         self.plans.append(plan)
         edits = [[e.name, e.axis, e.old, e.new] for e in plan.edits]
@@ -284,3 +285,12 @@ class Committer:
             self.attach(plan, GraphKernel(program_of(plan), like), None, None)
         self.model.refresh(self.run)
         self.plans.append(plan)
+
+
+def laid(kernel: Any, edit: WidenEdit, optimizer: Optimizer) -> dict[str, Any]:
+    """Return what a kernel's optimizer knows of a tensor, in the order of the host's."""
+    own = getattr(kernel, edit.source)
+    state = optimizer.state.get(own, {})
+    return {
+        k: kernel.lay(edit, v) if torch.is_tensor(v) and v.shape == own.shape else v for k, v in state.items()
+    }

@@ -13,6 +13,7 @@ from esper.contracts import Decision, Stage
 from esper.errors import StateError, nearest
 from esper.kasmina.gate import Verdict
 from esper.kasmina.isolation import same_randomness
+from esper.kasmina.layers import weight_of
 from esper.kasmina.pairs import Pair
 from esper.kasmina.peers import Peers
 from esper.kasmina.race import Race
@@ -162,7 +163,7 @@ def revived(layer: Any, state: Mapping[str, Any], peers: Peers) -> Race:
     """Build a race of the saved shape and fill it."""
     x = torch.empty(0)
     if isinstance(layer.place, Pair):  # its biases are centred on inputs, if only to be written over
-        weight = layer.place.producer.weight
+        weight = weight_of(layer.place.producer)
         x = weight.new_zeros(1, *weight.shape[1:2], *[max(weight.shape[2:], default=1)] * (weight.dim() - 2))
     empty = Survey({}, torch.zeros(1), 0)
     race = Race(layer, state["units"], ("random",) * len(state["starts"]), empty, x, 1.0, peers)

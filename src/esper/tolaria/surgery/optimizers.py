@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from esper.contracts import WidenEdit
 from esper.errors import SurgeryError
 from esper.kasmina.materialise import Change, extend
 from esper.tolaria.surgery.history import cleared, forget, remembers
 from esper.tolaria.surgery.kinds import Kind, kind_of
 
 Rule: TypeAlias = Literal["zeros", "seed", "mean"]
-Donor: TypeAlias = Mapping[str, Mapping[str, Any]]  # parameter name -> state key -> state of the new slice
+Donor: TypeAlias = Mapping[str, Mapping[str, Any]]  # key of a slice -> state key -> state of that slice
 
 
 def widen_state(
@@ -38,7 +39,7 @@ def widen_state(
         rule: State of the new units: as at birth (``zeros``), the mean of the old units (``mean``), or what
             the incubating seed's own optimizer had learned (``seed``). What birth is, and where it is the
             mean, says ``kinds.py``.
-        donor: For ``seed``: per parameter name the state of its new slice.
+        donor: For ``seed``: per key of a slice (``plan.keyed()``) its state.
 
     Returns:
         One line for each tensor that ``seed`` gave nothing fitting for and that was filled as at birth, and
@@ -51,7 +52,7 @@ def widen_state(
     larger: list[tuple[Optimizer, dict[str, Any], Change, dict[str, Tensor]]] = []
     anew: dict[str, Optimizer] = {}
     for change in changes:
-        given = (donor or {}).get(change.edit.name, {}) if rule == "seed" else None
+        given = donor or {} if rule == "seed" else None
         for name, optimizer in optimizers.items():
             group = _group_of(optimizer, change.previous)
             if group is None:
@@ -83,25 +84,30 @@ def _larger(
     group: dict[str, Any],
     change: Change,
     rule: Rule,
-    given: Mapping[str, Any] | None,
+    given: Donor | None,
     reasons: list[str],
 ) -> dict[str, Tensor]:
     """Enlarge what one optimizer knows of one parameter; nothing is changed yet."""
-    kind, edit, dim = kind_of(optimizer), change.edit, change.parameter.dim()
+    kind, dim = kind_of(optimizer), change.parameter.dim()
     state: dict[str, Tensor] = {}
     for key, old in optimizer.state.get(change.previous, {}).items():
         shape = list(change.parameter.shape)
-        shape[edit.axis] = edit.old
+        for edit in change.edits:
+            shape[edit.axis] = edit.old
         reduced = kind.reduced[key] % dim if key in kind.reduced else None
         if reduced is not None:
             shape[reduced] = 1
-        where = f"{type(optimizer).__name__} {name!r}: state {key!r} of {edit.name!r}"
-        if not _is_elementwise(old, shape, where) or reduced == edit.axis:  # a mean over the grown axis stays
+        where = f"{type(optimizer).__name__} {name!r}: state {key!r} of {change.edit.name!r}"
+        if not _is_elementwise(old, shape, where):
             continue
-        new = _new_units(old, change, rule, kind, key, group)
-        if given is not None:
-            new = _from_seed(given.get(key), new, where, reasons)
-        state[key] = extend(old, new, edit.axis)
+        for number, edit in enumerate(change.edits):
+            if reduced == edit.axis:  # a mean over the grown axis stays
+                continue
+            new = _new_units(old, change, edit, rule, kind, key, group)
+            if given is not None:
+                slot = edit.name if number == 0 else f"{edit.name}@{edit.axis}"
+                new = _from_seed(given.get(slot, {}).get(key), new, where, reasons)
+            old = state[key] = extend(old, new, edit.axis, edit.chunks)
     return state
 
 
@@ -120,19 +126,41 @@ def _is_elementwise(old: object, shape: list[int], where: str) -> bool:
 
 
 def _new_units(
-    old: Tensor, change: Change, rule: Rule, kind: Kind, key: str, group: dict[str, Any]
+    old: Tensor,
+    change: Change,
+    edit: WidenEdit,
+    rule: Rule,
+    kind: Kind,
+    key: str,
+    group: dict[str, Any],
 ) -> Tensor:
-    axis, count = change.edit.axis, change.edit.new - change.edit.old
+    axis, count = edit.axis, edit.new - edit.old
     if key == kind.average:
-        return change.parameter.detach().narrow(axis, change.edit.old, count)
+        return _new_part(change, edit)
     if rule == "mean" or kind.padded:
-        unit = old.mean(axis, keepdim=True)
-    else:
-        setting = kind.born.get(key)
-        unit = torch.full_like(old.narrow(axis, 0, 1), float(group[setting]) if setting else 0.0)
+        means = [part.mean(axis, keepdim=True) for part in old.chunk(edit.chunks, axis)]
+        each = [-1 if a != axis else count // edit.chunks for a in range(old.dim())]
+        return torch.cat([mean.expand(each) for mean in means], axis)
+    setting = kind.born.get(key)
+    unit = torch.full_like(old.narrow(axis, 0, 1), float(group[setting]) if setting else 0.0)
     shape = list(old.shape)
     shape[axis] = count
     return unit.expand(shape)
+
+
+def _new_part(change: Change, edit: WidenEdit) -> Tensor:
+    """Return what one edit added to a parameter, without what later ones did."""
+    part = change.parameter.detach()
+    for later in change.edits[change.edits.index(edit) + 1 :]:
+        part = _halves(part, later)[0]
+    return _halves(part, edit)[1]
+
+
+def _halves(tensor: Tensor, edit: WidenEdit) -> tuple[Tensor, Tensor]:
+    """Take an edit's old and new part apart again."""
+    old, new = edit.old // edit.chunks, (edit.new - edit.old) // edit.chunks
+    parts = tensor.split([old, new] * edit.chunks, edit.axis)
+    return torch.cat(parts[::2], edit.axis), torch.cat(parts[1::2], edit.axis)
 
 
 def _from_seed(given: object, otherwise: Tensor, where: str, reasons: list[str]) -> Tensor:

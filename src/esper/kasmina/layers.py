@@ -1,0 +1,96 @@
+"""What differs between the layers that can be widened: where inputs and outputs are, how they are applied.
+
+Kernels keep their tensors as torch's Linear does, (out, in, …); here and in ``HostKernel.lay`` they are
+turned for layers whose weight is (in, out, …).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVOLUTIONS = (*PLAIN, *TRANSPOSED)
+
+
+def is_conv1d(layer: nn.Module) -> bool:
+    """Tell Hugging Face's ``Conv1D``, a linear layer with its weight as (in, out), by what it has."""
+    weight = layer._parameters.get("weight")
+    named = any(kind.__name__ == "Conv1D" for kind in type(layer).__mro__)
+    return named and weight is not None and weight.dim() == 2 and getattr(layer, "nf", 0) == weight.shape[1]
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Tell a layer that maps the last axis."""
+    return isinstance(layer, nn.Linear) or is_conv1d(layer)
+
+
+def is_layer(layer: nn.Module) -> bool:
+    """Tell a layer of a kind that can be widened at either end."""
+    return is_linear(layer) or isinstance(layer, CONVOLUTIONS)
+
+
+def is_depthwise(layer: nn.Module) -> bool:
+    """Tell a convolution that keeps every channel to itself."""
+    return isinstance(layer, PLAIN) and layer.groups == layer.in_channels == layer.out_channels > 1
+
+
+def out_axis(layer: nn.Module) -> int:
+    """Return the axis of the weight that counts outputs."""
+    return int(isinstance(layer, TRANSPOSED) or is_conv1d(layer))
+
+
+def in_axis(layer: nn.Module) -> int:
+    """Return the axis of the weight that counts inputs."""
+    return 1 - out_axis(layer)
+
+
+def weight_of(layer: nn.Module) -> Tensor:
+    """Return a layer's weight as (out, in, …): itself, or a view."""
+    assert isinstance(layer.weight, Tensor)
+    return layer.weight if out_axis(layer) == 0 else layer.weight.transpose(0, 1)
+
+
+def out_size(layer: nn.Module) -> int:
+    """Count outputs."""
+    return weight_of(layer).shape[0]
+
+
+def in_size(layer: nn.Module) -> int:
+    """Count inputs of a layer without groups."""
+    return weight_of(layer).shape[1]
+
+
+def grown_outputs(path: str, layer: nn.Module, added: int) -> list[tuple[str, str, int]]:
+    """List (module, attribute, value) of what counts outputs."""
+    return counts(path, layer, ("out_features", "out_channels", "nf"), out_size(layer) + added)
+
+
+def grown_inputs(path: str, layer: nn.Module, added: int) -> list[tuple[str, str, int]]:
+    """List (module, attribute, value) of what counts inputs."""
+    return counts(path, layer, ("in_features", "in_channels", "nx"), in_size(layer) + added)
+
+
+def counts(path: str, layer: nn.Module, names: tuple[str, ...], value: int) -> list[tuple[str, str, int]]:
+    """Give a value to those of some attributes that a layer has."""
+    return [(path, name, value) for name in names if isinstance(getattr(layer, name, None), int)]
+
+
+def affine(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Apply another weight, (out, in, …), in a layer's own way: its stride, dilation, padding and their mode.
+
+    What was tapped under autocast may be half as wide as the weights; outside it has to be widened first.
+    """
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        x = x.to(weight.dtype)
+    if is_linear(layer):
+        return F.linear(x, weight, bias)
+    if isinstance(layer, PLAIN):
+        return layer._conv_forward(x, weight, bias)
+    func = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}[len(layer.kernel_size)]
+    turned = weight.transpose(0, 1)
+    return func(x, turned, bias, layer.stride, layer.padding, layer.output_padding, 1, layer.dilation)

@@ -1,0 +1,342 @@
+"""Hidden sizes of recurrent layers: the old units do exactly as before, the new ones as their branch did."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state, vmap
+
+import esper
+from esper.errors import SurgeryError
+from esper.kasmina.materialise import empty_slices, widen
+from esper.kasmina.recurrent import RecurrentPair
+from esper.tolaria.saving import load_into, save
+from esper.tolaria.surgery.averages import widen_average
+from esper.tolaria.surgery.optimizers import widen_state
+from tests.kasmina.zoo import Net
+
+TIME, IN, HIDDEN, UNITS = 7, 3, 5, 2
+KINDS: dict[str, type[nn.RNNBase]] = {"LSTM": nn.LSTM, "GRU": nn.GRU, "RNN": nn.RNN}
+SHAPES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "batch first": {"batch_first": True},
+    "three layers": {"num_layers": 3, "batch_first": True},
+    "both ways": {"bidirectional": True, "batch_first": True},
+    "two layers both ways, no bias": {"bidirectional": True, "num_layers": 2, "bias": False},
+}
+
+
+def last(s: Any, x: Tensor) -> Tensor:
+    out = s.rnn(x)[0]
+    return s.head(out[:, -1] if s.rnn.batch_first else out[-1])
+
+
+def every(s: Any, x: Tensor) -> Tensor:
+    return s.head(torch.tanh(s.rnn(x)[0]))
+
+
+def mean(s: Any, x: Tensor) -> Tensor:
+    out = s.rnn(x)[0]
+    return s.head(out.mean(1 if s.rnn.batch_first else 0))
+
+
+def largest(s: Any, x: Tensor) -> Tensor:
+    return s.head(s.rnn(x)[0].max(dim=1 if s.rnn.batch_first else 0).values)
+
+
+def state(s: Any, x: Tensor) -> Tensor:
+    left = s.rnn(x)[1]
+    return s.head(left[0][-1] if isinstance(left, tuple) else left[-1])
+
+
+def cell(s: Any, x: Tensor) -> Tensor:
+    return s.head(s.rnn(x)[1][1][-1])
+
+
+WAYS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    f.__name__: f for f in (last, every, mean, largest, state)
+}
+
+
+def host(kind: str, shape: str, way: Callable[[Any, Tensor], Tensor]) -> tuple[Net, Tensor]:
+    torch.manual_seed(0)
+    rnn = KINDS[kind](IN, HIDDEN, **SHAPES[shape])
+    width = HIDDEN * (2 if rnn.bidirectional and way not in (state, cell) else 1)
+    net = Net(way, rnn=rnn, head=nn.Linear(width, 4))
+    return net, torch.randn(*((6, TIME) if rnn.batch_first else (TIME, 6)), IN)
+
+
+def place(net: nn.Module, x: Tensor) -> RecurrentPair:
+    found = esper.wrap(net, x, blueprints=["widen"]).pairs["rnn>head"]
+    assert isinstance(found, RecurrentPair)
+    return found
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_hidden_size_grows_exactly(kind: str, shape: str, way: str) -> None:
+    net, x = host(kind, shape, WAYS[way])
+    pair = place(net, x)
+    assert pair.site.width == HIDDEN
+    for dtype in (torch.float32, torch.float64):
+        wide, given = copy.deepcopy(net).to(dtype), x.to(dtype)
+        pair = place(wide, given)
+        kernel = pair.kernel(UNITS)
+        with torch.no_grad():
+            before = wide(given)
+            assert not kernel(given).any()
+            born = copy.deepcopy(wide)
+            plan = kernel.plan()
+            widen(born, plan, kernel.slices(plan))
+            allowed = float(before.abs().max()) * (2e-6 if dtype is torch.float32 else 1e-13)
+            assert float((born(given) - before).abs().max()) <= allowed
+            kernel.consumer_weight.normal_()
+            branch = before + kernel(given)
+            old = {n: p.clone() for n, p in wide.named_parameters()}
+            widen(wide, plan, kernel.slices(plan))
+            after = wide(given)
+        assert not torch.allclose(before, branch, atol=1e-3)
+        allowed = float(branch.abs().max()) * math.sqrt(3) * (2e-6 if dtype is torch.float32 else 1e-13)
+        assert float((after - branch).abs().max()) <= allowed
+        assert wide.get_submodule("rnn").hidden_size == HIDDEN + UNITS
+        assert all(torch.equal(part, old[n]) for n, part in kept(plan, wide).items())
+        assert place(wide, given).site.width == HIDDEN + UNITS, "it can grow again"
+        copied = pickle.loads(pickle.dumps(wide.get_submodule("rnn")))
+        assert torch.equal(copied(given)[0], wide.get_submodule("rnn")(given)[0])
+
+
+def kept(plan: Any, net: nn.Module) -> dict[str, Tensor]:
+    """Cut the old part out of every grown tensor again."""
+    parts = {
+        name: p.detach() for name, p in net.named_parameters() if any(e.name == name for e in plan.edits)
+    }
+    for edit in plan.edits:
+        old, new = edit.old // edit.chunks, (edit.new - edit.old) // edit.chunks
+        cut = parts[edit.name].split([old, new] * edit.chunks, edit.axis)[::2]
+        parts[edit.name] = torch.cat(cut, edit.axis)
+    return parts
+
+
+def test_the_last_cell_of_an_lstm_can_be_what_is_read() -> None:
+    net, x = host("LSTM", "batch first", cell)
+    kernel = place(net, x).kernel(UNITS)
+    with torch.no_grad():
+        kernel.consumer_weight.normal_()
+        branch, plan = net(x) + kernel(x), kernel.plan()
+        widen(net, plan, kernel.slices(plan))
+        torch.testing.assert_close(net(x), branch, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("shape", ["batch first", "two layers both ways, no bias"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_candidates_run_together_and_can_be_told_apart(kind: str, shape: str) -> None:
+    net, x = host(kind, shape, last)
+    pair = place(net, x)
+    kernels = [pair.kernel(UNITS) for _ in range(3)]
+    for kernel in kernels:
+        nn.init.normal_(kernel.consumer_weight)
+    parameters, buffers = stack_module_state(kernels)
+    together = vmap(lambda p: functional_call(kernels[0], (p, buffers), (x,)))(parameters)
+    torch.testing.assert_close(together, torch.stack([kernel(x) for kernel in kernels]))
+    for name, axis in kernels[0].axes.items():
+        assert kernels[0].get_parameter(name).shape[axis] % UNITS == 0
+    hidden = kernels[0](x, hidden=True)
+    assert hidden.shape[-1] == UNITS * pair.columns
+    wanted = hidden @ kernels[0].consumer_weight.T
+    torch.testing.assert_close(wanted, kernels[0](x))
+
+
+@pytest.mark.parametrize("shape", ["three layers", "both ways"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_optimizers_averages_and_training_follow(kind: str, shape: str) -> None:
+    net, x = host(kind, shape, last)
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+    average = torch.optim.swa_utils.AveragedModel(net)
+    y = torch.randint(4, (6,))
+
+    def train() -> float:
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(net(x), y)
+        loss.backward()
+        optimizer.step()
+        average.update_parameters(net)
+        return float(loss.detach())
+
+    train()
+    parameters = dict(net.named_parameters())
+    moments = {n: optimizer.state[p]["exp_avg_sq"].clone() for n, p in parameters.items()}
+    kernel = place(net, x).kernel(UNITS)
+    plan = kernel.plan()
+    slices = kernel.slices(plan)
+    widened = widen(net, plan, slices)
+    assert not widened.replaced, "recurrent layers hold weak references to their weights"
+    assert all(dict(net.named_parameters())[n] is p for n, p in parameters.items())
+    assert widen_state({"adam": optimizer}, widened.changes) == []
+    widen_average(average, plan, slices)
+    for name, parameter in net.named_parameters():
+        state = optimizer.state[parameter]["exp_avg_sq"]
+        assert state.shape == parameter.shape
+        grown = {name: nn.Parameter(state)}
+        module = nn.Module()
+        module.named_parameters = lambda grown=grown: grown.items()  # type: ignore[method-assign]
+        if any(edit.name == name for edit in plan.edits):
+            only = type(plan)(plan.site, 0, tuple(e for e in plan.edits if e.name == name), ())
+            assert torch.equal(kept(only, module)[name], moments[name])
+    before = net.get_submodule("rnn").weight_hh_l0.detach().clone()
+    losses = [train() for _ in range(30)]
+    assert losses[-1] < losses[0]
+    moved = (net.get_submodule("rnn").weight_hh_l0.detach() - before).abs()
+    gates = moved.unflatten(0, (-1, HIDDEN + UNITS))
+    for rows in (slice(None, HIDDEN), slice(HIDDEN, None)):
+        for columns in (slice(None, HIDDEN), slice(HIDDEN, None)):
+            assert bool((gates[:, rows, columns] > 0).any()), "every block learns, between old and new too"
+
+
+def test_gradient_reaches_new_units_within_two_steps() -> None:
+    net, x = host("GRU", "batch first", last)
+    kernel = place(net, x).kernel(UNITS)
+    plan = kernel.plan()
+    widen(net, plan, kernel.slices(plan))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        net(x).square().sum().backward()
+        optimizer.step()
+    rnn = net.get_submodule("rnn")
+    gates = rnn.weight_ih_l0.grad.unflatten(0, (3, HIDDEN + UNITS))
+    assert bool(gates[:, HIDDEN:].abs().amax((0, 2)).gt(0).all())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_grown_model_is_saved_loaded_and_rebuilt(kind: str, tmp_path: Path) -> None:
+    net, x = host(kind, "three layers", last)
+    y = torch.randint(4, (6,))
+    net, plans = grown(net, x, y)
+    assert plans
+    save(net, plans, tmp_path / "saved", card={})
+    fresh, _ = host(kind, "three layers", last)
+    load_into(fresh, tmp_path / "saved")
+    assert torch.equal(fresh.eval()(x), net.eval()(x))
+    alone, _ = host(kind, "three layers", last)
+    namespace: dict[str, Any] = {"__file__": str(tmp_path / "saved" / "rebuild.py"), "__name__": "rebuild"}
+    exec((tmp_path / "saved" / "rebuild.py").read_text(), namespace)
+    namespace["load"](alone)
+    assert torch.equal(alone.eval()(x), net(x))
+
+
+def grown(net: nn.Module, x: Tensor, y: Tensor) -> tuple[nn.Module, list[Any]]:
+    kernel = place(net, x).kernel(UNITS)
+    with torch.no_grad():
+        kernel.consumer_weight.normal_()
+    plan = kernel.plan()
+    widen(net, plan, kernel.slices(plan))
+    return net, [plan]
+
+
+def test_a_widening_can_be_taken_back() -> None:
+    net, x = host("LSTM", "three layers", last)
+    before, held = net(x), {n: (p, p.detach().clone()) for n, p in net.named_parameters()}
+    plan = place(net, x).plan(UNITS)
+    with torch.no_grad():
+        widened = widen(net, plan, empty_slices(net, plan))
+        widened.undo()
+    for name, parameter in net.named_parameters():
+        assert parameter is held[name][0]
+        assert torch.equal(parameter, held[name][1])
+    assert torch.equal(net(x), before)
+    net(x).sum().backward()
+
+
+def test_chunks_that_do_not_divide_are_refused() -> None:
+    net, x = host("GRU", "plain", last)
+    plan = place(net, x).plan(UNITS)
+    edit = plan.edits[0]
+    odd = type(edit)(edit.name, 0, edit.old, edit.old + 4, "", 3)
+    with pytest.raises(SurgeryError, match="3 equal parts"):
+        widen(net, type(plan)("x", 1, (odd,), ()), {edit.name: torch.zeros(4, IN)})
+
+
+class Cells(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.head = nn.GRUCell(IN, HIDDEN), nn.Linear(HIDDEN, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.new_zeros(x.shape[0], HIDDEN)
+        for t in range(x.shape[1]):
+            h = self.rnn(x[:, t], h)
+        return self.head(h)
+
+
+def first_state(s: Any, x: Tensor) -> Tensor:
+    return s.head(s.rnn(x, torch.zeros(1, len(x), HIDDEN))[0][:, -1])
+
+
+def packed(s: Any, x: Tensor) -> Tensor:
+    lengths = torch.full((len(x),), TIME)
+    return s.head(s.rnn(nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True))[1][-1])
+
+
+def both(s: Any, x: Tensor) -> Tensor:
+    out, left = s.rnn(x)
+    return s.head(out[:, -1] + left[-1])
+
+
+def twice(s: Any, x: Tensor) -> Tensor:
+    return s.head(s.rnn(x)[0][:, -1] + s.rnn(x.flip(1))[0][:, -1])
+
+
+def normed(s: Any, x: Tensor) -> Tensor:
+    return s.head(s.norm(s.rnn(x)[0][:, -1]))
+
+
+def given(s: Any, x: Tensor) -> Tensor:
+    return s.rnn(x)[0]
+
+
+def rnn(**options: Any) -> nn.GRU:
+    return nn.GRU(IN, HIDDEN, batch_first=True, **options)
+
+
+def net_of(body: Callable[[Any, Tensor], Tensor], **layers: nn.Module) -> Net:
+    extra = {"one": nn.Linear(IN, IN), "two": nn.Linear(IN, IN)}
+
+    def first(s: Any, x: Tensor) -> Tensor:
+        return body(s, s.two(torch.relu(s.one(x))))
+
+    return Net(first, **{"rnn": rnn(), "head": nn.Linear(HIDDEN, 4), **extra, **layers})
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "projections": (
+        lambda: net_of(last, rnn=nn.LSTM(IN, HIDDEN, proj_size=2, batch_first=True), head=nn.Linear(2, 4)),
+        r"projections \(proj_size\)",
+    ),
+    "first state": (lambda: net_of(first_state), "given its first state.*leave it out"),
+    "packed": (lambda: net_of(packed), "packed sequences.*pad them"),
+    "both": (lambda: net_of(both), "its outputs and its last state of rnn are both read"),
+    "twice": (lambda: net_of(twice), "called 2 times"),
+    "norm": (lambda: net_of(normed, norm=nn.LayerNorm(HIDDEN)), "LayerNorm norm .* stands between"),
+    "output": (lambda: net_of(given), "an output of the model"),
+    "cells": (lambda: net_of(lambda s, x: s.rnn(x), rnn=Cells()), r"GRUCell.*nn\.GRU"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
+@pytest.mark.parametrize("case", REFUSED)
+def test_other_recurrences_are_refused_with_the_reason(case: str) -> None:
+    build, reason = REFUSED[case]
+    wrapped = esper.wrap(build(), torch.randn(6, TIME, IN), blueprints=["widen"])
+    told = {refusal.place: refusal.reason for refusal in wrapped.refusals}
+    place = "rnn.rnn" if case == "cells" else "rnn"
+    assert re.search(reason, told[place]), told[place]
