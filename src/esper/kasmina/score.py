@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from esper.blueprints.kernel import LiveKernel
 from esper.contracts import HealthReport
 from esper.kasmina.health import dead
-from esper.kasmina.isolation import untouched
+from esper.kasmina.isolation import same_randomness, untouched
 from esper.kasmina.layers import affine, is_linear, weight_of
 from esper.kasmina.peers import ALONE, Peers
 from esper.kasmina.places import Place
-from esper.kasmina.sight import Run, Sight, judging, passes
+from esper.kasmina.sight import Run, Sight, judged, judging, passes
 from esper.kasmina.stack import DepthKernel
 from esper.kasmina.starts import pick
 from esper.kasmina.widen import HostKernel
@@ -97,9 +97,12 @@ class Score:
             runs: Passes to mean losses, each with its number of examples.
             seed: Of the pools.
         """
-        with judging(self.model), untouched(self.model, seed), torch.enable_grad():
+        with same_randomness(seed):
             for name, place in self.places.items():
                 self.pools[name] = place.kernel(pool_size(place, self.units[name]))
+                if isinstance(self.pools[name], DepthKernel):
+                    judged(self.pools[name])
+        with judging(self.model), untouched(self.model, seed), torch.enable_grad():
             for sights, examples in passes(self.model, self.places, runs):
                 for name, sight in sights.items():
                     self.learn(name, sight, examples)
@@ -108,7 +111,7 @@ class Score:
 
     def learn(self, name: str, sight: Sight, examples: int) -> None:
         """Add one pass to a place's sums."""
-        kernel, place = self.pools[name], self.places[name]
+        kernel = self.pools[name]
         assert sight.x is not None and sight.gradient is not None
         gradient = sight.gradient * examples  # per example
         outgoing = [kernel.get_parameter(n) for n in kernel.outgoing]

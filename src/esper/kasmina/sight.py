@@ -1,4 +1,4 @@
-"""Look at many places in one pass: what they read, what their exits read, and the gradient that comes back."""
+"""Look at many places in one pass: what they read, what their exits read, the gradient that comes back."""
 
 from __future__ import annotations
 
@@ -90,15 +90,20 @@ def watching(places: Mapping[str, Place]) -> Iterator[dict[str, Eye]]:
         yield eyes
 
 
+def judged(model: nn.Module) -> None:
+    """Put a model into eval mode, but for norms that know a batch."""
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, _NormBase):
+            module.training = True
+
+
 @contextmanager
 def judging(model: nn.Module) -> Iterator[None]:
     """Run passes in eval mode, but normalise by the batch: new channels have no running statistics yet."""
     modes = [(module, module.training) for module in model.modules()]
     try:
-        model.eval()
-        for module in model.modules():
-            if isinstance(module, _NormBase):
-                module.training = True
+        judged(model)
         yield
     finally:
         for module, mode in modes:

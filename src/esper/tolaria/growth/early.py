@@ -232,7 +232,7 @@ class Early:
         growth.events_kept += 1
         until = growth.steps + self.timetable.length(self.settings.judge)
         self.open = Judged(before, until, found.held_out, decisions, record)
-        for number, seed, name, gain, *_ in decisions:
+        for number, seed, name, *_ in decisions:
             self.move(seed, name, Stage.GERMINATED, Stage.STABILISING, "inserted: the output is unchanged")
             if name in widths:
                 growth.tell("widened", **self.widened(number, name))

@@ -1,4 +1,4 @@
-"""Read ahead what the user's schedulers will do to the learning rate, so that no unit is born when it is gone."""
+"""Read ahead what the user's schedulers will do to the rate, so that no unit is born when it is gone."""
 
 from __future__ import annotations
 
