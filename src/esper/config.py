@@ -36,7 +36,7 @@ class Early(Section):
         "auto", description="what an event does to a saturated host, see docs/how-it-grows.md"
     )
     judge: float = Field(
-        0.07,
+        0.1,
         gt=0,
         le=1,
         description="share of the steps after which an event must have lowered the held-out loss",

@@ -33,18 +33,21 @@ def growth_cost(model: nn.Module, places: Mapping[str, Place], units: Mapping[st
             if edit.name in named:
                 shape = shapes.setdefault(edit.name, list(named[edit.name].shape))
                 shape[edit.axis] += edit.new - edit.old
-        applied |= positions(place)
+                applied[edit.name] = positions(place, edit.name)
         flops += count * int(getattr(place, "step_flops", 0))
     for name, shape in shapes.items():
         added = math.prod(shape) - named[name].numel()
         parameters += added
-        flops += 2 * added * applied.get(name, 0)
+        if len(shape) > 1:
+            flops += 2 * added * applied[name]
     return parameters, flops
 
 
-def positions(place: Any) -> dict[str, int]:
-    """Return how often per example a place's weights are used, by the weights' names."""
-    counts = getattr(place, "places", None)
-    if counts is None:
-        return {}
-    return {f"{place.site.entry}.weight": counts[0], f"{place.site.exit}.weight": counts[1]}
+def positions(place: Any, name: str) -> int:
+    """Return how often per example a weight of a place is used; what stands between counts by itself."""
+    path = name.rpartition(".")[0]
+    steps = [*getattr(place, "steps", ()), *getattr(place, "left", ()), *getattr(place, "right", ())]
+    if path in {getattr(step, "name", "") for step in steps}:
+        return 0
+    before, behind = getattr(place, "places", None) or (getattr(place, "time", 1),) * 2
+    return int(behind if path == place.site.exit else before)

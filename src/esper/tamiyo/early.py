@@ -45,28 +45,42 @@ def wanted(site: Site, factor: float) -> int:
     return units if site.most is None else min(units, site.most)
 
 
-def allocate(sites: Sequence[Site], factor: float, room: Room, cost: Cost) -> dict[str, int]:
-    """Share out what the budget allows: all that is wanted, or every place the same part of it.
+def allocate(sites: Sequence[Site], most: float, left: int, room: Room, cost: Cost) -> dict[str, int]:
+    """Share out what the budget allows, the same factor for every place and for every event to come.
 
     Args:
         sites: Places that may grow.
-        factor: By which a width is multiplied.
+        most: By which an event may multiply a width.
+        left: Events to come, this one included: together they spend the budget, or as much of it as they can.
         room: What is left.
         cost: What units cost together: two layers that both double have four times the weights between them.
     """
 
-    def units(share: float) -> dict[str, int]:
-        whole = {s.name: int(wanted(s, factor) * share / s.granularity) * s.granularity for s in sites}
+    def grown(factor: float) -> dict[str, int]:
+        return {s.name: wanted(s, factor) for s in sites}
+
+    def part(share: float) -> dict[str, int]:
+        whole = {
+            s.name: int(n * share / s.granularity) * s.granularity for s, n in zip(sites, first, strict=True)
+        }
         return {name: count for name, count in whole.items() if count > 0}
 
-    def fits(share: float) -> bool:
-        parameters, flops = cost(units(share))
+    def fits(units: Mapping[str, int]) -> bool:
+        parameters, flops = cost(units)
         return parameters <= room.parameters and (room.model_flops is None or flops <= room.model_flops)
 
-    if fits(1.0):
-        return units(1.0)
-    low, high = 0.0, 1.0
+    factor = most
+    if not fits(grown(most**left)):
+        factor = bisect(1.0, most, lambda f: fits(grown(f**left)))
+    first = list(grown(factor).values())
+    if fits(part(1.0)):
+        return part(1.0)
+    return part(bisect(0.0, 1.0, lambda share: fits(part(share))))
+
+
+def bisect(low: float, high: float, holds: Callable[[float], bool]) -> float:
+    """Return the largest number found between two for which something holds that holds for small ones."""
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return units(low)
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low

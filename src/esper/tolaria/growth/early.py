@@ -12,15 +12,17 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from esper.contracts import Decision, Outcome, Stage
 from esper.kasmina.growth_cost import growth_cost
 from esper.kasmina.places import Place, WidenPlace
 from esper.kasmina.reopen import SATURATED
 from esper.kasmina.score import Scored
-from esper.kasmina.significance import Spending, p_value
+from esper.kasmina.significance import Spending
 from esper.kasmina.stack import Stack
 from esper.tamiyo.controller import Room
-from esper.tamiyo.early import allocate, wanted
+from esper.tamiyo.early import allocate
 from esper.tolaria.growth.account import EventRecord, Looked, Point, record_from
 from esper.tolaria.growth.evidence import Evidence, Found
 from esper.tolaria.growth.insertion import How, Insertion
@@ -28,7 +30,8 @@ from esper.tolaria.growth.takeback import Before
 from esper.tolaria.growth.timetable import Timetable
 
 SPENT = "the budget is spent"
-ALMOST = 0.9  # of the budget: what is left then is not worth an event
+REOPENED = 2  # times as long until a re-opened host is judged: its loss has been lifted first
+WITH_OTHERS = 0.25  # p-value up to which a place grows with the others, whose evidence carries it
 
 
 @dataclass
@@ -40,6 +43,7 @@ class Judged:
     held_out: float  # mean loss before it
     decisions: list[tuple[int, int, str, float | None, int, int]]  # id, seed, site, gain, parameters, flops
     record: EventRecord
+    extended: bool = False  # it has not won so far, and has been given the same time again
 
 
 class Early:
@@ -54,7 +58,7 @@ class Early:
         self.settings = growth.config.early
         self.insertion = Insertion(self.parts.committer)
         self.evidence = Evidence(growth)
-        self.timetable = Timetable(growth, self.events_needed())
+        self.timetable = Timetable(growth)
         self.spending = Spending(growth.config.gate.false_keep)
         self.open: Judged | None = None
         self.waiting: str | None = None  # why an event waits for growth.rewrap()
@@ -74,6 +78,7 @@ class Early:
         now = growth.steps
         if self.open is not None and now >= self.open.until and not self.parts.wrapping.deferred:
             self.judge()
+            self.timetable.wake = 0
         if growth.asked is None and now < self.timetable.wake:
             return
         self.evidence.collect(growth.batches[-1], loss)
@@ -105,18 +110,21 @@ class Early:
     def event(self, why: str) -> None:
         """Look at every place, and grow those that pass."""
         growth = self.growth
-        if self.open is not None:
-            self.judge()
+        if self.open is not None and not self.judge(early=True):
+            self.timetable.put_off(self.open.until)  # nothing grows on what may be taken back
+            return
         only, growth.asked = growth.asked, None
         free = {name: p for name, p in self.places().items() if only in (None, name)}
         room = growth.room()
         units = self.allocated(free, room)
         record = EventRecord(growth.steps, why, None, self.evidence.training_loss, 0)
-        self.records.append(record)
         if not units:
-            self.timetable.clear()
-            self.decline(record, free, {}, SPENT)
+            if not self.waits_for_depth(room):
+                self.timetable.clear()
+                self.records.append(record)
+                self.decline(record, free, {}, SPENT)
             return
+        self.records.append(record)
         with growth.cost.growth("event", growth.steps), self.parts.wrapping.whole():
             found = self.evidence.look({name: free[name] for name in units}, units)
         record.held_out, record.examples = found.held_out, found.examples
@@ -137,54 +145,56 @@ class Early:
         found = self.growth.morphable.places
         stacks = {n: p for n, p in found.items() if isinstance(p, Stack)}
         pairs = {n: p for n, p in found.items() if isinstance(p, WidenPlace)}
-        if not self.allocated(stacks, self.growth.room()):
+        if not stacks or not self.allocated(stacks, self.growth.room()):
             return pairs
         inside = tuple(f"{stack.container}." for stack in stacks.values())
-        return {**{n: p for n, p in pairs.items() if not p.site.entry.startswith(inside)}, **stacks}
+        outside = {n: p for n, p in pairs.items() if not p.site.entry.startswith(inside)}
+        return outside if 1 + len(self.timetable.due) > self.timetable.late else {**outside, **stacks}
 
-    def events_needed(self) -> int:
-        """Return how many events it takes to spend the budget, each multiplying what the last one left."""
-        places, room = self.places(), self.growth.room()
-        sites, host = [place.site for place in places.values()], self.growth.morphable.host
-        most = len(self.settings.shares)
-        for events in range(1, most):
-            factor = self.settings.factor**events
-            parameters, _ = growth_cost(host, places, {s.name: wanted(s, factor) for s in sites})
-            if parameters > ALMOST * room.parameters:
-                return events
-        return most
+    def waits_for_depth(self, room: Room) -> bool:
+        """Tell whether blocks can be added at a later event."""
+        return bool(self.timetable.due and self.allocated(self.growth.morphable.stacks, room))
 
     def allocated(self, places: Mapping[str, Place], room: Room) -> dict[str, int]:
         """Return the units each place gets."""
         if room.events <= 0 or not places:
             return {}
-        host = self.growth.morphable.host
+        host, left = self.growth.morphable.host, min(1 + len(self.timetable.due), room.events)
         sites = [place.site for place in places.values()]
-        return allocate(sites, self.settings.factor, room, lambda units: growth_cost(host, places, units))
+        return allocate(
+            sites, self.settings.factor, left, room, lambda units: growth_cost(host, places, units)
+        )
 
     def passing(
         self, record: EventRecord, found: Found, free: Mapping[str, Place], units: Mapping[str, int]
     ) -> list[str]:
-        """Return the places with held-out evidence, and write down what was found at each."""
-        threshold = self.spending.threshold(len(self.spending.looks), len(units))
-        host = self.growth.morphable.host
+        """Return the places that may grow, and write down what was found at each.
+
+        A place passes by its own evidence; or all together pass, and it does not speak against it. The
+        event's part of the false-keep budget is shared by both ways.
+        """
+        whole = self.spending.threshold(len(self.spending.looks), 1)
+        alone = whole if len(units) == 1 else whole / 2 / len(units)
+        together = joint(found, units)
         passed: list[str] = []
+        host = self.growth.morphable.host
         for name, count in units.items():
-            one = found.scored.get(name)
             parameters, flops = growth_cost(host, free, {name: count})
-            looked = Looked(name, free[name].site.width, count, None, threshold, None, parameters, flops)
+            looked = Looked(name, free[name].site.width, count, None, alone, None, parameters, flops)
             record.looked.append(looked)
-            if one is None:
+            one = found.scored.get(name)
+            if one is None or not len(one.values):
                 looked.reason = "not passed by these examples"
                 continue
-            blocks = None if found.additive else len(one.values)
-            looked.p_value, looked.gain = p_value(one.values, blocks=blocks), one.gain
+            looked.p_value, looked.gain = found.p_value(one.values), one.gain
             if looked.p_value is None:
                 looked.reason = f"{len(one.values)} held-out values cannot be judged"
-            elif looked.p_value > threshold:
-                looked.reason = "the held-out gain may be chance"
-            else:
+            elif looked.p_value <= alone or (
+                together is not None and together <= whole / 2 and looked.p_value <= WITH_OTHERS
+            ):
                 passed.append(name)
+            else:
+                looked.reason = "the held-out gain may be chance"
         return passed
 
     def decline(
@@ -230,7 +240,8 @@ class Early:
         record.reopened = self.reopen()
         record.verdict = "open"
         growth.events_kept += 1
-        until = growth.steps + self.timetable.length(self.settings.judge)
+        share = self.settings.judge * (1 if record.reopened == "no" else REOPENED)
+        until = growth.steps + self.timetable.length(share)
         self.open = Judged(before, until, found.held_out, decisions, record)
         for number, seed, name, *_ in decisions:
             self.move(seed, name, Stage.GERMINATED, Stage.STABILISING, "inserted: the output is unchanged")
@@ -256,15 +267,26 @@ class Early:
 
     # -- afterwards ------------------------------------------------------------------------------------------
 
-    def judge(self) -> None:
-        """Keep an event whose held-out loss has fallen since; take the others back."""
+    def judge(self, early: bool = False) -> bool:
+        """Keep an event whose held-out loss has fallen since; take the others back.
+
+        Args:
+            early: The time is not up, because the next event is due: only what has won already is decided.
+
+        Returns:
+            Whether it is decided.
+        """
         growth, judged = self.growth, self.open
         assert judged is not None
-        self.open = None
         with growth.cost.growth("judge", growth.steps), self.parts.wrapping.whole():
             now = self.evidence.held_out()
         self.note_point(now)
         kept = now < judged.held_out
+        if not kept and (early or not judged.extended):
+            if not early:
+                judged.extended, judged.until = True, growth.steps + judged.until - judged.before.step
+            return False
+        self.open = None
         reason = f"held-out loss {judged.held_out:.4g} → {now:.4g}"
         judged.record.verdict, judged.record.reason = ("kept" if kept else "taken back"), reason
         if not kept:
@@ -276,6 +298,7 @@ class Early:
             growth.tell("taken_back", to=judged.before.step, lost=lost, before=judged.held_out, now=now)
         for number, seed, name, gain, parameters, flops in judged.decisions:
             self.end(number, seed, name, (gain, parameters, flops) if kept else None, reason)
+        return True
 
     def end(
         self, decision: int, seed: int, site: str, kept: tuple[float | None, int, int] | None, reason: str
@@ -311,6 +334,7 @@ class Early:
                 "before": judged.before.state_dict(),
                 "until": judged.until,
                 "held_out": judged.held_out,
+                "extended": judged.extended,
                 "decisions": [list(one) for one in judged.decisions],
                 "record": self.records.index(judged.record),
             },
@@ -333,6 +357,7 @@ class Early:
                 judged["held_out"],
                 [(i, seed, site, gain, p, f) for i, seed, site, gain, p, f in judged["decisions"]],
                 self.records[judged["record"]],
+                judged["extended"],
             )
 
     # -- telling ---------------------------------------------------------------------------------------------
@@ -417,6 +442,14 @@ class Early:
         self.points.append(
             Point(growth.steps, size, growth.morphable.flops, spent, held_out, dict(growth.metrics))
         )
+
+
+def joint(found: Found, units: Mapping[str, int]) -> float | None:
+    """Return the p-value of all places together, each counted in its own standard deviations."""
+    values = [found.scored[name].values for name in units if name in found.scored]
+    longest = max((len(one) for one in values), default=0)
+    scaled = [one / one.std() for one in values if len(one) == longest and one.std() > 0]
+    return found.p_value(np.sum(scaled, axis=0)) if len(scaled) > 1 else None
 
 
 def gated(decision: int, one: Looked, examples: int, look: int) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from esper.kasmina.evidence import additive, count_examples, join
@@ -16,6 +17,7 @@ from esper.kasmina.places import Place
 from esper.kasmina.reopen import TEMPER, guess, output_layers, tempered
 from esper.kasmina.score import Score, Scored
 from esper.kasmina.sight import Run
+from esper.kasmina.significance import p_value
 
 SHARE = 0.01  # of the examples that a run trains on, which an event reads at most
 LEAST = 128  # examples it reads all the same: fewer are hardly evidence
@@ -30,6 +32,10 @@ class Found:
     held_out: float  # mean loss in eval mode, as the model is
     examples: int  # held out
     additive: bool  # whether each example is evidence of its own
+
+    def p_value(self, values: np.ndarray) -> float | None:
+        """Return how likely evidence as strong is where nothing helps."""
+        return p_value(values, blocks=None if self.additive else len(values))
 
 
 class Evidence:

@@ -18,18 +18,16 @@ class Timetable:
 
     Args:
         growth: The conductor.
-        events: How many it takes to spend the budget; where that is fewer than there are, the last ones.
 
     Attributes:
         due: Steps of events to come.
         wake: The step from which on batches are kept for the next event; before it nothing is asked.
     """
 
-    def __init__(self, growth: Any, events: int) -> None:
+    def __init__(self, growth: Any) -> None:
         self.growth, self.parts = growth, growth.parts
         self.settings = growth.config.early
         self.trigger = Trigger(growth.config.schedule, None, 0) if self.parts.steps is None else None
-        self.shares: tuple[float, ...] = self.settings.shares[-max(events, 1) :]
         self.due = self.planned()
         self.settled = not self.parts.schedulers  # whether how often the schedulers move is known
         self.wake: float = 0
@@ -46,7 +44,7 @@ class Timetable:
             return []
         optimizer = next(iter(self.parts.optimizers.values()))
         rates = forecast(self.parts.schedulers, optimizer, steps, now)
-        return [step for step in due(self.shares, rates, steps) if step > now]
+        return [step for step in due(self.settings.shares, rates, steps) if step > now]
 
     def reason(self, now: int, loss: float) -> str | None:
         """Return why an event is due, or None."""
@@ -77,6 +75,15 @@ class Timetable:
         size = max(count_examples(self.growth.batches[-1]), 1)
         needed = math.ceil(self.growth.config.early.examples / size) + 1
         self.wake = self.due[0] - needed if self.due else math.inf
+
+    @property
+    def late(self) -> int:
+        """The last events, half of them: a new block pays once the ones before it have learned something."""
+        return max(len(self.settings.shares) // 2, 1)
+
+    def put_off(self, step: int) -> None:
+        """Let the event that is due wait until a step."""
+        self.due, self.wake = sorted({step, *self.due}), 0
 
     def clear(self) -> None:
         """Expect no further event."""
