@@ -35,6 +35,12 @@ class Early(Section):
     reopen: Literal["auto", "output", "shrink", "no"] = Field(
         "auto", description="what an event does to a saturated host, see docs/how-it-grows.md"
     )
+    enough: float = Field(
+        0.08,
+        ge=0,
+        lt=1,
+        description="of a guess's loss: a host whose held-out loss is below it at the first event is wide enough",
+    )
     judge: float = Field(
         0.1,
         gt=0,

@@ -89,6 +89,7 @@ class Score:
         self.sums: dict[str, Sums] = {}
         self.chosen: dict[str, Scored] = {}
         self.seen: dict[str, dict[str, float]] = {}
+        self.flops = 0  # beyond the host's own passes
 
     def fit(self, runs: Sequence[Run], seed: int) -> None:
         """Look at training examples.
@@ -127,6 +128,7 @@ class Score:
             kernel.given = sight.given
         if not isinstance(kernel, HostKernel) or sight.hidden is None:
             slopes = torch.autograd.grad((kernel(sight.x) * gradient).sum(), outgoing)
+            self.flops += 3 * self.units[name] * self.places[name].site.unit_flops * examples
             flat = torch.cat([slope.flatten() for slope in slopes])
             self.add(name, plain_sums(flat, examples))
             return
@@ -141,7 +143,14 @@ class Score:
             which = torch.randperm(len(a), device=a.device)[:ROWS]
             a, b = a[which], b[which]
         count = torch.tensor(float(len(a)), device=a.device)
+        self.charge(name, pool_units(kernel), examples, a.shape[1], len(a))
         self.add(name, Sums(a.T @ a, a.T @ b, b.T @ b, own, new, count, torch.full_like(count, examples)))
+
+    def charge(self, name: str, units: int, examples: int, own: int, rows: int) -> None:
+        """Count what a look at one place costs: its pool forth and back, the host's units back, regressions."""
+        site = self.places[name].site
+        self.flops += (3 * units + 2 * own) * site.unit_flops * examples
+        self.flops += 2 * rows * (own * own + own * units + units * units) + own * own * (own + 2 * units)
 
     def add(self, name: str, part: Sums) -> None:
         """Add up."""
@@ -217,6 +226,7 @@ class Score:
                 moved = moved + through(kernel, with_one(sight.hidden, kernel), direction["own"])
             else:
                 moved = moved_along(kernel, sight.x, direction)
+            self.flops += 2 * self.units[name] * self.places[name].site.unit_flops * examples
             product = -(moved * sight.gradient).float() * examples
         return per_example(product, examples)
 

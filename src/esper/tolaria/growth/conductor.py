@@ -136,10 +136,11 @@ class Growth:
                 self.orchestrator.examples = 0
                 return  # this step is undone, or teaches nothing
         self.losses.append(value)
-        begun = time.perf_counter()
-        with self.morphable.policy.uncompiled():
-            self._act(value)
-        self.cost.seconds += time.perf_counter() - begun
+        if self.early is None or self.early.wants(self.steps):
+            begun = time.perf_counter()
+            with self.morphable.policy.uncompiled():
+                self._act(value)
+            self.cost.seconds += time.perf_counter() - begun
         if self.steps % self.config.telemetry.progress_every == 0:
             self._tell_progress()
 

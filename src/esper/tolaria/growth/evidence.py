@@ -32,6 +32,7 @@ class Found:
     held_out: float  # mean loss in eval mode, as the model is
     examples: int  # held out
     additive: bool  # whether each example is evidence of its own
+    flops: int  # spent on it
 
     def p_value(self, values: np.ndarray) -> float | None:
         """Return how likely evidence as strong is where nothing helps."""
@@ -114,8 +115,10 @@ class Evidence:
             score.fit(self.runs([*self.batches], alone), seed)
             score.test(self.runs(held, alone), alone, seed)
         examples = sum(count_examples(batch) for batch in held)
+        seen = sum(count_examples(batch) for batch in self.batches)
+        flops = score.flops + self.growth.morphable.flops * (3 * min(seen, self.most) + 4 * examples)
         self.batches.clear()
-        return Found(score.chosen, self.held_out(held), examples, alone)
+        return Found(score.chosen, self.held_out(held), examples, alone, flops)
 
     def runs(self, batches: Sequence[Any], alone: bool) -> list[Run]:
         """Return passes over batches: joined where examples count alone, as they came where they do not."""
