@@ -36,6 +36,7 @@ from esper.kasmina.widen import HostKernel
 RIDGE = 1e-2  # of the mean diagonal: what the host's own units can do is estimated from a few hundred rows
 DAMPING = 0.1  # likewise, for the direction
 POOL = 4  # units drawn per unit wanted, while they are few
+LEAST = 64  # units drawn at least: one new unit is the best of so many
 LARGE = 256  # units above which none are drawn beyond those wanted, and none are compared with each other
 ROWS = 65_536  # positions the host's units are regressed on
 
@@ -236,7 +237,8 @@ def pool_size(place: Place, units: int) -> int:
     kernel = place.kernel(units)
     if units >= LARGE or any(name not in kernel.axes for name, _ in kernel.named_parameters()):
         return units  # a recurrent unit is bound to the others
-    return min(POOL * units, LARGE // place.site.granularity * place.site.granularity or units)
+    group = place.site.granularity
+    return max(min(max(POOL * units, LEAST), LARGE) // group * group, units)
 
 
 def centre(kernel: LiveKernel, x: Tensor) -> None:
