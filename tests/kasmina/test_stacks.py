@@ -16,6 +16,7 @@ from esper.kasmina.birth import born, scales_of
 from esper.kasmina.deepen import duplicate, insert
 from esper.kasmina.stacks import find_stacks
 from tests.integration.deep_hosts import GPT, HOSTS, INPUTS, SITES, Attentive, Encoder, Residual, mlp
+from tests.kasmina import zoo
 from tests.kasmina.hosts import frozen, holdings, same
 
 ZEROED = {
@@ -322,3 +323,39 @@ def test_factors_of_shortcut_and_branch() -> None:
     assert bool((rescaled.block(0).keep == 1).all())
     scaled = found(nn.Sequential(LayerScale(), LayerScale()), torch.randn(4, 8))[0]["0+block"]
     assert scaled.zeroed == ("gamma",)
+
+
+OF_THE_ZOO = {
+    **dict.fromkeys(("ResNet", "ResNeXt"), ("blocks+block", ("norm2.weight", "norm2.bias"))),
+    "pre-activation ResNet": ("blocks+block", ("conv2.weight",)),
+    **dict.fromkeys(
+        ("ViT", "GPT", "GPT with SwiGLU", "GPT with checkpointing"),
+        ("layers+block", ("attention.out.weight", "attention.out.bias", "down.weight", "down.bias")),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", zoo.HOSTS)
+def test_hosts_of_many_kinds(kind: str) -> None:
+    torch.manual_seed(0)
+    net, given = zoo.HOSTS[kind].build(), zoo.batch(kind)
+    held, state = holdings(net), copy.deepcopy(net.state_dict())
+    stacks, _ = find_stacks(net, lambda: zoo.loss_fn(net, given), 4)
+    assert holdings(net) == held
+    assert same(dict(net.state_dict()), dict(state))
+    wanted = [OF_THE_ZOO[kind]] if kind in OF_THE_ZOO else []
+    assert [(stack.site.name, stack.zeroed) for stack in stacks] == wanted
+
+
+@pytest.mark.parametrize("kind", ["gpt", "mlp"])
+def test_under_autocast(kind: str) -> None:
+    net, x = HOSTS[kind](), INPUTS[kind](4)
+
+    def run() -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return net(x)
+
+    stacks, _ = find_stacks(net.eval(), run, 4)
+    before = run()
+    insert(net, stacks[0].deepening(), stacks[0].block(0))
+    assert torch.equal(run(), before)

@@ -80,8 +80,22 @@ def insert(model: nn.Module, plan: DeepenPlan, block: nn.Module) -> Inserted:
 
 
 def remove(model: nn.Module, plan: DeepenPlan) -> nn.Module:
-    """Take an inserted block out again; what counts blocks is the caller's to put back."""
+    """Take a block out that came by a plan, the newest of its container, and count it no longer.
+
+    Returns:
+        The block.
+
+    Raises:
+        SurgeryError: It is not there; nothing was changed.
+    """
     container = model.get_submodule(plan.container)
+    if plan.name not in container._modules:
+        raise SurgeryError(f"{plan.container or 'the model'} has no block {plan.name!r} to take out")
+    own = f"{plan.container}.{plan.name}".lstrip(".")
+    for path, attribute, value in plan.counts:
+        if path != own and not path.startswith(f"{own}."):  # the block's own numbers go with it
+            fewer = value - 1 if isinstance(value, int) else [*value[: plan.index], *value[plan.index + 1 :]]
+            setattr(at(model, path), attribute, fewer)
     block = container._modules.pop(plan.name)
     assert block is not None
     return block

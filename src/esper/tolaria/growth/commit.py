@@ -21,7 +21,7 @@ from esper.contracts import Decision, DeepenPlan, Event, Observer, WidenEdit, Wi
 from esper.errors import ProcessError, SurgeryError
 from esper.kasmina.birth import warmed
 from esper.kasmina.blocks import Block
-from esper.kasmina.deepen import duplicate, insert, twin_of
+from esper.kasmina.deepen import duplicate, insert, remove, twin_of
 from esper.kasmina.grown import CHILD, attach, detach
 from esper.kasmina.materialise import empty_slices, widen
 from esper.kasmina.merge import merged, write
@@ -30,7 +30,7 @@ from esper.kasmina.peers import ALONE, Peers
 from esper.kasmina.stack import Stack
 from esper.tolaria.genome import GraftPlan, Plan, program_of
 from esper.tolaria.growth.check import deviation, output
-from esper.tolaria.surgery.adoption import adopt
+from esper.tolaria.surgery.adoption import adopt, let_go
 from esper.tolaria.surgery.averages import copy_of, widen_average
 from esper.tolaria.surgery.optimizers import widen_state
 
@@ -149,6 +149,24 @@ class Committer:
             back.pop_all()
         self.tell_lost(adopted.lines, step)
         return difference
+
+    def withdraw(self, step: int) -> DeepenPlan:
+        """Take the newest block out of model, averages and optimizers; all else keeps what it has learned.
+
+        Raises:
+            SurgeryError: What grew last is no block; nothing was changed.
+        """
+        plan = self.plans[-1] if self.plans else None
+        if not isinstance(plan, DeepenPlan):
+            raise SurgeryError(f"only a block that grew last can be taken out, not {plan}")
+        twins = [copy_of(average, {plan.donor}) for average in self.averages]
+        block = remove(self.model.host, plan)
+        for twin in twins:
+            remove(twin, plan)
+        self.tell_lost(let_go(self.optimizers, block), step)
+        self.plans.pop()
+        self.model.refresh(self.run)
+        return plan
 
     @contextmanager
     def everywhere(self) -> Iterator[None]:

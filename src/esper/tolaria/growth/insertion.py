@@ -101,7 +101,6 @@ class Insertion:
             place = self.model.places[site]
             assert isinstance(place, Stack) and isinstance(kernel, DepthKernel)
             block = kernel.block if count == 0 else place.block(seed + count)
-            before.note(self.model.host, place.deepening())
             failed = self.committer.deepen(place, block, before.step)
             if failed:
                 self.restore(before)

@@ -19,6 +19,7 @@ from esper.kasmina.deepen import at, remove
 from esper.kasmina.materialise import put_in_place
 from esper.tolaria.genome import Plan
 from esper.tolaria.governor.rollback import duplicate, read_back, write, written
+from esper.tolaria.surgery.adoption import let_go
 from esper.tolaria.surgery.averages import copy_of
 
 State = dict[str, Any]
@@ -66,9 +67,9 @@ class Before:
             ],
         )
 
-    def note(self, model: nn.Module, plan: WidenPlan | DeepenPlan) -> None:
+    def note(self, model: nn.Module, plan: WidenPlan) -> None:
         """Note the counts that a plan is about to change."""
-        counts = plan.attributes if isinstance(plan, WidenPlan) else plan.counts
+        counts = plan.attributes
         self.attributes += [(path, name, getattr(at(model, path), name)) for path, name, _ in counts]
 
     def restore(
@@ -87,10 +88,10 @@ class Before:
             for plan in deeper:
                 copy = model if index == 0 else copy_of(model, {plan.donor})
                 block = remove(copy, plan)
-                for optimizer in optimizers.values():
-                    forget(optimizer, block)
+                if index == 0:
+                    let_go(optimizers, block)
             if index and self.attributes:
-                copy = copy_of(model, {path for path, _, _ in self.attributes if "config" not in path})
+                copy = copy_of(model, {path for path, _, _ in self.attributes})
             for path, attribute, value in reversed(self.attributes):
                 setattr(at(copy, path), attribute, value)
             put_in_place(model, tensors)
@@ -129,18 +130,6 @@ class Before:
         """Return the memory it takes."""
         held = [t for one in self.tensors for t in one.values()]
         return sum(t.numel() * t.element_size() for t in held if isinstance(t, torch.Tensor))
-
-
-def forget(optimizer: Optimizer, block: nn.Module) -> None:
-    """Drop a block's parameters from an optimizer."""
-    gone = {id(parameter) for parameter in block.parameters()}
-    for group in optimizer.param_groups:
-        keep = [id(parameter) not in gone for parameter in group["params"]]
-        for key in ("params", "param_names"):
-            if key in group:
-                group[key][:] = [one for one, stays in zip(group[key], keep, strict=True) if stays]
-    for parameter in [p for p in optimizer.state if id(p) in gone]:
-        del optimizer.state[parameter]
 
 
 def named(model: nn.Module) -> list[tuple[str, Tensor]]:

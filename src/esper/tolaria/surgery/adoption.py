@@ -154,6 +154,29 @@ def adopt(
         return Adoption(back.pop_all().close, tuple(lines))
 
 
+def let_go(optimizers: Mapping[str, Optimizer], module: nn.Module) -> list[str]:
+    """Take a module's parameters out of the optimizers, with their state.
+
+    Returns:
+        What was lost besides, for an event each.
+    """
+    gone = {id(parameter) for parameter in module.parameters()}
+    lines: list[str] = []
+    for name, optimizer in optimizers.items():
+        held = [p for group in optimizer.param_groups for p in group["params"] if id(p) in gone]
+        if held and kind_of(optimizer).history:
+            lines += [cleared(name, optimizer)] if remembers(optimizer) else []
+            forget(optimizer)
+        for group in optimizer.param_groups:
+            stays = [id(parameter) not in gone for parameter in group["params"]]
+            for key in ("params", "param_names"):
+                if key in group:  # in place: LBFGS holds the list itself
+                    group[key][:] = [one for one, kept in zip(group[key], stays, strict=True) if kept]
+        for parameter in held:
+            optimizer.state.pop(parameter, None)
+    return lines
+
+
 def _enter(optimizer: Optimizer, index: int, name: str, parameter: nn.Parameter) -> Callable[[], None]:
     group = optimizer.param_groups[index]
     lists: list[list[Any]] = [group["params"]]
