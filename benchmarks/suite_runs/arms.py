@@ -7,9 +7,9 @@ full           fixed at full size, full length
 equal          fixed at full size for as many steps as cost grown's mean FLOPs, its schedule fitted to them
 ladder-K       fixed at the K-th size from small to full; ``small`` and ``full`` are its ends
 
-Every arm's rate is the best of the task's one grid by the mean probe metric of two seeds that are not reported;
-then each arm runs once per reported seed. ``grown``, ``same`` and ``full`` of a seed run one after the other in
-one process, in turns of order, so that their wall times met the same machine.
+Every arm's rate is the best of the task's one grid by the mean probe metric of two seeds that are not
+reported; then each arm runs once per reported seed. ``grown``, ``same`` and ``full`` of a seed run one after
+the other in one process, in turns of order, so that their wall times met the same machine.
 """
 
 from __future__ import annotations

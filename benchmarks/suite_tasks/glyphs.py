@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
@@ -97,7 +98,7 @@ class ResidualCnn(nn.Module):
         )
         self.between = nn.ModuleList(
             nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(before, after, 1, bias=False))
-            for before, after in zip(STAGES[:-1], STAGES[1:], strict=True)
+            for before, after in pairwise(STAGES)
         )
         self.norm, self.head = nn.BatchNorm2d(STAGES[-1]), nn.Linear(STAGES[-1], len(CHARACTERS))
 
