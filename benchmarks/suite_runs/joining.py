@@ -22,7 +22,7 @@ from benchmarks.suite_runs.verdicts import (
     ratio,
 )
 
-ARMS = ("small", "grown", "same", "equal", "full")
+ARMS = ("small", "grown", "same", "equal", "gromo", "full")
 HELD_OUT_SHARE = 0.8  # of the held-out parts: 8 of 10
 
 

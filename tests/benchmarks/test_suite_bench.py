@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import no_harm, suite
 from benchmarks.flops import parameters
-from benchmarks.suite_runs import arms, files, joining, verdicts
+from benchmarks.suite_runs import arms, comparator, files, joining, verdicts
 from benchmarks.suite_runs.files import Record
 from benchmarks.suite_runs.training import Run, Training, train
 from benchmarks.suite_tasks import TASKS
@@ -140,6 +140,19 @@ def test_rates_are_chosen_by_the_probe_and_a_diverged_run_is_worst() -> None:
     assert arms.best_rate(by_rate, higher_is_better=False) == 0.1
     level = {0.1: [run_of(probe=0.8, probe_loss=0.5)], 0.2: [run_of(probe=0.8, probe_loss=0.4)]}
     assert arms.best_rate(level, higher_is_better=True) == 0.2
+
+
+@pytest.mark.skipif(find_spec("gromo") is None, reason="gromo is an optional comparator")
+@pytest.mark.filterwarnings("ignore")  # gromo's own
+def test_gromo_trains_the_plain_tasks() -> None:
+    known = [name for name, task in TASKS.items() if name not in KEEL and comparator.fits(task, "constant")]
+    assert known == ["digits-mlp", "diabetes", "teacher-uniform", "teacher-normal"]
+    assert not comparator.fits(TASKS["digits-mlp"], "cosine")
+    run = comparator.train(TASKS["diabetes"], 0, 1e-2, steps=12 * 9)
+    assert run.steps == 12 * 9
+    assert run.growths > 0
+    assert run.parameters > 25
+    assert math.isfinite(run.test)
 
 
 # -- verdicts ------------------------------------------------------------------------------------------------
