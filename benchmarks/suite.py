@@ -1,8 +1,8 @@
 """One setting, twelve tasks: what growth on its defaults costs and reaches against every fixed alternative.
 
-Nothing is tuned per task: the grown arm is ``esper.grow`` with the full network's parameters as its budget. Each
-part, a task under a schedule of its learning rate, writes ``<out>/suite/<task>-<schedule>.json``; ``--join`` prints
-the tables and the promises from the parts that exist, ``--picture`` draws them.
+Nothing is tuned per task: the grown arm is ``esper.grow`` with the full network's parameters as its budget.
+Each part, a task under a schedule of its learning rate, writes ``<out>/suite/<task>-<schedule>.json``;
+``--join`` prints the tables and the promises from the parts that exist, ``--picture`` draws them.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def conclude(given: argparse.Namespace, records: Sequence[Record]) -> int:
     if not given.json:
         Console(stderr=True).print(f"{len(records)} parts of {sum(len(t.schedules) for t in TASKS.values())}")
     figures = {"parts": joining.figures(records)}
-    return harness.conclude(NAME, chosen, shown, joining.promises(records), figures)
+    return harness.conclude(NAME, chosen, shown, joining.promises(records, whole=given.join), figures)
 
 
 if __name__ == "__main__":

@@ -6,10 +6,11 @@ same           fixed at the size the grown run of the same seed ended with, full
 full           fixed at full size, full length
 equal          fixed at full size for as many steps as cost grown's mean FLOPs, its schedule fitted to them
 ladder-K       fixed at the K-th size from small to full; ``small`` and ``full`` are its ends
+gromo          the gromo package, where it is installed and can train the task
 
-Every arm's rate is the best of the task's one grid by the mean probe metric of two seeds that are not reported;
-then each arm runs once per reported seed. ``grown``, ``same`` and ``full`` of a seed run one after the other in
-one process, in turns of order, so that their wall times met the same machine.
+Every arm's rate is the best of the task's one grid by the mean probe metric of two seeds that are not
+reported; then each arm runs once per reported seed. ``grown``, ``same`` and ``full`` of a seed run one after
+the other in one process, in turns of order, so that their wall times met the same machine.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from benchmarks.intervals import mean_of
+from benchmarks.suite_runs import comparator
 from benchmarks.suite_runs.training import Run, Training, train
 from benchmarks.suite_tasks import TASKS, Schedule, Size, SuiteTask
 from benchmarks.workers import Workers
@@ -50,6 +52,8 @@ def run(job: Job) -> Run:
     task = TASKS[job.task]
     if job.size is None:
         raise ValueError(f"{job.arm} of {job.task} needs a size: it follows a grown run in a group")
+    if job.arm == comparator.NAME:
+        return comparator.train(task, job.seed, job.rate, job.steps or task.steps)
     net = task.build(job.size, job.seed)
     grow = {} if job.arm == "grown" else None
     try:
@@ -88,7 +92,8 @@ class Part:
     def sizes(self) -> dict[str, Size]:
         """The arms that are known before anything ran, each with the size it starts at."""
         between = {f"ladder-{k}": size for k, size in enumerate(self.task.sizes[1:-1], start=1)}
-        return {"small": self.task.small, "grown": self.task.small, "full": self.task.full, **between}
+        known = {"small": self.task.small, "grown": self.task.small, "full": self.task.full, **between}
+        return known | ({"gromo": self.task.small} if comparator.fits(self.task, self.schedule) else {})
 
     @property
     def steps(self) -> int:

@@ -17,7 +17,7 @@ matplotlib.use("Agg")
 COLUMNS = 4
 LINES = {"full": "#7a7a7a", "small": "#c49a3a", "grown": "#1f77b4"}
 LABELS = {"full": "fixed, full size", "small": "fixed, small", "grown": "grown"}
-LADDER, EQUAL, SAME = "#b0b0b0", "#2a9d6f", "#d1495b"
+LADDER, EQUAL, SAME, GROMO = "#b0b0b0", "#2a9d6f", "#d1495b", "#8e5ea2"
 
 
 def draw(path: Path, records: Sequence[Record]) -> list[Path]:
@@ -72,6 +72,7 @@ def panel(axes: Axes, record: Record) -> None:
     for arm, colour, marker, label in (
         ("equal", EQUAL, "D", "fixed, full size, equal compute"),
         ("same", SAME, "s", "fixed, grown's size"),
+        ("gromo", GROMO, "^", "gromo"),
         ("grown", LINES["grown"], "*", "grown, at the end"),
     ):
         if arm in record.runs:

@@ -11,13 +11,13 @@ from benchmarks.intervals import Paired, mean_of, paired_difference
 from benchmarks.suite_runs.files import Record
 from benchmarks.suite_runs.training import Run
 
-POINTS, SHARE = 0.003, 0.01  # "not worse": accuracy's lower end at least −0.3 points, a loss's upper end +1 %
+POINTS, SHARE = 0.003, 0.01  # "not worse": the lower end is at least −0.3 points, or the upper +1 % loss
 Call = Literal["win", "tie", "loss", "unclear"]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How much better the first arm is; positive is better, in points of accuracy or shares of the other's loss."""
+    """How much better the first arm is, in shares of 1 for accuracy, of the other's mean for a loss."""
 
     gain: Paired
     tolerance: float

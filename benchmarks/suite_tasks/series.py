@@ -1,4 +1,4 @@
-"""A GRU that forecasts the Mackey-Glass series, a chaotic one: dx/dt = .2·x(t−τ)/(1 + x(t−τ)^10) − .1·x(t)."""
+"""A GRU that forecasts Mackey and Glass's chaotic series, dx/dt = .2·x(t−τ)/(1 + x(t−τ)^10) − .1·x(t)."""
 
 from __future__ import annotations
 

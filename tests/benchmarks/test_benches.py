@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cli_start, compare, digits, harness, no_harm, student_teacher
+from benchmarks import cli_start, compare, digits, harness, student_teacher
 from benchmarks.promises import Promise
 from benchmarks.runs import Job, run
 from benchmarks.tasks import TASKS
@@ -87,7 +87,6 @@ def test_workers_answer_in_order_as_this_process_does() -> None:
     [
         (student_teacher, ["--arms", "fixed:small,fixed,gradmax"], "student-teacher"),
         (digits, ["--arms", "fixed:small,fixed"], "digits"),
-        (no_harm, ["--arms", "fixed:small"], "no-harm"),
         (cli_start, ["--seeds", "1"], "cli-start"),
     ],
 )
