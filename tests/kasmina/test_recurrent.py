@@ -17,8 +17,10 @@ from torch.func import functional_call, stack_module_state, vmap
 
 import esper
 from esper.errors import SurgeryError
+from esper.kasmina.flops import FlopMeter
 from esper.kasmina.materialise import empty_slices, widen
 from esper.kasmina.recurrent import RecurrentPair
+from esper.tolaria.growth.commit import laid
 from esper.tolaria.saving import load_into, save
 from esper.tolaria.surgery.averages import widen_average
 from esper.tolaria.surgery.optimizers import widen_state
@@ -117,14 +119,87 @@ def test_a_hidden_size_grows_exactly(kind: str, shape: str, way: str) -> None:
 
 def kept(plan: Any, net: nn.Module) -> dict[str, Tensor]:
     """Cut the old part out of every grown tensor again."""
-    parts = {
-        name: p.detach() for name, p in net.named_parameters() if any(e.name == name for e in plan.edits)
-    }
+    names = {edit.name for edit in plan.edits}
+    return cut(plan, {name: p.detach() for name, p in net.named_parameters() if name in names})
+
+
+def cut(plan: Any, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Cut the old part out of tensors, by name."""
     for edit in plan.edits:
         old, new = edit.old // edit.chunks, (edit.new - edit.old) // edit.chunks
-        cut = parts[edit.name].split([old, new] * edit.chunks, edit.axis)[::2]
-        parts[edit.name] = torch.cat(cut, edit.axis)
+        own = parts[edit.name].split([old, new] * edit.chunks, edit.axis)[::2]
+        parts[edit.name] = torch.cat(own, edit.axis)
     return parts
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_unit_costs_is_right_where_the_size_doubles_and_never_too_little(
+    kind: str, shape: str
+) -> None:
+    net, x = host(kind, shape, every)
+    pair = place(net, x)
+    assert pair.site.most == HIDDEN
+    spent = []
+    for units in (0, 1, HIDDEN):
+        wide = copy.deepcopy(net)
+        if units:
+            plan = place(wide, x).plan(units)
+            widen(wide, plan, empty_slices(wide, plan))
+        with torch.no_grad(), FlopMeter() as meter:
+            wide(x)
+        spent.append((sum(p.numel() for p in wide.parameters()), meter.total // 6))
+    for own, told in enumerate((pair.site.unit_parameters, pair.site.unit_flops)):
+        assert spent[2][own] - spent[0][own] == told * HIDDEN
+        assert 0 < spent[1][own] - spent[0][own] <= told
+
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "SGD": lambda p: torch.optim.SGD(p, 0.01, momentum=0.9),
+    "Adam": lambda p: torch.optim.Adam(p, amsgrad=True),
+    "ASGD": lambda p: torch.optim.ASGD(p, t0=1),
+    "Adafactor": torch.optim.Adafactor,
+    "Adagrad": lambda p: torch.optim.Adagrad(p, initial_accumulator_value=0.5),
+    "Rprop": torch.optim.Rprop,
+}
+
+
+@pytest.mark.parametrize("rule", ["zeros", "mean", "seed"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_state_follows_gate_by_gate(name: str, rule: Any) -> None:
+    net, x = host("GRU", "three layers", last)
+    optimizer = OPTIMIZERS[name](net.parameters())
+
+    def train() -> None:
+        optimizer.zero_grad()
+        net(x).square().sum().backward()
+        optimizer.step()
+
+    train()
+    train()
+    kernel = place(net, x).kernel(UNITS)
+    own = OPTIMIZERS[name](kernel.parameters())
+    kernel(x).sub(1).square().sum().backward()
+    own.step()
+    plan = kernel.plan()
+    donor = {key: laid(kernel, edit, own) for key, edit in plan.keyed()}
+    before = {n: dict(optimizer.state[p]) for n, p in net.named_parameters()}
+    widened = widen(net, plan, kernel.slices(plan))
+    reasons = widen_state({"main": optimizer}, widened.changes, rule, donor)
+    assert reasons == [] or name == "Adafactor"
+    for change in widened.changes:
+        for key, old in before[change.edit.name].items():
+            new = optimizer.state[change.parameter][key]
+            if not isinstance(new, Tensor) or new.dim() == 0 or name == "Adafactor":
+                continue
+            assert new.shape == change.parameter.shape
+            alone = type(plan)("", 0, change.edits, ())
+            assert torch.equal(cut(alone, {change.edit.name: new})[change.edit.name], old)
+            if key == "ax" and rule != "seed":
+                differs = int((new != change.parameter).sum())
+                assert differs <= old.numel(), "the average of a new weight is the weight itself"
+    train()
+    assert all(bool(torch.isfinite(p).all()) for p in net.parameters())
 
 
 def test_the_last_cell_of_an_lstm_can_be_what_is_read() -> None:
@@ -186,12 +261,9 @@ def test_optimizers_averages_and_training_follow(kind: str, shape: str) -> None:
     for name, parameter in net.named_parameters():
         state = optimizer.state[parameter]["exp_avg_sq"]
         assert state.shape == parameter.shape
-        grown = {name: nn.Parameter(state)}
-        module = nn.Module()
-        module.named_parameters = lambda grown=grown: grown.items()  # type: ignore[method-assign]
         if any(edit.name == name for edit in plan.edits):
             only = type(plan)(plan.site, 0, tuple(e for e in plan.edits if e.name == name), ())
-            assert torch.equal(kept(only, module)[name], moments[name])
+            assert torch.equal(cut(only, {name: state})[name], moments[name])
     before = net.get_submodule("rnn").weight_hh_l0.detach().clone()
     losses = [train() for _ in range(30)]
     assert losses[-1] < losses[0]

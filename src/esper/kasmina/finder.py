@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -24,8 +24,6 @@ from esper.kasmina.between import (
     Replay,
     Step,
 )
-from esper.kasmina.gated import GatedPair
-from esper.kasmina.heads import HeadsPair
 from esper.kasmina.layers import (
     CONVOLUTIONS,
     PLAIN,
@@ -38,7 +36,7 @@ from esper.kasmina.layers import (
 )
 from esper.kasmina.pairs import Pair
 from esper.kasmina.penalties import is_penalty
-from esper.kasmina.proof import Entered, around, entered, heads_of
+from esper.kasmina.proof import Entered, around, entered
 from esper.kasmina.recorder import Call, Recording, Refused
 from esper.kasmina.regions import region
 from esper.kasmina.shaping import moved
@@ -84,24 +82,6 @@ class Finder:
                 if tensor is not None:
                     self.owners.setdefault(first[id(tensor)], []).append(path)
         self.first = first
-
-    def pair(self, name: str) -> Pair | GatedPair | HeadsPair:
-        """Return what can be widened behind ``name``; raise the reason where nothing can."""
-        track = self.begin(name)
-        try:
-            return self.close(track, *self.follow(track))
-        except Met as met:
-            return self.gated(track, met)
-        except Refused as refusal:
-            if name not in self.attentions:
-                raise
-            path, behind = self.attentions[name]
-            found = behind.found(path)
-            for part in dict.fromkeys(found.names):
-                self.only_call(part)
-            if name != found.names[0]:
-                raise Refused(f"{name} is widened with {found.names[0]}, as heads") from refusal
-            return heads_of(self.modules, found, self.entered)
 
     @cached_property
     def attentions(self) -> dict[str, tuple[str, Behind]]:
@@ -160,60 +140,6 @@ class Finder:
             return step
         track.axis, track.batch = there.axis, there.batch
         return there.step
-
-    def partner(self, track: Track, met: Met) -> tuple[str, Track]:
-        """Return the other factor's layer, which must read the same input and have the same size."""
-        source, size = self.only_call(track.name).reads[:1], out_size(self.modules[track.name])
-        for path, module in self.modules.items():
-            if path == track.name or type(module) is not type(self.modules[track.name]):
-                continue
-            there = self.meets(path)
-            if there is None or there[1].call is not met.call or self.only_call(path).reads[:1] != source:
-                continue
-            if there[0].axis == track.axis and out_size(module) == size:
-                return path, there[0]
-        raise met
-
-    def meets(self, name: str) -> tuple[Track, Met] | None:
-        """Return how far a layer's output runs alone, if it then meets another's in a product."""
-        try:
-            track = self.begin(name)
-        except Refused:
-            return None
-        try:
-            self.follow(track)
-        except Met as met:
-            return track, met
-        except Refused:
-            pass
-        return None
-
-    def gated(self, track: Track, met: Met) -> GatedPair:
-        """Return the pair of two producers whose outputs meet in a product, at the first of them."""
-        path, other = self.partner(track, met)
-        first, second = (self.recording.makers[self.only_call(n).makes[0]] for n in (track.name, path))
-        if first > second:
-            raise Refused(f"{track.name} is widened with {path}, whose output its own is multiplied by")
-        joint = Track(track.name, met.call.makes[0], track.axis)
-        target, call = self.follow(joint)
-        joint.flops += track.flops + other.flops
-        joint.granularity = math.lcm(joint.granularity, track.granularity, other.granularity)
-        plain = self.close(joint, target, call)
-        between = (*labels(track.steps), f"* {path}", *labels(other.steps), *labels(joint.steps))
-        site = replace(plain.site, name=f"{track.name}*{path}>{target}", between=between)
-        return GatedPair(
-            site,
-            plain.producer,
-            self.modules[path],
-            path,
-            plain.consumer,
-            tuple(track.steps),
-            tuple(other.steps),
-            plain.steps,
-            plain.columns,
-            plain.places,
-            plain.step_flops,
-        ).refreshed()
 
     def only_call(self, name: str) -> Call:
         """Return the one call of a layer; refuse layers that are shared, altered or read elsewhere."""

@@ -68,14 +68,19 @@ class RecurrentPair:
             yield int(rest.partition("_")[0]), role, name
 
     def refreshed(self) -> RecurrentPair:
-        """Return the pair with its layers' facts as they are now; costs are those of the next unit."""
-        layer, outgoing = self.producer, weight_of(self.consumer)[:, : self.columns].numel()
-        now, then = (self.size(layer.hidden_size + more) for more in (0, 1))
-        parameters = then[0] + then[1] - now[0] - now[1] + outgoing
-        parameters += sum(step.unit_parameters() for step in self.steps)
-        flops = 2 * ((then[0] - now[0]) * self.places[0] + outgoing * self.places[1]) + self.step_flops
-        site = replace(self.site, width=layer.hidden_size, unit_parameters=parameters, unit_flops=flops)
-        return replace(self, site=site)
+        """Return the pair with its layers' facts as they are now.
+
+        Every unit reads every other, so units cost more the more there are. What is told is the mean where
+        the size doubles, which is also the most that may be added at a time: no budget is overrun.
+        """
+        width, outgoing = self.producer.hidden_size, weight_of(self.consumer)[:, : self.columns].numel()
+        matrices, biases = (
+            (b - a) // width for a, b in zip(self.size(width), self.size(2 * width), strict=True)
+        )
+        parameters = matrices + biases + outgoing + sum(step.unit_parameters() for step in self.steps)
+        flops = 2 * (matrices * self.places[0] + outgoing * self.places[1]) + self.step_flops
+        costs = {"unit_parameters": parameters, "unit_flops": flops}
+        return replace(self, site=replace(self.site, width=width, most=width, **costs))
 
     def size(self, hidden: int) -> tuple[int, int]:
         """Count the numbers in matrices and biases at a hidden size."""

@@ -17,21 +17,16 @@ from torch import Tensor, nn
 from esper.contracts import Refusal
 from esper.errors import SiteError, nearest
 from esper.kasmina.finder import Finder, Refused
-from esper.kasmina.gated import GatedPair
-from esper.kasmina.heads import HeadsPair
 from esper.kasmina.isolation import slow_path
 from esper.kasmina.joining import joined
 from esper.kasmina.layers import is_depthwise, is_layer
-from esper.kasmina.pairs import Pair
+from esper.kasmina.look import Found, look
 from esper.kasmina.places import Place
 from esper.kasmina.reasons import why_not
 from esper.kasmina.recorder import record
-from esper.kasmina.recurrences import recurrent
-from esper.kasmina.recurrent import RecurrentPair
 from esper.kasmina.seam import open_seam
 
 Selector: TypeAlias = "str | re.Pattern[str] | type[nn.Module]"
-Found: TypeAlias = "Pair | GatedPair | HeadsPair | RecurrentPair"  # what widens the user's own layers
 Sites: TypeAlias = "Selector | Sequence[Selector] | Mapping[str, Selector | Sequence[Selector]]"
 
 
@@ -66,13 +61,6 @@ def find_pairs(model: nn.Module, run: Callable[[], Any]) -> tuple[list[Found], l
         except Refused as refusal:
             refusals.append(Refusal(name, str(refusal)))
     return pairs, refusals
-
-
-def look(finder: Finder, name: str) -> Found:
-    """Return the place at a layer in one mode."""
-    if isinstance(finder.modules[name], nn.RNNBase):
-        return recurrent(finder, name)
-    return finder.pair(name)
 
 
 def reachable(

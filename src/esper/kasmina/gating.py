@@ -1,0 +1,68 @@
+"""Find two layers over one input whose outputs meet in a product: a gated pair."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from esper.kasmina.finder import Finder, Met, Track, labels
+from esper.kasmina.gated import GatedPair
+from esper.kasmina.layers import out_size
+from esper.kasmina.recorder import Refused
+
+
+def gated(finder: Finder, track: Track, met: Met) -> GatedPair:
+    """Return the pair of two producers whose outputs meet in a product, at the first of them."""
+    path, other = partner(finder, track, met)
+    first, second = (finder.recording.makers[finder.only_call(n).makes[0]] for n in (track.name, path))
+    if first > second:
+        raise Refused(f"{track.name} is widened with {path}, whose output its own is multiplied by")
+    joint = Track(track.name, met.call.makes[0], track.axis, batch=track.batch)
+    target, call = finder.follow(joint)
+    joint.flops += track.flops + other.flops
+    joint.granularity = math.lcm(joint.granularity, track.granularity, other.granularity)
+    plain = finder.close(joint, target, call)
+    between = (*labels(track.steps), f"* {path}", *labels(other.steps), *labels(joint.steps))
+    site = replace(plain.site, name=f"{track.name}*{path}>{target}", between=between)
+    return GatedPair(
+        site,
+        plain.producer,
+        finder.modules[path],
+        path,
+        plain.consumer,
+        tuple(track.steps),
+        tuple(other.steps),
+        plain.steps,
+        plain.columns,
+        plain.places,
+        plain.step_flops,
+    ).refreshed()
+
+
+def partner(finder: Finder, track: Track, met: Met) -> tuple[str, Track]:
+    """Return the other factor's layer, which must read the same input and have the same size."""
+    source, size = finder.only_call(track.name).reads[:1], out_size(finder.modules[track.name])
+    for path, module in finder.modules.items():
+        if path == track.name or type(module) is not type(finder.modules[track.name]):
+            continue
+        there = meets(finder, path)
+        if there is None or there[1].call is not met.call or finder.only_call(path).reads[:1] != source:
+            continue
+        if there[0].axis == track.axis and out_size(module) == size:
+            return path, there[0]
+    raise met
+
+
+def meets(finder: Finder, name: str) -> tuple[Track, Met] | None:
+    """Return how far a layer's output runs alone, if it then meets another's in a product."""
+    try:
+        track = finder.begin(name)
+    except Refused:
+        return None
+    try:
+        finder.follow(track)
+    except Met as met:
+        return track, met
+    except Refused:
+        pass
+    return None

@@ -1,0 +1,40 @@
+"""Look at one layer: the place behind it, of whichever kind, or the reason why there is none."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+from torch import nn
+
+from esper.kasmina.finder import Finder, Met
+from esper.kasmina.gated import GatedPair
+from esper.kasmina.gating import gated
+from esper.kasmina.heads import HeadsPair
+from esper.kasmina.pairs import Pair
+from esper.kasmina.proof import heads_of
+from esper.kasmina.recorder import Refused
+from esper.kasmina.recurrences import recurrent
+from esper.kasmina.recurrent import RecurrentPair
+
+Found: TypeAlias = "Pair | GatedPair | HeadsPair | RecurrentPair"  # what widens the user's own layers
+
+
+def look(finder: Finder, name: str) -> Found:
+    """Return what can be widened behind ``name``; raise the reason where nothing can."""
+    if isinstance(finder.modules[name], nn.RNNBase):
+        return recurrent(finder, name)
+    track = finder.begin(name)
+    try:
+        return finder.close(track, *finder.follow(track))
+    except Met as met:
+        return gated(finder, track, met)
+    except Refused as refusal:
+        if name not in finder.attentions:
+            raise
+        path, behind = finder.attentions[name]
+        found = behind.found(path)
+        for part in dict.fromkeys(found.names):
+            finder.only_call(part)
+        if name != found.names[0]:
+            raise Refused(f"{name} is widened with {found.names[0]}, as heads") from refusal
+        return heads_of(finder.modules, found, finder.entered)
