@@ -77,7 +77,7 @@ class Journey:
             loss_fn,
             probe=[probe],
             steps=steps,
-            budget={"parameters": 40.0, "growth_events": 1000},
+            budget={"growth_factor": 40.0, "growth_events": 1000},
             config={**CONFIG, **config},
             on_event=self.events.append,
         )

@@ -37,7 +37,7 @@ class Process:
         self.net = nn.Sequential(nn.Linear(CLASSES, 1), nn.Tanh(), nn.Linear(1, CLASSES))
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=0.02)
         self.events: list[Event] = []
-        budget = {"parameters": 8.0, **options.pop("budget", {})}
+        budget = {"growth_factor": 8.0, **options.pop("budget", {})}
         self.growth = esper.grow(
             self.net,
             self.optimizer,
