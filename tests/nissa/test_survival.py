@@ -40,6 +40,8 @@ def test_what_befell_a_run_is_told_in_order_and_once(
         "alarms": 1,
         "rollbacks": 1,
         "steps_rolled_back": 10,
+        "taken_back": 0,
+        "steps_taken_back": 0,
         "faults": 1,
         "processes_told": 1,
     }

@@ -38,7 +38,7 @@ class Run:
         self.net = make_net()
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=0.02)
         self.events: list[Event] = []
-        given = {"steps": STEPS, "budget": {"growth_factor": 8.0}, **options}
+        given = {"growth": "incubate", "steps": STEPS, "budget": {"growth_factor": 8.0}, **options}
         probe = [clusters(10_000, 256)]
         self.growth = esper.grow(
             self.net, self.optimizer, loss_fn, probe=probe, on_event=self.events.append, **given
@@ -98,6 +98,7 @@ def test_a_fallback_says_at_which_step_it_happened() -> None:
         probe=[clusters(1, 16)],
         steps=STEPS,
         budget={"growth_factor": 8.0},
+        growth="incubate",
         on_event=events.append,
     )
     for step in range(STEPS // 2):

@@ -45,6 +45,7 @@ class Process:
             probe=[clusters(10_000, 256)],
             steps=STEPS,
             budget=budget,
+            growth="incubate",
             run_dir=folder,
             on_event=self.events.append,
             **options,

@@ -38,7 +38,12 @@ LINES = [
     (PURPLE, "-."),
     (ORANGE, "-"),
 ]
-BEFELL = {"resumed": (">", BLUE), "alarm": ("v", VERMILION), "rolled back": ("<", PURPLE)}  # above a picture
+BEFELL = {
+    "resumed": (">", BLUE),
+    "alarm": ("v", VERMILION),
+    "rolled back": ("<", PURPLE),
+    "taken back": ("<", ORANGE),
+}  # above a picture
 ENDINGS = {"FOSSILISED": "D", "CULLED": "X"}  # how a life ends, as marks; every other stage is a band
 BANDS = {stage: colour for stage, colour in STAGE_COLOURS.items() if stage not in ENDINGS}
 STYLE: dict[str, Any] = {
@@ -133,7 +138,9 @@ def lives(history: RunHistory) -> str:
         axis.tick_params(axis="y", length=0)
         axis.set(xlim=(0, None), ylim=(max(len(rows), 1) - 0.4, -0.6))
         _steps_below(axis, "steps since germination")
-        seen = {span.stage for _, life in rows for span in life}
+        seen = {
+            span.stage for _, life in rows for span in life if span.stage in ENDINGS or span.end != span.start
+        }
         keys = [Patch(color=colour, label=_words(stage)) for stage, colour in BANDS.items() if stage in seen]
         keys += [
             Line2D([], [], marker=marker, color=STAGE_COLOURS[stage], linestyle="", label=_words(stage))
@@ -175,10 +182,11 @@ def _mark_growth(axis: Axes, history: RunHistory, *, label: bool) -> None:
         if decision.widened is None or step is None:
             continue
         units = decision.widened["units"]
-        axis.axvline(step, color=GREEN, linewidth=1.2, alpha=0.8, zorder=0)
+        colour = GREY if decision.kept is False else GREEN
+        axis.axvline(step, color=colour, linewidth=1.2, alpha=0.8, zorder=0)
         if label:
             axis.annotate(
-                f"+{units} {decision.site}",
+                f"+{units} {decision.site}{', re-opened' if decision.reopened else ''}",
                 (step, 0.0),
                 (3, 4),
                 xycoords=("data", "axes fraction"),
@@ -192,8 +200,9 @@ def _mark_growth(axis: Axes, history: RunHistory, *, label: bool) -> None:
 
 def _mark_rollbacks(axis: Axes, history: RunHistory) -> None:
     """Shade the steps that were lost."""
-    for event in history.rollbacks:
-        axis.axvspan(event.data["to"], event.step, color=PURPLE, alpha=0.18, lw=0, zorder=0)
+    for events, colour in ((history.rollbacks, PURPLE), (history.taken_back, ORANGE)):
+        for event in events:
+            axis.axvspan(event.data["to"], event.step, color=colour, alpha=0.18, lw=0, zorder=0)
 
 
 def _mark_survival(axis: Axes, history: RunHistory) -> list[Line2D]:

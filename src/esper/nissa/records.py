@@ -78,6 +78,7 @@ class DecisionHistory:
     widened: Mapping[str, Any] | None = None  # or grafted: how it became part of the model
     widened_at: int | None = None  # step
     decided_at: int | None = None  # step of the outcome
+    reopened: Mapping[str, Any] | None = None  # how the host was re-opened at the same step
 
     @property
     def action(self) -> str | None:
@@ -99,6 +100,8 @@ class DecisionHistory:
         """One word for tables."""
         if self.action not in ("widen", "graft"):
             return "waited" if self.action else "surveyed"
+        if self.kept is False and self.widened is not None:
+            return "taken back"
         return {True: "kept", False: "refused", None: "open"}[self.kept]
 
 
