@@ -16,7 +16,7 @@ from typing import Any
 from esper.errors import MissingExtraError
 from esper.nissa.history import RunHistory
 from esper.nissa.palette import BLUE, GREEN, GREY, ORANGE, PURPLE, STAGE_COLOURS, VERMILION
-from esper.nissa.records import SeedHistory, Series, Span
+from esper.nissa.records import DecisionHistory, SeedHistory, Series, Span
 from esper.nissa.survival import notes
 
 try:
@@ -43,8 +43,10 @@ BEFELL = {
     "alarm": ("v", VERMILION),
     "rolled back": ("<", PURPLE),
     "taken back": ("<", ORANGE),
+    "re-opened": ("o", GREEN),
 }  # above a picture
 ENDINGS = {"FOSSILISED": "D", "CULLED": "X"}  # how a life ends, as marks; every other stage is a band
+NAMED = 2  # places that grow at one step and have room in a picture
 BANDS = {stage: colour for stage, colour in STAGE_COLOURS.items() if stage not in ENDINGS}
 STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
@@ -177,16 +179,16 @@ def _steps_below(axis: Axes, label: str = "step") -> None:
 
 
 def _mark_growth(axis: Axes, history: RunHistory, *, label: bool) -> None:
+    at: dict[int, list[DecisionHistory]] = {}
     for decision in history.decisions.values():
-        step = decision.widened_at
-        if decision.widened is None or step is None:
-            continue
-        units = decision.widened["units"]
-        colour = GREY if decision.kept is False else GREEN
-        axis.axvline(step, color=colour, linewidth=1.2, alpha=0.8, zorder=0)
+        if decision.widened_at is not None:
+            at.setdefault(decision.widened_at, []).append(decision)
+    for step, grown in at.items():
+        lost = all(decision.kept is False for decision in grown)
+        axis.axvline(step, color=GREY if lost else GREEN, linewidth=1.2, alpha=0.8, zorder=0)
         if label:
             axis.annotate(
-                f"+{units} {decision.site}{', re-opened' if decision.reopened else ''}",
+                _grown(grown),
                 (step, 0.0),
                 (3, 4),
                 xycoords=("data", "axes fraction"),
@@ -196,6 +198,13 @@ def _mark_growth(axis: Axes, history: RunHistory, *, label: bool) -> None:
                 ha="left",
                 fontsize=8.5,
             )
+
+
+def _grown(decisions: list[DecisionHistory]) -> str:
+    """Say what grew at one step; where many places did, how much in all."""
+    if len(decisions) > NAMED:
+        return f"+{sum(decision.units for decision in decisions):,} at {len(decisions)} places"
+    return ", ".join(f"+{decision.units} {decision.site}" for decision in decisions)
 
 
 def _mark_rollbacks(axis: Axes, history: RunHistory) -> None:
@@ -208,11 +217,14 @@ def _mark_rollbacks(axis: Axes, history: RunHistory) -> None:
 def _mark_survival(axis: Axes, history: RunHistory) -> list[Line2D]:
     """Mark above a picture what befell the run; returns the keys of the marks."""
     above = axis.get_xaxis_transform()  # x in steps, y as a share of the picture's height
+    at: dict[str, list[int]] = {kind: [] for kind in BEFELL}
+    for note in notes(history):  # a rollback where it led to, away from its alarm
+        at.setdefault(note.kind, []).append(note.step if note.to is None else note.to)
+    at["re-opened"] = [event.step for event in history.reopened]
     keys = []
     for kind, (marker, colour) in BEFELL.items():
-        told = [note for note in notes(history) if note.kind == kind]
-        if told:  # a step once, however often; a rollback where it led to, away from its alarm
-            marks = dict.fromkeys((note.step if note.to is None else note.to for note in told), 1.03)
+        if at[kind]:  # a step once, however often
+            marks = dict.fromkeys(at[kind], 1.03)
             look: dict[str, Any] = {"marker": marker, "color": colour, "linestyle": "", "markersize": 6}
             axis.plot(list(marks), list(marks.values()), transform=above, clip_on=False, **look)
             keys.append(Line2D([], [], label=kind, **look))

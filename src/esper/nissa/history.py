@@ -84,7 +84,7 @@ class RunHistory:
         for decision in self.decisions.values():
             if decision.widened is not None and decision.kept is not False:
                 site = decision.widened["site"]
-                now[site] = now.get(site, 0) + int(decision.widened["units"])
+                now[site] = now.get(site, 0) + decision.units
         return {site: (width, now[site]) for site, width in before.items()}
 
     @property

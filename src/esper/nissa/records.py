@@ -91,6 +91,16 @@ class DecisionHistory:
         return self.chosen.get("site")
 
     @property
+    def scored(self) -> bool:
+        """Whether places had to pass one by one and none was chosen: there was no race."""
+        return any("p_value" in look for look in self.looks)
+
+    @property
+    def units(self) -> int:
+        """How many the model got: units, or one block more of a stack."""
+        return 0 if self.widened is None else int(self.widened.get("units", 1))
+
+    @property
     def kept(self) -> bool | None:
         """Whether the growth stayed; None while it is being judged, or where there was none."""
         return None if self.outcome is None else bool(self.outcome["kept"])

@@ -42,6 +42,7 @@ def explain(decision: DecisionHistory) -> dict[str, Any]:
         "site": decision.site,
         "width": chosen.get("width"),
         "start": chosen.get("start"),
+        "scored": decision.scored,
         "verdict": decision.verdict,
         "reason": chosen.get("reason"),
         "propensity": chosen.get("propensity"),
@@ -64,7 +65,7 @@ def realised(decision: DecisionHistory) -> float | None:
     be told from what the rest went on to learn.
     """
     outcome = decision.outcome
-    if decision.chosen.get("start") == "scored":
+    if decision.scored:
         return None
     if outcome is None or outcome["gain"] is None or not outcome["flops"]:
         return None
@@ -118,9 +119,9 @@ def _lines(decision: DecisionHistory, story: Mapping[str, Any]) -> Iterator[str]
         yield _row(
             "saw", f"{site.get('site', site.get('name'))}: {short(measured) or 'nothing could be measured'}"
         )
-    for arm in story["arms"]:
+    for arm in () if decision.scored else story["arms"]:  # what is scored has to pass, not to be chosen
         yield _row("weighed", short(arm))
-    if decision.action and story["start"] != "scored":  # what is scored has to pass, not to be chosen
+    if decision.action and not decision.scored:
         yield _row("chose", f"with probability {short(story['propensity'])}")
     if story["race"]:
         yield from _race_lines(story["race"])
