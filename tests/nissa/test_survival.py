@@ -64,7 +64,13 @@ def test_the_explanations_end_with_it(events: list[Event], survived: Callable[[]
 def test_the_loss_is_marked_where_it_happened(
     events: list[Event], survived: Callable[[], list[Event]]
 ) -> None:
-    marked, bare = (charts.learning(fold(told)) for told in (cut_off(events, survived), events))
+    back = {"to": 500, "lost": 30, "before": 0.2, "now": 0.3, "parameters": 802}
+    early = [
+        Event("reopened", 500, {"how": "output", "loss": 0.01, "guess": 2.3}),
+        Event("taken_back", 530, back),
+    ]
+    whole = sorted([*cut_off(events, survived), *early], key=lambda event: event.step)
+    marked, bare = (charts.learning(fold(told)) for told in (whole, events))
     for kind in charts.BEFELL:
         assert f">{kind}</text>" in marked
         assert f">{kind}</text>" not in bare
