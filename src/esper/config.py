@@ -27,8 +27,8 @@ class Early(Section):
     shares: tuple[float, ...] = Field(
         (0.1, 0.3, 0.5, 0.7),
         min_length=1,
-        description="of the learning (the sum of learning rates) at which events fall; under a cosine .1, .3, "
-        ".5, .7 are .05, .15, .25, .4 of the steps",
+        description="of the learning (the sum of learning rates) at which events fall; under a cosine .1, "
+        ".3, .5, .7 are .05, .15, .25, .4 of the steps",
     )
     factor: float = Field(2.0, gt=1, description="by which an event multiplies a width")
     examples: int = Field(1024, ge=32, description="examples an event reads at most, of either kind")
@@ -136,7 +136,7 @@ class Budget(Section):
     def _whole(cls, value: Any) -> Any:
         """Refuse a fraction where a count is meant."""
         if isinstance(value, float) and not value.is_integer():
-            raise ValueError(
+            raise ConfigError(
                 "a count is a whole number; growth_factor and flops_factor are multiples of the host's"
             )
         return value
@@ -212,8 +212,8 @@ class Config(BaseSettings):
 
     growth: Literal["auto", "early", "incubate", "off"] = Field(
         "auto",
-        description="early: a few events, all places at once; incubate: candidates are raced at one place at a "
-        "time; off; auto: early, and incubate where most of the model is frozen or only branches fit",
+        description="early: a few events, all places at once; incubate: candidates are raced at one place at "
+        "a time; off; auto: early, and incubate where most of the model is frozen or only branches fit",
     )
     early: Early = Early()
     schedule: Schedule = Schedule()
