@@ -88,6 +88,7 @@ class Run:
                 steps=STEPS,
                 schedulers=[self.scheduler],
                 budget={"growth_factor": 8.0},
+                growth="incubate",
                 config={
                     "governor": {"enabled": governed, "calm": 4},
                     "blueprints": list(host.blueprints),

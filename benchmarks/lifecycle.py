@@ -96,6 +96,7 @@ class Journey:
             scaler=self.scaler,
             ema=[self.average],
             budget={"growth_factor": 20.0, "growth_events": 6 * rounds},
+            growth="incubate",
             config={
                 **CONFIG,
                 "governor": {"enabled": governed, "every": 5},

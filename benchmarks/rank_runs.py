@@ -78,6 +78,7 @@ class Journey:
             probe=[probe],
             steps=steps,
             budget={"growth_factor": 40.0, "growth_events": 1000},
+            growth="incubate",
             config={**CONFIG, **config},
             on_event=self.events.append,
         )

@@ -34,6 +34,7 @@ class Grown:
             probe=probe_batches(setup),
             steps=task.epochs * steps_per_epoch,
             budget=budget,
+            growth="incubate",
             config={**task.growth, **({"new_slot_state": option} if option else {})},
             seed=stream(setup.seed, "growth"),
         )
