@@ -100,7 +100,14 @@ def grown(folder: Path, seed: int) -> Grown:
     batches = Batches(torch.utils.data.DataLoader(data, BATCH, shuffle=True))
     probe = [(2 * torch.eye(CLASSES).repeat(16, 1), torch.arange(CLASSES).repeat(16))]
     growth = esper.grow(
-        net, optimizer, loss_fn, probe=probe, steps=EPOCHS * 20, budget={"parameters": 8.0}, seed=seed
+        net,
+        optimizer,
+        loss_fn,
+        probe=probe,
+        steps=EPOCHS * 20,
+        budget={"growth_factor": 8.0},
+        growth="incubate",
+        seed=seed,
     )
     kept = Grown(MemoryStorage(), MemoryStorage(), folder)
     run = Run(net, optimizer, growth=growth, batches=batches)

@@ -87,7 +87,8 @@ class Run:
                 probe=[self.probe],
                 steps=STEPS,
                 schedulers=[self.scheduler],
-                budget={"parameters": 8.0},
+                budget={"growth_factor": 8.0},
+                growth="incubate",
                 config={
                     "governor": {"enabled": governed, "calm": 4},
                     "blueprints": list(host.blueprints),

@@ -177,7 +177,13 @@ class Copy:
         self.batch = torch.randn(host.shape), torch.randint(CLASSES, host.shape[:1])
         waiting = {"schedule": {"warmup": 0.9, "plateau": False}}
         self.growth = esper.grow(
-            self.net, self.optimizer, loss_fn, probe=[self.batch], steps=10**6, config=waiting
+            self.net,
+            self.optimizer,
+            loss_fn,
+            probe=[self.batch],
+            steps=10**6,
+            growth="incubate",
+            config=waiting,
         )
         self.clock = Turns()
         self.manager: CheckpointManager | None = None

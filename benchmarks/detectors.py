@@ -177,7 +177,17 @@ def grow(
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        growth = esper.grow(net, optimizer, loss, probe=[split.probe], steps=steps, seed=seed, on_event=told)
+        growth = esper.grow(
+            net,
+            optimizer,
+            loss,
+            probe=[split.probe],
+            steps=steps,
+            budget={"growth_factor": 4.0},
+            growth="incubate",
+            seed=seed,
+            on_event=told,
+        )
     watch.append(Watch(growth))
     watch[0].watcher.close()  # the bench reads by itself
     watch[0].governor.detectors = detectors

@@ -96,7 +96,7 @@ class Cycles:
         config = {"schedule": {"warmup": 0.9, "plateau": False}}
         probe, steps = [self.batch], 10**6
         self.growth: Growth = esper.grow(
-            host, self.optimizer, loss_fn, probe=probe, steps=steps, config=config
+            host, self.optimizer, loss_fn, probe=probe, steps=steps, growth="incubate", config=config
         )
         self.site = next(iter(self.growth.morphable.places))
         self.number = 0

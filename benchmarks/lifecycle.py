@@ -95,7 +95,8 @@ class Journey:
             schedulers=[self.scheduler],
             scaler=self.scaler,
             ema=[self.average],
-            budget={"parameters": 20.0, "growth_events": 6 * rounds},
+            budget={"growth_factor": 20.0, "growth_events": 6 * rounds},
+            growth="incubate",
             config={
                 **CONFIG,
                 "governor": {"enabled": governed, "every": 5},

@@ -138,7 +138,9 @@ class Bed:
         batch = x, torch.randint(10, (len(x),))
         optimizer = torch.optim.Adam(host.parameters(), lr=1e-3)
         config = {"blueprints": blueprints} if blueprints else None
-        growth = esper.grow(host, optimizer, loss_fn, probe=[batch], steps=1000, config=config)
+        growth = esper.grow(
+            host, optimizer, loss_fn, probe=[batch], steps=1000, growth="incubate", config=config
+        )
         loss_fn(host, batch).backward()
         optimizer.step()
         bed = cls(growth, growth.morphable, optimizer, subject)

@@ -138,7 +138,9 @@ def stepper(name: str, arm: str) -> Callable[[], Any]:
         kept.append(esper.wrap(host, x))
     if arm.startswith("growing"):
         config = {"schedule": {"warmup": 0.9, "plateau": False}}
-        kept.append(esper.grow(host, optimizer, loss_fn, probe=[batch], steps=10**6, config=config))
+        kept.append(
+            esper.grow(host, optimizer, loss_fn, probe=[batch], steps=10**6, growth="incubate", config=config)
+        )
 
     def step() -> None:
         optimizer.zero_grad()
@@ -215,7 +217,17 @@ def whole(seed: int, steps: int) -> dict[str, Any]:
 
         held_out = [(probe[0][:PROBE], probe[1][:PROBE])]
         before = parameters(host)
-        growth = esper.grow(host, optimizer, loss_fn, probe=held_out, steps=steps, seed=seed, on_event=watch)
+        growth = esper.grow(
+            host,
+            optimizer,
+            loss_fn,
+            probe=held_out,
+            steps=steps,
+            budget={"growth_factor": 4.0},
+            growth="incubate",
+            seed=seed,
+            on_event=watch,
+        )
         instrument(growth, clock)
         own = trained(growth, optimizer, loader, steps)
         clock.around("bookkeeping", growth.finish)()

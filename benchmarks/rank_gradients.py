@@ -66,7 +66,9 @@ def compared(rank: int, given: Mapping[str, Any], kind: torch.dtype) -> dict[str
     wrapper = DistributedDataParallel(net, **given)
     optimizer = torch.optim.Adam(net.parameters(), lr=0.02)
     probe = [tuple(part[-256:] for part in data)]
-    growth = esper.grow(wrapper, optimizer, loss_fn, probe=probe, steps=LIMIT, config=CONFIG)
+    growth = esper.grow(
+        wrapper, optimizer, loss_fn, probe=probe, steps=LIMIT, growth="incubate", config=CONFIG
+    )
     kernels: list[list[Tensor]] = []  # an exposed kernel's averaged gradients, before its optimizer's step
     share = growth.orchestrator.share
 

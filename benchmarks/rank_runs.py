@@ -77,7 +77,8 @@ class Journey:
             loss_fn,
             probe=[probe],
             steps=steps,
-            budget={"parameters": 40.0, "growth_events": 1000},
+            budget={"growth_factor": 40.0, "growth_events": 1000},
+            growth="incubate",
             config={**CONFIG, **config},
             on_event=self.events.append,
         )

@@ -229,7 +229,14 @@ def child(folder: Path, until: int, born: float) -> int:
         return nn.functional.cross_entropy(model(batch[0]), batch[1])
 
     growth = esper.grow(
-        net, optimizer, loss_fn, probe=[data[:BATCH]], steps=200, budget={"parameters": 1.5}, sites=["0>3"]
+        net,
+        optimizer,
+        loss_fn,
+        probe=[data[:BATCH]],
+        steps=200,
+        budget={"growth_factor": 1.5},
+        growth="incubate",
+        sites=["0>3"],
     )
     manager = CheckpointManager(folder, Run(net, optimizer, growth=growth, batches=batches))
     manager.resume()

@@ -34,7 +34,7 @@ SETTINGS = """# Settings
 race:
   candidates: 4
 budget:
-  parameters: 2.0   # twice the host's
+  growth_factor: 4.0   # the model becomes four times as large at most
 bandit: ucb
 ```
 

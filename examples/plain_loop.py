@@ -24,7 +24,7 @@ def main(epochs: int = 40) -> nn.Module:
     net = nn.Sequential(nn.Linear(64, 2), nn.ReLU(), nn.Linear(2, 10))
     optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
     steps = epochs * len(loader)
-    config = {"budget": {"parameters": 16.0}}
+    config = {"budget": {"growth_factor": 16.0}}
     growth = esper.grow(net, optimizer, loss_fn, probe=probe, steps=steps, config=config)
     for _ in range(epochs):
         for batch in loader:

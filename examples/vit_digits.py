@@ -48,7 +48,7 @@ TASK = Task(
     data=data,
     loss_fn=loss_fn,
     rates=(3e-3, 1e-2, 3e-2),
-    budget={"parameters": 4.0, "growth_events": 2},
+    budget={"growth_factor": 4.0, "growth_events": 2},
     # 360 images are few to be sure by: a false-keep budget of 0.2 instead of 0.05.
     config={
         "schedule": {"warmup": 0.06, "stop": 0.5},

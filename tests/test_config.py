@@ -82,7 +82,15 @@ def test_environment_mistake_is_a_config_error(monkeypatch: pytest.MonkeyPatch) 
         ({"gate": {"false_keep": 1}}, r"gate\.false_keep: .*less than 1"),
         ({"race": 7}, r"race: .*\(got 7\)"),
         ({"new_slot_state": "ones"}, r"new_slot_state: .*'zeros', 'seed' or 'mean'"),
-        ({"budget": {"parameters": 1}}, r"budget\.parameters: .*greater than 1"),
+        ({"budget": {"parameters": 0}}, r"budget\.parameters: .*greater than or equal to 1"),
+        (
+            {"budget": {"parameters": 4.5}},
+            r"budget\.parameters: .*a whole number; growth_factor .*\(got 4\.5\)",
+        ),
+        ({"budget": {"model_flops": 1.5}}, r"budget\.model_flops: .*flops_factor .*\(got 1\.5\)"),
+        ({"budget": {"growth_factor": 1}}, r"budget\.growth_factor: .*greater than 1"),
+        ({"budget": {"flops_factor": 0.5}}, r"budget\.flops_factor: .*greater than 1"),
+        ({"growth": "incubat"}, r"growth: .*'auto', 'early', 'incubate' or 'off'"),
         ({"a": 1, "b": 2}, r"unknown key 'a'.*; unknown key 'b'"),
     ],
 )

@@ -9,10 +9,31 @@ import pytest
 import esper
 
 SURFACE = [
+    "BlueprintError",
+    "CheckpointError",
+    "CompileError",
     "Config",
+    "ConfigError",
+    "EsperError",
+    "FinishedError",
+    "ForgeError",
     "Growth",
+    "KernelError",
+    "LossError",
+    "MissingExtraError",
     "MorphableModel",
+    "OptimizerError",
+    "ProbeError",
+    "ProcessError",
+    "RegistryError",
+    "RunError",
+    "SavedModelError",
+    "SiteError",
+    "StateError",
+    "StoreError",
+    "SurgeryError",
     "Trainer",
+    "TransitionError",
     "__version__",
     "errors",
     "grow",
@@ -39,6 +60,12 @@ def test_every_name_resolves_and_explains_itself(name: str) -> None:
 
 def test_the_version_is_the_installed_one() -> None:
     assert esper.__version__.split(".") >= ["0", "1", "0"]
+
+
+def test_every_error_of_the_tree_is_public() -> None:
+    tree = {name: value for name, value in vars(esper.errors).items() if inspect.isclass(value)}
+    mine = {name: value for name, value in tree.items() if issubclass(value, esper.EsperError)}
+    assert mine == {name: getattr(esper, name) for name in SURFACE if name.endswith("Error")}
 
 
 def test_a_miss_names_the_nearest() -> None:

@@ -23,7 +23,7 @@ class Grown:
         self.optimizer = task.optimizer(self.net.parameters(), lr=setup.rate)
         self.batches = task.batches(setup.split, setup.seed)
         limit = parameters(task.build(task.limit or task.big, setup.seed))
-        budget: dict[str, float] = {"parameters": limit if limit > 1000 else limit / parameters(self.net)}
+        budget: dict[str, float] = {"parameters": limit}
         if task.events is not None:
             budget["growth_events"] = task.events
         steps_per_epoch = 1 if task.batch is None else -(-len(setup.split.train[0]) // task.batch)
@@ -34,6 +34,7 @@ class Grown:
             probe=probe_batches(setup),
             steps=task.epochs * steps_per_epoch,
             budget=budget,
+            growth="incubate",
             config={**task.growth, **({"new_slot_state": option} if option else {})},
             seed=stream(setup.seed, "growth"),
         )

@@ -40,7 +40,7 @@ def main(folder: str = "runs/ddp", epochs: int = 40, fsdp: bool = False) -> dict
     model = fully_shard(net) if fsdp else DistributedDataParallel(net)  # (5)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     steps = epochs * len(loader)
-    config = {"budget": {"parameters": 16.0}}
+    config = {"budget": {"growth_factor": 16.0}}
     growth = esper.grow(model, optimizer, loss_fn, probe=probe, steps=steps, config=config, run_dir=folder)
 
     batches = Batches(loader)  # (6)

@@ -9,6 +9,29 @@ from esper import errors
 
 if TYPE_CHECKING:  # for editors and type checkers; at run time a name is imported when it is first used
     from esper.config import Config, load_config
+    from esper.errors import (
+        BlueprintError,
+        CheckpointError,
+        CompileError,
+        ConfigError,
+        EsperError,
+        FinishedError,
+        ForgeError,
+        KernelError,
+        LossError,
+        MissingExtraError,
+        OptimizerError,
+        ProbeError,
+        ProcessError,
+        RegistryError,
+        RunError,
+        SavedModelError,
+        SiteError,
+        StateError,
+        StoreError,
+        SurgeryError,
+        TransitionError,
+    )
     from esper.kasmina.morphable import MorphableModel, unwrap, wrap
     from esper.kasmina.summary import summary
     from esper.tolaria.growth import Growth, grow, plan
@@ -18,10 +41,31 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time a name is import
     __version__: str
 
 __all__ = [
+    "BlueprintError",
+    "CheckpointError",
+    "CompileError",
     "Config",
+    "ConfigError",
+    "EsperError",
+    "FinishedError",
+    "ForgeError",
     "Growth",
+    "KernelError",
+    "LossError",
+    "MissingExtraError",
     "MorphableModel",
+    "OptimizerError",
+    "ProbeError",
+    "ProcessError",
+    "RegistryError",
+    "RunError",
+    "SavedModelError",
+    "SiteError",
+    "StateError",
+    "StoreError",
+    "SurgeryError",
     "Trainer",
+    "TransitionError",
     "__version__",
     "errors",
     "grow",
@@ -52,6 +96,8 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return import_module("importlib.metadata").version("esper-morph")
+    if name.endswith("Error") and name in __all__:
+        return getattr(errors, name)
     if name not in _HOMES:
         raise AttributeError(f"module 'esper' has no attribute {name!r}; {errors.nearest(name, __all__)}")
     value = globals()[name] = getattr(import_module(_HOMES[name]), name)

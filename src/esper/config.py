@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from esper.errors import ConfigError, nearest
@@ -27,8 +27,8 @@ class Early(Section):
     shares: tuple[float, ...] = Field(
         (0.1, 0.3, 0.5, 0.7),
         min_length=1,
-        description="of the learning (the sum of learning rates) at which events fall; under a cosine .1, .3, "
-        ".5, .7 are .05, .15, .25, .4 of the steps",
+        description="of the learning (the sum of learning rates) at which events fall; under a cosine .1, "
+        ".3, .5, .7 are .05, .15, .25, .4 of the steps",
     )
     factor: float = Field(2.0, gt=1, description="by which an event multiplies a width")
     examples: int = Field(1024, ge=32, description="examples an event reads at most, of either kind")
@@ -114,21 +114,38 @@ class Widths(Section):
 
 
 class Budget(Section):
-    """What growth may spend; None is unlimited."""
+    """What growth may spend; None is unlimited. Where a count and its multiple are given, the count holds."""
 
-    parameters: int | None = Field(None, ge=1, description="of the grown model, a count")
+    parameters: int | None = Field(
+        None, ge=1, description="most parameters of the grown model, a count; None: growth_factor's"
+    )
     growth_factor: float = Field(
-        16.0, gt=1, description="of the host's parameters; where parameters is given, that count alone holds"
+        16.0, gt=1, description="most parameters of the grown model, a multiple of the host's"
+    )
+    model_flops: int | None = Field(
+        None, ge=1, description="most forward FLOPs per example of the grown model, a count"
+    )
+    flops_factor: float | None = Field(
+        None, gt=1, description="most forward FLOPs of the grown model, a multiple of the host's"
+    )
+    latency_ms: float | None = Field(
+        None, gt=0, description="forward latency on a probe batch at which nothing more grows"
     )
     growth_events: int = Field(
         4, ge=0, description="events that grow, or widenings kept where they are raced"
     )
     growth_flops: float | None = Field(None, gt=0, description="training FLOPs all growth may cost")
-    model_flops: float | None = Field(None, gt=0, description="forward FLOPs per example of the grown model")
     wall_seconds: float | None = Field(None, gt=0, description="seconds all growth may take")
-    latency_ms: float | None = Field(
-        None, gt=0, description="forward latency of the grown model on a probe batch"
-    )
+
+    @field_validator("parameters", "model_flops", mode="before")
+    @classmethod
+    def _whole(cls, value: Any) -> Any:
+        """Refuse a fraction where a count is meant."""
+        if isinstance(value, float) and not value.is_integer():
+            raise ConfigError(
+                "a count is a whole number; growth_factor and flops_factor are multiples of the host's"
+            )
+        return value
 
 
 class Kernels(Section):
@@ -201,8 +218,8 @@ class Config(BaseSettings):
 
     growth: Literal["auto", "early", "incubate", "off"] = Field(
         "auto",
-        description="early: a few events, all places at once; incubate: candidates are raced at one place at a "
-        "time; off; auto: early, and incubate where most of the model is frozen or only branches fit",
+        description="early: a few events, all places at once; incubate: candidates are raced at one place at "
+        "a time; off; auto: early, and incubate where most of the model is frozen or only branches fit",
     )
     early: Early = Early()
     schedule: Schedule = Schedule()

@@ -30,7 +30,7 @@ EVENT_FIELDS: dict[str, tuple[str, ...]] = {
     "outcome": ("decision", "site", "kept", "gain", "parameters", "flops", "cost_flops", "reason"),
     "widened": ("decision", "site", "units", "edits", "parameters", "difference", "milliseconds"),
     "reopened": ("how", "loss", "guess"),  # a saturated host: its training loss, and that of equal logits
-    "taken_back": ("to", "lost", "before", "now"),  # an event whose held-out loss did not fall
+    "taken_back": ("to", "lost", "before", "now", "parameters"),  # its held-out loss did not fall
     "grafted": ("decision", "site", "blueprint", "how", "parameters", "difference", "milliseconds"),
     "deepened": ("decision", "site", "blocks", "parameters", "difference", "milliseconds"),
     "compiled": ("site", "kernel", "pipeline", "milliseconds", "speedup"),

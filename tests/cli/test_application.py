@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 
@@ -26,6 +27,11 @@ def test_every_command_explains_itself(esper, command: str) -> None:
 def test_the_installed_command_is_the_module() -> None:
     script = [f"{sys.prefix}/bin/esper", "--help"]
     assert subprocess.run(script, capture_output=True, check=False).returncode == 0
+
+
+def test_the_version_is_the_installed_one(esper) -> None:
+    ran = esper("--version")
+    assert (ran.returncode, ran.stdout) == (0, f"esper {metadata.version('esper-morph')}\n")
 
 
 def test_an_unknown_command_is_bad_input(esper) -> None:

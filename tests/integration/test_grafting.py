@@ -176,7 +176,7 @@ def test_a_run_that_grows_blocks_resumes_bit_for_bit(stop: int) -> None:
         optimizer = torch.optim.Adam(net.parameters(), 0.01)
         config = {
             "blueprints": ["residual_mlp"], "schedule": {"warmup": 0.05}, "gate": {"false_keep": 0.99},
-            "race": {"steps": 20, "candidates": 3}, "budget": {"growth_events": 1, "parameters": 200},
+            "race": {"steps": 20, "candidates": 3}, "budget": {"growth_events": 1, "growth_factor": 200},
         }  # fmt: skip
         growth = esper.grow(
             net, optimizer, loss_fn, probe=[data(-1), data(-2), data(-3)], steps=80, config=config
@@ -236,7 +236,7 @@ def test_an_exposed_kernels_vitals_are_sampled_smoothed_and_told() -> None:
     data = x, (x[:, 0] * x[:, 1] > 0) + 2 * (x[:, 2] * x[:, 3] > 0)
     config = {
         "blueprints": ["residual_mlp"], "gate": {"false_keep": 0.99}, "race": {"steps": 20},
-        "blend": {"ramp": 10}, "telemetry": {"sampling": 3}, "budget": {"parameters": 200},
+        "blend": {"ramp": 10}, "telemetry": {"sampling": 3}, "budget": {"growth_factor": 200},
     }  # fmt: skip
     growth = esper.grow(
         net, optimizer, loss_fn, probe=[data], steps=80, config=config, on_event=events.append

@@ -72,7 +72,7 @@ def test_from_wrap_to_unwrap_through_three_growths(tmp_path: Path) -> None:
         steps=STEPS,
         schedulers=[scheduler],
         ema=[ema],
-        budget={"parameters": 5.0, "growth_events": 5},
+        budget={"growth_factor": 5.0, "growth_events": 5},
         run_dir=tmp_path / "run",
         on_event=seen.append,
     )

@@ -207,7 +207,7 @@ class Run:
             probe=[batch("mlp", 256)],
             steps=STEPS,
             config=config,
-            budget={"parameters": 10.0},
+            budget={"growth_factor": 10.0},
             on_event=self.events.append,
         )
         torch.manual_seed(1)

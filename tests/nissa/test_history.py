@@ -18,6 +18,8 @@ def test_every_kind_of_event_is_folded() -> None:
 def test_the_run_in_numbers(history: RunHistory) -> None:
     assert history.totals == {
         "model": "DigitsCNN",
+        "growth": None,  # the stream is of a run that did not say
+        "limits": {},
         "finished": True,
         "steps": 900,
         "parameters_before": 426,
@@ -35,6 +37,8 @@ def test_the_run_in_numbers(history: RunHistory) -> None:
             "alarms": 0,
             "rollbacks": 0,
             "steps_rolled_back": 0,
+            "taken_back": 0,
+            "steps_taken_back": 0,
             "faults": 1,
             "processes_told": 0,
         },

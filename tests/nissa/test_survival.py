@@ -40,6 +40,8 @@ def test_what_befell_a_run_is_told_in_order_and_once(
         "alarms": 1,
         "rollbacks": 1,
         "steps_rolled_back": 10,
+        "taken_back": 0,
+        "steps_taken_back": 0,
         "faults": 1,
         "processes_told": 1,
     }
@@ -62,7 +64,13 @@ def test_the_explanations_end_with_it(events: list[Event], survived: Callable[[]
 def test_the_loss_is_marked_where_it_happened(
     events: list[Event], survived: Callable[[], list[Event]]
 ) -> None:
-    marked, bare = (charts.learning(fold(told)) for told in (cut_off(events, survived), events))
+    back = {"to": 500, "lost": 30, "before": 0.2, "now": 0.3, "parameters": 802}
+    early = [
+        Event("reopened", 500, {"how": "output", "loss": 0.01, "guess": 2.3}),
+        Event("taken_back", 530, back),
+    ]
+    whole = sorted([*cut_off(events, survived), *early], key=lambda event: event.step)
+    marked, bare = (charts.learning(fold(told)) for told in (whole, events))
     for kind in charts.BEFELL:
         assert f">{kind}</text>" in marked
         assert f">{kind}</text>" not in bare

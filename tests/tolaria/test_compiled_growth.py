@@ -82,6 +82,7 @@ def trained(
         probe=[batch(512)],
         steps=240,
         budget={"growth_events": 3},
+        growth="incubate",
         config={"schedule": {"warmup": 0.05}},
         on_event=events.append,
     )

@@ -38,7 +38,7 @@ class Run:
         self.net = make_net()
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=0.02)
         self.events: list[Event] = []
-        given = {"steps": STEPS, "budget": {"parameters": 8.0}, **options}
+        given = {"growth": "incubate", "steps": STEPS, "budget": {"growth_factor": 8.0}, **options}
         probe = [clusters(10_000, 256)]
         self.growth = esper.grow(
             self.net, self.optimizer, loss_fn, probe=probe, on_event=self.events.append, **given
@@ -97,7 +97,8 @@ def test_a_fallback_says_at_which_step_it_happened() -> None:
         unbatchable,
         probe=[clusters(1, 16)],
         steps=STEPS,
-        budget={"parameters": 8.0},
+        budget={"growth_factor": 8.0},
+        growth="incubate",
         on_event=events.append,
     )
     for step in range(STEPS // 2):
@@ -130,7 +131,7 @@ def test_what_was_asked_for_is_remembered_across_processes() -> None:
     "limit", [{"growth_flops": 1.0}, {"wall_seconds": 1e-6}, {"latency_ms": 1e-6}, {"growth_events": 0}]
 )
 def test_a_spent_budget_ends_growth(limit: dict[str, float]) -> None:
-    run = Run(budget={"parameters": 8.0, **limit})
+    run = Run(budget={"growth_factor": 8.0, **limit})
     run.growth.grow_now("0>2")
     run.train(0, 3)
     run.growth.grow_now("0>2")

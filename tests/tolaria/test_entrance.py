@@ -177,6 +177,23 @@ def test_losses_that_are_no_scalar(name: str) -> None:
 BUDGETS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "unknown": ({"paramters": 2.0}, ("unknown key 'budget.paramters'", "did you mean 'parameters'?")),
     "out of range": ({"parameters": -1.0}, ("budget:", "parameters", "greater than")),
+    "a multiple as a count": (
+        {"parameters": 16.0},
+        ("parameters=16 is a count, and the model has ", " parameters already; use growth_factor="),
+    ),
+    "no whole number": (
+        {"parameters": 4.5},
+        (
+            "parameters=4.5 is a count, and no whole number; the model has ",
+            "use growth_factor=4.5 for 4.5 times",
+        ),
+    ),
+    "FLOPs below the model's own": (
+        {"model_flops": 2},
+        ("model_flops=2 is a count", "forward FLOPs per example already; use flops_factor="),
+    ),
+    "half a FLOP": ({"model_flops": 2.5}, ("model_flops=2.5", "use flops_factor=2.5")),
+    "no multiple": ({"growth_factor": 1.0}, ("budget:", "growth_factor", "greater than 1")),
     "no number": ({"growth_events": "many"}, ("budget:", "growth_events")),
 }
 

@@ -90,7 +90,7 @@ def test_everything_alive_in_the_loop_survives_growth(
         steps=STEPS,
         schedulers=[scheduler],
         ema=[ema],
-        budget={"parameters": 12.0, "growth_events": 6},  # several widenings, whatever the scheduler does
+        budget={"growth_factor": 12.0, "growth_events": 6},  # several widenings, whatever the scheduler does
         config={"widths": {"shares": [0.5]}},
     )
     idle.step()

@@ -37,7 +37,7 @@ class Process:
         self.net = nn.Sequential(nn.Linear(CLASSES, 1), nn.Tanh(), nn.Linear(1, CLASSES))
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=0.02)
         self.events: list[Event] = []
-        budget = {"parameters": 8.0, **options.pop("budget", {})}
+        budget = {"growth_factor": 8.0, **options.pop("budget", {})}
         self.growth = esper.grow(
             self.net,
             self.optimizer,
@@ -45,6 +45,7 @@ class Process:
             probe=[clusters(10_000, 256)],
             steps=STEPS,
             budget=budget,
+            growth="incubate",
             run_dir=folder,
             on_event=self.events.append,
             **options,

@@ -157,7 +157,7 @@ def train_grown(
         steps=task.epochs * data.steps,
         run_dir=folder,
         seed=seed,
-        budget={"parameters": task.budget, "growth_events": task.widenings},
+        budget={"growth_factor": task.budget, "growth_events": task.widenings},
         on_event=watch,
     )
     order = torch.Generator().manual_seed(seed)

@@ -24,6 +24,8 @@ class Summary:
     refused: list[dict[str, str]]
     decisions: list[int] = field(default_factory=list)  # steps at which one is due; only in a plan
     room: dict[str, int] = field(default_factory=dict)  # units the budget allows per site; only in a plan
+    growth: str | None = None  # the recipe: early, incubate, off; only in a plan
+    limits: dict[str, Any] = field(default_factory=dict)  # what the budget allows; only in a plan
 
     def offers(self) -> list[tuple[str, str, list[str]]]:
         """List the places of blueprints: name, kind, and what fits there."""
@@ -33,6 +35,11 @@ class Summary:
                 place = row["name"].removesuffix(f"+{row['blueprint']}")
                 found.setdefault((place, row["kind"]), []).append(row["blueprint"])
         return [(place, kind, names) for (place, kind), names in found.items()]
+
+    def most(self) -> str:
+        """Say how large the grown model may be."""
+        words = {"parameters": "{:,} parameters", "flops": "{:,} FLOPs", "latency_ms": "{:g} ms"}
+        return ", ".join(words[name].format(most) for name, most in self.limits.items() if most is not None)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON values."""
@@ -67,6 +74,10 @@ class Summary:
             console.print(offers)
         for row in self.refused:
             console.print(f"not at {row['place']}: {row['reason']}", highlight=False)
+        if self.limits:
+            console.print(f"at most {self.most()}", highlight=False)
+        if self.growth == "off":
+            console.print("growth is off")
         if self.decisions:
             console.print(f"decisions due at steps {', '.join(map(str, self.decisions))}")
         return out.getvalue().rstrip()

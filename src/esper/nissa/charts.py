@@ -16,7 +16,7 @@ from typing import Any
 from esper.errors import MissingExtraError
 from esper.nissa.history import RunHistory
 from esper.nissa.palette import BLUE, GREEN, GREY, ORANGE, PURPLE, STAGE_COLOURS, VERMILION
-from esper.nissa.records import SeedHistory, Series, Span
+from esper.nissa.records import DecisionHistory, SeedHistory, Series, Span
 from esper.nissa.survival import notes
 
 try:
@@ -38,8 +38,15 @@ LINES = [
     (PURPLE, "-."),
     (ORANGE, "-"),
 ]
-BEFELL = {"resumed": (">", BLUE), "alarm": ("v", VERMILION), "rolled back": ("<", PURPLE)}  # above a picture
+BEFELL = {
+    "resumed": (">", BLUE),
+    "alarm": ("v", VERMILION),
+    "rolled back": ("<", PURPLE),
+    "taken back": ("<", ORANGE),
+    "re-opened": ("o", GREEN),
+}  # above a picture
 ENDINGS = {"FOSSILISED": "D", "CULLED": "X"}  # how a life ends, as marks; every other stage is a band
+NAMED = 2  # places that grow at one step and have room in a picture
 BANDS = {stage: colour for stage, colour in STAGE_COLOURS.items() if stage not in ENDINGS}
 STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
@@ -133,7 +140,9 @@ def lives(history: RunHistory) -> str:
         axis.tick_params(axis="y", length=0)
         axis.set(xlim=(0, None), ylim=(max(len(rows), 1) - 0.4, -0.6))
         _steps_below(axis, "steps since germination")
-        seen = {span.stage for _, life in rows for span in life}
+        seen = {
+            span.stage for _, life in rows for span in life if span.stage in ENDINGS or span.end != span.start
+        }
         keys = [Patch(color=colour, label=_words(stage)) for stage, colour in BANDS.items() if stage in seen]
         keys += [
             Line2D([], [], marker=marker, color=STAGE_COLOURS[stage], linestyle="", label=_words(stage))
@@ -170,15 +179,16 @@ def _steps_below(axis: Axes, label: str = "step") -> None:
 
 
 def _mark_growth(axis: Axes, history: RunHistory, *, label: bool) -> None:
+    at: dict[int, list[DecisionHistory]] = {}
     for decision in history.decisions.values():
-        step = decision.widened_at
-        if decision.widened is None or step is None:
-            continue
-        units = decision.widened["units"]
-        axis.axvline(step, color=GREEN, linewidth=1.2, alpha=0.8, zorder=0)
+        if decision.widened_at is not None:
+            at.setdefault(decision.widened_at, []).append(decision)
+    for step, grown in at.items():
+        lost = all(decision.kept is False for decision in grown)
+        axis.axvline(step, color=GREY if lost else GREEN, linewidth=1.2, alpha=0.8, zorder=0)
         if label:
             axis.annotate(
-                f"+{units} {decision.site}",
+                _grown(grown),
                 (step, 0.0),
                 (3, 4),
                 xycoords=("data", "axes fraction"),
@@ -190,20 +200,31 @@ def _mark_growth(axis: Axes, history: RunHistory, *, label: bool) -> None:
             )
 
 
+def _grown(decisions: list[DecisionHistory]) -> str:
+    """Say what grew at one step; where many places did, how much in all."""
+    if len(decisions) > NAMED:
+        return f"+{sum(decision.units for decision in decisions):,} at {len(decisions)} places"
+    return ", ".join(f"+{decision.units} {decision.site}" for decision in decisions)
+
+
 def _mark_rollbacks(axis: Axes, history: RunHistory) -> None:
     """Shade the steps that were lost."""
-    for event in history.rollbacks:
-        axis.axvspan(event.data["to"], event.step, color=PURPLE, alpha=0.18, lw=0, zorder=0)
+    for events, colour in ((history.rollbacks, PURPLE), (history.taken_back, ORANGE)):
+        for event in events:
+            axis.axvspan(event.data["to"], event.step, color=colour, alpha=0.18, lw=0, zorder=0)
 
 
 def _mark_survival(axis: Axes, history: RunHistory) -> list[Line2D]:
     """Mark above a picture what befell the run; returns the keys of the marks."""
     above = axis.get_xaxis_transform()  # x in steps, y as a share of the picture's height
+    at: dict[str, list[int]] = {kind: [] for kind in BEFELL}
+    for note in notes(history):  # a rollback where it led to, away from its alarm
+        at.setdefault(note.kind, []).append(note.step if note.to is None else note.to)
+    at["re-opened"] = [event.step for event in history.reopened]
     keys = []
     for kind, (marker, colour) in BEFELL.items():
-        told = [note for note in notes(history) if note.kind == kind]
-        if told:  # a step once, however often; a rollback where it led to, away from its alarm
-            marks = dict.fromkeys((note.step if note.to is None else note.to for note in told), 1.03)
+        if at[kind]:  # a step once, however often
+            marks = dict.fromkeys(at[kind], 1.03)
             look: dict[str, Any] = {"marker": marker, "color": colour, "linestyle": "", "markersize": 6}
             axis.plot(list(marks), list(marks.values()), transform=above, clip_on=False, **look)
             keys.append(Line2D([], [], label=kind, **look))

@@ -82,9 +82,9 @@ class RunHistory:
         before = {site["name"]: int(site["width"]) for site in self.started.get("sites", ())}
         now = before | {site["name"]: int(site["width"]) for site in self.restarted.get("sites", ())}
         for decision in self.decisions.values():
-            if decision.widened is not None:
+            if decision.widened is not None and decision.kept is not False:
                 site = decision.widened["site"]
-                now[site] = now.get(site, 0) + int(decision.widened["units"])
+                now[site] = now.get(site, 0) + decision.units
         return {site: (width, now[site]) for site, width in before.items()}
 
     @property
@@ -93,6 +93,8 @@ class RunHistory:
         end: Mapping[str, Any] = self.finished or {}
         return {
             "model": self.started.get("model"),
+            "growth": self.started.get("growth"),  # the recipe
+            "limits": dict(self.started.get("limits", {})),  # what the budget allows
             "finished": self.finished is not None,
             "steps": self.step,
             "parameters_before": self.started.get("parameters"),
@@ -123,6 +125,8 @@ class RunHistory:
             "alarms": len(self.alarms),
             "rollbacks": len(self.rollbacks),
             "steps_rolled_back": sum(int(one.data["lost"]) for one in self.rollbacks),
+            "taken_back": len(self.taken_back),
+            "steps_taken_back": sum(int(one.data["lost"]) for one in self.taken_back),
             "faults": len(self.faults),
             "processes_told": len(self.ranks),
         }
@@ -227,6 +231,18 @@ def _deepened(history: RunHistory, event: Event) -> None:
         _widened(history, event)
 
 
+def _reopened(history: RunHistory, event: Event) -> None:
+    history.reopened.append(event)
+    for decision in history.decisions.values():
+        if decision.step == event.step and decision.site is not None:
+            decision.reopened = event.data
+
+
+def _taken_back(history: RunHistory, event: Event) -> None:
+    history.taken_back.append(event)
+    history.parameters.add(event.step, event.data["parameters"])
+
+
 def _run_finished(history: RunHistory, event: Event) -> None:
     history.finished = event.data
     history.parameters.add(event.step, event.data["parameters"])
@@ -260,8 +276,8 @@ _FOLDS: dict[str, Callable[[RunHistory, Event], None]] = {
     "alarm": lambda history, event: history.alarms.append(event),
     "rolled_back": lambda history, event: history.rollbacks.append(event),
     "ranks": lambda history, event: history.ranks.append(event),
-    "reopened": lambda history, event: history.reopened.append(event),
-    "taken_back": lambda history, event: history.taken_back.append(event),
+    "reopened": _reopened,
+    "taken_back": _taken_back,
     "rewrapped": lambda history, event: history.rewraps.append(event),
     "run_finished": _run_finished,
 }

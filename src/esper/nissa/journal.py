@@ -21,7 +21,17 @@ EVENTS_FILE = "events.jsonl"
 PATIENCE = 64 * 2**20  # bytes of events that may wait for room on the disk
 # Told before growth applies them, or where the run went: these survive a machine that loses its power.
 DURABLE = frozenset(
-    {"decision", "gate", "widened", "grafted", "deepened", "outcome", "resumed", "rolled_back"}
+    {
+        "decision",
+        "gate",
+        "widened",
+        "grafted",
+        "deepened",
+        "taken_back",
+        "outcome",
+        "resumed",
+        "rolled_back",
+    }
 )
 
 

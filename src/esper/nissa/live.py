@@ -17,8 +17,8 @@ from esper.contracts import Event
 from esper.nissa.history import RunHistory, fold
 from esper.nissa.palette import STAGE_COLOURS
 from esper.nissa.records import DecisionHistory, SeedHistory
-from esper.nissa.survival import notes, of_ranks, rewrapped, went_on
-from esper.nissa.why import headline
+from esper.nissa.survival import notes, of_ranks, reopened, rewrapped, took_back, went_on
+from esper.nissa.why import evidence, headline
 from esper.nissa.wording import UNKNOWN, count, duration, short
 
 REFRESHES = (
@@ -27,7 +27,7 @@ REFRESHES = (
 ROWS = 12  # sites shown; a large model has hundreds, most of them quiet
 DECISIONS = 4  # shown, newest first
 NOTES = 3  # of what the run survived, newest last
-NOTED = {"alarm": "red", "rolled back": "red", "resumed": "cyan"}
+NOTED = {"alarm": "red", "rolled back": "red", "taken back": "yellow", "resumed": "cyan"}
 
 
 class LiveView:
@@ -116,8 +116,7 @@ class LiveView:
                 yield f"decision {data['decision']}: {what} ({data['reason']})"
             case "gate":
                 word = "passed" if data["passed"] else "refused"
-                evidence = f"gain {short(data['gain'])}, e-value {short(data['e_value'])}"
-                yield f"gate {word} at {data['site']}: {evidence}"
+                yield f"gate {word} at {data['site']}: gain {short(data['gain'])}, {evidence(data)} needed"
             case "widened":
                 yield f"{data['site']} grew by {data['units']} units, {data['parameters']:,} parameters now"
             case "deepened":
@@ -148,6 +147,10 @@ class LiveView:
                 yield f"alarm: {data['message']}"
             case "rolled_back":
                 yield str(data["message"])
+            case "reopened":
+                yield reopened(data)
+            case "taken_back":
+                yield f"taken back: {took_back(event)}"
             case "ranks":
                 yield of_ranks(event)
             case "rewrapped":
@@ -217,7 +220,7 @@ def _decisions(history: RunHistory) -> Table:
         table.add_column(no_wrap=True)
     table.add_column(no_wrap=True, overflow="ellipsis")
     for decision in list(history.decisions.values())[: -DECISIONS - 1 : -1]:
-        colour = {"kept": "green", "refused": "red"}.get(decision.verdict, "yellow")
+        colour = {"kept": "green", "refused": "red", "taken back": "red"}.get(decision.verdict, "yellow")
         table.add_row(
             Text(f"step {decision.step:,}", style="dim"),
             Text(headline(decision), style="bold"),

@@ -115,7 +115,7 @@ def _between(history: RunHistory, site: Mapping[str, Any], y: int, scale: float)
         yield f"<title>decision {decision.id}: {escape(decision.verdict)}</title></circle>"
     counts = {
         verdict: sum(decision.verdict == verdict for decision in tried)
-        for verdict in ("kept", "refused", "open")
+        for verdict in ("kept", "taken back", "refused", "open")
     }
     told = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count) or "no seed tried"
     yield _text(BAR_LEFT + 20 * len(tried) + (6 if tried else 0), y + 57, told, faint=True)

@@ -78,6 +78,7 @@ class DecisionHistory:
     widened: Mapping[str, Any] | None = None  # or grafted: how it became part of the model
     widened_at: int | None = None  # step
     decided_at: int | None = None  # step of the outcome
+    reopened: Mapping[str, Any] | None = None  # how the host was re-opened at the same step
 
     @property
     def action(self) -> str | None:
@@ -90,6 +91,16 @@ class DecisionHistory:
         return self.chosen.get("site")
 
     @property
+    def scored(self) -> bool:
+        """Whether places had to pass one by one and none was chosen: there was no race."""
+        return any("p_value" in look for look in self.looks)
+
+    @property
+    def units(self) -> int:
+        """How many the model got: units, or one block more of a stack."""
+        return 0 if self.widened is None else int(self.widened.get("units", 1))
+
+    @property
     def kept(self) -> bool | None:
         """Whether the growth stayed; None while it is being judged, or where there was none."""
         return None if self.outcome is None else bool(self.outcome["kept"])
@@ -99,6 +110,8 @@ class DecisionHistory:
         """One word for tables."""
         if self.action not in ("widen", "graft"):
             return "waited" if self.action else "surveyed"
+        if self.kept is False and self.widened is not None:
+            return "taken back"
         return {True: "kept", False: "refused", None: "open"}[self.kept]
 
 

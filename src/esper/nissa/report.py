@@ -11,7 +11,7 @@ from esper.nissa import charts
 from esper.nissa.history import RunHistory, fold
 from esper.nissa.journal import EVENTS_FILE, read_events
 from esper.nissa.map import model_map
-from esper.nissa.survival import notes, of_checkpoints
+from esper.nissa.survival import notes, of_checkpoints, reopened
 from esper.nissa.why import headline, why
 from esper.nissa.wording import count, duration, short
 
@@ -93,7 +93,7 @@ def render(history: RunHistory, rows: list[dict[str, Any]], others: dict[str, Ru
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(short=short, count=count, duration=duration)
+    environment.filters.update(short=short, count=count, duration=duration, reopened=reopened)
     pictures = {
         "learning": charts.learning(history, others),
         "parameters": charts.parameters(history, others),
@@ -109,6 +109,7 @@ def render(history: RunHistory, rows: list[dict[str, Any]], others: dict[str, Ru
         stories=[
             (story, headline(decision)) for story, decision in zip(why(history), decisions, strict=True)
         ],
+        raced=any(seed.alpha.steps for seed in history.seeds.values()),
         rows=rows,
         troubles=[*history.faults, *history.fallbacks, *history.warnings],
         survived=notes(history),

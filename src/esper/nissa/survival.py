@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from esper.contracts import Event
 from esper.nissa.history import RunHistory
@@ -15,9 +17,9 @@ class Note:
     """One thing that befell a run."""
 
     step: int
-    kind: str  # "resumed", "alarm", "rolled back", "processes", "wrapped again"
+    kind: str  # "resumed", "alarm", "rolled back", "taken back", "processes", "wrapped again"
     text: str
-    to: int | None = None  # the step a rollback led to
+    to: int | None = None  # the step a rollback led to, or an event that was taken back
 
 
 def notes(history: RunHistory) -> list[Note]:
@@ -28,6 +30,7 @@ def notes(history: RunHistory) -> list[Note]:
         Note(one.step, "rolled back", str(one.data["message"]), int(one.data["to"]))
         for one in history.rollbacks
     ]
+    found += [Note(one.step, "taken back", took_back(one), int(one.data["to"])) for one in history.taken_back]
     found += [Note(one.step, "processes", of_ranks(one)) for one in history.ranks]
     found += [Note(one.step, "wrapped again", rewrapped(one)) for one in history.rewraps]
     return sorted(found, key=lambda note: note.step)
@@ -40,6 +43,22 @@ def went_on(resume: Resume) -> str:
         return f"went on from {where}"
     many = "step is" if resume.redone == 1 else "steps are"
     return f"went on from {where}; at least {resume.redone:,} {many} done again"
+
+
+def took_back(event: Event) -> str:
+    """Say which growth did not pay, and what it cost."""
+    data = event.data
+    return (
+        f"what grew at step {data['to']:,} did not pay: held-out loss {short(data['before'])} → "
+        f"{short(data['now'])}; {data['lost']:,} steps were lost"
+    )
+
+
+def reopened(data: Mapping[str, Any]) -> str:
+    """Say how a saturated host was re-opened."""
+    ways = {"output": "its output layer was tempered", "shrink": "all its weights were shrunk"}
+    found = f"the host was re-opened: {ways.get(data['how'], data['how'])}"
+    return found if data["loss"] is None else f"{found} at training loss {short(data['loss'])}"
 
 
 def of_ranks(event: Event) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from esper.errors import RunError
 from esper.nissa.history import RunHistory
 from esper.nissa.records import DecisionHistory
-from esper.nissa.survival import notes
+from esper.nissa.survival import notes, reopened
 from esper.nissa.wording import UNKNOWN, short
 
 _JOIN = ("decision", "site")  # said once per decision already
@@ -42,6 +42,7 @@ def explain(decision: DecisionHistory) -> dict[str, Any]:
         "site": decision.site,
         "width": chosen.get("width"),
         "start": chosen.get("start"),
+        "scored": decision.scored,
         "verdict": decision.verdict,
         "reason": chosen.get("reason"),
         "propensity": chosen.get("propensity"),
@@ -50,15 +51,22 @@ def explain(decision: DecisionHistory) -> dict[str, Any]:
         "sites": [dict(site) for site in decision.survey],
         "arms": [dict(arm) for arm in chosen.get("arms", ())],
         "race": _without(decision.race),
-        "gate": [_without(look) for look in decision.looks],
+        "gate": [_look(decision, look) for look in decision.looks],
+        "reopened": None if decision.reopened is None else dict(decision.reopened),
         "outcome": _without(outcome),
         "widened": _widened(decision),
     }
 
 
 def realised(decision: DecisionHistory) -> float | None:
-    """Measured loss decrease per added FLOP, to hold against ``predicted``; None where nothing was added."""
+    """Measured loss decrease per added FLOP, to hold against ``predicted``.
+
+    None where nothing was added, and where units were inserted at once: what they gain of themselves cannot
+    be told from what the rest went on to learn.
+    """
     outcome = decision.outcome
+    if decision.scored:
+        return None
     if outcome is None or outcome["gain"] is None or not outcome["flops"]:
         return None
     return float(outcome["gain"]) / float(outcome["flops"])
@@ -71,6 +79,20 @@ def headline(decision: DecisionHistory) -> str:
     if decision.action == "graft":
         return f"grow {decision.site} of hidden width {decision.chosen['width']}"
     return "do nothing" if decision.action else "surveyed, not decided"
+
+
+def evidence(look: Mapping[str, Any]) -> str:
+    """Say how strong a look's evidence was, and how strong it had to be."""
+    if "p_value" in look:
+        return f"p-value {short(look['p_value'], 2)} where {short(look['needed'], 2)} is"
+    return f"e-value {short(look['e_value'])} of {short(look['threshold'])}"
+
+
+def _look(decision: DecisionHistory, look: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out what is said once per decision already; 1/p, where the p-value itself is known."""
+    left_out = {"decision"} if decision.site is None else set(_JOIN)
+    left_out |= {"e_value", "threshold"} if "p_value" in look else set()
+    return {key: value for key, value in look.items() if key not in left_out}
 
 
 def as_text(history: RunHistory, decision: int | None = None) -> str:
@@ -97,17 +119,17 @@ def _lines(decision: DecisionHistory, story: Mapping[str, Any]) -> Iterator[str]
         yield _row(
             "saw", f"{site.get('site', site.get('name'))}: {short(measured) or 'nothing could be measured'}"
         )
-    for arm in story["arms"]:
+    for arm in () if decision.scored else story["arms"]:  # what is scored has to pass, not to be chosen
         yield _row("weighed", short(arm))
-    if decision.action:
+    if decision.action and not decision.scored:
         yield _row("chose", f"with probability {short(story['propensity'])}")
     if story["race"]:
         yield from _race_lines(story["race"])
     for look in story["gate"]:
         yield _row(
             "gate",
-            f"look {look['look']}: gain {short(look['gain'])} on {short(look['examples'])} held out, "
-            f"e-value {short(look['e_value'])} of {short(look['threshold'])} needed: "
+            f"look {look['look']}{' at ' + look['site'] if 'site' in look else ''}: "
+            f"gain {short(look['gain'])} on {short(look['examples'])} held out, {evidence(look)} needed: "
             f"{'passed' if look['passed'] else 'refused'}, {look['reason']}",
         )
     if story["widened"] and "how" in story["widened"]:
@@ -121,14 +143,16 @@ def _lines(decision: DecisionHistory, story: Mapping[str, Any]) -> Iterator[str]
             for edit in story["widened"]["edits"]
         )
         yield _row("widened", f"+{story['widened']['units']} units at step {decision.widened_at} ({edits})")
+    if story["reopened"]:
+        yield _row("reopened", reopened(story["reopened"]))
     if story["outcome"]:
         outcome = story["outcome"]
         yield _row("outcome", outcome["reason"])
         yield _row(
             "worth",
             f"per FLOP predicted {short(story['predicted'])}, realised {short(story['realised'])}; "
-            f"+{short(outcome['parameters'])} parameters, +{short(outcome['flops'])} FLOPs per example; "
-            f"judging cost {short(outcome['cost_flops'])} FLOPs",
+            f"+{short(outcome['parameters'])} parameters, +{short(outcome['flops'])} FLOPs per example"
+            + (f"; judging cost {short(outcome['cost_flops'])} FLOPs" if outcome["cost_flops"] else ""),
         )
 
 

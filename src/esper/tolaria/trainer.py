@@ -40,6 +40,7 @@ class Trainer:
         scheduler_interval: Whether the scheduler moves once per ``"epoch"`` or per ``"step"``.
         metrics: ``metric(model, batch)`` by name, averaged over the examples of ``val``; the loss is one.
         sites: Where the model may grow, as for ``esper.grow``.
+        growth: How, in place of what the settings say, as for ``esper.grow``.
         config: Settings, a mapping, or a path to a YAML file.
         run_dir: Folder of the run's events.
         seed: Of all choices growth makes; the model and the data have their own.
@@ -68,6 +69,7 @@ class Trainer:
         scheduler_interval: Literal["epoch", "step"] = "epoch",
         metrics: Mapping[str, Metric] | None = None,
         sites: Any = "auto",
+        growth: Literal["auto", "early", "incubate", "off"] | None = None,
         config: ConfigLike = None,
         run_dir: str | Path | None = None,
         seed: int = 0,
@@ -94,6 +96,7 @@ class Trainer:
             steps=steps,
             schedulers=() if scheduler is None else (scheduler,),
             sites=sites,
+            growth=growth,
             config=config,
             run_dir=run_dir,
             seed=seed,

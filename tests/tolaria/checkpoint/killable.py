@@ -72,7 +72,7 @@ class Training:
             probe=[probe],
             steps=STEPS,
             ema=[self.average],
-            budget={"parameters": 8.0},
+            budget={"growth_factor": 8.0},
             on_event=self.events.append,
         )
         loader = DataLoader(

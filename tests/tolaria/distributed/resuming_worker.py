@@ -33,7 +33,7 @@ CLASSES, ROWS, BATCH, EPOCHS, EVERY = 8, 96, 16, 8, 5
 STEPS = EPOCHS * ROWS // BATCH
 CONFIG: dict[str, Any] = {
     "blueprints": ["widen", "residual_mlp"],
-    "budget": {"parameters": 20.0, "growth_events": 4},
+    "budget": {"growth_factor": 20.0, "growth_events": 4},
     "schedule": {"warmup": 0.05, "stop": 0.6, "plateau": False, "embargo": 0.02, "patience": 100},
     "race": {"steps": 1, "candidates": 2},
     "gate": {"false_keep": 0.99, "looks": 6},

@@ -45,7 +45,7 @@ class Run:
             loss_fn,
             probe=[clusters(10_000 + seed, 256)],
             steps=STEPS,
-            budget={"parameters": 8.0},
+            budget={"growth_factor": 8.0},
             seed=seed,
             on_event=self.told,
         )

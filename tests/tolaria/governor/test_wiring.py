@@ -26,7 +26,7 @@ class Plain:
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=0.02)
         self.events: list[Event] = []
         config = {"governor": {"enabled": True, "every": 10, **governor}}
-        given = {"probe": [clusters(10_000, 256)], "steps": 160, "budget": {"parameters": 8.0}}
+        given = {"probe": [clusters(10_000, 256)], "steps": 160, "budget": {"growth_factor": 8.0}}
         self.growth = esper.grow(
             self.net, self.optimizer, loss_fn, config=config, on_event=self.events.append, **given
         )

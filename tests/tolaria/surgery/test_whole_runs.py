@@ -79,7 +79,7 @@ class Run:
             loss_fn,
             probe=[batch(1000), batch(1001)],
             steps=STEPS,
-            budget={"parameters": 8.0, "growth_events": 2},
+            budget={"growth_factor": 8.0, "growth_events": 2},
             config={"blueprints": [blueprints]},
             on_event=self.events.append,
         )

@@ -28,8 +28,9 @@ from esper.kasmina.sites import Sites
 from esper.kasmina.trial import Given, Timing
 from esper.tamiyo.controller import Tamiyo
 from esper.tolaria.distributed.wrapping import Wrapping
+from esper.tolaria.growth.budget import Limits, limits, merged_budget
 from esper.tolaria.growth.commit import Committer
-from esper.tolaria.growth.entrance import first_probe, merged_budget, named_optimizers
+from esper.tolaria.growth.entrance import first_probe, named_optimizers
 from esper.tolaria.growth.forging import Forging
 from esper.tolaria.growth.streams import Streams
 from esper.tolaria.surgery.adoption import refuse_homeless
@@ -55,6 +56,7 @@ class Parts:
     streams: Streams
     config: Config
     budget: Budget
+    limits: Limits
     observe: Observer
     loss_fn: LossFunction
     probe: Iterable[Any]
@@ -91,8 +93,6 @@ def assemble(
     policy, peers = detect(wrapping.host, loss_fn), wrapping.peers
     host = policy.host
     optimizers = named_optimizers(optimizer, host)
-    merged = merged_budget(budget, config.budget)
-    config = config.model_copy(update={"budget": merged})
     with policy.uncompiled(), wrapping.whole():
         batch = first_probe(probe, host, loss_fn)
         model = MorphableModel(
@@ -107,6 +107,8 @@ def assemble(
             deepen=config.growth in ("auto", "early"),
         )
         refuse_branches(model, optimizers)
+    merged = merged_budget(budget, config.budget, model.parameter_count(), model.flops)
+    config = config.model_copy(update={"budget": merged})
     model.pool.enabled = config.kernels.streams
     streams, ledger = Streams(seed), Ledger(peers.world)
     forging = Forging(config.kernels, observe)
@@ -176,6 +178,7 @@ def assemble(
         streams=streams,
         config=config,
         budget=merged,
+        limits=limits(merged, model.parameter_count(), model.flops),
         observe=observe,
         loss_fn=loss_fn,
         probe=probe,
@@ -210,12 +213,7 @@ def widenings(model: MorphableModel, budget: Budget) -> int:
     sites = [place.site for place in model.places.values()]
     smallest = min(site.unit_parameters * site.granularity + site.base_parameters for site in sites)
     host = model.parameter_count()
-    return max(int((limit(budget, host) - host) // smallest), 0)
-
-
-def limit(budget: Budget, host: int) -> float:
-    """Return the most parameters a budget allows."""
-    return budget.growth_factor * host if budget.parameters is None else budget.parameters
+    return max((limits(budget, host, model.flops).parameters - host) // smallest, 0)
 
 
 def looks(model: MorphableModel, config: Config) -> int:

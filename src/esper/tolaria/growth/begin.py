@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 from torch.optim import Optimizer
@@ -20,6 +20,7 @@ from esper.tolaria.governor import Settings, Watch
 from esper.tolaria.growth.assembly import assemble
 from esper.tolaria.growth.conductor import Growth
 from esper.tolaria.growth.entrance import refuse_host
+from esper.tolaria.growth.recipe import with_growth
 
 
 def grow(
@@ -34,6 +35,7 @@ def grow(
     ema: Sequence[nn.Module] = (),
     sites: Sites = "auto",
     budget: Mapping[str, Any] | None = None,
+    growth: Literal["auto", "early", "incubate", "off"] | None = None,
     config: ConfigLike = None,
     run_dir: str | Path | None = None,
     seed: int = 0,
@@ -55,9 +57,13 @@ def grow(
         scaler: A ``GradScaler`` where one is used.
         ema: Averaged copies of the model, widened with it.
         sites: Where to grow, see ``esper.wrap``.
-        budget: Overrides of the settings' budget: ``parameters`` (a multiple of the host's up to 1000, a
-            count above), ``growth_events``, ``growth_flops``, ``model_flops``, ``wall_seconds``,
-            ``latency_ms``.
+        budget: Overrides of the settings' budget. How large the model may become: ``parameters``, a count,
+            or ``growth_factor``, a multiple of its own; ``model_flops``, a count of forward FLOPs per
+            example, or ``flops_factor``, a multiple; ``latency_ms``. A count holds where both are given.
+            What growing may cost: ``growth_events``, ``growth_flops``, ``wall_seconds``.
+        growth: How to grow, in place of what the settings say: ``"early"``, in a few events at all places;
+            ``"incubate"``, by racing candidates at one place at a time; ``"off"``; ``"auto"``, whichever
+            suits the model.
         config: Settings: a ``Config``, a mapping, or a path to a YAML file.
         run_dir: Folder for ``events.jsonl``; of several processes the first writes it.
         seed: Of growth's own random streams.
@@ -67,7 +73,7 @@ def grow(
         EsperError: Whatever is given does not fit; nothing was changed then.
     """
     refuse_host(model)
-    settings = load_config(config)
+    settings = with_growth(load_config(config), growth)
     wrapping = wrapping_of(model, settings.distributed.mode, settings.distributed.deadline)
     if settings.governor.enabled and wrapping.sharded:
         raise ConfigError(
@@ -97,11 +103,11 @@ def grow(
         seed=seed,
         observe=observe,
     )
-    growth = Growth(parts)
-    growth.redo.journal = journal
+    made = Growth(parts)
+    made.redo.journal = journal
     if settings.governor.enabled:
         chosen = Settings(**settings.governor.model_dump(exclude={"enabled"}))
         stateful = [*schedulers, *([scaler] if scaler is not None else [])]
-        growth.watch = Watch(growth, chosen, averages=ema, stateful=stateful)
-        watchers.append(growth.watch.told)
-    return growth
+        made.watch = Watch(made, chosen, averages=ema, stateful=stateful)
+        watchers.append(made.watch.told)
+    return made

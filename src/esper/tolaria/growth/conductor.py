@@ -27,7 +27,7 @@ from esper.tamiyo.controller import Room, Tamiyo
 from esper.tolaria.genome import Plan, units_of
 from esper.tolaria.governor import Watch
 from esper.tolaria.growth.account import Report
-from esper.tolaria.growth.assembly import Parts, limit
+from esper.tolaria.growth.assembly import Parts
 from esper.tolaria.growth.boundary import Word, bits, meet, realign, same_decision, topology
 from esper.tolaria.growth.early import Early
 from esper.tolaria.growth.entrance import check_finite, check_loss
@@ -76,7 +76,7 @@ class Growth:
         self.evaluations = 0  # of closures, since the last step
         self.hooks = [before_closures(o, self._begin_evaluation) for o in parts.optimizers.values()]
         self.metrics: dict[str, float] = {}  # of the latest epoch
-        self.recipe: Recipe = recipe_of(self)
+        self.recipe: Recipe = recipe_of(self.config.growth, self.morphable)
         self.early: Early | None = None
         if self.recipe == "early":
             with self.morphable.policy.uncompiled(), parts.wrapping.whole():
@@ -225,7 +225,7 @@ class Growth:
 
     def room(self) -> Room:
         """Return what the budget still allows."""
-        budget = self.parts.budget
+        budget, limits = self.parts.budget, self.parts.limits
         gate = self.parts.gate
         spent = (
             gate.looks >= gate.allowed  # a race that may not be judged would only cost
@@ -235,8 +235,8 @@ class Growth:
         )
         events = 0 if spent else budget.growth_events - self.events_kept
         size = self.morphable.parameter_count()
-        flops = None if budget.model_flops is None else budget.model_flops - self.morphable.flops
-        return Room(size, limit(budget, self.parts.host_parameters) - size, events, flops)
+        flops = None if limits.flops is None else limits.flops - self.morphable.flops
+        return Room(size, limits.parameters - size, events, flops)
 
     @contextmanager
     def watched_surgery(self) -> Iterator[None]:
@@ -440,7 +440,7 @@ class Growth:
         self.parts.observe(Event(kind, self.steps, data))
 
     def _tell_start(self) -> None:
-        self.tell("run_started", **started(self.parts))
+        self.tell("run_started", **started(self.parts, self.recipe))
         for message in self.parts.warnings:
             self.tell("warning", message=message)
 

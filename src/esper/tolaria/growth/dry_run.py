@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import asdict
+from typing import Any, Literal
 
 from torch import nn
 
@@ -11,9 +12,12 @@ from esper.config import ConfigLike, load_config
 from esper.kasmina.morphable import wrap
 from esper.kasmina.sites import Sites
 from esper.kasmina.summary import Summary, summary
+from esper.tamiyo.early import due
 from esper.tamiyo.triggers import Trigger
-from esper.tolaria.growth.assembly import limit, widenings
-from esper.tolaria.growth.entrance import merged_budget, refuse_host
+from esper.tolaria.growth.assembly import widenings
+from esper.tolaria.growth.budget import limits, merged_budget
+from esper.tolaria.growth.entrance import refuse_host
+from esper.tolaria.growth.recipe import recipe_of, with_growth
 
 
 def plan(
@@ -23,6 +27,7 @@ def plan(
     steps: int | None = None,
     sites: Sites = "auto",
     budget: Mapping[str, Any] | None = None,
+    growth: Literal["auto", "early", "incubate", "off"] | None = None,
     config: ConfigLike = None,
 ) -> Summary:
     """Say where a model could grow, when decisions would fall and how far the budget reaches; a dry run.
@@ -30,19 +35,29 @@ def plan(
     Args:
         model: The host; untouched.
         example_inputs: What it is called with, see ``esper.wrap``.
-        steps: Optimizer steps of the run.
+        steps: Optimizer steps of the run; decisions are placed as under a constant learning rate.
         sites: Where to grow.
-        budget: Overrides of the settings' budget.
+        budget: Overrides of the settings' budget, see ``esper.grow``.
+        growth: How, in place of what the settings say.
         config: Settings.
     """
     refuse_host(model)
-    settings = load_config(config)
-    merged = merged_budget(budget, settings.budget)
+    settings = with_growth(load_config(config), growth)
     wrapped = wrap(model, example_inputs, sites=sites, blueprints=settings.blueprints)
     made = summary(wrapped)
-    made.decisions = Trigger(
-        settings.schedule, steps, min(merged.growth_events, widenings(wrapped, merged))
-    ).due
-    most = limit(merged, made.parameters)
-    made.room = {row["name"]: int((most - made.parameters) // row["unit_parameters"]) for row in made.sites}
+    merged = merged_budget(budget, settings.budget, made.parameters, made.flops)
+    made.growth = recipe_of(settings.growth, wrapped)
+    if made.growth == "incubate":
+        made.decisions = Trigger(
+            settings.schedule, steps, min(merged.growth_events, widenings(wrapped, merged))
+        ).due
+    elif made.growth == "early" and steps is not None:
+        made.decisions = due(settings.early.shares, [1.0] * steps, steps)
+    most = limits(merged, made.parameters, made.flops)
+    made.limits = asdict(most)
+    for row in made.sites:
+        rooms = [(most.parameters - made.parameters) // row["unit_parameters"]]
+        if most.flops is not None and row["unit_flops"]:
+            rooms.append((most.flops - made.flops) // row["unit_flops"])
+        made.room[row["name"]] = int(min(rooms))
     return made

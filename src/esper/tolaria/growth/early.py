@@ -323,7 +323,10 @@ class Early:
                 self.insertion.restore(judged.before)
             growth.events_kept -= 1
             growth.topology_changed()
-            growth.tell("taken_back", to=judged.before.step, lost=lost, before=judged.held_out, now=now)
+            sizes = {"parameters": growth.morphable.parameter_count()}
+            growth.tell(
+                "taken_back", to=judged.before.step, lost=lost, before=judged.held_out, now=now, **sizes
+            )
         for number, seed, name, gain, parameters, flops in judged.decisions:
             self.end(number, seed, name, (gain, parameters, flops) if kept else None, reason)
         return True
@@ -489,6 +492,8 @@ def gated(decision: int, one: Looked, examples: int, look: int) -> dict[str, Any
         "look": look,
         "e_value": None if one.p_value is None else 1 / one.p_value,
         "threshold": 1 / one.threshold,
+        "p_value": one.p_value,
+        "needed": one.threshold,
         "gain": one.gain,
         "examples": examples,
         "passed": not one.reason,

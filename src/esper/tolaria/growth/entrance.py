@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from esper.config import Budget
-from esper.errors import ConfigError, LossError, OptimizerError, ProbeError, SiteError, nearest
+from esper.errors import LossError, OptimizerError, ProbeError, SiteError
 from esper.kasmina.gate import check_probe
 from esper.kasmina.isolation import evaluating, untouched
 
@@ -137,20 +136,3 @@ def check_finite(value: float, step: int) -> None:
         raise LossError(
             f"the loss is {value} at step {step}; lower the learning rate, clip gradients or check the data"
         )
-
-
-def merged_budget(given: Mapping[str, Any] | None, budget: Budget) -> Budget:
-    """Return the settings' budget with what the call overrides.
-
-    Raises:
-        ConfigError: An unknown key or a value out of range.
-    """
-    if given is None:
-        return budget
-    for key in given:
-        if key not in Budget.model_fields:
-            raise ConfigError(f"unknown key 'budget.{key}'; {nearest(key, Budget.model_fields)}")
-    try:
-        return Budget(**{**budget.model_dump(), **given})
-    except ValueError as error:
-        raise ConfigError(f"budget: {error}") from None

@@ -2,26 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal, get_args
 
+from esper.config import Config
+from esper.errors import ConfigError, nearest
+from esper.kasmina.morphable import MorphableModel
 from esper.kasmina.places import WidenPlace
 
 Recipe = Literal["early", "incubate", "off"]
+Choice = Literal["auto", "early", "incubate", "off"]
 FROZEN = 0.5  # of the parameters; a host of which more stands still is adapted, not grown
 
 
-def recipe_of(growth: Any) -> Recipe:
+def with_growth(settings: Config, growth: str | None) -> Config:
+    """Return the settings with the recipe that a call names; None leaves theirs.
+
+    Raises:
+        ConfigError: No such recipe; the nearest is named.
+    """
+    if growth is None:
+        return settings
+    if growth not in get_args(Choice):
+        raise ConfigError(f"unknown growth {growth!r}; {nearest(str(growth), get_args(Choice))}")
+    return settings.model_copy(update={"growth": growth})
+
+
+def recipe_of(chosen: Choice, model: MorphableModel) -> Recipe:
     """Return the recipe the settings name, or the one that suits the host.
 
     Early growth trains old and new units together, so it is for models that are trained as a whole. A frozen
     host cannot follow, and a branch that fits nowhere in its layers has to prove itself beside them: both
     are raced.
     """
-    chosen: Literal["auto", "early", "incubate", "off"] = growth.config.growth
     if chosen != "auto":
         return chosen
-    host = growth.morphable.host
+    host = model.host
     sizes = [(p.numel(), p.requires_grad) for p in host.parameters()]
     frozen = sum(n for n, trains in sizes if not trains) / max(sum(n for n, _ in sizes), 1)
-    widens = any(isinstance(place, WidenPlace) for place in growth.morphable.places.values())
+    widens = any(isinstance(place, WidenPlace) for place in model.places.values())
     return "early" if widens and frozen <= FROZEN else "incubate"

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from esper.contracts import Decision
 from esper.kasmina.health import Measured
 from esper.kasmina.morphable import MorphableModel
 from esper.tolaria.growth.assembly import Parts
+from esper.tolaria.growth.recipe import Recipe
 
 
-def started(parts: Parts) -> dict[str, Any]:
+def started(parts: Parts, recipe: Recipe) -> dict[str, Any]:
     """Describe the run as it begins, or goes on."""
     facts = ("name", "kind", "blueprint", "width", "between", "unit_parameters", "unit_flops")
     sites = [{fact: getattr(place.site, fact) for fact in facts} for place in parts.model.places.values()]
@@ -22,6 +24,8 @@ def started(parts: Parts) -> dict[str, Any]:
         "sites": [{**site, "between": list(site["between"])} for site in sites],
         "refused": [[refusal.place, refusal.reason] for refusal in parts.model.refusals],
         "budget": parts.budget.model_dump(),
+        "limits": asdict(parts.limits),
+        "growth": recipe,
         "seed": parts.seed,
         "steps": parts.steps,
     }
