@@ -17,20 +17,20 @@ from torch import Tensor, nn
 from esper.kasmina.layers import is_layer, weight_of
 from esper.kasmina.seam import open_seam
 
-TEMPER = float(
-    __import__("os").environ.get("X_TMP", "0.3")
-)  # of the output layer; 0.3 measured best of 0.1, 0.3 and 0.5 on digits
-SATURATED = float(
-    __import__("os").environ.get("X_SAT", "0.25")
-)  # of the loss of equal logits: below it a host is saturated
+TEMPER = 0.3  # of the output layer; measured on digits and letter beside 0.1 and 0.5
+SATURATED = 0.25  # of the loss of equal logits: below it a host is saturated
 EQUAL = 1e-3  # relative: how near a loss at zero logits comes to the logarithm of the classes
 
 
 def output_layers(model: nn.Module, run: Callable[[], Tensor]) -> list[nn.Module]:
     """Return the layer behind which nothing has weights: the last one that a pass calls, if it is one."""
     called: list[nn.Module] = []
+
+    def note(module: nn.Module, given: object, made: object) -> None:
+        called.append(module)
+
     handles = [
-        module.register_forward_hook(lambda m, *rest: called.append(m))
+        module.register_forward_hook(note)
         for module in model.modules()
         if any(True for _ in module.parameters(recurse=False))
     ]

@@ -148,9 +148,13 @@ class Score:
         self.add(name, Sums(a.T @ a, a.T @ b, b.T @ b, own, new, count, torch.full_like(count, examples)))
 
     def charge(self, name: str, units: int, examples: int, own: int, rows: int) -> None:
-        """Count what a look at one place costs: its pool forth and back, the host's units back, regressions."""
+        """Count what a look at one place costs.
+
+        The pool goes through the producer once and through the consumer forth and back, the host's units
+        through the consumer forth and back; then the regressions.
+        """
         site = self.places[name].site
-        self.flops += (3 * units + 2 * own) * site.unit_flops * examples
+        self.flops += int((1.5 * units + own) * site.unit_flops * examples)
         self.flops += 2 * rows * (own * own + own * units + units * units) + own * own * (own + 2 * units)
 
     def add(self, name: str, part: Sums) -> None:
@@ -175,7 +179,7 @@ class Score:
         if not isinstance(pool, HostKernel) or not len(sums.gram):
             flat = sums.new / sums.examples
             step = -flat / flat.norm().clamp_min(1e-12)
-            direction, at = {}, 0
+            direction, at = dict[str, Tensor](), 0
             for outgoing in pool.outgoing:
                 own = pool.get_parameter(outgoing)
                 direction[outgoing] = step[at : at + own.numel()].view_as(own)

@@ -55,7 +55,8 @@ class EventRecord:
 
 def record_from(data: Mapping[str, Any]) -> EventRecord:
     """Rebuild a record from what ``dataclasses.asdict`` made of it."""
-    return EventRecord(**{**data, "looked": [Looked(**one) for one in data["looked"]]})
+    facts: dict[str, Any] = {**data, "looked": [Looked(**one) for one in data["looked"]]}
+    return EventRecord(**facts)
 
 
 @dataclass

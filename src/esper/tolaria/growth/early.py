@@ -161,11 +161,11 @@ class Early:
         """
         found = self.growth.morphable.places
         stacks = {n: p for n, p in found.items() if isinstance(p, Stack)}
-        pairs = {n: p for n, p in found.items() if isinstance(p, WidenPlace)}
+        pairs: dict[str, Place] = {n: p for n, p in found.items() if isinstance(p, WidenPlace)}
         if not stacks or not self.allocated(stacks, self.growth.room()):
             return pairs
         inside = tuple(f"{stack.container}." for stack in stacks.values())
-        outside = {n: p for n, p in pairs.items() if not p.site.entry.startswith(inside)}
+        outside: dict[str, Place] = {n: p for n, p in pairs.items() if not p.site.entry.startswith(inside)}
         return outside if 1 + len(self.timetable.due) > self.timetable.late else {**outside, **stacks}
 
     def enough(self, held_out: float) -> bool:
@@ -241,7 +241,8 @@ class Early:
         """Insert what passed."""
         growth = self.growth
         before = self.insertion.remember(growth.steps)
-        decisions, moves = [], []
+        decisions = list[tuple[int, int, str, float | None, int, int]]()
+        moves = list[tuple[Looked, int]]()
         self.tell_survey(record, found.scored)
         for name, count in units.items():
             number = self.tell_decision(record, name, count, f"{record.why}; held-out evidence")

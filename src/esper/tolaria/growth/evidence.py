@@ -19,7 +19,7 @@ from esper.kasmina.score import Score, Scored
 from esper.kasmina.sight import Run
 from esper.kasmina.significance import p_value
 
-SHARE = 0.01  # of the examples that a run trains on, which an event reads at most
+SHARE = 0.006  # of the examples that a run trains on, which an event reads at most
 LEAST = 128  # examples it reads all the same: fewer are hardly evidence
 RECENT = 20  # of the latest losses, by which a saturated host is told
 
@@ -75,7 +75,7 @@ class Evidence:
         self.losses.append(loss)
         self.batches.append(batch)
         size = max(count_examples(batch), 1)
-        if self.parts.steps is not None:  # a short run's events read less: 1 % of what it trains on, each
+        if self.parts.steps is not None:  # a short run's events read less
             share = int(SHARE * self.parts.steps * size)
             self.most = min(max(share, LEAST), self.growth.config.early.examples)
         while len(self.batches) > 1 and (len(self.batches) - 1) * size >= self.most:
@@ -83,7 +83,7 @@ class Evidence:
 
     def probe(self) -> list[Any]:
         """Return the held-out examples that an event reads, joined."""
-        batches, count = [], 0
+        batches, count = list[Any](), 0
         with untouched(self.host):
             for batch in self.parts.probe:
                 batches.append(batch)

@@ -17,10 +17,9 @@ from esper.kasmina.widen import HostKernel
 from esper.tolaria.growth.check import deviation, outputs
 from esper.tolaria.growth.commit import FAILURES, Committer
 from esper.tolaria.growth.takeback import Before
+from esper.tolaria.surgery.averages import copy_of
 
-SHRINK = float(
-    __import__("os").environ.get("X_SHR", "0.5")
-)  # of all weights; 0.4 to 0.5 measured best (digits), 0.2 loses what was learned
+SHRINK = 0.5  # of all weights; 0.4 to 0.5 measured best (digits), 0.2 loses what was learned
 How = Literal["output", "shrink", "no"]
 
 
@@ -52,7 +51,7 @@ class Insertion:
             "" when it was carried out, otherwise why everything was put back.
         """
         committer, step = self.committer, before.step
-        names = list(reversed(units))
+        names = list(units)[::-1]
         exits = {name: self.model.places[name].ends()[1] for name in names}
         try:
             said = outputs(self.model, exits, committer.run)
@@ -60,15 +59,6 @@ class Insertion:
                 place = self.model.places[name]
                 assert isinstance(place, WidenPlace)
                 kernel = fitted(place, kernels[name], units[name])
-                import os
-
-                if os.environ.get("X_OUT"):
-                    with torch.no_grad():
-                        w = kernel.consumer_weight
-                        old = place.consumer.weight
-                        fan = old[0].numel() + w[0].numel()
-                        w.uniform_(-(fan**-0.5), fan**-0.5)
-                        w.mul_(float(os.environ["X_OUT"]))
                 plan = kernel.plan()
                 before.note(self.model.host, plan)
                 committer.carry_out(plan, kernel.slices(plan), {}, None, step)
@@ -79,9 +69,7 @@ class Insertion:
             with committer.everywhere():
                 now = outputs(self.model, exits, committer.run)
                 for name in names:
-                    if said[name].shape == now[name].shape and not os.environ.get(
-                        "X_OUT"
-                    ):  # an exit that is widened itself has more to say
+                    if said[name].shape == now[name].shape:  # an exit that is widened itself has more to say
                         deviation(said[name], now[name])
         except ProcessError:
             raise
@@ -119,22 +107,19 @@ class Insertion:
         del self.committer.plans[before.plans :]
         self.refreshed()
 
-    def reopen(self, how: How, outputs_: Sequence[nn.Module]) -> None:
+    def reopen(self, how: How, layers: Sequence[nn.Module]) -> None:
         """Re-open a saturated host, its averages too.
 
         Args:
             how: "output": every argmax stays; "shrink": all weights, and the moments are cleared.
-            outputs_: The output layer.
+            layers: The output layer.
         """
         if how == "output":
-            paths = {id(m): path for path, m in self.model.host.named_modules()}
-            for layer in outputs_:
+            paths = {id(module): path for path, module in self.model.host.named_modules()}
+            for layer in layers:
                 multiply([layer], TEMPER)
                 for average in self.committer.averages:
-                    twin = [m for m in (average, *average.children())]
-                    multiply(
-                        [found for m in twin if (found := _at(m, paths[id(layer)])) is not None][:1], TEMPER
-                    )
+                    multiply([copy_of(average, {paths[id(layer)]}).get_submodule(paths[id(layer)])], TEMPER)
         elif how == "shrink":
             for model in self.models:
                 with torch.no_grad():
@@ -145,13 +130,6 @@ class Insertion:
                     for value in state.values():
                         if isinstance(value, Tensor):
                             value.zero_()
-
-
-def _at(model: nn.Module, path: str) -> nn.Module | None:
-    try:
-        return model.get_submodule(path)
-    except AttributeError:
-        return None
 
 
 def fitted(place: WidenPlace, given: LiveKernel, units: int) -> HostKernel[Any]:
