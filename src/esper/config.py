@@ -25,10 +25,10 @@ class Early(Section):
     """The early recipe: a few events, all places at once, inserted without a race and judged afterwards."""
 
     shares: tuple[float, ...] = Field(
-        (0.1, 0.3, 0.5, 0.7),
+        (0.07, 0.2, 0.4, 0.6),
         min_length=1,
-        description="of the learning (the sum of learning rates) at which events fall; under a cosine .1, "
-        ".3, .5, .7 are .05, .15, .25, .4 of the steps",
+        description="of the learning (the sum of learning rates) at which events fall; under a cosine "
+        "they are .04, .1, .21 and .33 of the steps",
     )
     factor: float = Field(2.0, gt=1, description="by which an event multiplies a width")
     examples: int = Field(1024, ge=32, description="examples an event reads at most, of either kind")
@@ -39,7 +39,7 @@ class Early(Section):
         0.08,
         ge=0,
         lt=1,
-        description="of a guess's loss: a host whose held-out loss is below it at the first event is wide enough",
+        description="of a guess's loss: a host that is below it at the first event is wide enough",
     )
     judge: float = Field(
         0.1,

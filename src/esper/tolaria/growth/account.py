@@ -158,7 +158,10 @@ def advise(
     if smallest is not None and 0 < examples < smallest:
         found.append(f"the probe has {examples} examples; with fewer than {smallest} nothing can pass")
     looked = [one for event in events for one in event.looked]
-    if looked and not any(one.grown for one in looked):
+    wide = any(event.reason.startswith("already wide enough") for event in events)
+    if wide:
+        found.append("the model has room for what it learns; early.enough sets what that means")
+    if looked and not wide and not any(one.grown for one in looked):
         if any(one.reason == "the budget is spent" for one in looked):
             found.append("the budget leaves no room: raise budget={'parameters': …} or 'growth_factor'")
         elif all((one.p_value or 1.0) > 0.05 for one in looked):
