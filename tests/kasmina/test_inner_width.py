@@ -122,6 +122,19 @@ def test_the_width_inside_residual_blocks_grows_and_that_of_the_stream_does_not(
         assert bool((weight.grad[-3:].flatten(1).abs().amax(1) > 0).all()), "the new units learn"
 
 
+def indexed(s: Net, x: Tensor) -> Tensor:
+    values, where = s.a(x).max(1)
+    return s.b(values) + where.sum()
+
+
+def test_a_call_whose_other_results_are_read_is_refused() -> None:
+    net = Net(indexed, a=nn.Linear(4, 3), b=nn.Linear(3, 4), c=nn.Linear(4, 4))
+    head = Net(lambda s, x: s.d(s.e(torch.relu(s.net(x)))), net=net, e=nn.Linear(4, 3), d=nn.Linear(3, 2))
+    wrapped = esper.wrap(head, torch.randn(5, 3, 4), blueprints=["widen"])
+    told = {refusal.place: refusal.reason for refusal in wrapped.refusals}
+    assert "max over the output of net.a has several results that are read" in told["net.a"]
+
+
 class Own(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -231,6 +231,23 @@ def test_candidates_run_together_and_can_be_told_apart(kind: str, shape: str) ->
     torch.testing.assert_close(wanted, kernels[0](x))
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_units_can_be_picked_from_a_pool(kind: str, shape: str) -> None:
+    """Units that do not hear of each other compute the same alone."""
+    net, x = host(kind, shape, every)
+    pool, which = place(net, x).kernel(4), torch.tensor([3, 1])
+    with torch.no_grad():
+        for name, parameter in pool.named_parameters():
+            if name not in pool.axes:  # (units, gates, ways * units)
+                ways = parameter.shape[-1] // 4
+                parameter.mul_(torch.eye(4).repeat(1, ways)[:, None])
+    kernel = place(net, x).kernel(2)
+    kernel.take(pool, which)
+    kept = pool(x, hidden=True).unflatten(-1, (4, -1))[..., which, :].flatten(-2)
+    torch.testing.assert_close(kernel(x, hidden=True), kept)
+
+
 @pytest.mark.parametrize("shape", ["three layers", "both ways"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_optimizers_averages_and_training_follow(kind: str, shape: str) -> None:

@@ -130,6 +130,9 @@ class Finder:
 
     def advance(self, reader: Call, track: Track) -> Step:
         """Turn a call into a step, and move on to where the axes are behind it."""
+        read = {*self.recording.readers, *self.recording.outputs}
+        if any(value in read for value in reader.makes[1:]):
+            raise Refused(f"{reader.name} over the output of {track.name} has several results that are read")
         there = moved(reader, self.recording.shapes[track.value], track.axis, track.batch)
         if there is None or reader.shape is None:
             if track.batch and reader.name not in ELEMENTWISE | RECURRENT:

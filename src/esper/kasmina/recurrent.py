@@ -180,6 +180,13 @@ class RecurrentKernel(HostKernel[RecurrentPair]):
         assert isinstance(weight, Tensor)
         return weight.transpose(0, 1).flatten(0, 1), None if bias is None else bias.T.flatten()
 
+    def taken(self, name: str, tensor: Tensor, units: int, which: Tensor) -> Tensor:
+        """Pick units; weights between units are picked on both sides."""
+        if name in self.axes:
+            return super().taken(name, tensor, units, which)
+        columns = torch.cat([which + units * way for way in range(tensor.shape[-1] // units)])
+        return tensor[which][..., columns]
+
     def lay(self, edit: WidenEdit, tensor: Tensor) -> Tensor:
         """Put gates, or directions, in front of units; between old and new units there are zeros."""
         if edit.source == "consumer_weight":

@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from esper.blueprints.kernel import LiveKernel
@@ -124,6 +125,19 @@ class HostKernel(LiveKernel, Generic[PlaceT]):
             tensors = {name: getattr(self, f"{role}_{index}_{name}") for name in names}
             h = step.run(h, tensors, self.pair.producer.training)
         return h
+
+    def take(self, pool: HostKernel[PlaceT], which: Tensor) -> None:
+        """Become some units of a larger kernel of the same place, in the order asked for."""
+        theirs = {**dict(pool.named_parameters()), **dict(pool.named_buffers())}
+        with torch.no_grad():
+            for name, own in [*self.named_parameters(), *self.named_buffers()]:
+                own.copy_(self.taken(name, theirs[name], pool.units, which.to(own.device)))
+
+    def taken(self, name: str, tensor: Tensor, units: int, which: Tensor) -> Tensor:
+        """Pick the slices of some units from one tensor; a unit may hold several."""
+        slices = tensor.movedim(self.axes[name], 0)
+        own = slices.reshape(units, -1, *slices.shape[1:])  # (units, slices of each, …)
+        return own[which].flatten(0, 1).movedim(0, self.axes[name])
 
     def plan(self) -> WidenPlan:
         """Say what of the host grows when this kernel is kept."""
