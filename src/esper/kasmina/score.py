@@ -30,7 +30,6 @@ from esper.kasmina.peers import ALONE, Peers
 from esper.kasmina.places import Place
 from esper.kasmina.sight import Run, Sight, judged, judging, passes
 from esper.kasmina.stack import DepthKernel
-from esper.kasmina.starts import pick
 from esper.kasmina.widen import HostKernel
 
 RIDGE = 1e-2  # of the mean diagonal: what the host's own units can do is estimated from a few hundred rows
@@ -144,7 +143,7 @@ class Score:
             which = torch.randperm(len(a), device=a.device)[:ROWS]
             a, b = a[which], b[which]
         count = torch.tensor(float(len(a)), device=a.device)
-        self.charge(name, pool_units(kernel), examples, a.shape[1], len(a))
+        self.charge(name, kernel.units, examples, a.shape[1], len(a))
         self.add(name, Sums(a.T @ a, a.T @ b, b.T @ b, own, new, count, torch.full_like(count, examples)))
 
     def charge(self, name: str, units: int, examples: int, own: int, rows: int) -> None:
@@ -360,19 +359,9 @@ def greedy(left: Tensor, slope: Tensor, units: int, group: int) -> Tensor:
     return torch.stack(picked_)
 
 
-def picked(place: Place, pool: LiveKernel, which: Tensor) -> LiveKernel:
+def picked(place: Place, pool: HostKernel[Any], which: Tensor) -> LiveKernel:
     """Build a kernel of some of a pool's units."""
     kernel = place.kernel(len(which))
-    total = pool_units(pool)
-    tensors = {**dict(pool.named_parameters()), **dict(pool.named_buffers())}
-    with torch.no_grad():
-        for name, own in (*kernel.named_parameters(), *kernel.named_buffers()):
-            if name in pool.axes and name not in kernel.outgoing:
-                own.copy_(pick(tensors[name].detach(), pool.axes[name], total, which))
-    return kernel
-
-
-def pool_units(kernel: LiveKernel) -> int:
-    """Count a kernel's units."""
     assert isinstance(kernel, HostKernel)
-    return int(kernel.units)
+    kernel.take(pool, which)  # outgoing weights are zero in the pool, too
+    return kernel
