@@ -200,7 +200,15 @@ def test_a_paused_run_decides_nothing_and_an_asked_for_site_is_raced_next() -> N
     torch.manual_seed(0)
     net, events = Net(), []
     optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
-    growth = esper.grow(net, optimizer, loss_fn, probe=[clusters(128)], steps=STEPS, on_event=events.append)
+    growth = esper.grow(
+        net,
+        optimizer,
+        loss_fn,
+        probe=[clusters(128)],
+        steps=STEPS,
+        growth="incubate",
+        on_event=events.append,
+    )
 
     def train(steps: int) -> list[Any]:
         for _ in range(steps):

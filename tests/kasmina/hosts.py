@@ -139,7 +139,7 @@ class Loop:
         self.probe = [batch(kind, 128)]
         self.events: list[Event] = []
         self.data = torch.Generator().manual_seed(1)
-        given = {"steps": 200, "config": {"schedule": {"warmup": 0.01}}, **options}
+        given = {"steps": 200, "growth": "incubate", "config": {"schedule": {"warmup": 0.01}}, **options}
         torch.manual_seed(2)
         self.growth = (
             esper.grow(

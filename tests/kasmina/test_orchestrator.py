@@ -208,6 +208,7 @@ class Run:
             steps=STEPS,
             config=config,
             budget={"growth_factor": 10.0},
+            growth="incubate",
             on_event=self.events.append,
         )
         torch.manual_seed(1)

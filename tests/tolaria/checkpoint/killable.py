@@ -73,6 +73,7 @@ class Training:
             steps=STEPS,
             ema=[self.average],
             budget={"growth_factor": 8.0},
+            growth="incubate",
             on_event=self.events.append,
         )
         loader = DataLoader(

@@ -32,6 +32,7 @@ from tests.tolaria.distributed.forks import Ranks, play
 CLASSES, ROWS, BATCH, EPOCHS, EVERY = 8, 96, 16, 8, 5
 STEPS = EPOCHS * ROWS // BATCH
 CONFIG: dict[str, Any] = {
+    "growth": "incubate",
     "blueprints": ["widen", "residual_mlp"],
     "budget": {"growth_factor": 20.0, "growth_events": 4},
     "schedule": {"warmup": 0.05, "stop": 0.6, "plateau": False, "embargo": 0.02, "patience": 100},

@@ -46,6 +46,7 @@ class Run:
             probe=[clusters(10_000 + seed, 256)],
             steps=STEPS,
             budget={"growth_factor": 8.0},
+            growth="incubate",
             seed=seed,
             on_event=self.told,
         )
