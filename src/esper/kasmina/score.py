@@ -196,13 +196,14 @@ class Score:
         flat = {"new": step, "own": -(regression[:, which] @ step)}  # (units, out), (c + 1, out)
         self.chosen[name] = Scored(report, kernel, flat, np.empty(0))
 
-    def test(self, runs: Sequence[Run], additive: bool, seed: int) -> None:
+    def test(self, runs: Sequence[Run], additive: bool, seed: int, shared: bool = True) -> None:
         """Look at held-out examples.
 
         Args:
             runs: Passes to mean losses, each with its number of examples.
             additive: Whether a loss is the mean of its examples', so that each of them counts alone.
             seed: Of random numbers in the passes.
+            shared: Whether every process looks at the same examples; else all of theirs count.
         """
         found: dict[str, list[Tensor]] = {name: [] for name in self.chosen}
         with judging(self.model), untouched(self.model, seed), torch.enable_grad():
@@ -212,8 +213,10 @@ class Score:
                     found[name].append(values if additive else values.mean(0, keepdim=True))
         for name, parts in found.items():
             if parts:
-                joined = self.peers.gather(torch.cat(parts))
-                self.chosen[name].values = joined.double().cpu().numpy()
+                own = torch.cat(parts)
+                joined = (own if shared else self.peers.gather(own)).double().cpu().numpy()
+                heard = self.peers.hear(joined.tobytes()) if self.peers.world > 1 else joined.tobytes()
+                self.chosen[name].values = np.frombuffer(heard, dtype=np.float64)
 
     def values(self, name: str, sight: Sight, examples: int) -> Tensor:
         """Return the first-order decrease of each example's loss, (examples,)."""

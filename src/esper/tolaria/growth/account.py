@@ -9,6 +9,9 @@ from typing import Any, Literal
 Verdict = Literal["nothing", "open", "kept", "taken back"]
 
 
+CHANCE = 0.05  # p-values above it are none at all
+
+
 @dataclass
 class Looked:
     """One place at one event.
@@ -46,7 +49,7 @@ class EventRecord:
     why: str
     held_out: float | None  # mean held-out loss before it
     training: float | None  # mean of the latest training losses
-    examples: int  # held out
+    examples: int  # held out, or batches where the loss couples examples
     looked: list[Looked] = field(default_factory=list)
     reopened: str = "no"
     verdict: Verdict = "nothing"
@@ -164,7 +167,11 @@ def advise(
     if looked and not wide and not any(one.grown for one in looked):
         if any(one.reason == "the budget is spent" for one in looked):
             found.append("the budget leaves no room: raise budget={'parameters': …} or 'growth_factor'")
-        elif all((one.p_value or 1.0) > 0.05 for one in looked):
+        elif all(one.p_value is None for one in looked):
+            found.append(
+                "no place could be judged: hold out more, or pass per_example= where the loss couples"
+            )
+        elif all(one.p_value is None or one.p_value > CHANCE for one in looked):
             found.append("new units would not lower the loss of held-out examples: the model is wide enough")
         else:
             found.append("there is some evidence, not enough: a larger probe would tell")

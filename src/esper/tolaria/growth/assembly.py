@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -30,11 +30,13 @@ from esper.tamiyo.controller import Tamiyo
 from esper.tolaria.distributed.wrapping import Wrapping
 from esper.tolaria.growth.budget import Limits, limits, merged_budget
 from esper.tolaria.growth.commit import Committer
-from esper.tolaria.growth.entrance import first_probe, named_optimizers
+from esper.tolaria.growth.entrance import first_probe, held_out, named_optimizers, refuse_uneven
 from esper.tolaria.growth.forging import Forging
 from esper.tolaria.growth.streams import Streams
 from esper.tolaria.surgery.adoption import refuse_homeless
 from esper.tolaria.surgery.own import OwnOptimizers
+
+PerExample = Callable[[nn.Module, Any], Tensor]
 
 SETTLING = 20  # steps until BatchNorm's running statistics (momentum 0.1) have forgotten 88 %
 
@@ -63,6 +65,8 @@ class Parts:
     averages: Sequence[nn.Module]
     schedulers: Sequence[Any]
     run: Callable[[Any], Tensor]
+    example: Any  # a batch like the loop's where the stream is its own probe, else None
+    per_example: PerExample | None
     latency_ms: Callable[[], float]
     host_parameters: int
     host_flops: int
@@ -77,8 +81,10 @@ def assemble(
     wrapping: Wrapping,
     optimizer: Optimizer | Mapping[str, Optimizer],
     loss_fn: LossFunction,
-    probe: Iterable[Any],
+    probe: Iterable[Any] | Literal["stream"],
     *,
+    example: Any,
+    per_example: PerExample | None,
     steps: int | None,
     schedulers: Sequence[Any],
     scaler: Any,
@@ -94,7 +100,9 @@ def assemble(
     host = policy.host
     optimizers = named_optimizers(optimizer, host)
     with policy.uncompiled(), wrapping.whole():
-        batch = first_probe(probe, host, loss_fn)
+        held = held_out(probe, example)
+        batch = first_probe(held, host, loss_fn)
+        refuse_uneven(per_example, host, batch)
         model = MorphableModel(
             host,
             lambda: loss_fn(host, batch),
@@ -116,7 +124,7 @@ def assemble(
     def fallback(what: str, why: str) -> None:
         observe(Event("fallback", orchestrator.step, {"what": what, "why": why}))
 
-    gate = Gate(host, loss_fn, probe, config.gate, looks(model, config), fallback, peers)
+    gate = Gate(host, loss_fn, held, config.gate, looks(model, config), fallback, peers)
     committer = Committer(
         model, optimizers, ema, lambda: loss_fn(host, batch), config.new_slot_state, observe, peers
     )
@@ -181,7 +189,9 @@ def assemble(
         limits=limits(merged, model.parameter_count(), model.flops),
         observe=observe,
         loss_fn=loss_fn,
-        probe=probe,
+        probe=held,
+        example=example if isinstance(probe, str) else None,
+        per_example=per_example,
         averages=ema,
         schedulers=schedulers,
         run=given.run,

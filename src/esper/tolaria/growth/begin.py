@@ -17,7 +17,7 @@ from esper.kasmina.sites import Sites
 from esper.nissa.journal import RunJournal
 from esper.tolaria.distributed.wrapping import wrapping_of
 from esper.tolaria.governor import Settings, Watch
-from esper.tolaria.growth.assembly import assemble
+from esper.tolaria.growth.assembly import PerExample, assemble
 from esper.tolaria.growth.conductor import Growth
 from esper.tolaria.growth.entrance import refuse_host
 from esper.tolaria.growth.recipe import with_growth
@@ -28,7 +28,9 @@ def grow(
     optimizer: Optimizer | Mapping[str, Optimizer],
     loss_fn: LossFunction,
     *,
-    probe: Iterable[Any],
+    probe: Iterable[Any] | Literal["stream"],
+    example: Any = None,
+    per_example: PerExample | None = None,
     steps: int | None = None,
     schedulers: Sequence[Any] = (),
     scaler: Any = None,
@@ -50,7 +52,11 @@ def grow(
         optimizer: The one that trains it, or several by name: any of ``torch.optim``, see docs/optimizers.md.
         loss_fn: ``loss_fn(model, batch) -> scalar``, the same one the loop calls; axis 0 of every tensor of a
             batch is the example axis.
-        probe: Batches held out of training, re-iterable: the evidence that growth must bring.
+        probe: Batches held out of training, re-iterable: the evidence that growth must bring. ``"stream"``
+            where the loop sees each example once: the coming batch is evidence before it is learned from.
+        example: With ``probe="stream"``, a batch like the loop's, to find the places with.
+        per_example: ``per_example(model, batch) -> (examples,)`` losses, where ``loss_fn`` couples examples
+            and each of them could be evidence of its own; without it such batches count as one each.
         steps: Optimizer steps of the run; growth is spread over them. Without it only a stall of the loss
             grows.
         schedulers: Learning-rate schedulers; widened parameters stay in their groups, so they need no change.
@@ -93,6 +99,8 @@ def grow(
         optimizer,
         loss_fn,
         probe,
+        example=example,
+        per_example=per_example,
         steps=steps,
         schedulers=schedulers,
         scaler=scaler,

@@ -81,6 +81,7 @@ class Growth:
         if self.recipe == "early":
             with self.morphable.policy.uncompiled(), parts.wrapping.whole():
                 self.early = Early(self)
+            parts.warnings.extend(self.early.doubts())
         self._tell_start()
 
     @property

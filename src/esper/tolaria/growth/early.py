@@ -26,6 +26,7 @@ from esper.tamiyo.early import allocate
 from esper.tolaria.growth.account import EventRecord, Looked, Point, record_from
 from esper.tolaria.growth.evidence import Evidence, Found
 from esper.tolaria.growth.insertion import How, Insertion
+from esper.tolaria.growth.streamed import Streamed
 from esper.tolaria.growth.takeback import Before
 from esper.tolaria.growth.timetable import Timetable
 
@@ -60,7 +61,7 @@ class Early:
         self.growth, self.parts = growth, growth.parts
         self.settings = growth.config.early
         self.insertion = Insertion(self.parts.committer)
-        self.evidence = Evidence(growth)
+        self.evidence = Streamed(growth) if self.parts.example is not None else Evidence(growth)
         self.timetable = Timetable(growth)
         self.spending = Spending(growth.config.gate.false_keep)
         self.open: Judged | None = None
@@ -72,6 +73,17 @@ class Early:
     def growing(self) -> bool:
         """Whether anything may still grow, or be taken back."""
         return self.open is not None or self.waiting is not None or self.timetable.pending
+
+    def doubts(self) -> list[str]:
+        """Say at the start what would keep anything from growing."""
+        evidence, streamed = self.evidence, self.parts.example is not None
+        if streamed or evidence.found_values >= evidence.smallest:
+            return []
+        what = "examples" if evidence.additive else "batches, which the loss couples the examples of,"
+        return [
+            f"the probe has {evidence.found_values} {what} and nothing can pass with fewer than "
+            f"{evidence.smallest}: hold out more" + ("" if evidence.additive else ", or pass per_example=")
+        ]
 
     # -- the loop --------------------------------------------------------------------------------------------
 
@@ -92,7 +104,9 @@ class Early:
         if growth.asked is None and now < self.timetable.wake:
             return
         self.evidence.collect(growth.batches[-1], loss)
-        why = "asked for" if growth.asked is not None else self.timetable.reason(now, loss)
+        why = self.evidence.due()
+        if why is None:
+            why = "asked for" if growth.asked is not None else self.timetable.reason(now, loss)
         if why is None or growth.paused:
             return
         if self.parts.wrapping.deferred:
@@ -122,6 +136,9 @@ class Early:
         growth = self.growth
         if self.open is not None and not self.judge(early=True):
             self.timetable.put_off(self.open.until)  # nothing grows on what may be taken back
+            return
+        if not self.evidence.ready(why):
+            self.timetable.wake = 0
             return
         only, growth.asked = growth.asked, None
         free = {name: p for name, p in self.places().items() if only in (None, name)}

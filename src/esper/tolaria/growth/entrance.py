@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from esper.errors import LossError, OptimizerError, ProbeError, SiteError
+from esper.kasmina.evidence import count_examples
 from esper.kasmina.gate import check_probe
 from esper.kasmina.isolation import evaluating, untouched
 
@@ -107,6 +108,41 @@ def first_probe(probe: Any, model: nn.Module, loss_fn: Any) -> Any:
             ) from error
     check_loss(loss)
     return batch
+
+
+def held_out(probe: Any, example: Any) -> Any:
+    """Return the held-out batches; where the stream is its own probe, the example stands for them at the start.
+
+    Raises:
+        ProbeError: Another word than "stream", or no example beside it.
+    """
+    if not isinstance(probe, str):
+        return probe
+    if probe != "stream":
+        raise ProbeError(f"probe={probe!r}; give held-out batches, or 'stream' where each is seen once")
+    if example is None:
+        raise ProbeError(
+            "probe='stream' leaves no batch to find the places with; pass example=, a batch like the loop's"
+        )
+    return [example]
+
+
+def refuse_uneven(per_example: Any, model: nn.Module, batch: Any) -> None:
+    """Refuse a ``per_example`` that does not give one loss per example.
+
+    Raises:
+        LossError: With what it gave.
+    """
+    if per_example is None:
+        return
+    with untouched(model), evaluating(model):
+        losses = per_example(model, batch)
+    wanted = count_examples(batch)
+    if not isinstance(losses, Tensor) or losses.shape != (wanted,) or not losses.is_floating_point():
+        found = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+        raise LossError(
+            f"per_example(model, batch) gave {found}; {wanted} losses are needed, one per example"
+        )
 
 
 def check_loss(loss: Any) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from esper.kasmina.evidence import additive, count_examples, join
 from esper.kasmina.isolation import evaluating, untouched
@@ -17,10 +17,11 @@ from esper.kasmina.places import Place
 from esper.kasmina.reopen import TEMPER, guess, output_layers, tempered
 from esper.kasmina.score import Score, Scored
 from esper.kasmina.sight import Run
-from esper.kasmina.significance import p_value
+from esper.kasmina.significance import p_value, smallest
 
 SHARE = 0.006  # of the examples that a run trains on, which an event reads at most
 LEAST = 128  # examples it reads all the same: fewer are hardly evidence
+BLOCKS = 32  # batches it reads where the loss couples their examples
 RECENT = 20  # of the latest losses, by which a saturated host is told
 
 
@@ -30,7 +31,7 @@ class Found:
 
     scored: Mapping[str, Scored]
     held_out: float  # mean loss in eval mode, as the model is
-    examples: int  # held out
+    examples: int  # held out, or batches where the loss couples examples
     additive: bool  # whether each example is evidence of its own
     flops: int  # spent on it
 
@@ -48,7 +49,10 @@ class Evidence:
     Attributes:
         outputs: The output layer, in a list; empty where there is none.
         guess: The loss of equal logits where the loss is cross-entropy.
+        found_values: Held-out values that an event can look at: examples, or batches where these are coupled.
     """
+
+    shared = True  # every process reads the same held-out examples
 
     def __init__(self, growth: Any) -> None:
         self.growth, self.parts = growth, growth.parts
@@ -58,7 +62,9 @@ class Evidence:
         self.outputs: list[nn.Module] = []
         self.guess: float | None = None
         self.additive: bool | None = None
-        self.learn_loss(self.probe())
+        held = self.probe()
+        self.learn_loss(held)
+        self.found_values = sum(map(count_examples, held)) if self.additive else len(held)
 
     @property
     def host(self) -> nn.Module:
@@ -75,7 +81,9 @@ class Evidence:
         self.losses.append(loss)
         self.batches.append(batch)
         size = max(count_examples(batch), 1)
-        if self.parts.steps is not None:  # a short run's events read less
+        if not self.additive:  # each batch is one value, so it takes as many as there may be
+            self.most = max(self.growth.config.early.examples, BLOCKS * size)
+        elif self.parts.steps is not None:  # a short run's events read less
             share = int(SHARE * self.parts.steps * size)
             self.most = min(max(share, LEAST), self.growth.config.early.examples)
         while len(self.batches) > 1 and (len(self.batches) - 1) * size >= self.most:
@@ -92,10 +100,19 @@ class Evidence:
                     break
         return batches
 
+    def ready(self, why: str) -> bool:
+        """Tell whether the evidence for an event is there."""
+        return True
+
+    def due(self) -> str | None:
+        """Return why an event came that has waited for its evidence."""
+        return None
+
     def learn_loss(self, held: Sequence[Any]) -> None:
         """Find out once what kind of loss this is."""
         few = first(held[0], 64)
-        self.additive = additive(self.host, self.parts.loss_fn, few)
+        by_example = self.parts.per_example is not None
+        self.additive = by_example or additive(self.host, self.parts.loss_fn, few)
         with evaluating(self.host), untouched(self.host, 0):
             self.outputs = output_layers(self.host, lambda: self.parts.run(few))
             self.guess = guess(self.outputs, lambda: self.parts.run(few))
@@ -113,18 +130,32 @@ class Evidence:
         alone = self.additive is True
         with tempered(self.outputs, TEMPER if self.guess is not None else 1.0):
             score.fit(self.runs([*self.batches], alone), seed)
-            score.test(self.runs(held, alone), alone, seed)
+            score.test(self.runs(held, alone), alone, seed, shared=self.shared)
         examples = sum(count_examples(batch) for batch in held)
         seen = sum(count_examples(batch) for batch in self.batches)
         flops = score.flops + self.growth.morphable.flops * (3 * min(seen, self.most) + 4 * examples)
         self.batches.clear()
-        return Found(score.chosen, self.held_out(held), examples, alone, flops)
+        values = examples if alone else len(held)
+        return Found(score.chosen, self.held_out(held), values, alone, flops)
 
     def runs(self, batches: Sequence[Any], alone: bool) -> list[Run]:
         """Return passes over batches: joined where examples count alone, as they came where they do not."""
         given = join(batches) if alone else list(batches)
         few = [first(batch, self.most) for batch in given]
-        return [((lambda b=batch: self.parts.run(b)), count_examples(batch)) for batch in few]
+        run = self.parts.run if self.parts.per_example is None else self.mean_of_examples
+        return [((lambda b=batch: run(b)), count_examples(batch)) for batch in few]
+
+    def mean_of_examples(self, batch: Any) -> Tensor:
+        """Return the mean of the losses that ``per_example`` gives."""
+        return self.parts.per_example(self.host, batch).mean()
+
+    @property
+    def smallest(self) -> int:
+        """The fewest held-out values that could pass at the first event."""
+        places = max(len(self.growth.morphable.places), 1)
+        share = self.growth.config.gate.false_keep / 2
+        alone = share if places == 1 else share / 2 / places
+        return smallest(alone, of_blocks=self.additive is not True)
 
     def held_out(self, held: Sequence[Any] | None = None) -> float:
         """Return the mean held-out loss in eval mode; rank 0's counts."""

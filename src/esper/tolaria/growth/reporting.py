@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from esper.kasmina.significance import smallest
 from esper.tolaria.growth.account import EventRecord, Report, advise
 
 
@@ -13,10 +12,7 @@ def report(growth: Any) -> Report:
     parts, early = growth.parts, growth.early
     events: list[EventRecord] = [] if early is None else early.records
     due = [] if early is None or growth.finished else list(early.timetable.due)
-    needed = None
-    if early is not None:
-        threshold = growth.config.gate.false_keep / 2 / max(len(growth.morphable.places), 1)
-        needed = smallest(threshold, of_blocks=early.evidence.additive is not True)
+    needed = None if early is None else early.evidence.smallest
     training = growth.cost.training_flops
     return Report(
         events=events,

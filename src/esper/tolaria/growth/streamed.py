@@ -1,0 +1,98 @@
+"""Evidence from the stream itself: a batch that comes is held out until it is learned from.
+
+For runs that see each example once. When an event is due the weights are remembered; the batches of the next
+steps, which those weights have not learned from, are the evidence. The look is taken at the remembered
+weights; what passes is inserted into the weights as they are by then, a few steps later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from esper.kasmina.evidence import count_examples
+from esper.kasmina.places import Place
+from esper.tolaria.growth.evidence import Evidence, Found
+
+
+class Streamed(Evidence):
+    """Reads the coming batches.
+
+    Attributes:
+        waiting: Why the event came whose evidence is being gathered.
+    """
+
+    shared = False
+
+    def __init__(self, growth: Any) -> None:
+        self.coming: list[Any] = []
+        self.earlier: dict[str, Tensor] = {}
+        self.waiting: str | None = None
+        super().__init__(growth)
+
+    def ready(self, why: str) -> bool:
+        """Remember the weights where an event is due; from then on collect what they have not seen."""
+        if self.waiting is None:
+            self.waiting = why
+            self.earlier = {name: p.detach().clone() for name, p in self.host.named_parameters()}
+            return False
+        return sum(map(count_examples, self.coming)) >= self.most
+
+    def due(self) -> str | None:
+        """Return why the event came whose evidence is complete."""
+        return self.waiting if self.waiting is not None and self.ready(self.waiting) else None
+
+    def collect(self, batch: Any, loss: float) -> None:
+        """Keep a batch: as evidence while an event waits for it."""
+        if self.waiting is None:
+            super().collect(batch, loss)
+        else:
+            self.losses.append(loss)
+            self.coming.append(batch)
+
+    def probe(self) -> list[Any]:
+        """Return the batches that have come; at the start, the example."""
+        return self.coming or [self.parts.example]
+
+    def look(self, places: Mapping[str, Place], units: Mapping[str, int]) -> Found:
+        """Measure places at the weights the batches have not been learned by."""
+        with self.at_earlier_weights():
+            found = super().look(places, units)
+        self.coming.clear()
+        self.earlier.clear()
+        self.waiting = None
+        return found
+
+    def held_out(self, held: Sequence[Any] | None = None) -> float:
+        """Return the mean of the latest losses: each was taken before its batch was learned from."""
+        return self.growth.peers.agree([sum(self.losses) / len(self.losses)])[0]
+
+    @contextmanager
+    def at_earlier_weights(self) -> Iterator[None]:
+        """Let the host have the remembered weights for a few passes."""
+        own = dict(self.host.named_parameters())
+        now = {name: own[name].detach().clone() for name in self.earlier}
+        try:
+            with torch.no_grad():
+                for name, tensor in self.earlier.items():
+                    own[name].copy_(tensor)
+            yield
+        finally:
+            with torch.no_grad():
+                for name, tensor in now.items():
+                    own[name].copy_(tensor)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was gathered."""
+        gathered = {"coming": self.coming, "earlier": self.earlier, "waiting": self.waiting}
+        return {**super().state_dict(), **gathered}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on gathering."""
+        super().load_state_dict(state)
+        self.coming, self.earlier = list(state["coming"]), dict(state["earlier"])
+        self.waiting = state["waiting"]
