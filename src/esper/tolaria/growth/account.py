@@ -169,7 +169,7 @@ def advise(
             found.append("the budget leaves no room: raise budget={'parameters': …} or 'growth_factor'")
         elif all(one.p_value is None for one in looked):
             found.append(
-                "no place could be judged: hold out more, or pass per_example= where the loss couples"
+                "no place could be judged: hold out more, or pass per_example="
             )
         elif all(one.p_value is None or one.p_value > CHANCE for one in looked):
             found.append("new units would not lower the loss of held-out examples: the model is wide enough")

@@ -111,7 +111,7 @@ def first_probe(probe: Any, model: nn.Module, loss_fn: Any) -> Any:
 
 
 def held_out(probe: Any, example: Any) -> Any:
-    """Return the held-out batches; where the stream is its own probe, the example stands for them at the start.
+    """Return the held-out batches; where the stream is its own probe, the example stands for them at first.
 
     Raises:
         ProbeError: Another word than "stream", or no example beside it.
