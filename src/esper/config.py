@@ -35,6 +35,9 @@ class Early(Section):
     reopen: Literal["auto", "output", "shrink", "no"] = Field(
         "auto", description="what an event does to a saturated host, see docs/how-it-grows.md"
     )
+    false_keep: float = Field(
+        0.02, gt=0, lt=1, description="probability that a run keeps anything where nothing helps"
+    )
     enough: float = Field(
         0.08,
         ge=0,

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from esper.contracts import Site
 from esper.tamiyo.controller import Room
 
+LATEST = 0.75  # of its share of the learning, in steps
 HALVINGS = 12  # of the interval in which the share lies that the budget allows
 
 Cost = Callable[
@@ -19,8 +20,9 @@ Cost = Callable[
 def due(shares: Sequence[float], rates: Sequence[float] | None, steps: int) -> list[int]:
     """Return the steps of a run at which it has done these shares of its learning.
 
-    Learning is the sum of learning rates: under a constant rate a share of it is the same share of the
-    steps, under a cosine .1, .3, .5, .7 of it are .05, .15, .26, .4 of the steps.
+    Learning is the sum of learning rates: under a cosine .07, .2, .4, .6 of it are .04, .1, .21, .33 of the
+    steps. A rate that stays is no reason to wait: no event comes later than three quarters of its share in
+    steps (letter at a constant rate: 0.25 points below the full net then, 0.66 without).
 
     Args:
         shares: Of the learning, in (0, 1).
@@ -34,7 +36,7 @@ def due(shares: Sequence[float], rates: Sequence[float] | None, steps: int) -> l
     for share in shares:
         while at < len(learned) - 1 and learned[at] < share * learned[-1]:
             at += 1
-        found.add(at + 1)
+        found.add(max(min(at + 1, round(LATEST * share * steps)), 1))
     return sorted(found) if learned[-1] > 0 else []
 
 

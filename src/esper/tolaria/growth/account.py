@@ -168,9 +168,7 @@ def advise(
         if any(one.reason == "the budget is spent" for one in looked):
             found.append("the budget leaves no room: raise budget={'parameters': …} or 'growth_factor'")
         elif all(one.p_value is None for one in looked):
-            found.append(
-                "no place could be judged: hold out more, or pass per_example="
-            )
+            found.append("no place could be judged: hold out more, or pass per_example=")
         elif all(one.p_value is None or one.p_value > CHANCE for one in looked):
             found.append("new units would not lower the loss of held-out examples: the model is wide enough")
         else:

@@ -35,6 +35,7 @@ ENOUGH = "already wide enough"
 NEARLY, LATER = 1.5, 0.6  # times early.enough: who is asked again, and what it must be below then
 SPENT = "the budget is spent"
 REOPENED = 2  # times as long until a re-opened host is judged: its loss has been lifted first
+PROMISING = 0.3  # p-value below which an event that grew nothing is asked again before the next
 WITH_OTHERS = 0.25  # p-value up to which a place grows with the others, whose evidence carries it
 
 
@@ -63,7 +64,7 @@ class Early:
         self.insertion = Insertion(self.parts.committer)
         self.evidence = Streamed(growth) if self.parts.example is not None else Evidence(growth)
         self.timetable = Timetable(growth)
-        self.spending = Spending(growth.config.gate.false_keep)
+        self.spending = Spending(growth.config.early.false_keep)
         self.open: Judged | None = None
         self.waiting: str | None = None  # why an event waits for growth.rewrap()
         self.records: list[EventRecord] = []
@@ -164,6 +165,8 @@ class Early:
         passed = self.passing(record, found, free, units)
         final = self.allocated({name: free[name] for name in passed}, room)
         if not final:
+            if any(one.p_value is not None and one.p_value < PROMISING for one in record.looked):
+                self.timetable.again(growth.steps)
             self.decline(record, free, found.scored, "no evidence on held-out examples")
             return
         self.grow(record, found, free, final)

@@ -17,10 +17,10 @@ from esper.kasmina.places import Place
 from esper.kasmina.reopen import TEMPER, guess, output_layers, tempered
 from esper.kasmina.score import Score, Scored
 from esper.kasmina.sight import Run
-from esper.kasmina.significance import p_value, smallest
+from esper.kasmina.significance import Spending, p_value, smallest
 
-SHARE = 0.006  # of the examples that a run trains on, which an event reads at most
-LEAST = 128  # examples it reads all the same: fewer are hardly evidence
+SHARE = 0.008  # of the examples that a run trains on, which an event reads at most
+LEAST = 256  # examples it reads all the same: fewer are hardly evidence
 BLOCKS = 32  # batches it reads where the loss couples their examples
 RECENT = 20  # of the latest losses, by which a saturated host is told
 
@@ -151,9 +151,9 @@ class Evidence:
 
     @property
     def smallest(self) -> int:
-        """The fewest held-out values that could pass at the first event."""
+        """The fewest held-out values that could pass."""
         places = max(len(self.growth.morphable.places), 1)
-        share = self.growth.config.gate.false_keep / 2
+        share = Spending(self.growth.config.early.false_keep).share(1)  # the most that any event may spend
         alone = share if places == 1 else share / 2 / places
         return smallest(alone, of_blocks=self.additive is not True)
 

@@ -31,6 +31,7 @@ class Timetable:
         self.due = self.planned()
         self.settled = not self.parts.schedulers  # whether how often the schedulers move is known
         self.wake: float = 0
+        self.repeated = 0  # the step of the latest event that asked again
 
     @property
     def pending(self) -> bool:
@@ -81,6 +82,15 @@ class Timetable:
         """The last events, half of them: a new block pays once the ones before it have learned something."""
         return max(len(self.settings.shares) // 2, 1)
 
+    def again(self, now: int) -> None:
+        """Ask once more half-way to the next event, or half as far as the last one was."""
+        if self.trigger is not None or self.repeated >= now:
+            return
+        following = self.due[0] if self.due else min(now + now // 2, self.parts.steps or now)
+        self.repeated = (now + following) // 2
+        if now < self.repeated < following:
+            self.put_off(self.repeated)
+
     def put_off(self, step: int) -> None:
         """Let the event that is due wait until a step."""
         self.due, self.wake = sorted({step, *self.due}), 0
@@ -98,11 +108,12 @@ class Timetable:
     def state_dict(self) -> dict[str, Any]:
         """Return what is still due."""
         trigger = None if self.trigger is None else self.trigger.state_dict()
-        return {"due": list(self.due), "settled": self.settled, "trigger": trigger}
+        return {"due": list(self.due), "settled": self.settled, "trigger": trigger, "repeated": self.repeated}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on."""
         self.due, self.settled = list(state["due"]), state["settled"]
+        self.repeated = state["repeated"]
         if self.trigger is not None and state["trigger"] is not None:
             self.trigger.load_state_dict(state["trigger"])
         self.wake = 0
