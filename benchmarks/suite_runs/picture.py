@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -94,7 +95,10 @@ def panel(axes: Axes, record: Record) -> None:
 
 def limits(axes: Axes, ends: Sequence[float], higher_is_better: bool) -> None:
     """Show where runs end; their beginnings would squeeze it, and a loss near zero needs a log scale."""
-    low, high = min(ends), max(ends)
+    finite = [end for end in ends if math.isfinite(end)]  # an arm that diverged has no place
+    if not finite:
+        return
+    low, high = min(finite), max(finite)
     if higher_is_better:
         margin = max(0.3 * (high - low), 0.01)
         axes.set_ylim(low - margin, min(1.0, high + 0.5 * margin) + 0.002)
