@@ -4,7 +4,8 @@ small          the size growth starts at, no growth: grown's twin
 grown          ``esper.grow`` on its defaults; the budget is the full network's parameters
 same           fixed at the size the grown run of the same seed ended with, full length
 full           fixed at full size, full length
-equal          fixed at full size for as many steps as cost grown's mean FLOPs, its schedule fitted to them
+equal          fixed at full size for as many steps as cost grown's mean FLOPs, its schedule fitted to them;
+               at most twice the full length
 ladder-K       fixed at the K-th size from small to full; ``small`` and ``full`` are its ends
 gromo          the gromo package, where it is installed and can train the task
 
@@ -30,6 +31,7 @@ FIRST_SEED = 100  # of what is reported; Esper's defaults were chosen on seeds b
 SELECTION_SEEDS = (1000, 1001, 1002, 1003)  # two of them where a run is long
 POINTS = 12  # of a reported run's curve
 QUICK_STEPS = 24
+LONGEST = 2  # full lengths: more would take hours where growth on a tiny host costs many times the training
 Grid = dict[str, dict[float, list[Run]]]
 
 
@@ -165,7 +167,7 @@ class Part:
         """Return how many steps of the full network cost what these grown runs did on average."""
         full = (self.runs.get("full") or self.grid["full"][self.rates["full"]])[0]
         mean = mean_of([run.flops for run in grown]).mean
-        return max(2, round(mean / (full.flops / full.steps)))
+        return min(max(2, round(mean / (full.flops / full.steps))), LONGEST * self.steps)
 
 
 def best_rate(by_rate: Mapping[float, Sequence[Run]], higher_is_better: bool) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from benchmarks.suite_runs.joining import mean
 
 matplotlib.use("Agg")
 COLUMNS = 4
+DECADES = 1e-4  # of a loss: what is below is zero for every purpose
 LINES = {"full": "#7a7a7a", "small": "#c49a3a", "grown": "#1f77b4"}
 LABELS = {"full": "fixed, full size", "small": "fixed, small", "grown": "grown"}
 LADDER, EQUAL, SAME, GROMO = "#b0b0b0", "#2a9d6f", "#d1495b", "#8e5ea2"
@@ -81,9 +83,8 @@ def panel(axes: Axes, record: Record) -> None:
             end = mean(runs, "flops") / 1e9, mean(runs, "test")
             axes.plot(*end, marker, color=colour, ms=size, label=label, zorder=4)
     axes.set_xscale("log")
-    heights = [y for _, y in ladder] + [
-        mean(record.runs[arm], "test") for arm in ("grown", "same", "equal") if arm in record.runs
-    ]
+    ends = [arm for arm in record.runs if arm != "small"]  # the small network may be nowhere near
+    heights = [mean(record.runs[arm], "test") for arm in ends]
     limits(axes, heights, task.higher_is_better)
     axes.set_title(f"{task.name}, {record.schedule}" + ("" if task.selection else " (held out)"), fontsize=10)
     axes.set_ylabel(f"test {task.metric}", fontsize=9)
@@ -94,13 +95,16 @@ def panel(axes: Axes, record: Record) -> None:
 
 def limits(axes: Axes, ends: Sequence[float], higher_is_better: bool) -> None:
     """Show where runs end; their beginnings would squeeze it, and a loss near zero needs a log scale."""
-    low, high = min(ends), max(ends)
+    finite = [end for end in ends if math.isfinite(end)]  # an arm that diverged has no place
+    if not finite:
+        return
+    low, high = min(finite), max(finite)
     if higher_is_better:
         margin = max(0.3 * (high - low), 0.01)
         axes.set_ylim(low - margin, min(1.0, high + 0.5 * margin) + 0.002)
     elif low > 0 and high / low > 3:
         axes.set_yscale("log")
-        axes.set_ylim(low / 1.5, high * 2)
+        axes.set_ylim(max(low, high * DECADES) / 1.5, high * 2)
         axes.yaxis.set_minor_formatter(NullFormatter())
     else:
         margin = max(0.3 * (high - low), 0.02 * high)
