@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from esper.blueprints.kernel import LiveKernel
 from esper.errors import ProcessError
+from esper.kasmina.isolation import same_randomness
 from esper.kasmina.places import WidenPlace
 from esper.kasmina.reopen import TEMPER, multiply
 from esper.kasmina.stack import DepthKernel, Stack
@@ -140,7 +141,8 @@ def fitted(place: WidenPlace, given: LiveKernel, units: int) -> HostKernel[Any]:
         given: Its units are used, the first ones where fewer are asked for.
         units: How many.
     """
-    kernel = place.kernel(units)
+    with same_randomness(0):  # what it draws is overwritten; the user's stream stays where it is
+        kernel = place.kernel(units)
     assert isinstance(kernel, HostKernel)
     tensors = {**dict(given.named_parameters()), **dict(given.named_buffers())}
     with torch.no_grad():
