@@ -7,6 +7,19 @@ from typing import Any
 from esper.tolaria.growth.account import EventRecord, Report, advise
 
 
+OUTPUT = "the output layer: its width is the task's"
+
+
+def refusals(growth: Any) -> list[tuple[str, str]]:
+    """List the places where nothing can grow, each with the reason in the user's words."""
+    outputs = [] if growth.early is None else growth.early.evidence.outputs
+    last = {path for path, module in growth.morphable.host.named_modules() if module in outputs}
+    return [
+        (refusal.place, OUTPUT if refusal.place in last else refusal.reason)
+        for refusal in growth.morphable.refusals
+    ]
+
+
 def report(growth: Any) -> Report:
     """Return why what grew grew, and why the rest did not."""
     parts, early = growth.parts, growth.early
@@ -16,7 +29,7 @@ def report(growth: Any) -> Report:
     training = growth.cost.training_flops
     return Report(
         events=events,
-        refused=[(refusal.place, refusal.reason) for refusal in growth.morphable.refusals],
+        refused=refusals(growth),
         size=(parts.host_parameters, growth.morphable.parameter_count()),
         flops=(parts.host_flops, growth.morphable.flops),
         cost=growth.cost.growth_flops / training if training else None,
