@@ -6,7 +6,6 @@ from typing import Any
 
 from esper.tolaria.growth.account import EventRecord, Report, advise
 
-
 OUTPUT = "the output layer: its width is the task's"
 
 
