@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pkgutil
+import sys
 from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
@@ -13,8 +14,8 @@ from esper.errors import MissingExtraError, RegistryError, nearest
 
 
 @cache
-def _registered(group: str) -> tuple[EntryPoint, ...]:
-    """List what other packages register: read once, for it means opening a file of every package (4 ms)."""
+def _registered(group: str, path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
+    """List what packages on a path register: read once, for a file of every package is opened (4 ms)."""
     return tuple(entry_points(group=group))
 
 
@@ -65,7 +66,7 @@ class Registry:
         return sorted(module.name for module in found if not module.name.startswith("_"))
 
     def _entries(self) -> tuple[EntryPoint, ...]:
-        return _registered(self.group)
+        return _registered(self.group, tuple(sys.path))
 
     def _export(self, name: str) -> Any:
         module = import_module(f"{self.package}.{name}")

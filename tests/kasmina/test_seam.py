@@ -187,7 +187,7 @@ def test_a_thousand_lives_of_a_seed_leave_nothing(no_collector: None) -> None:
     decision = orchestrator.trial.decision  # type: ignore[union-attr]
     orchestrator.cull("the test begins")
     orchestrator.wake_embargoed(growth.steps)
-    measured = growth._survey([decision.site])[decision.site]
+    measured = growth.incubation.survey([decision.site])[decision.site]
     before = {n: p.clone() for n, p in loop.net.state_dict().items()}
     races: list[weakref.ref] = []
     for step in range(1000):

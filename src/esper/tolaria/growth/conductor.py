@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -14,12 +14,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from esper.config import Config
-from esper.contracts import Decision, Event, Outcome
+from esper.contracts import Event, Outcome
 from esper.errors import FinishedError, SiteError, StateError, nearest
-from esper.kasmina.evidence import count_examples, join
+from esper.kasmina.evidence import count_examples
 from esper.kasmina.flops import Ledger
-from esper.kasmina.health import Measured, measure
-from esper.kasmina.lessons import Step, first
 from esper.kasmina.morphable import MorphableModel
 from esper.kasmina.orchestrator import SeedOrchestrator
 from esper.kasmina.peers import Peers
@@ -28,20 +26,18 @@ from esper.tolaria.genome import Plan, units_of
 from esper.tolaria.governor import Watch
 from esper.tolaria.growth.account import Report
 from esper.tolaria.growth.assembly import Parts
-from esper.tolaria.growth.boundary import Word, bits, meet, realign, same_decision, topology
+from esper.tolaria.growth.boundary import Word, bits, meet, realign, topology
 from esper.tolaria.growth.early import Early
 from esper.tolaria.growth.entrance import check_finite, check_loss
+from esper.tolaria.growth.incubation import Incubation
 from esper.tolaria.growth.memory import capture, restore
 from esper.tolaria.growth.recipe import Recipe, recipe_of
 from esper.tolaria.growth.redo import Redo
 from esper.tolaria.growth.reporting import report
-from esper.tolaria.growth.telling import decided, size_and_cost, started, surveyed
+from esper.tolaria.growth.telling import size_and_cost, started
 from esper.tolaria.saving import save
 from esper.tolaria.surgery.closures import before_closures
 from esper.tolaria.surgery.steps import Steps
-
-POOL = 32  # directions a survey compares
-SURVEYED = 32  # examples, on a host whose steps are dear
 
 
 class Growth:
@@ -77,6 +73,7 @@ class Growth:
         self.hooks = [before_closures(o, self._begin_evaluation) for o in parts.optimizers.values()]
         self.metrics: dict[str, float] = {}  # of the latest epoch
         self.recipe: Recipe = recipe_of(self.config.growth, self.morphable)
+        self.incubation = Incubation(self)
         self.early: Early | None = None
         if self.recipe == "early":
             with self.morphable.policy.uncompiled(), parts.wrapping.whole():
@@ -121,7 +118,7 @@ class Growth:
         if self.watch is None and self.peers.world == 1:
             check_finite(value, self.steps)
         self.batches.append(batch)
-        examples = self._examples(batch) * max(self.evaluations, 1)
+        examples = count_examples(batch) * max(self.evaluations, 1)
         self.evaluations = 0
         self.cost.train(3 * self.morphable.flops * examples)  # backward costs twice the forward
         self.orchestrator.examples += examples
@@ -164,65 +161,8 @@ class Growth:
         if self.early is not None:
             self.early.step(loss)
             return
-        if self.recipe == "off":
-            return
-        if self.parts.forging.orders:
-            self.parts.forging.collect(self.steps)
-        if self.orchestrator.trial is not None:
-            outcome = self.orchestrator.advance(tuple(self.batches), loss, self.steps)
-            if outcome is not None:
-                self._conclude(outcome)
-            return
-        self.orchestrator.advance(tuple(self.batches), loss, self.steps)
-        if self.orchestrator.cooling():
-            self.orchestrator.wake_embargoed(self.steps)
-            if all(self.orchestrator.embargoed(name) for name in self.morphable.places):
-                return
-        why = self.tamiyo.due(self.steps, loss)
-        if self.asked is not None:
-            why = "asked for"
-        why = self.redo.due(why)
-        if why is not None and not self.paused:
-            self._decide(why)
-
-    def _conclude(self, outcome: Outcome) -> None:
-        self.events_kept += outcome.kept
-        self.tamiyo.learn(outcome, self.steps)
-        self.topology = topology(self.plans)
-
-    def _decide(self, why: str) -> None:
-        """Survey the free sites, let Tamiyo choose, and germinate what was chosen."""
-        with self.parts.wrapping.whole():
-            self._choose(why)
-
-    def _choose(self, why: str) -> None:
-        only, self.asked = self.asked, None
-        free = [n for n in self.morphable.places if not self.orchestrator.embargoed(n) and only in (None, n)]
-        measured = self._survey(free)
-        sites = [self.morphable.places[n].site for n in free]
-        reports = {name: m.report for name, m in measured.items()}
-        rng = self.parts.streams.generators["policy"]
-        own = self.tamiyo.decide(self.steps, why, sites, reports, self.room(), rng, only)
-        decision = self.redo.instead(own, measured)
-        decision = same_decision(self.peers, decision, list(self.morphable.places))
-        if decision is not own:
-            self.tamiyo.adopt(decision)
-        self.tell("survey", decision=decision.id, sites=surveyed(measured, self.morphable))
-        self.tell("decision", **decided(decision))
-        if decision.site is not None:
-            self.orchestrator.germinate(decision, measured[decision.site], self.steps, self._latest())
-
-    def _survey(self, free: Sequence[str]) -> dict[str, Measured]:
-        if not free:
-            return {}
-        seed = self.parts.streams.draw("evidence")
-        facts = tuple(place.site.width for place in self.morphable.places.values()), len(self.plans)
-        few = SURVEYED if Step(self.morphable.flops, self._latest()).large(self.config.race) else None
-        batches = [first(batch, few) for batch in join(self.batches)]
-        examples = tuple(self._examples(batch) for batch in batches)
-        runs = [lambda b=batch: self.parts.run(b) for batch in batches]
-        with self.cost.growth("survey", facts, tuple(free), examples):
-            return measure(self.morphable, free, runs, seed, POOL, self.config.race.examples, self.peers)
+        if self.recipe == "incubate":
+            self.incubation.step(loss)
 
     def room(self) -> Room:
         """Return what the budget still allows."""
@@ -249,10 +189,6 @@ class Growth:
     def topology_changed(self) -> None:
         """Digest anew what has grown."""
         self.topology = topology(self.plans)
-
-    def decided(self, decision: Decision) -> dict[str, Any]:
-        """Describe a decision for an event."""
-        return decided(decision)
 
     @property
     def growing(self) -> bool:
@@ -357,7 +293,7 @@ class Growth:
             with self.morphable.policy.uncompiled(), wrapping.opened(self.parts.optimizers):
                 outcome = change()
             if outcome is not None:
-                self._conclude(outcome)
+                self.incubation.conclude(outcome)
 
     def finish(self) -> nn.Module:
         """End growth: a live seed gets a last gate and is folded in or removed.
@@ -451,12 +387,6 @@ class Growth:
         self.tell(
             "progress", loss=mean, **size_and_cost(self.parts), seconds=time.perf_counter() - self.begun
         )
-
-    def _examples(self, batch: Any) -> int:
-        return count_examples(batch)
-
-    def _latest(self) -> int:
-        return self._examples(self.batches[-1])
 
     def _refuse_finished(self, what: str) -> None:
         if self.finished:

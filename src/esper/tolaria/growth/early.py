@@ -9,26 +9,23 @@ A while later the held-out loss must have fallen, or the event is taken back.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-
-from esper.contracts import Decision, Outcome, Stage
-from esper.kasmina.growth_cost import growth_cost
+from esper.contracts import Outcome, Stage
 from esper.kasmina.places import Place, WidenPlace
 from esper.kasmina.reopen import SATURATED
 from esper.kasmina.score import Scored
 from esper.kasmina.significance import Spending
-from esper.kasmina.stack import Stack
-from esper.tamiyo.controller import Room
-from esper.tamiyo.early import allocate
 from esper.tolaria.growth.account import EventRecord, Looked, Point, record_from
 from esper.tolaria.growth.evidence import Evidence, Found
 from esper.tolaria.growth.insertion import How, Insertion
+from esper.tolaria.growth.judged import Judged
+from esper.tolaria.growth.reach import Reach
 from esper.tolaria.growth.streamed import Streamed
-from esper.tolaria.growth.takeback import Before
+from esper.tolaria.growth.telling import decided, decision_of, gated, seen_at_event, widened
 from esper.tolaria.growth.timetable import Timetable
+from esper.tolaria.growth.verdicts import looked_at
 
 CHECKS = 4  # passes over a probe batch that prove an insertion and count its cost
 ENOUGH = "already wide enough"
@@ -36,19 +33,6 @@ NEARLY, LATER = 1.5, 0.6  # times early.enough: who is asked again, and what it 
 SPENT = "the budget is spent"
 REOPENED = 2  # times as long until a re-opened host is judged: its loss has been lifted first
 PROMISING = 0.3  # p-value below which an event that grew nothing is asked again before the next
-WITH_OTHERS = 0.25  # p-value up to which a place grows with the others, whose evidence carries it
-
-
-@dataclass
-class Judged:
-    """An event whose worth is still open."""
-
-    before: Before
-    until: int  # the step at which it is judged
-    held_out: float  # mean loss before it
-    decisions: list[tuple[int, int, str, float | None, int, int]]  # id, seed, site, gain, parameters, flops
-    record: EventRecord
-    extended: bool = False  # it has not won so far, and has been given the same time again
 
 
 class Early:
@@ -64,6 +48,7 @@ class Early:
         self.insertion = Insertion(self.parts.committer)
         self.evidence = Streamed(growth) if self.parts.example is not None else Evidence(growth)
         self.timetable = Timetable(growth)
+        self.reach = Reach(growth, self.timetable)
         self.spending = Spending(growth.config.early.false_keep)
         self.open: Judged | None = None
         self.waiting: str | None = None  # why an event waits for growth.rewrap()
@@ -142,12 +127,12 @@ class Early:
             self.timetable.wake = 0
             return
         only, growth.asked = growth.asked, None
-        free = {name: p for name, p in self.places().items() if only in (None, name)}
+        free = {name: p for name, p in self.reach.places().items() if only in (None, name)}
         room = growth.room()
-        units = self.allocated(free, room)
+        units = self.reach.allocated(free, room)
         record = EventRecord(growth.steps, why, None, self.evidence.training_loss, 0)
         if not units:
-            if not self.waits_for_depth(room):
+            if not self.reach.waits_for_depth(room):
                 self.timetable.clear()
                 self.records.append(record)
                 self.decline(record, free, {}, SPENT)
@@ -163,28 +148,13 @@ class Early:
             self.decline(record, free, found.scored, room_enough)
             return
         passed = self.passing(record, found, free, units)
-        final = self.allocated({name: free[name] for name in passed}, room)
+        final = self.reach.allocated({name: free[name] for name in passed}, room)
         if not final:
             if any(one.p_value is not None and one.p_value < PROMISING for one in record.looked):
                 self.timetable.again(growth.steps)
             self.decline(record, free, found.scored, "no evidence on held-out examples")
             return
         self.grow(record, found, free, final)
-
-    def places(self) -> dict[str, Place]:
-        """Return the places an event asks at: where blocks can be added, what is inside them stays as it is.
-
-        Residual nets and transformers gained by depth and lost by inner width (char GPT, glyphs; see
-        docs/decisions.md); once no further block fits the budget, widths are next.
-        """
-        found = self.growth.morphable.places
-        stacks = {n: p for n, p in found.items() if isinstance(p, Stack)}
-        pairs: dict[str, Place] = {n: p for n, p in found.items() if isinstance(p, WidenPlace)}
-        if not stacks or not self.allocated(stacks, self.growth.room()):
-            return pairs
-        inside = tuple(f"{stack.container}." for stack in stacks.values())
-        outside: dict[str, Place] = {n: p for n, p in pairs.items() if not p.site.entry.startswith(inside)}
-        return outside if 1 + len(self.timetable.due) > self.timetable.late else {**outside, **stacks}
 
     def enough(self, held_out: float) -> str:
         """Say so where a host that has not grown learns nearly all there is by itself: it has room.
@@ -204,51 +174,13 @@ class Early:
             return f"it learns fast by itself: {told}"
         return ""
 
-    def waits_for_depth(self, room: Room) -> bool:
-        """Tell whether blocks can be added at a later event."""
-        return bool(self.timetable.due and self.allocated(self.growth.morphable.stacks, room))
-
-    def allocated(self, places: Mapping[str, Place], room: Room) -> dict[str, int]:
-        """Return the units each place gets."""
-        if room.events <= 0 or not places:
-            return {}
-        host, left = self.growth.morphable.host, min(1 + len(self.timetable.due), room.events)
-        sites = [place.site for place in places.values()]
-        return allocate(
-            sites, self.settings.factor, left, room, lambda units: growth_cost(host, places, units)
-        )
-
     def passing(
         self, record: EventRecord, found: Found, free: Mapping[str, Place], units: Mapping[str, int]
     ) -> list[str]:
-        """Return the places that may grow, and write down what was found at each.
-
-        A place passes by its own evidence; or all together pass, and it does not speak against it. The
-        event's part of the false-keep budget is shared by both ways.
-        """
-        whole = self.spending.threshold(len(self.spending.looks), 1)
-        alone = whole if len(units) == 1 else whole / 2 / len(units)
-        together = joint(found, units)
-        passed: list[str] = []
-        host = self.growth.morphable.host
-        for name, count in units.items():
-            parameters, flops = growth_cost(host, free, {name: count})
-            looked = Looked(name, free[name].site.width, count, None, alone, None, parameters, flops)
-            record.looked.append(looked)
-            one = found.scored.get(name)
-            if one is None or not len(one.values):
-                looked.reason = "not passed by these examples"
-                continue
-            looked.p_value, looked.gain = found.p_value(one.values), one.gain
-            if looked.p_value is None:
-                looked.reason = f"{len(one.values)} held-out values cannot be judged"
-            elif looked.p_value <= alone or (
-                together is not None and together <= whole / 2 and looked.p_value <= WITH_OTHERS
-            ):
-                passed.append(name)
-            else:
-                looked.reason = "the held-out gain may be chance"
-        return passed
+        """Return the places that may grow, and write down what was found at each."""
+        share = self.spending.threshold(len(self.spending.looks), 1)
+        record.looked += looked_at(found, free, units, share, self.growth.morphable.host)
+        return [one.site for one in record.looked if not one.reason]
 
     def decline(
         self, record: EventRecord, free: Mapping[str, Place], scored: Mapping[str, Scored], reason: str
@@ -301,7 +233,9 @@ class Early:
         for number, seed, name, *_ in decisions:
             self.move(seed, name, Stage.GERMINATED, Stage.STABILISING, "inserted: the output is unchanged")
             if name in widths:
-                growth.tell("widened", **self.widened(number, name))
+                growth.tell(
+                    "widened", **widened(growth.plans, number, name, growth.morphable.parameter_count())
+                )
         growth.topology_changed()
         growth.expect(f"an event at step {growth.steps}", self.timetable.length(self.settings.judge))
         self.note_point(None)
@@ -379,7 +313,6 @@ class Early:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a run needs to go on: what is due, what is kept for it, and what is still judged."""
-        judged = self.open
         return {
             "timetable": self.timetable.state_dict(),
             "evidence": self.evidence.state_dict(),
@@ -387,16 +320,7 @@ class Early:
             "waiting": self.waiting,
             "records": [asdict(record) for record in self.records],
             "points": [asdict(point) for point in self.points],
-            "open": None
-            if judged is None
-            else {
-                "before": judged.before.state_dict(),
-                "until": judged.until,
-                "held_out": judged.held_out,
-                "extended": judged.extended,
-                "decisions": [list(one) for one in judged.decisions],
-                "record": self.records.index(judged.record),
-            },
+            "open": None if self.open is None else self.open.state_dict(self.records),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -407,17 +331,7 @@ class Early:
         self.waiting = state["waiting"]
         self.records = [record_from(record) for record in state["records"]]
         self.points = [Point(**point) for point in state["points"]]
-        judged = state["open"]
-        self.open = None
-        if judged is not None:
-            self.open = Judged(
-                Before.from_state(judged["before"]),
-                judged["until"],
-                judged["held_out"],
-                [(i, seed, site, gain, p, f) for i, seed, site, gain, p, f in judged["decisions"]],
-                self.records[judged["record"]],
-                judged["extended"],
-            )
+        self.open = None if state["open"] is None else Judged.from_state(state["open"], self.records)
 
     # -- telling ---------------------------------------------------------------------------------------------
 
@@ -437,61 +351,19 @@ class Early:
 
     def tell_survey(self, record: EventRecord, scored: Mapping[str, Scored]) -> None:
         """Tell what an event saw."""
-        reports = {name: one.report for name, one in scored.items()}
-        sites = [
-            {
-                "site": one.site,
-                "width": one.width,
-                "improvement": one.gain,
-                "unit_flops": one.flops // max(one.units, 1),
-                "dead": reports[one.site].dead if one.site in reports else None,
-                "gradient_norm": reports[one.site].gradient_norm if one.site in reports else None,
-                "examples": record.examples,
-            }
-            for one in record.looked
-        ]
+        sites = seen_at_event(record, {name: one.report for name, one in scored.items()})
         self.growth.tell("survey", decision=self.growth.tamiyo.decisions + 1, sites=sites)
 
     def tell_decision(self, record: EventRecord, site: str | None, width: int, reason: str) -> int:
         """Number a decision and tell it, with the evidence behind it."""
         growth = self.growth
         growth.tamiyo.decisions += 1
-        number = growth.tamiyo.decisions
-        looked = [one for one in record.looked if site in (None, one.site)]
-        gain = looked[0].gain if site is not None else None
-        predicted = None if gain is None or not looked[0].flops else gain / looked[0].flops
-        action = "nothing" if site is None else "widen"
-        arms = tuple({"site": one.site, "width": one.units, "score": one.gain} for one in record.looked)
-        decision = Decision(
-            number,
-            growth.steps,
-            action,
-            site,
-            width,
-            None if site is None else "scored",
-            reason,
-            1.0,
-            predicted,
-            arms,
-        )
-        growth.tell("decision", **growth.decided(decision))
-        for one in looked:
-            if one.threshold is not None:
+        number: int = growth.tamiyo.decisions
+        growth.tell("decision", **decided(decision_of(record, number, site, width, reason)))
+        for one in record.looked:
+            if site in (None, one.site) and one.threshold is not None:
                 growth.tell("gate", **gated(number, one, record.examples, len(self.spending.looks)))
         return number
-
-    def widened(self, decision: int, site: str) -> dict[str, Any]:
-        """Describe what became wider."""
-        plan = next(plan for plan in reversed(self.growth.plans) if plan.site == site)
-        return {
-            "decision": decision,
-            "site": site,
-            "units": plan.units,
-            "edits": [[e.name, e.axis, e.old, e.new] for e in plan.edits],
-            "parameters": self.growth.morphable.parameter_count(),
-            "difference": 0.0,
-            "milliseconds": None,
-        }
 
     def note_point(self, held_out: float | None) -> None:
         """Write a point of the curve."""
@@ -501,29 +373,3 @@ class Early:
         self.points.append(
             Point(growth.steps, size, growth.morphable.flops, spent, held_out, dict(growth.metrics))
         )
-
-
-def joint(found: Found, units: Mapping[str, int]) -> float | None:
-    """Return the p-value of all places together, each counted in its own standard deviations."""
-    values = [found.scored[name].values for name in units if name in found.scored]
-    longest = max((len(one) for one in values), default=0)
-    scaled = [one / one.std() for one in values if len(one) == longest and one.std() > 0]
-    return found.p_value(np.sum(scaled, axis=0)) if len(scaled) > 1 else None
-
-
-def gated(decision: int, one: Looked, examples: int, look: int) -> dict[str, Any]:
-    """Describe a place's evidence; an e-value of 1/p is what a p-value is worth at most."""
-    assert one.threshold is not None
-    return {
-        "decision": decision,
-        "site": one.site,
-        "look": look,
-        "e_value": None if one.p_value is None else 1 / one.p_value,
-        "threshold": 1 / one.threshold,
-        "p_value": one.p_value,
-        "needed": one.threshold,
-        "gain": one.gain,
-        "examples": examples,
-        "passed": not one.reason,
-        "reason": one.reason or "held-out evidence",
-    }

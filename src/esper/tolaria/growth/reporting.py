@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from esper.tolaria.growth.account import EventRecord, Report, advise
 
 OUTPUT = "the output layer: its width is the task's"
@@ -11,7 +13,7 @@ OUTPUT = "the output layer: its width is the task's"
 
 def refusals(growth: Any) -> list[tuple[str, str]]:
     """List the places where nothing can grow, each with the reason in the user's words."""
-    outputs = [] if growth.early is None else growth.early.evidence.outputs
+    outputs: list[nn.Module] = [] if growth.early is None else growth.early.evidence.outputs
     last = {path for path, module in growth.morphable.host.named_modules() if module in outputs}
     return [
         (refusal.place, OUTPUT if refusal.place in last else refusal.reason)

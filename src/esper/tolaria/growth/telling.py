@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from esper.contracts import Decision
+from esper.contracts import Decision, HealthReport, WidenPlan
 from esper.kasmina.health import Measured
 from esper.kasmina.morphable import MorphableModel
+from esper.tolaria.genome import Plan
+from esper.tolaria.growth.account import EventRecord, Looked
 from esper.tolaria.growth.assembly import Parts
 from esper.tolaria.growth.recipe import Recipe
 
@@ -68,4 +70,62 @@ def decided(decision: Decision) -> dict[str, Any]:
         "arms": [dict(arm) for arm in decision.arms],
         "propensity": decision.propensity,
         "predicted": decision.predicted,
+    }
+
+
+def seen_at_event(record: EventRecord, reports: Mapping[str, HealthReport]) -> list[dict[str, Any]]:
+    """List what an early event saw at each place."""
+    return [
+        {
+            "site": one.site,
+            "improvement": one.gain,
+            "unit_flops": one.flops // max(one.units, 1),
+            "width": one.width,
+            "dead": reports[one.site].dead if one.site in reports else None,
+            "gradient_norm": reports[one.site].gradient_norm if one.site in reports else None,
+            "examples": record.examples,
+        }
+        for one in record.looked
+    ]
+
+
+def decision_of(record: EventRecord, number: int, site: str | None, width: int, reason: str) -> Decision:
+    """Write an early event's decision about one place, or about nothing, as every decision is written."""
+    at = next((one for one in record.looked if one.site == site), None)
+    gain = None if at is None else at.gain
+    predicted = None if at is None or gain is None or not at.flops else gain / at.flops
+    arms = tuple({"site": one.site, "width": one.units, "score": one.gain} for one in record.looked)
+    facts = site, width, None if site is None else "scored", reason, 1.0, predicted, arms
+    return Decision(number, record.step, "nothing" if site is None else "widen", *facts)
+
+
+def gated(decision: int, one: Looked, examples: int, look: int) -> dict[str, Any]:
+    """Describe a place's evidence; an e-value of 1/p is what a p-value is worth at most."""
+    assert one.threshold is not None
+    return {
+        "decision": decision,
+        "site": one.site,
+        "look": look,
+        "e_value": None if one.p_value is None else 1 / one.p_value,
+        "threshold": 1 / one.threshold,
+        "p_value": one.p_value,
+        "needed": one.threshold,
+        "gain": one.gain,
+        "examples": examples,
+        "passed": not one.reason,
+        "reason": one.reason or "held-out evidence",
+    }
+
+
+def widened(plans: Sequence[Plan], decision: int, site: str, parameters: int) -> dict[str, Any]:
+    """Describe what became wider at an early event; the output did not move."""
+    plan = next(p for p in reversed(plans) if isinstance(p, WidenPlan) and p.site == site)
+    return {
+        "decision": decision,
+        "site": site,
+        "units": plan.units,
+        "edits": [[e.name, e.axis, e.old, e.new] for e in plan.edits],
+        "parameters": parameters,
+        "difference": 0.0,
+        "milliseconds": None,
     }

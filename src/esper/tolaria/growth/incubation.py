@@ -1,0 +1,96 @@
+"""The incubating recipe: one place at a time is surveyed, raced, gated and let in by degrees."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from esper.contracts import Outcome
+from esper.kasmina.evidence import count_examples, join
+from esper.kasmina.health import Measured, measure
+from esper.kasmina.lessons import Step, first
+from esper.tolaria.growth.boundary import same_decision
+from esper.tolaria.growth.telling import decided, surveyed
+
+POOL = 32  # directions a survey compares
+SURVEYED = 32  # examples, on a host whose steps are dear
+
+
+class Incubation:
+    """Grows one run one place at a time.
+
+    Args:
+        growth: The conductor: ``parts``, ``morphable``, ``orchestrator``, ``tamiyo``, ``redo``, ``batches``.
+    """
+
+    def __init__(self, growth: Any) -> None:
+        self.growth, self.parts = growth, growth.parts
+
+    def step(self, loss: float) -> None:
+        """Do one step's work."""
+        growth, orchestrator = self.growth, self.growth.orchestrator
+        if self.parts.forging.orders:
+            self.parts.forging.collect(growth.steps)
+        if orchestrator.trial is not None:
+            outcome = orchestrator.advance(tuple(growth.batches), loss, growth.steps)
+            if outcome is not None:
+                self.conclude(outcome)
+            return
+        orchestrator.advance(tuple(growth.batches), loss, growth.steps)
+        if orchestrator.cooling():
+            orchestrator.wake_embargoed(growth.steps)
+            if all(orchestrator.embargoed(name) for name in growth.morphable.places):
+                return
+        why = growth.tamiyo.due(growth.steps, loss)
+        if growth.asked is not None:
+            why = "asked for"
+        why = growth.redo.due(why)
+        if why is not None and not growth.paused:
+            self.decide(why)
+
+    def conclude(self, outcome: Outcome) -> None:
+        """Learn what a decision came to."""
+        growth = self.growth
+        growth.events_kept += outcome.kept
+        growth.tamiyo.learn(outcome, growth.steps)
+        growth.topology_changed()
+
+    def decide(self, why: str) -> None:
+        """Survey the free sites, let Tamiyo choose, and germinate what was chosen."""
+        with self.parts.wrapping.whole():
+            self.choose(why)
+
+    def choose(self, why: str) -> None:
+        """Choose, with the whole model at hand."""
+        growth, places = self.growth, self.growth.morphable.places
+        only, growth.asked = growth.asked, None
+        free = [n for n in places if not growth.orchestrator.embargoed(n) and only in (None, n)]
+        measured = self.survey(free)
+        sites = [places[n].site for n in free]
+        reports = {name: m.report for name, m in measured.items()}
+        rng = self.parts.streams.generators["policy"]
+        own = growth.tamiyo.decide(growth.steps, why, sites, reports, growth.room(), rng, only)
+        decision = growth.redo.instead(own, measured)
+        decision = same_decision(growth.peers, decision, list(places))
+        if decision is not own:
+            growth.tamiyo.adopt(decision)
+        growth.tell("survey", decision=decision.id, sites=surveyed(measured, growth.morphable))
+        growth.tell("decision", **decided(decision))
+        if decision.site is not None:
+            latest = count_examples(growth.batches[-1])
+            growth.orchestrator.germinate(decision, measured[decision.site], growth.steps, latest)
+
+    def survey(self, free: Sequence[str]) -> dict[str, Measured]:
+        """Measure free sites on recent batches."""
+        if not free:
+            return {}
+        growth, morphable, settings = self.growth, self.growth.morphable, self.growth.config.race
+        seed = self.parts.streams.draw("evidence")
+        facts = tuple(place.site.width for place in morphable.places.values()), len(growth.plans)
+        latest = count_examples(growth.batches[-1])
+        few = SURVEYED if Step(morphable.flops, latest).large(settings) else None
+        batches = [first(batch, few) for batch in join(growth.batches)]
+        examples = tuple(count_examples(batch) for batch in batches)
+        runs = [lambda b=batch: self.parts.run(b) for batch in batches]
+        with growth.cost.growth("survey", facts, tuple(free), examples):
+            return measure(morphable, free, runs, seed, POOL, settings.examples, growth.peers)

@@ -1,0 +1,54 @@
+"""An event whose worth is still open."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from esper.tolaria.growth.account import EventRecord
+from esper.tolaria.growth.takeback import Before
+
+
+@dataclass
+class Judged:
+    """What is needed to keep an event, or to take it back.
+
+    Attributes:
+        before: The run as it was.
+        until: The step at which it is judged.
+        held_out: Mean held-out loss before it.
+        decisions: Per place: decision, seed, site, gain, parameters and FLOPs it was said to add.
+        record: What is told of it.
+        extended: It had not won by then, and has been given the same time again.
+    """
+
+    before: Before
+    until: int
+    held_out: float
+    decisions: list[tuple[int, int, str, float | None, int, int]]
+    record: EventRecord
+    extended: bool = False
+
+    def state_dict(self, records: Sequence[EventRecord]) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
+        return {
+            "before": self.before.state_dict(),
+            "until": self.until,
+            "held_out": self.held_out,
+            "extended": self.extended,
+            "decisions": [list(one) for one in self.decisions],
+            "record": records.index(self.record),
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], records: Sequence[EventRecord]) -> Judged:
+        """Read it back."""
+        return cls(
+            Before.from_state(state["before"]),
+            state["until"],
+            state["held_out"],
+            [(i, seed, site, gain, p, f) for i, seed, site, gain, p, f in state["decisions"]],
+            records[state["record"]],
+            state["extended"],
+        )

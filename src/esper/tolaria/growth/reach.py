@@ -1,0 +1,55 @@
+"""What an event asks about: which places, and how many units at each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from esper.kasmina.growth_cost import growth_cost
+from esper.kasmina.places import Place, WidenPlace
+from esper.kasmina.stack import Stack
+from esper.tamiyo.controller import Room
+from esper.tamiyo.early import allocate
+from esper.tolaria.growth.timetable import Timetable
+
+
+class Reach:
+    """Says how far an event of one run may go.
+
+    Args:
+        growth: The conductor: ``morphable``, ``room``, ``config``.
+        timetable: Of the run.
+    """
+
+    def __init__(self, growth: Any, timetable: Timetable) -> None:
+        self.growth, self.timetable = growth, timetable
+        self.settings = growth.config.early
+
+    def places(self) -> dict[str, Place]:
+        """Return the places an event asks at: where blocks can be added, what is inside them stays as it is.
+
+        Residual nets and transformers gained by depth and lost by inner width (char GPT, glyphs; see
+        docs/decisions.md); once no further block fits the budget, widths are next.
+        """
+        found = self.growth.morphable.places
+        stacks = {n: p for n, p in found.items() if isinstance(p, Stack)}
+        pairs: dict[str, Place] = {n: p for n, p in found.items() if isinstance(p, WidenPlace)}
+        if not stacks or not self.allocated(stacks, self.growth.room()):
+            return pairs
+        inside = tuple(f"{stack.container}." for stack in stacks.values())
+        outside: dict[str, Place] = {n: p for n, p in pairs.items() if not p.site.entry.startswith(inside)}
+        return outside if 1 + len(self.timetable.due) > self.timetable.late else {**outside, **stacks}
+
+    def waits_for_depth(self, room: Room) -> bool:
+        """Tell whether blocks can be added at a later event."""
+        return bool(self.timetable.due and self.allocated(self.growth.morphable.stacks, room))
+
+    def allocated(self, places: Mapping[str, Place], room: Room) -> dict[str, int]:
+        """Return the units each place gets."""
+        if room.events <= 0 or not places:
+            return {}
+        host, left = self.growth.morphable.host, min(1 + len(self.timetable.due), room.events)
+        sites = [place.site for place in places.values()]
+        return allocate(
+            sites, self.settings.factor, left, room, lambda units: growth_cost(host, places, units)
+        )

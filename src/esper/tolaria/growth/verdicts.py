@@ -1,0 +1,62 @@
+"""Which places have evidence enough to grow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from torch import nn
+
+from esper.kasmina.growth_cost import growth_cost
+from esper.kasmina.places import Place
+from esper.tolaria.growth.account import Looked
+from esper.tolaria.growth.evidence import Found
+
+WITH_OTHERS = 0.25  # p-value up to which a place grows with the others, whose evidence carries it
+
+
+def looked_at(
+    found: Found,
+    free: Mapping[str, Place],
+    units: Mapping[str, int],
+    share: float,
+    host: nn.Module,
+) -> list[Looked]:
+    """Judge every place; one without a reason against it may grow.
+
+    A place passes by its own evidence; or all together pass, and it does not speak against it. The event's
+    part of the false-keep budget is halved between both ways.
+
+    Args:
+        found: What was measured.
+        free: The places.
+        units: That were tested, by place.
+        share: Of the false-keep budget, for this event.
+        host: The model.
+    """
+    alone = share if len(units) == 1 else share / 2 / len(units)
+    together = joint(found, units)
+    carried = together is not None and together <= share / 2
+    looked: list[Looked] = []
+    for name, count in units.items():
+        parameters, flops = growth_cost(host, free, {name: count})
+        one = Looked(name, free[name].site.width, count, None, alone, None, parameters, flops)
+        looked.append(one)
+        scored = found.scored.get(name)
+        if scored is None or not len(scored.values):
+            one.reason = "not passed by these examples"
+            continue
+        one.p_value, one.gain = found.p_value(scored.values), scored.gain
+        if one.p_value is None:
+            one.reason = f"{len(scored.values)} held-out values cannot be judged"
+        elif one.p_value > (max(alone, WITH_OTHERS) if carried else alone):
+            one.reason = "the held-out gain may be chance"
+    return looked
+
+
+def joint(found: Found, units: Mapping[str, int]) -> float | None:
+    """Return the p-value of all places together, each counted in its own standard deviations."""
+    values = [found.scored[name].values for name in units if name in found.scored]
+    longest = max((len(one) for one in values), default=0)
+    scaled = [one / one.std() for one in values if len(one) == longest and one.std() > 0]
+    return found.p_value(np.sum(scaled, axis=0)) if len(scaled) > 1 else None
