@@ -186,6 +186,7 @@ def test_the_events_to_come_spend_the_budget_between_them(width: int, left: int,
 
 def test_a_budget_that_is_spread_over_more_events_gives_the_first_one_less() -> None:
     widths = {"a": 16, "b": 16}
+    sites = [site(n, w) for n, w in widths.items()]
     sizes = [
         sum(
             allocate(
