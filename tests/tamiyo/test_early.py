@@ -188,15 +188,7 @@ def test_a_budget_that_is_spread_over_more_events_gives_the_first_one_less() -> 
     widths = {"a": 16, "b": 16}
     sites = [site(n, w) for n, w in widths.items()]
     sizes = [
-        sum(
-            allocate(
-                [site(n, w) for n, w in widths.items()],
-                2.0,
-                left,
-                Room(0, 1500, left, None),
-                matrices(widths),
-            ).values()
-        )
+        sum(allocate(sites, 2.0, left, Room(0, 1500, left, None), matrices(widths)).values())
         for left in (1, 2, 3)
     ]
     assert sizes[0] > sizes[1] > sizes[2] > 0
