@@ -17,7 +17,7 @@ import numpy as np
 from esper.contracts import Decision, Outcome, Stage
 from esper.kasmina.growth_cost import growth_cost
 from esper.kasmina.places import Place, WidenPlace
-from esper.kasmina.reopen import SATURATED
+from esper.kasmina.reopen import SATURATED, multipliable
 from esper.kasmina.score import Scored
 from esper.kasmina.significance import Spending
 from esper.kasmina.stack import Stack
@@ -315,6 +315,8 @@ class Early:
             how = "output" if saturated else "no"
         elif self.settings.reopen != "output" or guess is not None:
             how = self.settings.reopen
+        if how == "output" and not multipliable(growth.morphable.host, self.evidence.outputs):
+            how = "no"  # not every argmax would stay
         self.insertion.reopen(how, self.evidence.outputs)
         if how != "no":
             self.growth.tell("reopened", how=how, loss=training, guess=guess)
