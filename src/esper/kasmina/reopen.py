@@ -23,7 +23,7 @@ EQUAL = 1e-3  # relative: how near a loss at zero logits comes to the logarithm 
 
 
 def output_layers(model: nn.Module, run: Callable[[], Tensor]) -> list[nn.Module]:
-    """Return the layer behind which nothing has weights: the last one that a pass calls, once, if it is one."""
+    """Return the layer behind which nothing has weights: the last that a pass calls, if it does so once."""
     called: list[nn.Module] = []
 
     def note(module: nn.Module, given: object, made: object) -> None:

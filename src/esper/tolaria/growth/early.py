@@ -315,7 +315,7 @@ class Early:
             how = "output" if saturated else "no"
         elif self.settings.reopen != "output" or guess is not None:
             how = self.settings.reopen
-        if how == "output" and not multipliable(growth.morphable.host, self.evidence.outputs):
+        if how == "output" and not multipliable(self.growth.morphable.host, self.evidence.outputs):
             how = "no"  # not every argmax would stay
         self.insertion.reopen(how, self.evidence.outputs)
         if how != "no":
