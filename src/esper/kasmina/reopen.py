@@ -23,7 +23,7 @@ EQUAL = 1e-3  # relative: how near a loss at zero logits comes to the logarithm 
 
 
 def output_layers(model: nn.Module, run: Callable[[], Tensor]) -> list[nn.Module]:
-    """Return the layer behind which nothing has weights: the last one that a pass calls, if it is one."""
+    """Return the layer behind which nothing has weights: the last that a pass calls, if it does so once."""
     called: list[nn.Module] = []
 
     def note(module: nn.Module, given: object, made: object) -> None:
@@ -40,7 +40,8 @@ def output_layers(model: nn.Module, run: Callable[[], Tensor]) -> list[nn.Module
     finally:
         for handle in handles:
             handle.remove()
-    return called[-1:] if called and is_layer(called[-1]) else []
+    once = sum(module is called[-1] for module in called) == 1 if called else False
+    return called[-1:] if once and is_layer(called[-1]) else []
 
 
 class Tempered:
@@ -66,6 +67,25 @@ def tempered(layers: Sequence[nn.Module], factor: float) -> Iterator[None]:
     finally:
         for close in closers:
             close()
+
+
+def multipliable(model: nn.Module, layers: Sequence[nn.Module]) -> bool:
+    """Tell whether multiplying the weights of layers multiplies their output, and nothing else of the model.
+
+    A weight tied to the embeddings would change what the output layer reads; a normalised one has no scale;
+    one that stands still would never grow back.
+    """
+    for layer in layers:
+        own = dict(layer.named_parameters(recurse=False))
+        if layer._parameters.get("weight") is None or not own.keys() <= {"weight", "bias"}:
+            return False
+        if not all(parameter.requires_grad for parameter in own.values()):
+            return False
+        mine = {id(parameter) for parameter in own.values()}
+        for module in model.modules():
+            if module is not layer and mine & {id(p) for p in module.parameters(recurse=False)}:
+                return False
+    return True
 
 
 def multiply(layers: Sequence[nn.Module], factor: float) -> None:

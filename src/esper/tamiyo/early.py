@@ -33,7 +33,7 @@ def due(shares: Sequence[float], rates: Sequence[float] | None, steps: int) -> l
         rates = [0.5 * (1 + math.cos(math.pi * (i + 0.5) / steps)) for i in range(steps)]
     learned = list(itertools.accumulate(rates))
     found, at = set[int](), 0
-    for share in shares:
+    for share in sorted(shares):
         while at < len(learned) - 1 and learned[at] < share * learned[-1]:
             at += 1
         found.add(max(min(at + 1, round(LATEST * share * steps)), 1))
@@ -77,7 +77,12 @@ def allocate(sites: Sequence[Site], most: float, left: int, room: Room, cost: Co
     first = list(grown(factor).values())
     if fits(part(1.0)):
         return part(1.0)
-    return part(bisect(0.0, 1.0, lambda share: fits(part(share))))
+    found = part(bisect(0.0, 1.0, lambda share: fits(part(share))))
+    if found or len(sites) < 2:
+        return found
+    # one group of the dearest place is more than there is: the others share the room without it
+    dearest = max(sites, key=lambda s: cost({s.name: s.granularity}))
+    return allocate([s for s in sites if s is not dearest], most, left, room, cost)
 
 
 def bisect(low: float, high: float, holds: Callable[[float], bool]) -> float:

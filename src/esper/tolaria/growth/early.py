@@ -14,7 +14,7 @@ from typing import Any
 
 from esper.contracts import Outcome, Stage
 from esper.kasmina.places import Place, WidenPlace
-from esper.kasmina.reopen import SATURATED
+from esper.kasmina.reopen import SATURATED, multipliable
 from esper.kasmina.score import Scored
 from esper.kasmina.significance import Spending
 from esper.tolaria.growth.account import EventRecord, Looked, Point, record_from
@@ -249,6 +249,8 @@ class Early:
             how = "output" if saturated else "no"
         elif self.settings.reopen != "output" or guess is not None:
             how = self.settings.reopen
+        if how == "output" and not multipliable(self.growth.morphable.host, self.evidence.outputs):
+            how = "no"  # not every argmax would stay
         self.insertion.reopen(how, self.evidence.outputs)
         if how != "no":
             self.growth.tell("reopened", how=how, loss=training, guess=guess)

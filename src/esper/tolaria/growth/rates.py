@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import SGD, Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, ReduceLROnPlateau, SequentialLR
 
 MOST = 20_000  # steps of a scheduler that are tried out; longer runs are read at a coarser pace
 HORIZONS = ("total_steps", "T_max", "total_iters")  # what torch's schedulers call their own length
@@ -56,8 +56,9 @@ def forecast(schedulers: Sequence[Any], optimizer: Optimizer, steps: int, done: 
         twins = [copy.deepcopy(s, {id(optimizer): stand_in}) for s in known]
     except (TypeError, RuntimeError, AttributeError, copy.Error):  # it holds what cannot be copied
         return None
-    every = max(pace(s, steps, done) for s in known)
-    if steps / every > MOST:
+    paces = [pace(s, steps, done) for s in known]
+    every = max((one for one in paces if one is not None), default=1)
+    if None in paces or steps / every > MOST:
         return None
     rates: list[float] = []
     for step in range(done, steps):
@@ -73,15 +74,35 @@ def forecast(schedulers: Sequence[Any], optimizer: Optimizer, steps: int, done: 
     return past + rates + rates[-1:] * (steps - done - len(rates))
 
 
-def pace(scheduler: LRScheduler, steps: int, done: int) -> int:
-    """Return the optimizer steps between two moves of a scheduler: seen, or guessed from its own length."""
-    moved = int(scheduler.last_epoch)
+def pace(scheduler: LRScheduler, steps: int, done: int) -> int | None:
+    """Return the optimizer steps between two moves of a scheduler: seen, or guessed from its own length.
+
+    One that has not moved after two steps moves by the epoch; without a length of its own nobody knows
+    how long that is until it does.
+    """
+    moved, length = moves(scheduler), length_of(scheduler)
     if moved > 0 and done > 0:
         return max(round(done / moved), 1)
+    if length and 2 * length <= steps:
+        return max(round(steps / length), 1)
+    return 1 if done < 2 else None
+
+
+def moves(scheduler: Any) -> int:
+    """Return how often a scheduler has moved; a chain keeps no count, its members do."""
+    if hasattr(scheduler, "last_epoch"):
+        return int(scheduler.last_epoch)
+    return max((moves(one) for one in getattr(scheduler, "_schedulers", ())), default=0)
+
+
+def length_of(scheduler: Any) -> int:
+    """Return the moves that a scheduler was made for, 0 where it says nothing of them.
+
+    A sequence takes its last milestone and what follows it; of a chain the longest member counts.
+    """
     inner = getattr(scheduler, "_schedulers", ())
-    lengths = [int(getattr(scheduler, name)) for name in HORIZONS if hasattr(scheduler, name)]
-    lengths += [int(scheduler.milestones[-1])] if getattr(scheduler, "milestones", None) else []  # type: ignore[attr-defined]
-    for one in inner:
-        lengths += [int(getattr(one, name)) for name in HORIZONS if hasattr(one, name)]
-    length = max(lengths, default=steps)
-    return 1 if 2 * length > steps else max(round(steps / length), 1)
+    if isinstance(scheduler, SequentialLR):
+        return int(scheduler._milestones[-1]) + length_of(inner[-1])  # type: ignore[attr-defined]
+    own = [int(getattr(scheduler, name)) for name in HORIZONS if hasattr(scheduler, name)]
+    own += [max(scheduler.milestones)] if isinstance(scheduler, MultiStepLR) and scheduler.milestones else []
+    return max([*own, *map(length_of, inner)], default=0)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from torch.optim.lr_scheduler import LRScheduler
+
 from esper.kasmina.evidence import count_examples
 from esper.tamiyo.early import due
 from esper.tamiyo.triggers import Trigger
-from esper.tolaria.growth.rates import forecast
+from esper.tolaria.growth.rates import forecast, moves
 
+UNMOVED = 2  # steps after which a scheduler that has not moved does not move by the step
 LENGTH = 1000  # steps a run counts as whose length is not known
 
 
@@ -65,9 +68,10 @@ class Timetable:
 
     def settle(self, now: int) -> None:
         """Look whether the schedulers move as was assumed: by the step, or once in an epoch."""
-        moved = [int(s.last_epoch) for s in self.parts.schedulers if hasattr(s, "last_epoch")]
-        if moved and min(moved) > 0:
-            self.settled, self.due = True, self.planned()
+        moved = [moves(one) for one in self.parts.schedulers if isinstance(one, LRScheduler)]
+        self.settled = not moved or min(moved) > 0
+        if self.settled or now == UNMOVED:
+            self.due = self.planned()
 
     def rest(self, now: int) -> None:
         """Sleep until batches for the next event must be kept."""
