@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -11,36 +12,62 @@ from torch import nn
 from esper.kasmina.places import Place, WidenPlace
 
 
-def growth_cost(model: nn.Module, places: Mapping[str, Place], units: Mapping[str, int]) -> tuple[int, int]:
-    """Return the parameters and forward FLOPs per example that units add, all places at once.
+@dataclass(frozen=True, slots=True)
+class Growing:
+    """How one parameter follows the units of a place."""
+
+    name: str
+    axis: int
+    each: int  # entries along the axis per group of units
+    positions: int  # per example at which it is used
+
+
+class GrowthCost:
+    """Counts what units add, all places at once; asked some two dozen times at an event.
 
     Args:
         model: The host.
         places: By name.
-        units: To add, by name.
     """
-    parameters = flops = 0
-    shapes: dict[str, list[int]] = {}
-    applied: dict[str, int] = {}  # positions per example at which a weight is used
-    named = dict(model.named_parameters())
-    for name, count in units.items():
-        place = places[name]
-        if not isinstance(place, WidenPlace):
-            parameters += place.site.base_parameters + count * place.site.unit_parameters
-            flops += count * place.site.unit_flops
-            continue
-        for edit in place.plan(count).edits:
-            if edit.name in named:
-                shape = shapes.setdefault(edit.name, list(named[edit.name].shape))
-                shape[edit.axis] += edit.new - edit.old
-                applied[edit.name] = positions(place, edit.name)
-        flops += count * int(getattr(place, "step_flops", 0))
-    for name, shape in shapes.items():
-        added = math.prod(shape) - named[name].numel()
-        parameters += added
-        if len(shape) > 1:
-            flops += 2 * added * applied[name]
-    return parameters, flops
+
+    def __init__(self, model: nn.Module, places: Mapping[str, Place]) -> None:
+        self.places = dict(places)
+        self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        self.growing: dict[str, list[Growing]] = {}
+        for name, place in self.places.items():
+            if isinstance(place, WidenPlace):
+                self.growing[name] = [
+                    Growing(edit.name, edit.axis, edit.new - edit.old, positions(place, edit.name))
+                    for edit in place.plan(place.site.granularity).edits
+                    if edit.name in self.shapes
+                ]
+
+    def __call__(self, units: Mapping[str, int]) -> tuple[int, int]:
+        """Return the parameters and forward FLOPs per example that units add.
+
+        Args:
+            units: By place, in whole groups.
+        """
+        parameters = flops = 0
+        shapes: dict[str, list[int]] = {}
+        used: dict[str, int] = {}
+        for name, count in units.items():
+            site = self.places[name].site
+            if name not in self.growing:
+                parameters += site.base_parameters + count * site.unit_parameters
+                flops += count * site.unit_flops
+                continue
+            for one in self.growing[name]:
+                shape = shapes.setdefault(one.name, list(self.shapes[one.name]))
+                shape[one.axis] += one.each * (count // site.granularity)
+                used[one.name] = one.positions
+            flops += count * int(getattr(self.places[name], "step_flops", 0))
+        for name, shape in shapes.items():
+            added = math.prod(shape) - math.prod(self.shapes[name])
+            parameters += added
+            if len(shape) > 1:
+                flops += 2 * added * used[name]
+        return parameters, flops
 
 
 def positions(place: Any, name: str) -> int:

@@ -59,14 +59,12 @@ class Insertion:
             for name in names:
                 place = self.model.places[name]
                 assert isinstance(place, WidenPlace)
+                place = place.refreshed()  # a neighbour may have grown
                 kernel = fitted(place, kernels[name], units[name])
                 plan = kernel.plan()
                 before.note(self.model.host, plan)
                 committer.carry_out(plan, kernel.slices(plan), {}, None, step)
                 committer.plans.append(plan)
-                self.model.places = {
-                    n: p.refreshed() if isinstance(p, WidenPlace) else p for n, p in self.model.places.items()
-                }
             with committer.everywhere():
                 now = outputs(self.model, exits, committer.run)
                 for name in names:

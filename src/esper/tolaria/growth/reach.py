@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from esper.kasmina.growth_cost import growth_cost
+from esper.kasmina.growth_cost import GrowthCost
 from esper.kasmina.places import Place, WidenPlace
 from esper.kasmina.stack import Stack
 from esper.tamiyo.controller import Room
@@ -48,8 +48,7 @@ class Reach:
         """Return the units each place gets."""
         if room.events <= 0 or not places:
             return {}
-        host, left = self.growth.morphable.host, min(1 + len(self.timetable.due), room.events)
+        left = min(1 + len(self.timetable.due), room.events)
         sites = [place.site for place in places.values()]
-        return allocate(
-            sites, self.settings.factor, left, room, lambda units: growth_cost(host, places, units)
-        )
+        cost = GrowthCost(self.growth.morphable.host, places)
+        return allocate(sites, self.settings.factor, left, room, cost)

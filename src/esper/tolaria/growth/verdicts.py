@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from torch import nn
 
-from esper.kasmina.growth_cost import growth_cost
+from esper.kasmina.growth_cost import GrowthCost
 from esper.kasmina.places import Place
 from esper.tolaria.growth.account import Looked
 from esper.tolaria.growth.evidence import Found
@@ -37,9 +37,10 @@ def looked_at(
     alone = share if len(units) == 1 else share / 2 / len(units)
     together = joint(found, units)
     carried = together is not None and together <= share / 2
+    cost = GrowthCost(host, {name: free[name] for name in units})
     looked: list[Looked] = []
     for name, count in units.items():
-        parameters, flops = growth_cost(host, free, {name: count})
+        parameters, flops = cost({name: count})
         one = Looked(name, free[name].site.width, count, None, alone, None, parameters, flops)
         looked.append(one)
         scored = found.scored.get(name)
