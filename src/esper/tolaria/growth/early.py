@@ -91,8 +91,10 @@ class Early:
             return
         self.evidence.collect(growth.batches[-1], loss)
         why = self.evidence.due()
+        if why is None and growth.asked is not None:
+            why = "asked for"
         if why is None:
-            why = "asked for" if growth.asked is not None else self.timetable.reason(now, loss)
+            why = self.timetable.reason(now, loss, growth.paused)
         if why is None or growth.paused:
             return
         if self.parts.wrapping.deferred:
