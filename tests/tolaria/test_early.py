@@ -428,6 +428,69 @@ def test_a_budget_without_room_is_named() -> None:
     assert any("budget" in one for one in run.growth.report().advice)
 
 
+# -- evidence from the stream ----------------------------------------------------------------------------
+
+
+def streamed(**options: Any) -> Run:
+    return Run(probe="stream", example=clusters(99), **options)
+
+
+def test_evidence_from_the_stream_begins_at_the_step_after_the_event() -> None:
+    """The batches that come next, each of them, until there are enough."""
+    run = streamed()
+    evidence, seen, opened = run.growth.early.evidence, list[bool](), 1
+    while run.now < STEPS:
+        batch, loss = run.learn()
+        run.growth.step(batch, loss)
+        if evidence.waiting is not None:
+            seen += [any(one is batch for one in evidence.coming)] if run.growth.steps > opened else []
+        else:
+            opened = run.growth.steps + 1
+    assert len(seen) > 4
+    assert all(seen)
+    assert run.told("widened")
+
+
+def test_an_event_is_judged_by_the_losses_of_now() -> None:
+    """Also the last one, behind which nothing else is due."""
+    run = streamed(budget={"growth_events": 1}, config={"early": {"shares": (0.1,)}})
+    early = run.growth.early
+    recent: list[float] = []
+    while run.now < STEPS:
+        judged = early.open
+        batch, loss = run.learn()
+        recent.append(float(loss.detach()))
+        run.growth.step(batch, loss)
+        if judged is not None and (early.open is None or judged.extended):
+            now = run.growth.curve()[-1]["held_out"]
+            assert now == pytest.approx(sum(recent[-21:-1]) / 20)
+            break
+    else:
+        raise AssertionError("nothing was judged")
+
+
+def test_a_run_on_its_stream_goes_on_bit_for_bit_while_evidence_is_gathered() -> None:
+    whole_run, states = streamed(), {}
+    while whole_run.now < STEPS:
+        whole_run.step()
+        if whole_run.growth.early.evidence.waiting is not None:
+            states[whole_run.now] = state_of(whole_run)
+    whole_run.growth.finish()
+    assert len(states) > 5
+    for cut, (growth, net, optimizer, scheduler) in list(states.items())[::3]:
+        run = streamed()
+        assert run.scheduler is not None
+        run.growth.load_state_dict(growth)
+        run.net.load_state_dict(net)
+        run.optimizer.load_state_dict(optimizer)
+        run.scheduler.load_state_dict(scheduler)
+        run.now = cut
+        run.to(STEPS)
+        run.growth.finish()
+        for own, other in zip(run.net.parameters(), whole_run.net.parameters(), strict=True):
+            assert torch.equal(own, other), cut
+
+
 # -- saving and going on ---------------------------------------------------------------------------------
 
 

@@ -135,7 +135,7 @@ def shards_grow_as_replicas_do(rank: int, world: int, folder: Path) -> None:
 
 
 def the_evidence_is_the_same_in_all(rank: int, world: int, folder: Path) -> None:
-    """Each process sees a part of the training examples; what they say is added up before anything is chosen."""
+    """Each process sees a part of the training examples; what they say is added up before a choice."""
     run = Together(rank, world, "ddp").to(STEPS)
     found = [(event.step, event.data["site"], event.data["p_value"]) for event in run.told("gate")]
     assert found

@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from esper.kasmina.evidence import count_examples
 from esper.tamiyo.early import due
 from esper.tamiyo.triggers import Trigger
+from esper.tolaria.growth.evidence import RECENT
 from esper.tolaria.growth.rates import forecast, moves
 
 UNMOVED = 2  # steps after which a scheduler that has not moved does not move by the step
@@ -75,7 +76,7 @@ class Timetable:
         if not self.settled or self.trigger is not None:
             return
         size = max(count_examples(self.growth.batches[-1]), 1)
-        needed = math.ceil(self.growth.config.early.examples / size) + 1
+        needed = max(math.ceil(self.growth.early.evidence.most / size) + 1, RECENT)
         self.wake = self.due[0] - needed if self.due else math.inf
 
     @property
