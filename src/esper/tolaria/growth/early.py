@@ -78,7 +78,13 @@ class Early:
         judged = self.open
         if judged is not None and step >= judged.until:
             return True
-        return step >= self.timetable.wake or self.growth.asked is not None
+        return self.listens(step) or self.growth.asked is not None
+
+    def listens(self, step: int) -> bool:
+        """Tell whether batches and losses are kept: for an event, or to judge one by."""
+        judged, evidence = self.open, self.evidence
+        soon = judged is not None and step >= judged.until - evidence.judged_by
+        return soon or evidence.waiting is not None or step >= self.timetable.wake
 
     def step(self, loss: float) -> None:
         """Do what one optimizer step asks for."""
@@ -87,12 +93,14 @@ class Early:
         if self.open is not None and now >= self.open.until and not self.parts.wrapping.deferred:
             self.judge()
             self.timetable.wake = 0
-        if growth.asked is None and now < self.timetable.wake:
+        if growth.asked is None and not self.listens(now):
             return
         self.evidence.collect(growth.batches[-1], loss)
         why = self.evidence.due()
-        if why is None:
-            why = "asked for" if growth.asked is not None else self.timetable.reason(now, loss)
+        if why is None and growth.asked is not None:
+            why = "asked for"
+        if why is None and self.evidence.waiting is None:
+            why = self.timetable.reason(now, loss, growth.paused)
         if why is None or growth.paused:
             return
         if self.parts.wrapping.deferred:

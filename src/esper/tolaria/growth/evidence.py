@@ -53,6 +53,8 @@ class Evidence:
     """
 
     shared = True  # every process reads the same held-out examples
+    waiting: str | None = None  # why the event came whose evidence is still being gathered
+    judged_by = 0  # latest losses that tell what the held-out loss is by now
 
     def __init__(self, growth: Any) -> None:
         self.growth, self.parts = growth, growth.parts

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from esper.kasmina.evidence import count_examples
 from esper.kasmina.places import Place
-from esper.tolaria.growth.evidence import Evidence, Found
+from esper.tolaria.growth.evidence import RECENT, Evidence, Found
 
 
 class Streamed(Evidence):
@@ -27,11 +27,12 @@ class Streamed(Evidence):
     """
 
     shared = False
+    judged_by = RECENT
 
     def __init__(self, growth: Any) -> None:
         self.coming: list[Any] = []
         self.earlier: dict[str, Tensor] = {}
-        self.waiting: str | None = None
+        self.waiting = None
         super().__init__(growth)
 
     def ready(self, why: str) -> bool:

@@ -21,6 +21,7 @@ from esper.tolaria.genome import Plan
 from esper.tolaria.governor.rollback import duplicate, read_back, write, written
 from esper.tolaria.surgery.adoption import let_go
 from esper.tolaria.surgery.averages import copy_of
+from esper.tolaria.surgery.history import forget
 
 State = dict[str, Any]
 
@@ -98,6 +99,7 @@ class Before:
             model.zero_grad(set_to_none=True)
         parameters = dict(models[0].named_parameters())
         for optimizer, states in zip(optimizers.values(), self.states, strict=True):
+            forget(optimizer)  # LBFGS would go on with the count of the grown weights
             for name, parameter in parameters.items():
                 if name in states:
                     write(optimizer.state[parameter], states[name])

@@ -10,6 +10,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from esper.kasmina.evidence import count_examples
 from esper.tamiyo.early import due
 from esper.tamiyo.triggers import Trigger
+from esper.tolaria.growth.evidence import RECENT
 from esper.tolaria.growth.rates import forecast, moves
 
 UNMOVED = 2  # steps after which a scheduler that has not moved does not move by the step
@@ -50,21 +51,18 @@ class Timetable:
         rates = forecast(self.parts.schedulers, optimizer, steps, now)
         return [step for step in due(self.settings.shares, rates, steps) if step > now]
 
-    def reason(self, now: int, loss: float) -> str | None:
-        """Return why an event is due, or None."""
-        if self.trigger is not None:
-            return self.trigger.reason(now, loss)
+    def reason(self, now: int, loss: float, paused: bool = False) -> str | None:
+        """Return why an event is due, or None; what is due while growth is paused waits for its end."""
         if not self.settled:
             self.settle(now)
-        if not self.due:
-            self.wake = math.inf
+        why = None if self.trigger is None else self.trigger.reason(now, loss)
+        if paused:
             return None
-        if now >= self.due[0]:
+        if self.due and now >= self.due[0]:
+            why = why or "scheduled"
             self.due = [step for step in self.due if step > now]
-            self.rest(now)
-            return "scheduled"
         self.rest(now)
-        return None
+        return why
 
     def settle(self, now: int) -> None:
         """Look whether the schedulers move as was assumed: by the step, or once in an epoch."""
@@ -78,7 +76,7 @@ class Timetable:
         if not self.settled or self.trigger is not None:
             return
         size = max(count_examples(self.growth.batches[-1]), 1)
-        needed = math.ceil(self.growth.config.early.examples / size) + 1
+        needed = max(math.ceil(self.growth.early.evidence.most / size) + 1, RECENT)
         self.wake = self.due[0] - needed if self.due else math.inf
 
     @property
