@@ -119,8 +119,9 @@ class Early:
             self.event(why)
 
     def finish(self) -> None:
-        """Judge what is still open."""
+        """Judge what is still open; there is no more time to give it."""
         if self.open is not None:
+            self.open.extended = True
             self.judge()
 
     # -- an event --------------------------------------------------------------------------------------------
