@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import esper
 from esper.contracts import Event
+from esper.tolaria.checkpoint import CheckpointManager, Run
 from tests.tolaria.distributed.ranks import take_part
 
 STEPS, BATCH, CLASSES, EVERY = 120, 64, 8, 10
@@ -53,12 +54,11 @@ class Together:
             self.model,
             self.optimizer,
             loss_fn,
-            probe=[clusters(10_000, 512)],
             steps=STEPS,
             schedulers=[self.scheduler],
             growth="early",
             on_event=self.events.append,
-            **options,
+            **{"probe": [clusters(10_000, 512)], **options},
         )
 
     def step(self, rewrap: bool = True) -> None:
@@ -84,6 +84,10 @@ class Together:
     def weights(self) -> Tensor:
         with self.growth.parts.wrapping.plain(self.growth.parts.optimizers):
             return torch.cat([p.detach().flatten().clone() for p in self.net.parameters()])
+
+    def kept(self, place: Path) -> CheckpointManager:
+        run = Run(self.model, self.optimizer, growth=self.growth, others={"scheduler": self.scheduler})
+        return CheckpointManager(place, run, every=10**6)
 
     def same_everywhere(self) -> Tensor:
         own = self.weights()
@@ -165,6 +169,35 @@ def what_is_taken_back_is_taken_back_in_all(rank: int, world: int, folder: Path)
         run.same_everywhere()
 
 
+def the_stream_is_evidence_in_all(rank: int, world: int, folder: Path) -> None:
+    for wrap in ("ddp", "fsdp"):
+        run = Together(rank, world, wrap, probe="stream", example=clusters(99)).to(STEPS)
+        assert run.told("widened"), wrap
+        run.growth.finish()
+        run.same_everywhere()
+
+
+def a_run_goes_on_bit_for_bit(rank: int, world: int, folder: Path) -> None:
+    """Also while an event waits for growth.rewrap(), and while one is open."""
+    for wrap in ("ddp", "fsdp"):
+        whole = Together(rank, world, wrap).to(STEPS)
+        whole.growth.finish()
+        for at in (0, 7, 17, 33):
+            place = folder / f"early-{wrap}-{at}"
+            cut = Together(rank, world, wrap)
+            manager = cut.kept(place)
+            cut.to(at)
+            manager.save(wait=True)
+            manager.close()
+            cut.growth.parts.wrapping.close()
+            dist.barrier()
+            again = Together(rank, world, wrap)
+            assert again.kept(place).resume() is not None
+            again.to(STEPS)
+            again.growth.finish()
+            assert torch.equal(whole.same_everywhere(), again.same_everywhere()), (wrap, at)
+
+
 CHECKS = {
     check.__name__: check
     for check in (
@@ -173,6 +206,8 @@ CHECKS = {
         shards_grow_as_replicas_do,
         the_evidence_is_the_same_in_all,
         what_is_taken_back_is_taken_back_in_all,
+        the_stream_is_evidence_in_all,
+        a_run_goes_on_bit_for_bit,
     )
 }
 

@@ -21,17 +21,26 @@ from esper.tolaria.checkpoint.format import packed, safetensors_chunks
 
 GROWTH = ("batches", "trial")  # of a growth's state: what it saw last, and a kernel's own statistics
 
+EVIDENCE = ("batches", "coming")  # likewise, of what early growth keeps for its next event
+
 
 def own_part(state: Mapping[str, Any]) -> dict[str, Any]:
     """Return the part of a run's state that other processes do not share."""
     growth = state["growth"]
     return {
         "growth": None if growth is None else {name: growth[name] for name in GROWTH},
+        "evidence": evidence_of(growth),
         "buffers": {name: buffers_of(module) for name, module in state["modules"].items()},
         "others": state["others"],
         "batches": state["batches"],
         "randomness": state["randomness"],
     }
+
+
+def evidence_of(growth: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the batches of its own that a process has kept for the next event of early growth."""
+    early = None if growth is None else growth.get("early")
+    return {} if early is None else {n: v for n, v in early["evidence"].items() if n in EVIDENCE}
 
 
 def buffers_of(module: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,6 +105,10 @@ def adapted(
         part = {**part, "randomness": reseeded(part["randomness"], rank)}
     if shared["growth"] is not None and part["growth"] is not None:
         shared["growth"] = {**shared["growth"], **part["growth"]}
+    if part.get("evidence"):
+        early = shared["growth"]["early"]
+        own = {**early["evidence"], **part["evidence"]}
+        shared["growth"] = {**shared["growth"], "early": {**early, "evidence": own}}
     modules = {
         name: {**module, "state": {**module["state"], **part["buffers"].get(name, {})}}
         for name, module in shared["modules"].items()
