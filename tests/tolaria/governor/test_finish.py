@@ -6,7 +6,7 @@ from tests.tolaria.governor.test_wiring import Plain
 
 
 def test_a_parasite_is_not_folded_in_at_the_end_of_a_run() -> None:
-    run = Plain()
+    run = Plain("incubate")
     orchestrator = run.growth.orchestrator
     while orchestrator.trial is None or orchestrator.trial.kernel is None:
         run.train(1)

@@ -20,13 +20,14 @@ from tests.tolaria.governor.test_watch import clusters, loss_fn
 class Plain:
     """An ordinary loop with three lines of Esper."""
 
-    def __init__(self, **governor: Any) -> None:
+    def __init__(self, recipe: str = "early", **governor: Any) -> None:
         torch.manual_seed(0)
         self.net = nn.Sequential(nn.Linear(8, 2), nn.Tanh(), nn.Linear(2, 8))
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=0.02)
         self.events: list[Event] = []
         config = {"governor": {"enabled": True, "every": 10, **governor}}
         given = {"probe": [clusters(10_000, 256)], "steps": 160, "budget": {"growth_factor": 8.0}}
+        given["growth"] = recipe
         self.growth = esper.grow(
             self.net, self.optimizer, loss_fn, config=config, on_event=self.events.append, **given
         )
