@@ -81,7 +81,7 @@ def test_a_wider_kind_grows_and_is_saved_loaded_and_rebuilt(kind: str, tmp_path:
     average = torch.optim.swa_utils.AveragedModel(net)
     parameters = dict(net.named_parameters())
     growth = esper.grow(
-        net, optimizer, loss_fn, probe=[data(64)], steps=steps, sites=sites, config=CONFIG, ema=[average]
+        net, optimizer, loss_fn, probe=[data(256)], steps=steps, sites=sites, config=CONFIG, ema=[average]
     )
     for _ in range(steps):
         given = data(32)

@@ -19,6 +19,7 @@ CONFIG: dict[str, Any] = {
     "schedule": {"warmup": 0.02},
     "race": {"steps": 8, "candidates": 2},
     "gate": {"false_keep": 0.9, "min_gain": 0.0},
+    "early": {"false_keep": 0.9},
 }
 
 

@@ -29,7 +29,8 @@ from esper.tolaria.growth.verdicts import looked_at
 
 CHECKS = 4  # passes over a probe batch that prove an insertion and count its cost
 ENOUGH = "already wide enough"
-NEARLY, LATER = 1.5, 0.6  # times early.enough: who is asked again, and what it must be below then
+NEARLY = 2.0  # times early.enough: who is asked again
+WORTH = 0.01  # of the held-out loss, by which it must have fallen: a converged model's moves by less
 SPENT = "the budget is spent"
 REOPENED = 2  # times as long until a re-opened host is judged: its loss has been lifted first
 PROMISING = 0.3  # p-value below which an event that grew nothing is asked again before the next
@@ -171,15 +172,15 @@ class Early:
         Measured at the first event: a digits CNN of 16 and 32 channels is at 3 to 10 % of a guess's loss, one
         of 2 and 4, which gains 6 points by growing, at 24 %. One that comes near it is asked again.
         """
-        guess, first_event = self.evidence.guess, len(self.records) == 1
+        guess = self.evidence.guess
         if guess is None or self.growth.plans:
             return ""
         share = held_out / guess
         told = f"its held-out loss is {share:.1%} of a guess's"
-        if share < self.settings.enough * (1 if first_event else LATER):
+        if share < self.settings.enough:
             self.timetable.clear()
             return f"{ENOUGH}: {told}"
-        if first_event and share < NEARLY * self.settings.enough:
+        if len(self.records) == 1 and share < NEARLY * self.settings.enough:
             return f"it learns fast by itself: {told}"
         return ""
 
@@ -268,7 +269,7 @@ class Early:
     # -- afterwards ------------------------------------------------------------------------------------------
 
     def judge(self, early: bool = False) -> bool:
-        """Keep an event whose held-out loss has fallen since; take the others back.
+        """Keep an event whose held-out loss has fallen since, by what is worth it; take the others back.
 
         Args:
             early: The time is not up, because the next event is due: only what has won already is decided.
@@ -282,7 +283,7 @@ class Early:
             now = self.evidence.held_out()
         growth.cost.grow(growth.morphable.flops * judged.record.examples)
         self.note_point(now)
-        kept = now < judged.held_out
+        kept = now < judged.held_out - WORTH * abs(judged.held_out)
         if not kept and (early or not judged.extended):
             if not early:
                 judged.extended, judged.until = True, growth.steps + judged.until - judged.before.step

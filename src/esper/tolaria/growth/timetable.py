@@ -15,6 +15,7 @@ from esper.tolaria.growth.rates import forecast, moves
 
 UNMOVED = 2  # steps after which a scheduler that has not moved does not move by the step
 LENGTH = 1000  # steps a run counts as whose length is not known
+FEWEST = 20  # steps of a run in which anything can be learned, grown and judged
 
 
 class Timetable:
@@ -45,7 +46,7 @@ class Timetable:
     def planned(self) -> list[int]:
         """Place the events that are still to come by what the learning rate will do."""
         steps, now = self.parts.steps, self.growth.steps
-        if steps is None:
+        if steps is None or steps < FEWEST:
             return []
         optimizer = next(iter(self.parts.optimizers.values()))
         rates = forecast(self.parts.schedulers, optimizer, steps, now)
