@@ -13,7 +13,8 @@ its plain score falls from 8 to 2 while the tempered one stays at 8 to 19 (digit
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,6 +90,7 @@ class Score:
         self.sums: dict[str, Sums] = {}
         self.chosen: dict[str, Scored] = {}
         self.seen: dict[str, dict[str, float]] = {}
+        self.failed: dict[str, str] = {}  # places where the units do not run, and what was raised
         self.flops = 0  # beyond the host's own passes
 
     def fit(self, runs: Sequence[Run], seed: int) -> None:
@@ -106,9 +108,24 @@ class Score:
         with judging(self.model), untouched(self.model, seed), torch.enable_grad():
             for sights, examples in passes(self.model, self.places, runs):
                 for name, sight in sights.items():
-                    self.learn(name, sight, examples)
-            for name in list(self.sums):
-                self.choose(name)
+                    with self.alone(name):
+                        self.learn(name, sight, examples)
+            for name in [n for n in self.sums if n not in self.failed]:
+                with self.alone(name):
+                    self.choose(name)
+
+    @contextmanager
+    def alone(self, name: str) -> Iterator[None]:
+        """Let units that do not run close no other place: a kernel repeats a layer's class, not its call.
+
+        Where several processes look, all of them must look at the same places, and it is raised.
+        """
+        try:
+            yield
+        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+            if self.peers.world > 1:
+                raise
+            self.failed[name] = f"{type(error).__name__}: {error}"
 
     def learn(self, name: str, sight: Sight, examples: int) -> None:
         """Add one pass to a place's sums."""
@@ -209,10 +226,11 @@ class Score:
         with judging(self.model), untouched(self.model, seed), torch.enable_grad():
             for sights, examples in passes(self.model, self.places, runs):
                 for name in found.keys() & sights.keys():
-                    values = self.values(name, sights[name], examples)
-                    found[name].append(values if additive else values.mean(0, keepdim=True))
+                    with self.alone(name):
+                        values = self.values(name, sights[name], examples)
+                        found[name].append(values if additive else values.mean(0, keepdim=True))
         for name, parts in found.items():
-            if parts:
+            if parts and name not in self.failed:
                 own = torch.cat(parts)
                 joined = (own if shared else self.peers.gather(own)).double().cpu().numpy()
                 heard = self.peers.hear(joined.tobytes()) if self.peers.world > 1 else joined.tobytes()

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from esper.config import Config
@@ -38,6 +39,13 @@ from esper.tolaria.growth.telling import size_and_cost, started
 from esper.tolaria.saving import save
 from esper.tolaria.surgery.closures import before_closures
 from esper.tolaria.surgery.steps import Steps
+
+
+@contextmanager
+def taught() -> Iterator[None]:
+    """Let growth take gradients and change weights wherever the loop calls it, under ``no_grad`` too."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 class Growth:
@@ -136,7 +144,7 @@ class Growth:
         self.losses.append(value)
         if self.early is None or self.early.wants(self.steps):
             begun = time.perf_counter()
-            with self.morphable.policy.uncompiled():
+            with taught(), self.morphable.policy.uncompiled():
                 self._act(value)
             self.cost.seconds += time.perf_counter() - begun
         if self.steps % self.config.telemetry.progress_every == 0:
@@ -305,7 +313,11 @@ class Growth:
         begun = time.perf_counter()
         if self.early is not None:
             if self.early.open is not None:
-                with self.morphable.policy.uncompiled(), self.parts.wrapping.opened(self.parts.optimizers):
+                with (
+                    taught(),
+                    self.morphable.policy.uncompiled(),
+                    self.parts.wrapping.opened(self.parts.optimizers),
+                ):
                     self.early.finish()
         else:
             self._examined()

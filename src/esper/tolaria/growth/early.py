@@ -21,8 +21,10 @@ from esper.tolaria.growth.account import EventRecord, Looked, Point, record_from
 from esper.tolaria.growth.evidence import Evidence, Found
 from esper.tolaria.growth.insertion import How, Insertion
 from esper.tolaria.growth.judged import Judged
+from esper.tolaria.growth.mishaps import Mishaps
 from esper.tolaria.growth.reach import Reach
 from esper.tolaria.growth.streamed import Streamed
+from esper.tolaria.growth.takeback import Before
 from esper.tolaria.growth.telling import decided, decision_of, gated, seen_at_event, widened
 from esper.tolaria.growth.timetable import Timetable
 from esper.tolaria.growth.verdicts import looked_at
@@ -32,6 +34,7 @@ ENOUGH = "already wide enough"
 NEARLY = 2.0  # times early.enough: who is asked again
 WORTH = 0.01  # of the held-out loss, by which it must have fallen: a converged model's moves by less
 SPENT = "the budget is spent"
+NONE_LEFT = "no place is left"
 REOPENED = 2  # times as long until a re-opened host is judged: its loss has been lifted first
 PROMISING = 0.3  # p-value below which an event that grew nothing is asked again before the next
 
@@ -50,6 +53,7 @@ class Early:
         self.evidence = Streamed(growth) if self.parts.example is not None else Evidence(growth)
         self.timetable = Timetable(growth)
         self.reach = Reach(growth, self.timetable)
+        self.mishaps = Mishaps(growth)
         self.spending = Spending(growth.config.early.false_keep)
         self.open: Judged | None = None
         self.waiting: str | None = None  # why an event waits for growth.rewrap()
@@ -89,6 +93,11 @@ class Early:
 
     def step(self, loss: float) -> None:
         """Do what one optimizer step asks for."""
+        with self.mishaps.contained("an event", self.skip):
+            self.act(loss)
+
+    def act(self, loss: float) -> None:
+        """Judge what is due, keep batches, and hold an event."""
         growth = self.growth
         now = growth.steps
         if self.open is not None and now >= self.open.until and not self.parts.wrapping.deferred:
@@ -113,6 +122,11 @@ class Early:
 
     def rewrap(self) -> None:
         """Do what waited until the layers may change their shapes."""
+        with self.mishaps.contained("an event", self.skip):
+            self.act_on_waiting()
+
+    def act_on_waiting(self) -> None:
+        """Judge what is due, and hold the event that waited."""
         if self.open is not None and self.growth.steps >= self.open.until:
             self.judge()
         if self.waiting is not None:
@@ -120,10 +134,28 @@ class Early:
             self.event(why)
 
     def finish(self) -> None:
-        """Judge what is still open; there is no more time to give it."""
+        """Judge what is still open; there is no more time to give it.
+
+        Where that cannot be done it stays, for its evidence came first.
+        """
         if self.open is not None:
             self.open.extended = True
-            self.judge()
+            with self.mishaps.contained("the last judgement", lambda why: self.keep(f"not judged: {why}")):
+                self.judge()
+
+    def skip(self, why: str) -> None:
+        """Leave everything in order where an event could not be held, or not be judged."""
+        growth, judged = self.growth, self.open
+        growth.asked, self.timetable.wake = None, 0
+        self.evidence.abandon()
+        if judged is not None:
+            judged.until = max(judged.until, growth.steps + self.timetable.length(self.settings.judge))
+        if self.records and self.records[-1].step == growth.steps:
+            if self.records[-1].verdict == "nothing" and not self.records[-1].reason:
+                self.records[-1].reason = f"skipped: {why}"
+        elif judged is None:
+            training = self.evidence.training_loss
+            self.records.append(EventRecord(growth.steps, "", None, training, 0, reason=f"skipped: {why}"))
 
     # -- an event --------------------------------------------------------------------------------------------
 
@@ -141,11 +173,13 @@ class Early:
         room = growth.room()
         units = self.reach.allocated(free, room)
         record = EventRecord(growth.steps, why, None, self.evidence.training_loss, 0)
+        for name, barred in self.reach.barred.items():
+            record.looked.append(Looked(name, growth.morphable.places[name].site.width, reason=barred))
         if not units:
             if not self.reach.waits_for_depth(room):
                 self.timetable.clear()
                 self.records.append(record)
-                self.decline(record, free, {}, SPENT)
+                self.decline(record, free, {}, SPENT if free else NONE_LEFT)
             return
         self.records.append(record)
         with self.parts.wrapping.whole():
@@ -207,10 +241,36 @@ class Early:
     def grow(
         self, record: EventRecord, found: Found, free: Mapping[str, Place], units: Mapping[str, int]
     ) -> None:
-        """Insert what passed."""
+        """Insert what passed; whatever ends this in the middle, Ctrl-C too, takes all of it back."""
         growth = self.growth
-        before = self.insertion.remember(growth.steps)
+        before, kept = self.insertion.remember(growth.steps), growth.events_kept
         decisions = list[tuple[int, int, str, float | None, int, int]]()
+        try:
+            self.insert(record, found, free, units, before, decisions)
+        except BaseException as error:
+            with growth.watched_surgery():
+                self.insertion.restore(before)
+            growth.events_kept, self.open, record.verdict = kept, None, "nothing"
+            record.reason = f"the grown model was put back: {type(error).__name__}: {error}"
+            for one in record.looked:
+                if one.grown or not one.reason:
+                    one.grown, one.reason = 0, record.reason
+            growth.topology_changed()
+            for number, seed, name, *_ in decisions:
+                self.end(number, seed, name, None, record.reason)
+            raise
+
+    def insert(
+        self,
+        record: EventRecord,
+        found: Found,
+        free: Mapping[str, Place],
+        units: Mapping[str, int],
+        before: Before,
+        decisions: list[tuple[int, int, str, float | None, int, int]],
+    ) -> None:
+        """Insert what passed; places that cannot take it are closed for the rest of the run."""
+        growth = self.growth
         moves = list[tuple[Looked, int]]()
         self.tell_survey(record, found.scored)
         for name, count in units.items():
@@ -222,14 +282,23 @@ class Early:
         kernels = {name: found.scored[name].kernel for name in units}
         widths = {n: count for n, count in units.items() if isinstance(free[n], WidenPlace)}
         with growth.watched_surgery():
-            failed = self.insertion.widen(kernels, widths, before) if widths else ""
-            for name in [n for n in units if n not in widths and not failed]:
+            failures = self.insertion.widen_what_can(kernels, widths, before)
+            self.reach.barred.update(failures)
+            for name in [n for n in units if n not in widths]:
                 seed = self.parts.streams.draw("initialisation")
-                failed = self.insertion.deepen(name, kernels[name], units[name], seed, before)
-        if failed:
-            record.reason = failed
-            for number, seed, name, *_ in decisions:
-                self.end(number, seed, name, None, failed)
+                if failed := self.insertion.deepen(name, kernels[name], units[name], seed, before):
+                    failures.update(dict.fromkeys(units, failed))  # everything was put back
+                    break
+        for number, seed, name, *_ in decisions:
+            if name in failures:
+                self.end(number, seed, name, None, failures[name])
+        for one, _ in moves:
+            one.reason = failures.get(one.site, one.reason)
+        decisions[:] = [one for one in decisions if one[2] not in failures]
+        moves = [move for move in moves if move[0].site not in failures]
+        widths = {name: count for name, count in widths.items() if name not in failures}
+        if not moves:
+            record.reason = "; ".join(dict.fromkeys(failures.values()))
             return
         for one, count in moves:
             one.grown, one.reason = count, "grown"
@@ -288,22 +357,32 @@ class Early:
             if not early:
                 judged.extended, judged.until = True, growth.steps + judged.until - judged.before.step
             return False
-        self.open = None
         reason = f"held-out loss {judged.held_out:.4g} → {now:.4g}"
-        judged.record.verdict, judged.record.reason = ("kept" if kept else "taken back"), reason
-        if not kept:
-            lost = growth.steps - judged.before.step
-            with growth.watched_surgery():
-                self.insertion.restore(judged.before)
-            growth.events_kept -= 1
-            growth.topology_changed()
-            sizes = {"parameters": growth.morphable.parameter_count()}
-            growth.tell(
-                "taken_back", to=judged.before.step, lost=lost, before=judged.held_out, now=now, **sizes
-            )
-        for number, seed, name, gain, parameters, flops in judged.decisions:
-            self.end(number, seed, name, (gain, parameters, flops) if kept else None, reason)
+        replaced = next(filter(None, [self.reach.gone(name) for _, _, name, *_ in judged.decisions]), "")
+        if kept or replaced:  # to take it back would overwrite the user's own new layer
+            self.keep(reason if kept else f"{reason}; not taken back, for {replaced}")
+            return True
+        self.open = None
+        judged.record.verdict, judged.record.reason = "taken back", reason
+        lost = growth.steps - judged.before.step
+        with growth.watched_surgery():
+            self.insertion.restore(judged.before)
+        growth.events_kept -= 1
+        growth.topology_changed()
+        sizes = {"parameters": growth.morphable.parameter_count()}
+        growth.tell("taken_back", to=judged.before.step, lost=lost, before=judged.held_out, now=now, **sizes)
+        for number, seed, name, *_ in judged.decisions:
+            self.end(number, seed, name, None, reason)
         return True
+
+    def keep(self, reason: str) -> None:
+        """Let the open event stay."""
+        judged = self.open
+        assert judged is not None
+        self.open = None
+        judged.record.verdict, judged.record.reason = "kept", reason
+        for number, seed, name, gain, parameters, flops in judged.decisions:
+            self.end(number, seed, name, (gain, parameters, flops), reason)
 
     def end(
         self, decision: int, seed: int, site: str, kept: tuple[float | None, int, int] | None, reason: str
@@ -330,6 +409,7 @@ class Early:
             "evidence": self.evidence.state_dict(),
             "spending": self.spending.state_dict(),
             "waiting": self.waiting,
+            "barred": dict(self.reach.barred),
             "records": [asdict(record) for record in self.records],
             "points": [asdict(point) for point in self.points],
             "open": None if self.open is None else self.open.state_dict(self.records),
@@ -341,6 +421,7 @@ class Early:
         self.evidence.load_state_dict(state["evidence"])
         self.spending.load_state_dict(state["spending"])
         self.waiting = state["waiting"]
+        self.reach.barred.update(state.get("barred", {}))
         self.records = [record_from(record) for record in state["records"]]
         self.points = [Point(**point) for point in state["points"]]
         self.open = None if state["open"] is None else Judged.from_state(state["open"], self.records)

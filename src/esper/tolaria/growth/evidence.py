@@ -34,6 +34,7 @@ class Found:
     examples: int  # held out, or batches where the loss couples examples
     additive: bool  # whether each example is evidence of its own
     flops: int  # spent on it
+    failed: Mapping[str, str]  # places where the units do not run, and what was raised
 
     def p_value(self, values: np.ndarray) -> float | None:
         """Return how likely evidence as strong is where nothing helps."""
@@ -110,6 +111,9 @@ class Evidence:
         """Return why an event came that has waited for its evidence."""
         return None
 
+    def abandon(self) -> None:
+        """Gather no more for an event that is skipped."""
+
     def learn_loss(self, held: Sequence[Any]) -> None:
         """Find out once what kind of loss this is."""
         few = first(held[0], 64)
@@ -138,7 +142,7 @@ class Evidence:
         flops = score.flops + self.growth.morphable.flops * (3 * min(seen, self.most) + 4 * examples)
         self.batches.clear()
         values = examples if alone else len(held)
-        return Found(score.chosen, self.held_out(held), values, alone, flops)
+        return Found(score.chosen, self.held_out(held), values, alone, flops, score.failed)
 
     def runs(self, batches: Sequence[Any], alone: bool) -> list[Run]:
         """Return passes over batches: joined where examples count alone, as they came where they do not."""

@@ -33,6 +33,7 @@ class Insertion:
 
     def __init__(self, committer: Committer) -> None:
         self.committer, self.model = committer, committer.model
+        self.flops: int | None = None  # of the model when it was last remembered
 
     @property
     def models(self) -> list[nn.Module]:
@@ -41,7 +42,29 @@ class Insertion:
 
     def remember(self, step: int) -> Before:
         """Copy the run as it is."""
+        self.flops = self.model.flops
         return Before.of(self.models, self.committer.optimizers, step, len(self.committer.plans))
+
+    def widen_what_can(
+        self, kernels: Mapping[str, LiveKernel], units: Mapping[str, int], before: Before
+    ) -> dict[str, str]:
+        """Widen places together; where that fails, those that can be widened alone.
+
+        Returns:
+            Why, for each place that was not widened.
+        """
+        if not units or not self.widen(kernels, units, before):
+            return {}
+        failures: dict[str, str] = {}
+        for name, count in units.items():
+            if why := self.widen(kernels, {name: count}, before):
+                failures[name] = why
+            else:
+                self.restore(before)
+        left = {name: count for name, count in units.items() if name not in failures}
+        if left and (why := self.widen(kernels, left, before)):
+            failures.update(dict.fromkeys(left, why))
+        return failures
 
     def widen(self, kernels: Mapping[str, LiveKernel], units: Mapping[str, int], before: Before) -> str:
         """Widen places together; what the model says stays as it is.
@@ -104,7 +127,11 @@ class Insertion:
         """Take an event back."""
         before.restore(self.models, self.committer.optimizers, self.committer.plans)
         del self.committer.plans[before.plans :]
-        self.refreshed()
+        self.model.refresh(self.committer.run)
+        if self.flops is None:  # remembered by an earlier process
+            self.model.meter(self.committer.run)
+        else:
+            self.model.flops = self.flops
 
     def reopen(self, how: How, layers: Sequence[nn.Module]) -> None:
         """Re-open a saturated host, its averages too.

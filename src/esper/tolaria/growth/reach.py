@@ -24,6 +24,7 @@ class Reach:
     def __init__(self, growth: Any, timetable: Timetable) -> None:
         self.growth, self.timetable = growth, timetable
         self.settings = growth.config.early
+        self.barred: dict[str, str] = {}  # places that are closed for the rest of the run, and why
 
     def places(self) -> dict[str, Place]:
         """Return the places an event asks at: where blocks can be added, what is inside them stays as it is.
@@ -31,7 +32,10 @@ class Reach:
         Residual nets and transformers gained by depth and lost by inner width (char GPT, glyphs; see
         docs/decisions.md); once no further block fits the budget, widths are next.
         """
-        found = self.growth.morphable.places
+        for name in self.growth.morphable.places:
+            if why := self.gone(name):
+                self.barred[name] = why
+        found = {n: p for n, p in self.growth.morphable.places.items() if n not in self.barred}
         stacks = {n: p for n, p in found.items() if isinstance(p, Stack)}
         pairs: dict[str, Place] = {n: p for n, p in found.items() if isinstance(p, WidenPlace)}
         if not stacks or not self.allocated(stacks, self.growth.room()):
@@ -39,6 +43,15 @@ class Reach:
         inside = tuple(f"{stack.container}." for stack in stacks.values())
         outside: dict[str, Place] = {n: p for n, p in pairs.items() if not p.site.entry.startswith(inside)}
         return outside if 1 + len(self.timetable.due) > self.timetable.late else {**outside, **stacks}
+
+    def gone(self, name: str) -> str:
+        """Say so where a layer of a place is no longer the model's: it was replaced by hand."""
+        host = {id(module) for module in self.growth.morphable.host.modules()}
+        place = self.growth.morphable.places.get(name)
+        if place is None or all(id(end) in host for end in place.ends()):
+            return ""
+        first = id(place.ends()[0]) in host
+        return f"{place.site.exit if first else place.site.entry} was replaced or removed since esper.grow"
 
     def waits_for_depth(self, room: Room) -> bool:
         """Tell whether blocks can be added at a later event."""

@@ -63,10 +63,14 @@ class Streamed(Evidence):
         """Measure places at the weights the batches have not been learned by."""
         with self.at_earlier_weights():
             found = super().look(places, units)
+        self.abandon()
+        return found
+
+    def abandon(self) -> None:
+        """Gather no more for an event that is skipped; its batches are learned from by now."""
         self.coming.clear()
         self.earlier.clear()
         self.waiting = None
-        return found
 
     def held_out(self, held: Sequence[Any] | None = None) -> float:
         """Return the mean of the latest losses: each was taken before its batch was learned from."""

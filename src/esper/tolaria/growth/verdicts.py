@@ -45,7 +45,8 @@ def looked_at(
         looked.append(one)
         scored = found.scored.get(name)
         if scored is None or not len(scored.values):
-            one.reason = "not passed by these examples"
+            failed = found.failed.get(name)
+            one.reason = "not passed by these examples" if failed is None else f"units do not run: {failed}"
             continue
         one.p_value, one.gain = found.p_value(scored.values), scored.gain
         if one.p_value is None:
