@@ -94,3 +94,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def taught() -> Iterator[None]:
+    """Let growth take gradients and change weights wherever the loop calls it, under ``no_grad`` too."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield

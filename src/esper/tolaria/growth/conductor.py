@@ -11,7 +11,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from esper.config import Config
@@ -19,6 +18,7 @@ from esper.contracts import Event, Outcome
 from esper.errors import FinishedError, SiteError, StateError, nearest
 from esper.kasmina.evidence import count_examples
 from esper.kasmina.flops import Ledger
+from esper.kasmina.isolation import taught
 from esper.kasmina.morphable import MorphableModel
 from esper.kasmina.orchestrator import SeedOrchestrator
 from esper.kasmina.peers import Peers
@@ -39,13 +39,6 @@ from esper.tolaria.growth.telling import size_and_cost, started
 from esper.tolaria.saving import save
 from esper.tolaria.surgery.closures import before_closures
 from esper.tolaria.surgery.steps import Steps
-
-
-@contextmanager
-def taught() -> Iterator[None]:
-    """Let growth take gradients and change weights wherever the loop calls it, under ``no_grad`` too."""
-    with torch.inference_mode(False), torch.enable_grad():
-        yield
 
 
 class Growth:
@@ -86,7 +79,7 @@ class Growth:
         if self.recipe == "early":
             with self.morphable.policy.uncompiled(), parts.wrapping.whole():
                 self.early = Early(self)
-            parts.warnings.extend(self.early.doubts())
+            parts.warnings.extend(self.early.evidence.doubts())
         self._tell_start()
 
     @property

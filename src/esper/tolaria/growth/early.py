@@ -12,27 +12,27 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from esper.contracts import Outcome, Stage
+from esper.contracts import Stage
 from esper.kasmina.places import Place, WidenPlace
-from esper.kasmina.reopen import SATURATED, multipliable
+from esper.kasmina.reopen import multipliable
 from esper.kasmina.score import Scored
 from esper.kasmina.significance import Spending
 from esper.tolaria.growth.account import EventRecord, Looked, Point, record_from
-from esper.tolaria.growth.evidence import Evidence, Found
+from esper.tolaria.growth.evidence import ENOUGH, Evidence, Found
 from esper.tolaria.growth.insertion import How, Insertion
 from esper.tolaria.growth.judged import Judged
 from esper.tolaria.growth.mishaps import Mishaps
 from esper.tolaria.growth.reach import Reach
+from esper.tolaria.growth.seeds import Seeds
 from esper.tolaria.growth.streamed import Streamed
 from esper.tolaria.growth.takeback import Before
-from esper.tolaria.growth.telling import decided, decision_of, gated, seen_at_event, widened
+from esper.tolaria.growth.telling import widened
 from esper.tolaria.growth.timetable import Timetable
 from esper.tolaria.growth.verdicts import looked_at
 
 CHECKS = 4  # passes over a probe batch that prove an insertion and count its cost
-ENOUGH = "already wide enough"
-NEARLY = 2.0  # times early.enough: who is asked again
 WORTH = 0.01  # of the held-out loss, by which it must have fallen: a converged model's moves by less
+INSERTED = "inserted: the output is unchanged"
 SPENT = "the budget is spent"
 NONE_LEFT = "no place is left"
 REOPENED = 2  # times as long until a re-opened host is judged: its loss has been lifted first
@@ -54,6 +54,7 @@ class Early:
         self.timetable = Timetable(growth)
         self.reach = Reach(growth, self.timetable)
         self.mishaps = Mishaps(growth)
+        self.seeds = Seeds(growth)
         self.spending = Spending(growth.config.early.false_keep)
         self.open: Judged | None = None
         self.waiting: str | None = None  # why an event waits for growth.rewrap()
@@ -64,17 +65,6 @@ class Early:
     def growing(self) -> bool:
         """Whether anything may still grow, or be taken back."""
         return self.open is not None or self.waiting is not None or self.timetable.pending
-
-    def doubts(self) -> list[str]:
-        """Say at the start what would keep anything from growing."""
-        evidence, streamed = self.evidence, self.parts.example is not None
-        if streamed or evidence.found_values >= evidence.smallest:
-            return []
-        what = "examples" if evidence.additive else "batches, which the loss couples the examples of,"
-        return [
-            f"the probe has {evidence.found_values} {what} and nothing can pass with fewer than "
-            f"{evidence.smallest}: hold out more" + ("" if evidence.additive else ", or pass per_example=")
-        ]
 
     # -- the loop --------------------------------------------------------------------------------------------
 
@@ -157,6 +147,11 @@ class Early:
             training = self.evidence.training_loss
             self.records.append(EventRecord(growth.steps, "", None, training, 0, reason=f"skipped: {why}"))
 
+    @property
+    def look(self) -> int:
+        """How many looks the false-keep budget has paid for."""
+        return len(self.spending.looks)
+
     # -- an event --------------------------------------------------------------------------------------------
 
     def event(self, why: str) -> None:
@@ -187,9 +182,11 @@ class Early:
         growth.cost.grow(found.flops)
         record.held_out, record.examples = found.held_out, found.examples
         self.note_point(found.held_out)
-        room_enough = self.enough(found.held_out)
-        if room_enough:
-            self.decline(record, free, found.scored, room_enough)
+        why_not = "" if growth.plans else self.evidence.enough(found.held_out, len(self.records) == 1)
+        if why_not:
+            if why_not.startswith(ENOUGH):
+                self.timetable.clear()
+            self.decline(record, free, found.scored, why_not)
             return
         passed = self.passing(record, found, free, units)
         final = self.reach.allocated({name: free[name] for name in passed}, room)
@@ -199,24 +196,6 @@ class Early:
             self.decline(record, free, found.scored, "no evidence on held-out examples")
             return
         self.grow(record, found, free, final)
-
-    def enough(self, held_out: float) -> str:
-        """Say so where a host that has not grown learns nearly all there is by itself: it has room.
-
-        Measured at the first event: a digits CNN of 16 and 32 channels is at 3 to 10 % of a guess's loss, one
-        of 2 and 4, which gains 6 points by growing, at 24 %. One that comes near it is asked again.
-        """
-        guess = self.evidence.guess
-        if guess is None or self.growth.plans:
-            return ""
-        share = held_out / guess
-        told = f"its held-out loss is {share:.1%} of a guess's"
-        if share < self.settings.enough:
-            self.timetable.clear()
-            return f"{ENOUGH}: {told}"
-        if len(self.records) == 1 and share < NEARLY * self.settings.enough:
-            return f"it learns fast by itself: {told}"
-        return ""
 
     def passing(
         self, record: EventRecord, found: Found, free: Mapping[str, Place], units: Mapping[str, int]
@@ -235,8 +214,8 @@ class Early:
         record.looked += [
             Looked(name, place.site.width, reason=reason) for name, place in free.items() if name not in known
         ]
-        self.tell_survey(record, scored)
-        self.tell_decision(record, None, 0, f"{record.why}; {reason}")
+        self.seeds.tell_survey(record, scored)
+        self.seeds.tell_decision(record, self.look, None, 0, f"{record.why}; {reason}")
 
     def grow(
         self, record: EventRecord, found: Found, free: Mapping[str, Place], units: Mapping[str, int]
@@ -247,7 +226,7 @@ class Early:
         decisions = list[tuple[int, int, str, float | None, int, int]]()
         try:
             self.insert(record, found, free, units, before, decisions)
-        except BaseException as error:
+        except BaseException as error:  # Ctrl-C too must leave no half of an event; it is raised again
             with growth.watched_surgery():
                 self.insertion.restore(before)
             growth.events_kept, self.open, record.verdict = kept, None, "nothing"
@@ -257,7 +236,7 @@ class Early:
                     one.grown, one.reason = 0, record.reason
             growth.topology_changed()
             for number, seed, name, *_ in decisions:
-                self.end(number, seed, name, None, record.reason)
+                self.seeds.end(number, seed, name, None, record.reason)
             raise
 
     def insert(
@@ -272,11 +251,13 @@ class Early:
         """Insert what passed; places that cannot take it are closed for the rest of the run."""
         growth = self.growth
         moves = list[tuple[Looked, int]]()
-        self.tell_survey(record, found.scored)
+        self.seeds.tell_survey(record, found.scored)
         for name, count in units.items():
-            number = self.tell_decision(record, name, count, f"{record.why}; held-out evidence")
+            number = self.seeds.tell_decision(
+                record, self.look, name, count, f"{record.why}; held-out evidence"
+            )
             one = next(one for one in record.looked if one.site == name)
-            seed = self.germinate(name)
+            seed = self.seeds.germinate(name)
             decisions.append((number, seed, name, one.gain, one.parameters, one.flops))
             moves.append((one, count))
         kernels = {name: found.scored[name].kernel for name in units}
@@ -291,7 +272,7 @@ class Early:
                     break
         for number, seed, name, *_ in decisions:
             if name in failures:
-                self.end(number, seed, name, None, failures[name])
+                self.seeds.end(number, seed, name, None, failures[name])
         for one, _ in moves:
             one.reason = failures.get(one.site, one.reason)
         decisions[:] = [one for one in decisions if one[2] not in failures]
@@ -310,7 +291,9 @@ class Early:
         until = growth.steps + self.timetable.length(share)
         self.open = Judged(before, until, found.held_out, decisions, record)
         for number, seed, name, *_ in decisions:
-            self.move(seed, name, Stage.GERMINATED, Stage.STABILISING, "inserted: the output is unchanged")
+            self.seeds.move(
+                seed, name, Stage.GERMINATED, Stage.STABILISING, "inserted: the output is unchanged"
+            )
             if name in widths:
                 growth.tell(
                     "widened", **widened(growth.plans, number, name, growth.morphable.parameter_count())
@@ -322,17 +305,16 @@ class Early:
     def reopen(self) -> How:
         """Re-open a saturated host; ``auto`` is for cross-entropy whose training loss is nearly satisfied."""
         how: How = "no"
-        guess, training = self.evidence.guess, self.evidence.training_loss
         if self.settings.reopen == "auto":
-            saturated = guess is not None and training is not None and training < SATURATED * guess
-            how = "output" if saturated else "no"
-        elif self.settings.reopen != "output" or guess is not None:
+            how = "output" if self.evidence.saturated() else "no"
+        elif self.settings.reopen != "output" or self.evidence.guess is not None:
             how = self.settings.reopen
         if how == "output" and not multipliable(self.growth.morphable.host, self.evidence.outputs):
             how = "no"  # not every argmax would stay
         self.insertion.reopen(how, self.evidence.outputs)
         if how != "no":
-            self.growth.tell("reopened", how=how, loss=training, guess=guess)
+            loss, guess = self.evidence.training_loss, self.evidence.guess
+            self.growth.tell("reopened", how=how, loss=loss, guess=guess)
         return how
 
     # -- afterwards ------------------------------------------------------------------------------------------
@@ -372,7 +354,7 @@ class Early:
         sizes = {"parameters": growth.morphable.parameter_count()}
         growth.tell("taken_back", to=judged.before.step, lost=lost, before=judged.held_out, now=now, **sizes)
         for number, seed, name, *_ in judged.decisions:
-            self.end(number, seed, name, None, reason)
+            self.seeds.end(number, seed, name, None, reason)
         return True
 
     def keep(self, reason: str) -> None:
@@ -382,25 +364,7 @@ class Early:
         self.open = None
         judged.record.verdict, judged.record.reason = "kept", reason
         for number, seed, name, gain, parameters, flops in judged.decisions:
-            self.end(number, seed, name, (gain, parameters, flops), reason)
-
-    def end(
-        self, decision: int, seed: int, site: str, kept: tuple[float | None, int, int] | None, reason: str
-    ) -> None:
-        """Move a seed to its end and tell the outcome."""
-        stage = self.growth.morphable.layout.stage_of(seed)
-        if kept is not None:
-            self.move(seed, site, stage, Stage.EVALUATING, "the event is judged")
-            self.move(seed, site, Stage.EVALUATING, Stage.FOSSILISED, reason)
-            self.move(seed, site, Stage.FOSSILISED, Stage.DORMANT, "")
-        else:
-            self.move(seed, site, stage, Stage.ROLLED_BACK, reason)
-            self.move(seed, site, Stage.ROLLED_BACK, Stage.CULLED, reason)
-            self.move(seed, site, Stage.CULLED, Stage.EMBARGOED, "")
-            self.move(seed, site, Stage.EMBARGOED, Stage.DORMANT, "the next event may ask again")
-        gain, parameters, flops = kept or (None, 0, 0)
-        outcome = Outcome(decision, site, kept is not None, gain, parameters, flops, 0, reason)
-        self.growth.tell("outcome", **asdict(outcome))
+            self.seeds.end(number, seed, name, (gain, parameters, flops), reason)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a run needs to go on: what is due, what is kept for it, and what is still judged."""
@@ -428,41 +392,6 @@ class Early:
 
     # -- telling ---------------------------------------------------------------------------------------------
 
-    def germinate(self, site: str) -> int:
-        """Wake a seed of a site."""
-        model = self.growth.morphable
-        seed = next(s for s in model.seeds(site) if model.layout.stage_of(s) is Stage.DORMANT)
-        self.move(seed, site, Stage.DORMANT, Stage.GERMINATED, "held-out evidence")
-        return seed
-
-    def move(self, seed: int, site: str, source: Stage, target: Stage, reason: str) -> None:
-        """Move a seed on and tell."""
-        growth = self.growth
-        growth.morphable.layout.move(seed, source, target, growth.steps)
-        growth.orchestrator.note_move(seed, target)
-        growth.tell("stage", seed=seed, site=site, source=source.name, target=target.name, reason=reason)
-
-    def tell_survey(self, record: EventRecord, scored: Mapping[str, Scored]) -> None:
-        """Tell what an event saw."""
-        sites = seen_at_event(record, {name: one.report for name, one in scored.items()})
-        self.growth.tell("survey", decision=self.growth.tamiyo.decisions + 1, sites=sites)
-
-    def tell_decision(self, record: EventRecord, site: str | None, width: int, reason: str) -> int:
-        """Number a decision and tell it, with the evidence behind it."""
-        growth = self.growth
-        growth.tamiyo.decisions += 1
-        number: int = growth.tamiyo.decisions
-        growth.tell("decision", **decided(decision_of(record, number, site, width, reason)))
-        for one in record.looked:
-            if site in (None, one.site) and one.threshold is not None:
-                growth.tell("gate", **gated(number, one, record.examples, len(self.spending.looks)))
-        return number
-
     def note_point(self, held_out: float | None) -> None:
         """Write a point of the curve."""
-        growth = self.growth
-        spent = growth.cost.training_flops + growth.cost.growth_flops
-        size = growth.morphable.parameter_count()
-        self.points.append(
-            Point(growth.steps, size, growth.morphable.flops, spent, held_out, dict(growth.metrics))
-        )
+        self.points.append(Point.now(self.growth, held_out))
