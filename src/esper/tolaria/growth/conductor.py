@@ -11,7 +11,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from esper.config import Config
@@ -19,6 +18,7 @@ from esper.contracts import Event, Outcome
 from esper.errors import FinishedError, SiteError, StateError, nearest
 from esper.kasmina.evidence import count_examples
 from esper.kasmina.flops import Ledger
+from esper.kasmina.isolation import taught
 from esper.kasmina.morphable import MorphableModel
 from esper.kasmina.orchestrator import SeedOrchestrator
 from esper.kasmina.peers import Peers
@@ -39,13 +39,6 @@ from esper.tolaria.growth.telling import size_and_cost, started
 from esper.tolaria.saving import save
 from esper.tolaria.surgery.closures import before_closures
 from esper.tolaria.surgery.steps import Steps
-
-
-@contextmanager
-def taught() -> Iterator[None]:
-    """Let growth take gradients and change weights wherever the loop calls it, under ``no_grad`` too."""
-    with torch.inference_mode(False), torch.enable_grad():
-        yield
 
 
 class Growth:
@@ -83,11 +76,21 @@ class Growth:
         self.recipe: Recipe = recipe_of(self.config.growth, self.morphable)
         self.incubation = Incubation(self)
         self.early: Early | None = None
-        if self.recipe == "early":
-            with self.morphable.policy.uncompiled(), parts.wrapping.whole():
-                self.early = Early(self)
-            parts.warnings.extend(self.early.doubts())
-        self._tell_start()
+        try:
+            if self.recipe == "early":
+                with self.morphable.policy.uncompiled(), parts.wrapping.whole():
+                    self.early = Early(self)
+                parts.warnings.extend(self.early.evidence.doubts())
+            self._tell_start()
+        except BaseException:  # nothing is left behind by a run that does not begin
+            self._close_hooks()
+            raise
+
+    def _close_hooks(self) -> None:
+        """Take every hook out of the user's optimizers."""
+        self.taken.close()
+        for hook in self.hooks:
+            hook.remove()
 
     @property
     def peers(self) -> Peers:
@@ -145,7 +148,10 @@ class Growth:
         if self.early is None or self.early.wants(self.steps):
             begun = time.perf_counter()
             with taught(), self.morphable.policy.uncompiled():
-                self._act(value)
+                if self.early is not None:
+                    self.early.step(value)
+                elif self.recipe == "incubate":
+                    self.incubation.step(value)
             self.cost.seconds += time.perf_counter() - begun
         if self.steps % self.config.telemetry.progress_every == 0:
             self._tell_progress()
@@ -164,13 +170,6 @@ class Growth:
             check_finite(found.loss, self.steps)
         orchestrator.share(found.faults)
         return found.loss
-
-    def _act(self, loss: float) -> None:
-        if self.early is not None:
-            self.early.step(loss)
-            return
-        if self.recipe == "incubate":
-            self.incubation.step(loss)
 
     def room(self) -> Room:
         """Return what the budget still allows."""
@@ -313,19 +312,13 @@ class Growth:
         begun = time.perf_counter()
         if self.early is not None:
             if self.early.open is not None:
-                with (
-                    taught(),
-                    self.morphable.policy.uncompiled(),
-                    self.parts.wrapping.opened(self.parts.optimizers),
-                ):
+                with self.morphable.policy.uncompiled(), self.parts.wrapping.opened(self.parts.optimizers):
                     self.early.finish()
         else:
             self._examined()
             self._open(self.orchestrator.settle)
         self.cost.seconds += time.perf_counter() - begun
-        self.taken.close()
-        for hook in self.hooks:
-            hook.remove()
+        self._close_hooks()
         if self.watch is not None:
             self.watch.close()
         self.parts.forging.close()

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from esper.contracts import Outcome, Stage
+from esper.contracts import Stage
 from esper.kasmina.places import Place, WidenPlace
 from esper.kasmina.reopen import SATURATED, multipliable
 from esper.kasmina.score import Scored
@@ -25,7 +25,8 @@ from esper.tolaria.growth.mishaps import Mishaps
 from esper.tolaria.growth.reach import Reach
 from esper.tolaria.growth.streamed import Streamed
 from esper.tolaria.growth.takeback import Before
-from esper.tolaria.growth.telling import decided, decision_of, gated, seen_at_event, widened
+from esper.tolaria.growth.teller import Teller
+from esper.tolaria.growth.telling import widened
 from esper.tolaria.growth.timetable import Timetable
 from esper.tolaria.growth.verdicts import looked_at
 
@@ -38,7 +39,7 @@ REOPENED = 2  # times as long until a re-opened host is judged: its loss has bee
 PROMISING = 0.3  # p-value below which an event that grew nothing is asked again before the next
 
 
-class Early:
+class Early(Teller):
     """Grows one run early.
 
     Args:
@@ -63,17 +64,6 @@ class Early:
     def growing(self) -> bool:
         """Whether anything may still grow, or be taken back."""
         return self.open is not None or self.waiting is not None or self.timetable.pending
-
-    def doubts(self) -> list[str]:
-        """Say at the start what would keep anything from growing."""
-        evidence, streamed = self.evidence, self.parts.example is not None
-        if streamed or evidence.found_values >= evidence.smallest:
-            return []
-        what = "examples" if evidence.additive else "batches, which the loss couples the examples of,"
-        return [
-            f"the probe has {evidence.found_values} {what} and nothing can pass with fewer than "
-            f"{evidence.smallest}: hold out more" + ("" if evidence.additive else ", or pass per_example=")
-        ]
 
     # -- the loop --------------------------------------------------------------------------------------------
 
@@ -246,7 +236,7 @@ class Early:
         decisions = list[tuple[int, int, str, float | None, int, int]]()
         try:
             self.insert(record, found, free, units, before, decisions)
-        except BaseException as error:
+        except BaseException as error:  # Ctrl-C too; it is raised again
             with growth.watched_surgery():
                 self.insertion.restore(before)
             growth.events_kept, self.open, record.verdict = kept, None, "nothing"
@@ -383,24 +373,6 @@ class Early:
         for number, seed, name, gain, parameters, flops in judged.decisions:
             self.end(number, seed, name, (gain, parameters, flops), reason)
 
-    def end(
-        self, decision: int, seed: int, site: str, kept: tuple[float | None, int, int] | None, reason: str
-    ) -> None:
-        """Move a seed to its end and tell the outcome."""
-        stage = self.growth.morphable.layout.stage_of(seed)
-        if kept is not None:
-            self.move(seed, site, stage, Stage.EVALUATING, "the event is judged")
-            self.move(seed, site, Stage.EVALUATING, Stage.FOSSILISED, reason)
-            self.move(seed, site, Stage.FOSSILISED, Stage.DORMANT, "")
-        else:
-            self.move(seed, site, stage, Stage.ROLLED_BACK, reason)
-            self.move(seed, site, Stage.ROLLED_BACK, Stage.CULLED, reason)
-            self.move(seed, site, Stage.CULLED, Stage.EMBARGOED, "")
-            self.move(seed, site, Stage.EMBARGOED, Stage.DORMANT, "the next event may ask again")
-        gain, parameters, flops = kept or (None, 0, 0)
-        outcome = Outcome(decision, site, kept is not None, gain, parameters, flops, 0, reason)
-        self.growth.tell("outcome", **asdict(outcome))
-
     def state_dict(self) -> dict[str, Any]:
         """Return what a run needs to go on: what is due, what is kept for it, and what is still judged."""
         return {
@@ -424,44 +396,3 @@ class Early:
         self.records = [record_from(record) for record in state["records"]]
         self.points = [Point(**point) for point in state["points"]]
         self.open = None if state["open"] is None else Judged.from_state(state["open"], self.records)
-
-    # -- telling ---------------------------------------------------------------------------------------------
-
-    def germinate(self, site: str) -> int:
-        """Wake a seed of a site."""
-        model = self.growth.morphable
-        seed = next(s for s in model.seeds(site) if model.layout.stage_of(s) is Stage.DORMANT)
-        self.move(seed, site, Stage.DORMANT, Stage.GERMINATED, "held-out evidence")
-        return seed
-
-    def move(self, seed: int, site: str, source: Stage, target: Stage, reason: str) -> None:
-        """Move a seed on and tell."""
-        growth = self.growth
-        growth.morphable.layout.move(seed, source, target, growth.steps)
-        growth.orchestrator.note_move(seed, target)
-        growth.tell("stage", seed=seed, site=site, source=source.name, target=target.name, reason=reason)
-
-    def tell_survey(self, record: EventRecord, scored: Mapping[str, Scored]) -> None:
-        """Tell what an event saw."""
-        sites = seen_at_event(record, {name: one.report for name, one in scored.items()})
-        self.growth.tell("survey", decision=self.growth.tamiyo.decisions + 1, sites=sites)
-
-    def tell_decision(self, record: EventRecord, site: str | None, width: int, reason: str) -> int:
-        """Number a decision and tell it, with the evidence behind it."""
-        growth = self.growth
-        growth.tamiyo.decisions += 1
-        number: int = growth.tamiyo.decisions
-        growth.tell("decision", **decided(decision_of(record, number, site, width, reason)))
-        for one in record.looked:
-            if site in (None, one.site) and one.threshold is not None:
-                growth.tell("gate", **gated(number, one, record.examples, len(self.spending.looks)))
-        return number
-
-    def note_point(self, held_out: float | None) -> None:
-        """Write a point of the curve."""
-        growth = self.growth
-        spent = growth.cost.training_flops + growth.cost.growth_flops
-        size = growth.morphable.parameter_count()
-        self.points.append(
-            Point(growth.steps, size, growth.morphable.flops, spent, held_out, dict(growth.metrics))
-        )

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from esper.errors import ProbeError
 from esper.kasmina.evidence import additive, count_examples, join
-from esper.kasmina.isolation import evaluating, untouched
+from esper.kasmina.isolation import evaluating, same_generators, untouched
 from esper.kasmina.lessons import first
 from esper.kasmina.places import Place
 from esper.kasmina.reopen import TEMPER, guess, output_layers, tempered
@@ -95,12 +96,14 @@ class Evidence:
     def probe(self) -> list[Any]:
         """Return the held-out examples that an event reads, joined."""
         batches, count = list[Any](), 0
-        with untouched(self.host):
+        with untouched(self.host), same_generators(self.parts.probe):
             for batch in self.parts.probe:
                 batches.append(batch)
                 count += count_examples(batch)
                 if count >= self.most:
                     break
+        if not batches:
+            raise ProbeError("the probe gave no batch this time; it must be readable again and again")
         return batches
 
     def ready(self, why: str) -> bool:
@@ -110,6 +113,16 @@ class Evidence:
     def due(self) -> str | None:
         """Return why an event came that has waited for its evidence."""
         return None
+
+    def doubts(self) -> list[str]:
+        """Say at the start what would keep anything from growing."""
+        if self.found_values >= self.smallest:
+            return []
+        what = "examples" if self.additive else "batches, which the loss couples the examples of,"
+        return [
+            f"the probe has {self.found_values} {what} and nothing can pass with fewer than "
+            f"{self.smallest}: hold out more" + ("" if self.additive else ", or pass per_example=")
+        ]
 
     def abandon(self) -> None:
         """Gather no more for an event that is skipped."""
