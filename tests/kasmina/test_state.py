@@ -23,6 +23,7 @@ LIFE = ["DORMANT", "GERMINATED", "TRAINING", "GRAFTING", "STABILISING", "EVALUAT
 LEGAL = {(Stage[a], Stage[b]) for a, b in itertools.pairwise(LIFE)}
 for awake in LIFE[1:6]:
     LEGAL |= {(Stage[awake], stage) for stage in (Stage.CULLED, Stage.ERROR, Stage.ROLLED_BACK)}
+LEGAL.add((Stage.GERMINATED, Stage.STABILISING))  # an early event: evidence first, no incubation, no α
 LEGAL |= {(Stage.ERROR, Stage.CULLED), (Stage.ROLLED_BACK, Stage.CULLED)}
 LEGAL |= {(Stage.CULLED, Stage.EMBARGOED), (Stage.EMBARGOED, Stage.DORMANT)}
 

@@ -103,8 +103,7 @@ def test_incubation_and_a_cull_leave_no_trace(kind: str) -> None:
         growth = None
         if grown:
             config = {"schedule": {"warmup": 0.01}, "race": {"steps": 50, "candidates": 2}}
-                config |= {"growth": "incubate"}
-            options: dict[str, Any] = {"probe": probe, "steps": 100, "config": config}
+            options: dict[str, Any] = {"probe": probe, "steps": 100, "config": config, "growth": "incubate"}
             growth = esper.grow(net, optimizer, loss_fn, **options)
         torch.manual_seed(2)
         losses = []

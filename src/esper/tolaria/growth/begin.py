@@ -13,13 +13,14 @@ from esper.config import ConfigLike, load_config
 from esper.contracts import Event, Observer, ignore
 from esper.errors import ConfigError
 from esper.kasmina.evidence import LossFunction
+from esper.kasmina.isolation import same_randomness
 from esper.kasmina.sites import Sites
 from esper.nissa.journal import RunJournal
 from esper.tolaria.distributed.wrapping import wrapping_of
 from esper.tolaria.governor import Settings, Watch
 from esper.tolaria.growth.assembly import PerExample, assemble
 from esper.tolaria.growth.conductor import Growth
-from esper.tolaria.growth.entrance import refuse_host
+from esper.tolaria.growth.entrance import refuse_host, refuse_numbers
 from esper.tolaria.growth.recipe import with_growth
 
 
@@ -79,6 +80,7 @@ def grow(
         EsperError: Whatever is given does not fit; nothing was changed then.
     """
     refuse_host(model)
+    refuse_numbers(steps, seed)
     settings = with_growth(load_config(config), growth)
     wrapping = wrapping_of(model, settings.distributed.mode, settings.distributed.deadline)
     if settings.governor.enabled and wrapping.sharded:
@@ -93,25 +95,26 @@ def grow(
         for watcher in watchers:
             watcher(event)
 
-    parts = assemble(
-        model,
-        wrapping,
-        optimizer,
-        loss_fn,
-        probe,
-        example=example,
-        per_example=per_example,
-        steps=steps,
-        schedulers=schedulers,
-        scaler=scaler,
-        ema=ema,
-        sites=sites,
-        budget=budget,
-        config=settings,
-        seed=seed,
-        observe=observe,
-    )
-    made = Growth(parts)
+    with same_randomness():  # a run that grows nothing differs in nothing
+        parts = assemble(
+            model,
+            wrapping,
+            optimizer,
+            loss_fn,
+            probe,
+            example=example,
+            per_example=per_example,
+            steps=steps,
+            schedulers=schedulers,
+            scaler=scaler,
+            ema=ema,
+            sites=sites,
+            budget=budget,
+            config=settings,
+            seed=seed,
+            observe=observe,
+        )
+        made = Growth(parts)
     made.redo.journal = journal
     if settings.governor.enabled:
         chosen = Settings(**settings.governor.model_dump(exclude={"enabled"}))

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from esper.errors import LossError, OptimizerError, ProbeError, SiteError
+from esper.errors import ConfigError, LossError, OptimizerError, ProbeError, SiteError
 from esper.kasmina.evidence import count_examples
 from esper.kasmina.gate import check_probe
-from esper.kasmina.isolation import evaluating, untouched
+from esper.kasmina.isolation import evaluating, same_generators, untouched
+
+MOST_STEPS = 10**8  # of a run; the schedule is laid out step by step
 
 
 def named_optimizers(
@@ -88,6 +90,51 @@ def refuse_host(model: nn.Module) -> None:
         raise SiteError("the model has no trainable parameter; growth has nothing to learn with")
 
 
+def refuse_numbers(steps: object, seed: object) -> None:
+    """Refuse a number of steps that no run has, and a seed that is none.
+
+    Raises:
+        ConfigError: With what was given.
+    """
+    whole = isinstance(steps, int) and not isinstance(steps, bool)
+    if steps is not None and not (whole and 1 <= steps <= MOST_STEPS):
+        raise ConfigError(f"steps={steps!r}; give the optimizer steps of the run, a count from 1 on, or None")
+    if not isinstance(seed, int) or seed < 0:
+        raise ConfigError(f"seed={seed!r}; give a whole number that is not negative")
+
+
+class Differentiating:
+    """A loss that takes gradients inside itself, as physics-informed ones do: it has them everywhere."""
+
+    def __init__(self, loss_fn: Any) -> None:
+        self.loss_fn = loss_fn
+
+    def __call__(self, model: nn.Module, batch: Any) -> Any:
+        """Return the loss, detached where the caller wants no gradient."""
+        if torch.is_grad_enabled():
+            return self.loss_fn(model, batch)
+        with torch.enable_grad():
+            return self.loss_fn(model, batch).detach()
+
+
+def as_needed(loss_fn: Any, model: nn.Module, probe: Any) -> Any:
+    """Return the loss, so that it runs under ``no_grad`` too if it takes gradients inside itself."""
+    check_probe(probe)
+    with untouched(model), same_generators(probe), evaluating(model):
+        batch = next(iter(probe), None)
+        try:
+            loss_fn(model, batch)
+        except RuntimeError:
+            try:
+                Differentiating(loss_fn)(model, batch)
+            except Exception:  # it does not run at all, for which there are better words
+                return loss_fn
+            return Differentiating(loss_fn)
+        except Exception:  # likewise
+            return loss_fn
+    return loss_fn
+
+
 def first_probe(probe: Any, model: nn.Module, loss_fn: Any) -> Any:
     """Return the probe's first batch after a trial run.
 
@@ -96,8 +143,10 @@ def first_probe(probe: Any, model: nn.Module, loss_fn: Any) -> Any:
         LossError: The loss is not a scalar.
     """
     check_probe(probe)
-    with untouched(model):
-        batch = next(iter(probe))  # iterating a DataLoader moves the global random stream
+    with untouched(model), same_generators(probe):
+        batch = next(iter(probe), None)  # iterating a DataLoader moves the global random stream
+        if batch is None:
+            raise ProbeError("the probe can be read only once; give a list of batches or a DataLoader")
         try:
             with evaluating(model):
                 loss = loss_fn(model, batch)
@@ -107,6 +156,8 @@ def first_probe(probe: Any, model: nn.Module, loss_fn: Any) -> Any:
                 f"{type(error).__name__}: {error}"
             ) from error
     check_loss(loss)
+    if count_examples(batch) == 0:
+        raise ProbeError("the first probe batch has no examples; growth needs held-out examples as evidence")
     return batch
 
 
