@@ -80,7 +80,7 @@ class Run:
             probe=[batch(1000), batch(1001)],
             steps=STEPS,
             budget={"growth_factor": 8.0, "growth_events": 2},
-            config={"blueprints": [blueprints]},
+            config={"blueprints": [blueprints], "gate": {"false_keep": 0.5}},
             on_event=self.events.append,
         )
 
