@@ -305,5 +305,5 @@ def test_a_batch_that_cannot_be_cut_is_refused_and_one_too_small_is_unknown() ->
     with pytest.raises(ProbeError, match="that of a part of them cannot"):
         additive(model, lambda m, b: m(b[0].view(40, 4)).mean(), classes())
     assert additive(model, cross_entropy(), classes(2)) is None
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+    with pytest.raises(ProbeError, match="shapes cannot be multiplied"):
         additive(nn.Linear(5, 3), cross_entropy(), classes())

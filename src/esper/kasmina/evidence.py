@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from esper.errors import ProbeError
 from esper.kasmina.isolation import evaluating, untouched
+from esper.kasmina.layout import chosen, flatten, joined, unflatten
+from esper.kasmina.layout import rows as rows_in
 from esper.kasmina.significance import p_value
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
@@ -79,16 +80,18 @@ def split_batch(batch: Any) -> tuple[list[Any], list[bool], Any, int]:
     Raises:
         ProbeError: No tensor tells how many examples there are.
     """
-    leaves, nest = tree_flatten(batch)
-    sizes = [leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0]
+    leaves, nest = flatten(batch)
+    counts = [rows_in(leaf) for leaf in leaves]
+    sizes = [
+        n for n, leaf in zip(counts, leaves, strict=True) if n is not None and not isinstance(leaf, list)
+    ]
     if not sizes:
-        raise ProbeError("a batch holds no tensor with a batch axis; evidence needs examples along axis 0")
-    return (
-        leaves,
-        [isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == sizes[0] for leaf in leaves],
-        nest,
-        sizes[0],
-    )
+        kinds = ", ".join(sorted({type(leaf).__name__ for leaf in leaves})) or "nothing"
+        raise ProbeError(
+            f"a batch holds no tensor with a batch axis, but {kinds}; evidence needs examples along axis "
+            "0 of tensors in tuples, lists, mappings or dataclasses"
+        )
+    return leaves, [n == sizes[0] for n in counts], nest, sizes[0]
 
 
 def count_examples(batch: Any) -> int:
@@ -133,10 +136,10 @@ def additive(model: nn.Module, loss_fn: LossFunction, batch: Any) -> bool | None
     few = kept[:DOZEN]
     interleaved = kept[1::3], torch.cat([kept[0::3], kept[2::3]])
     with evaluating(model):
-        whole, other = (seeded_loss(model, loss_fn, take(batch, kept), seed) for seed in (0, 1))
-        if not math.isfinite(whole) or whole != other:
-            return None
         try:
+            whole, other = (seeded_loss(model, loss_fn, take(batch, kept), seed) for seed in (0, 1))
+            if not math.isfinite(whole) or whole != other:
+                return None
             back, dozen = (seeded_loss(model, loss_fn, take(batch, rows), 0) for rows in (kept.flip(0), few))
             found = [
                 (total, [(len(rows), seeded_loss(model, loss_fn, take(batch, rows), 0)) for rows in cut])
@@ -164,7 +167,13 @@ def counted_rows(batch: Any) -> Tensor:
     leaves, batched, _, count = split_batch(batch)
     kept = torch.ones(count, dtype=torch.bool)
     for leaf, many in zip(leaves, batched, strict=True):
-        if many and not leaf.is_floating_point() and not leaf.is_complex() and leaf.numel():
+        if (
+            many
+            and isinstance(leaf, Tensor)
+            and not leaf.is_floating_point()
+            and not leaf.is_complex()
+            and leaf.numel()
+        ):
             kept &= ~(leaf.reshape(count, -1) == IGNORED).all(dim=1).cpu()
     return kept.nonzero().flatten()
 
@@ -172,10 +181,8 @@ def counted_rows(batch: Any) -> Tensor:
 def take(batch: Any, rows: Tensor) -> Any:
     """Return some examples of a batch, in the order given; leaves without examples stay."""
     leaves, batched, nest, _ = split_batch(batch)
-    chosen = [
-        leaf[rows.to(leaf.device)] if many else leaf for leaf, many in zip(leaves, batched, strict=True)
-    ]
-    return tree_unflatten(chosen, nest)
+    some = [chosen(leaf, rows) if many else leaf for leaf, many in zip(leaves, batched, strict=True)]
+    return unflatten(some, nest)
 
 
 def seeded_loss(model: nn.Module, loss_fn: LossFunction, batch: Any, seed: int) -> float:
@@ -207,8 +214,10 @@ def example_losses(model: nn.Module, loss_fn: LossFunction, batch: Any) -> tuple
         filled = [
             next(rest).unsqueeze(0) if many else leaf for leaf, many in zip(leaves, batched, strict=True)
         ]
-        return loss_fn(model, tree_unflatten(filled, nest))
+        return loss_fn(model, unflatten(filled, nest))
 
+    if not all(isinstance(leaf, Tensor) for leaf in own):  # vmap knows tensors only
+        return torch.stack([loss_fn(model, take(batch, torch.tensor([i]))) for i in range(count)]), False
     try:
         with sdpa_kernel(SDPBackend.MATH):  # the fused ones have no batching rule and warn of it
             return vmap(one, randomness="different")(*own), True
@@ -223,9 +232,12 @@ def join(batches: Iterable[Any]) -> list[Any]:
         return []
     leaves, batched, nest, _ = parts[0]
     if any(p[2] != nest or p[1] != batched for p in parts):
-        return [tree_unflatten(p[0], p[2]) for p in parts]
-    shapes = {tuple(leaf.shape[1:] for leaf, many in zip(p[0], batched, strict=True) if many) for p in parts}
+        return [unflatten(p[0], p[2]) for p in parts]
+    shapes = {
+        tuple(getattr(leaf, "shape", (0,))[1:] for leaf, many in zip(p[0], batched, strict=True) if many)
+        for p in parts
+    }
     if len(shapes) > 1:  # sequences of unlike length
-        return [tree_unflatten(p[0], p[2]) for p in parts]
-    joined = [torch.cat([p[0][i] for p in parts]) if many else leaves[i] for i, many in enumerate(batched)]
-    return [tree_unflatten(joined, nest)]
+        return [unflatten(p[0], p[2]) for p in parts]
+    whole = [joined([p[0][i] for p in parts]) if many else leaves[i] for i, many in enumerate(batched)]
+    return [unflatten(whole, nest)]

@@ -101,6 +101,8 @@ class Finder:
         """Start at a layer that can produce."""
         producer = self.modules[name]
         call = self.only_call(name)
+        if any(parameter.is_complex() for parameter in producer.parameters(recurse=False)):
+            raise Refused(f"{name} computes with complex numbers")
         if getattr(producer, "groups", 1) != 1:
             raise Refused(f"{name} is a grouped convolution")
         if isinstance(producer, CONVOLUTIONS) and len(call.shape or ()) != len(producer.kernel_size) + 2:

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 from torch import nn
+from torch.utils.data import IterableDataset
 
 from esper.config import Gate as GateSettings
 from esper.errors import ProbeError
 from esper.kasmina.evidence import LossFunction, example_losses, weight_of_evidence
-from esper.kasmina.isolation import evaluating, untouched
+from esper.kasmina.isolation import evaluating, same_generators, same_randomness, untouched
 from esper.kasmina.layer import KasminaLayer
 from esper.kasmina.peers import ALONE, Peers
 
@@ -142,5 +143,13 @@ def check_probe(probe: Any) -> None:
         raise ProbeError(
             f"the probe is a {type(probe).__name__}; give a list of held-out batches or a DataLoader"
         )
-    if next(iter(probe), None) is None:
+    source = getattr(probe, "dataset", probe)
+    if isinstance(source, IterableDataset) and iter(source) is iter(source):
+        raise ProbeError(
+            f"the probe reads a one-shot {type(source).__name__}: its __iter__ returns the same iterator "
+            "each time; return a new one, or give a list of batches"
+        )
+    with same_randomness(), same_generators(probe):  # a DataLoader draws from both
+        found = next(iter(probe), None)
+    if found is None:
         raise ProbeError("the probe is empty; growth needs held-out batches as evidence")

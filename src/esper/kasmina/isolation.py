@@ -37,6 +37,23 @@ def same_randomness(seed: int | None = None) -> Iterator[None]:
 
 
 @contextmanager
+def same_generators(loader: object) -> Iterator[None]:
+    """Put the generators that a DataLoader and its samplers draw from back afterwards.
+
+    A loader of training batches may share them, and its order would change.
+    """
+    batches = getattr(loader, "batch_sampler", None)
+    owners = loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)
+    found = {id(g): g for g in (getattr(owner, "generator", None) for owner in owners) if g is not None}
+    before = [(g, g.get_state()) for g in found.values() if isinstance(g, torch.Generator)]
+    try:
+        yield
+    finally:
+        for generator, state in before:
+            generator.set_state(state)
+
+
+@contextmanager
 def borrowed_buffers(model: nn.Module, gather: bool = False) -> Iterator[None]:
     """Let passes run on copies of the buffers, put back by reference.
 

@@ -10,11 +10,10 @@ from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch.utils._pytree import tree_unflatten
-
 from esper.config import Race as RaceSettings
 from esper.contracts import Site
 from esper.kasmina.evidence import split_batch
+from esper.kasmina.layout import unflatten
 
 LARGE = 5e8  # FLOPs of a training step, forward and backward; 15 to 30 ms on one core
 SHARE = 0.03  # of the training beside it: what the lessons of either kind may cost a race there
@@ -86,4 +85,4 @@ def first(batch: Any, examples: int | None) -> Any:
         return batch
     leaves, batched, nest, _ = split_batch(batch)
     few = [leaf[:examples] if many else leaf for leaf, many in zip(leaves, batched, strict=True)]
-    return tree_unflatten(few, nest)
+    return unflatten(few, nest)

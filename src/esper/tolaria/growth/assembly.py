@@ -30,7 +30,7 @@ from esper.tamiyo.controller import Tamiyo
 from esper.tolaria.distributed.wrapping import Wrapping
 from esper.tolaria.growth.budget import Limits, limits, merged_budget
 from esper.tolaria.growth.commit import Committer
-from esper.tolaria.growth.entrance import first_probe, held_out, named_optimizers, refuse_uneven
+from esper.tolaria.growth.entrance import as_needed, first_probe, held_out, named_optimizers, refuse_uneven
 from esper.tolaria.growth.forging import Forging
 from esper.tolaria.growth.streams import Streams
 from esper.tolaria.surgery.adoption import refuse_homeless
@@ -101,6 +101,7 @@ def assemble(
     optimizers = named_optimizers(optimizer, host)
     with policy.uncompiled(), wrapping.whole():
         held = held_out(probe, example)
+        loss_fn = as_needed(loss_fn, host, held)
         batch = first_probe(held, host, loss_fn)
         refuse_uneven(per_example, host, batch)
         model = MorphableModel(

@@ -13,6 +13,7 @@ from esper.config import ConfigLike, load_config
 from esper.contracts import Event, Observer, ignore
 from esper.errors import ConfigError
 from esper.kasmina.evidence import LossFunction
+from esper.kasmina.isolation import same_randomness
 from esper.kasmina.sites import Sites
 from esper.nissa.journal import RunJournal
 from esper.tolaria.distributed.wrapping import wrapping_of
@@ -93,25 +94,26 @@ def grow(
         for watcher in watchers:
             watcher(event)
 
-    parts = assemble(
-        model,
-        wrapping,
-        optimizer,
-        loss_fn,
-        probe,
-        example=example,
-        per_example=per_example,
-        steps=steps,
-        schedulers=schedulers,
-        scaler=scaler,
-        ema=ema,
-        sites=sites,
-        budget=budget,
-        config=settings,
-        seed=seed,
-        observe=observe,
-    )
-    made = Growth(parts)
+    with same_randomness():  # what is imported on the way draws from Python's stream, too
+        parts = assemble(
+            model,
+            wrapping,
+            optimizer,
+            loss_fn,
+            probe,
+            example=example,
+            per_example=per_example,
+            steps=steps,
+            schedulers=schedulers,
+            scaler=scaler,
+            ema=ema,
+            sites=sites,
+            budget=budget,
+            config=settings,
+            seed=seed,
+            observe=observe,
+        )
+        made = Growth(parts)
     made.redo.journal = journal
     if settings.governor.enabled:
         chosen = Settings(**settings.governor.model_dump(exclude={"enabled"}))

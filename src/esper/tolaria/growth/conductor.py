@@ -76,11 +76,21 @@ class Growth:
         self.recipe: Recipe = recipe_of(self.config.growth, self.morphable)
         self.incubation = Incubation(self)
         self.early: Early | None = None
-        if self.recipe == "early":
-            with self.morphable.policy.uncompiled(), parts.wrapping.whole():
-                self.early = Early(self)
-            parts.warnings.extend(self.early.evidence.doubts())
-        self._tell_start()
+        try:
+            if self.recipe == "early":
+                with self.morphable.policy.uncompiled(), parts.wrapping.whole():
+                    self.early = Early(self)
+                parts.warnings.extend(self.early.evidence.doubts())
+            self._tell_start()
+        except BaseException:  # nothing is left behind by a run that does not begin
+            self._close_hooks()
+            raise
+
+    def _close_hooks(self) -> None:
+        """Take every hook out of the user's optimizers."""
+        self.taken.close()
+        for hook in self.hooks:
+            hook.remove()
 
     @property
     def peers(self) -> Peers:
@@ -138,7 +148,10 @@ class Growth:
         if self.early is None or self.early.wants(self.steps):
             begun = time.perf_counter()
             with taught(), self.morphable.policy.uncompiled():
-                self._act(value)
+                if self.early is not None:
+                    self.early.step(value)
+                elif self.recipe == "incubate":
+                    self.incubation.step(value)
             self.cost.seconds += time.perf_counter() - begun
         if self.steps % self.config.telemetry.progress_every == 0:
             self._tell_progress()
@@ -157,13 +170,6 @@ class Growth:
             check_finite(found.loss, self.steps)
         orchestrator.share(found.faults)
         return found.loss
-
-    def _act(self, loss: float) -> None:
-        if self.early is not None:
-            self.early.step(loss)
-            return
-        if self.recipe == "incubate":
-            self.incubation.step(loss)
 
     def room(self) -> Room:
         """Return what the budget still allows."""
@@ -306,19 +312,13 @@ class Growth:
         begun = time.perf_counter()
         if self.early is not None:
             if self.early.open is not None:
-                with (
-                    taught(),
-                    self.morphable.policy.uncompiled(),
-                    self.parts.wrapping.opened(self.parts.optimizers),
-                ):
+                with self.morphable.policy.uncompiled(), self.parts.wrapping.opened(self.parts.optimizers):
                     self.early.finish()
         else:
             self._examined()
             self._open(self.orchestrator.settle)
         self.cost.seconds += time.perf_counter() - begun
-        self.taken.close()
-        for hook in self.hooks:
-            hook.remove()
+        self._close_hooks()
         if self.watch is not None:
             self.watch.close()
         self.parts.forging.close()

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from esper.errors import LossError, OptimizerError, ProbeError, SiteError
 from esper.kasmina.evidence import count_examples
 from esper.kasmina.gate import check_probe
-from esper.kasmina.isolation import evaluating, untouched
+from esper.kasmina.isolation import evaluating, same_generators, untouched
 
 
 def named_optimizers(
@@ -88,6 +88,38 @@ def refuse_host(model: nn.Module) -> None:
         raise SiteError("the model has no trainable parameter; growth has nothing to learn with")
 
 
+class Differentiating:
+    """A loss that takes gradients inside itself, as physics-informed ones do: it has them everywhere."""
+
+    def __init__(self, loss_fn: Any) -> None:
+        self.loss_fn = loss_fn
+
+    def __call__(self, model: nn.Module, batch: Any) -> Any:
+        """Return the loss, detached where the caller wants no gradient."""
+        if torch.is_grad_enabled():
+            return self.loss_fn(model, batch)
+        with torch.enable_grad():
+            return self.loss_fn(model, batch).detach()
+
+
+def as_needed(loss_fn: Any, model: nn.Module, probe: Any) -> Any:
+    """Return the loss, so that it runs under ``no_grad`` too if it takes gradients inside itself."""
+    check_probe(probe)
+    with untouched(model), same_generators(probe), evaluating(model):
+        batch = next(iter(probe), None)
+        try:
+            loss_fn(model, batch)
+        except RuntimeError:
+            try:
+                Differentiating(loss_fn)(model, batch)
+            except Exception:  # it does not run at all, for which there are better words
+                return loss_fn
+            return Differentiating(loss_fn)
+        except Exception:  # likewise
+            return loss_fn
+    return loss_fn
+
+
 def first_probe(probe: Any, model: nn.Module, loss_fn: Any) -> Any:
     """Return the probe's first batch after a trial run.
 
@@ -96,8 +128,10 @@ def first_probe(probe: Any, model: nn.Module, loss_fn: Any) -> Any:
         LossError: The loss is not a scalar.
     """
     check_probe(probe)
-    with untouched(model):
-        batch = next(iter(probe))  # iterating a DataLoader moves the global random stream
+    with untouched(model), same_generators(probe):
+        batch = next(iter(probe), None)  # iterating a DataLoader moves the global random stream
+        if batch is None:
+            raise ProbeError("the probe can be read only once; give a list of batches or a DataLoader")
         try:
             with evaluating(model):
                 loss = loss_fn(model, batch)
@@ -107,6 +141,8 @@ def first_probe(probe: Any, model: nn.Module, loss_fn: Any) -> Any:
                 f"{type(error).__name__}: {error}"
             ) from error
     check_loss(loss)
+    if count_examples(batch) == 0:
+        raise ProbeError("the first probe batch has no examples; growth needs held-out examples as evidence")
     return batch
 
 

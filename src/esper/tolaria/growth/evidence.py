@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
+from esper.errors import ProbeError
 from esper.kasmina.evidence import additive, count_examples, join
-from esper.kasmina.isolation import evaluating, untouched
+from esper.kasmina.isolation import evaluating, same_generators, untouched
 from esper.kasmina.lessons import first
 from esper.kasmina.places import Place
 from esper.kasmina.reopen import SATURATED, TEMPER, guess, output_layers, tempered
@@ -97,12 +98,14 @@ class Evidence:
     def probe(self) -> list[Any]:
         """Return the held-out examples that an event reads, joined."""
         batches, count = list[Any](), 0
-        with untouched(self.host):
+        with untouched(self.host), same_generators(self.parts.probe):
             for batch in self.parts.probe:
                 batches.append(batch)
                 count += count_examples(batch)
                 if count >= self.most:
                     break
+        if not batches:
+            raise ProbeError("the probe gave no batch this time; it must be readable again and again")
         return batches
 
     def ready(self, why: str) -> bool:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from esper.errors import ProcessError
+from esper.kasmina.isolation import taught
 
 
 class Mishaps:
@@ -31,7 +32,8 @@ class Mishaps:
             skip: Called with the reason; leaves everything in order.
         """
         try:
-            yield
+            with taught():
+                yield
         except ProcessError:
             raise
         except Exception as error:  # the user's model, loss and probe run here: they raise what they like

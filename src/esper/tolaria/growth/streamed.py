@@ -66,6 +66,10 @@ class Streamed(Evidence):
         self.abandon()
         return found
 
+    def doubts(self) -> list[str]:
+        """Doubt nothing: what comes is not known yet."""
+        return []
+
     def abandon(self) -> None:
         """Gather no more for an event that is skipped; its batches are learned from by now."""
         self.coming.clear()
