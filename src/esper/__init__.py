@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -100,7 +101,11 @@ def __getattr__(name: str) -> Any:
         return getattr(errors, name)
     if name not in _HOMES:
         raise AttributeError(f"module 'esper' has no attribute {name!r}; {errors.nearest(name, __all__)}")
-    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+    state = random.getstate()  # what is imported on the way draws from it (rich), after the user's seed
+    try:
+        value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+    finally:
+        random.setstate(state)
     return value
 
 

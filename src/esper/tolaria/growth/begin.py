@@ -20,7 +20,7 @@ from esper.tolaria.distributed.wrapping import wrapping_of
 from esper.tolaria.governor import Settings, Watch
 from esper.tolaria.growth.assembly import PerExample, assemble
 from esper.tolaria.growth.conductor import Growth
-from esper.tolaria.growth.entrance import refuse_host
+from esper.tolaria.growth.entrance import refuse_host, refuse_numbers
 from esper.tolaria.growth.recipe import with_growth
 
 
@@ -80,6 +80,7 @@ def grow(
         EsperError: Whatever is given does not fit; nothing was changed then.
     """
     refuse_host(model)
+    refuse_numbers(steps, seed)
     settings = with_growth(load_config(config), growth)
     wrapping = wrapping_of(model, settings.distributed.mode, settings.distributed.deadline)
     if settings.governor.enabled and wrapping.sharded:
@@ -94,7 +95,7 @@ def grow(
         for watcher in watchers:
             watcher(event)
 
-    with same_randomness():  # what is imported on the way draws from Python's stream, too
+    with same_randomness():  # a run that grows nothing differs in nothing
         parts = assemble(
             model,
             wrapping,

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from esper.errors import LossError, OptimizerError, ProbeError, SiteError
+from esper.errors import ConfigError, LossError, OptimizerError, ProbeError, SiteError
 from esper.kasmina.evidence import count_examples
 from esper.kasmina.gate import check_probe
 from esper.kasmina.isolation import evaluating, same_generators, untouched
+
+MOST_STEPS = 10**8  # of a run; the schedule is laid out step by step
 
 
 def named_optimizers(
@@ -86,6 +88,19 @@ def refuse_host(model: nn.Module) -> None:
             )
     if not any(p.requires_grad for p in model.parameters()):
         raise SiteError("the model has no trainable parameter; growth has nothing to learn with")
+
+
+def refuse_numbers(steps: object, seed: object) -> None:
+    """Refuse a number of steps that no run has, and a seed that is none.
+
+    Raises:
+        ConfigError: With what was given.
+    """
+    whole = isinstance(steps, int) and not isinstance(steps, bool)
+    if steps is not None and not (whole and 1 <= steps <= MOST_STEPS):
+        raise ConfigError(f"steps={steps!r}; give the optimizer steps of the run, a count from 1 on, or None")
+    if not isinstance(seed, int) or seed < 0:
+        raise ConfigError(f"seed={seed!r}; give a whole number that is not negative")
 
 
 class Differentiating:
