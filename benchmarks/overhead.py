@@ -253,7 +253,7 @@ def instrument(growth: Growth, clock: Clock) -> None:
     for owner, name, part in (
         (orchestrator, "germinate", "incubation"),
         (orchestrator, "judge", "evidence"),
-        (growth, "_survey", "survey"),
+        (growth.incubation, "survey", "survey"),
         (growth.parts.committer, "commit", "surgery"),
         (growth, "step", "bookkeeping"),
     ):

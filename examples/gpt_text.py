@@ -67,7 +67,10 @@ TASK = Task(
     loss_fn=loss_fn,
     rates=(3e-3, 1e-2, 3e-2),
     budget={"growth_factor": 4.0, "growth_events": 2},
-    config={"schedule": {"warmup": 0.04, "stop": 0.5}},  # early, so that what is new has time to learn
+    config={
+        "growth": "incubate",
+        "schedule": {"warmup": 0.04, "stop": 0.5},
+    },  # early, so that what is new has time to learn
     classes=False,
 )
 

@@ -51,6 +51,7 @@ TASK = Task(
     budget={"growth_factor": 4.0, "growth_events": 2},
     # 360 images are few to be sure by: a false-keep budget of 0.2 instead of 0.05.
     config={
+        "growth": "incubate",
         "schedule": {"warmup": 0.06, "stop": 0.5},
         "race": {"steps": 60},
         "gate": {"false_keep": 0.2},

@@ -46,6 +46,7 @@ RECIPE: dict[str, Any] = {
     "loss": "cross_entropy",
     "optimizer": {"call": "torch.optim:Adam", "arguments": {"lr": 0.01}},
     "epochs": 15,
+    "growth": {"growth": "incubate"},  # a failing kernel needs one that is exposed
 }
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
