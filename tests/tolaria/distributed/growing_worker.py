@@ -25,6 +25,7 @@ from tests.tolaria.distributed.ranks import take_part
 
 STEPS, BATCH = 120, 32
 SHORT: dict[str, Any] = {
+    "growth": "incubate",
     "race": {"steps": 8},
     "blend": {"ramp": 4, "stabilise": 2, "evaluate": 2},
     "schedule": {"embargo": 0.02},
