@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, StepLR
 
 import esper
 from esper.contracts import Event
+from esper.tolaria.growth.account import EventRecord, Looked, advise
 
 STEPS, CLASSES = 200, 8
 Batch = tuple[Tensor, Tensor]
@@ -579,3 +580,23 @@ def test_the_trainer_grows_early_by_default() -> None:
     assert trainer.growth.plans
     assert trainer.growth.finished
     assert trainer.history[-1]["train_loss"] < trainer.history[0]["train_loss"]
+
+
+def test_too_small_a_probe_is_no_verdict_on_the_width() -> None:
+    """A probe on which nothing can pass says nothing about how wide the model is."""
+    few = EventRecord(15, "scheduled", 1.0, 1.0, 27, [Looked("0>2", 2, 2, 0.5, 0.003)])
+    told = " ".join(advise([few], [], 31, 200))
+    assert "the probe has 27 examples" in told
+    assert "whole batches" in told
+    assert "wide enough" not in told
+    enough = EventRecord(15, "scheduled", 1.0, 1.0, 270, [Looked("0>2", 2, 2, 0.5, 0.003)])
+    assert "wide enough" in " ".join(advise([enough], [], 31, 200))
+
+
+def test_a_race_is_not_said_to_have_had_no_event_due() -> None:
+    """Where nothing grew early the advice is not about early events."""
+    run = Run(growth="incubate").to(20)
+    advice = " ".join(run.growth.report().advice)
+    assert "raced" in advice
+    assert "no event was due" not in advice
+    assert Run(growth="off").to(20).growth.report().advice == ["growth is off"]

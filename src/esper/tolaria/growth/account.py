@@ -166,7 +166,12 @@ def advise(
         found.append("no event was due: the learning rate was gone, or steps= is far from what was run")
     examples = max((event.examples for event in events), default=0)
     if smallest is not None and 0 < examples < smallest:
-        found.append(f"the probe has {examples} examples; with fewer than {smallest} nothing can pass")
+        found.append(
+            f"the probe has {examples} examples (whole batches, where the loss couples examples, as class "
+            f"weights and contrastive losses do); with fewer than {smallest} nothing can pass: hold out "
+            "more, or pass per_example="
+        )
+        return found  # what was looked at says nothing of the model then
     looked = [one for event in events for one in event.looked]
     wide = any(event.reason.startswith("already wide enough") for event in events)
     if wide:

@@ -8,6 +8,10 @@ from torch import nn
 
 from esper.tolaria.growth.account import EventRecord, Report, advise
 
+INCUBATED = (
+    "candidates were raced at one place at a time (growth='incubate'): growth.plans and esper why say more"
+)
+OTHERWISE = {"incubate": [INCUBATED], "off": ["growth is off"]}
 OUTPUT = "the output layer: its width is the task's"
 
 
@@ -35,5 +39,5 @@ def report(growth: Any) -> Report:
         flops=(parts.host_flops, growth.morphable.flops),
         cost=growth.cost.growth_flops / training if training else None,
         due=due,
-        advice=advise(events, due, needed, parts.steps),
+        advice=advise(events, due, needed, parts.steps) if early is not None else OTHERWISE[growth.recipe],
     )
