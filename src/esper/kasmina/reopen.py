@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from esper.kasmina.seam import open_seam
 TEMPER = 0.3  # of the output layer; measured on digits and letter beside 0.1 and 0.5
 SATURATED = 0.25  # of the loss of equal logits: below it a host is saturated
 EQUAL = 1e-3  # relative: how near a loss at zero logits comes to the logarithm of the classes
+How = Literal["output", "shrink", "no"]
 
 
 def output_layers(model: nn.Module, run: Callable[[], Tensor]) -> list[nn.Module]:

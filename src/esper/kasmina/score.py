@@ -132,7 +132,6 @@ class Score:
         kernel = self.pools[name]
         assert sight.x is not None and sight.gradient is not None
         gradient = sight.gradient * examples  # per example
-        outgoing = [kernel.get_parameter(n) for n in kernel.outgoing]
         if name not in self.seen and sight.hidden is not None and isinstance(kernel, HostKernel):
             flat = sight.hidden.float()
             self.seen[name] = {
@@ -144,18 +143,19 @@ class Score:
         if isinstance(kernel, DepthKernel) and sight.given is not None:
             kernel.given = sight.given
         if not isinstance(kernel, HostKernel) or sight.hidden is None:
+            outgoing = [kernel.get_parameter(n) for n in kernel.outgoing]
             slopes = torch.autograd.grad((kernel(sight.x) * gradient).sum(), outgoing)
             self.flops += 3 * self.units[name] * self.places[name].site.unit_flops * examples
             flat = torch.cat([slope.flatten() for slope in slopes])
             self.add(name, plain_sums(flat, examples))
             return
-        if isinstance(kernel, HostKernel) and name not in self.sums:
-            centre(kernel, sight.x)
+        if name not in self.sums:
+            spread(kernel)
         with torch.no_grad():
             phi = kernel(sight.x, hidden=True)
-        new = outgoing_gradient(kernel, phi, gradient, len(outgoing[0]))
-        own = outgoing_gradient(kernel, with_one(sight.hidden, kernel), gradient, 0)
-        a, b = rows_of(with_one(sight.hidden, kernel), kernel), rows_of(phi, kernel)
+        hosts = with_one(sight.hidden, kernel)
+        new, own = outgoing_gradient(kernel, phi, gradient), outgoing_gradient(kernel, hosts, gradient)
+        a, b = rows_of(hosts, kernel), rows_of(phi, kernel)
         if len(a) > ROWS:
             which = torch.randperm(len(a), device=a.device)[:ROWS]
             a, b = a[which], b[which]
@@ -265,7 +265,7 @@ def pool_size(place: Place, units: int) -> int:
     return max(min(max(POOL * units, LEAST), LARGE) // group * group, units)
 
 
-def centre(kernel: LiveKernel, x: Tensor) -> None:
+def spread(kernel: LiveKernel) -> None:
     """Spread the units' thresholds over what they read, as torch's own start does with its biases."""
     for name, parameter in kernel.named_parameters():
         if name.endswith("_bias") and not name.startswith(("between", "left", "right")):
@@ -294,7 +294,7 @@ def rows_of(hidden: Tensor, kernel: HostKernel[Any]) -> Tensor:
     return hidden.flatten(0, -2).float()
 
 
-def outgoing_gradient(kernel: HostKernel[Any], hidden: Tensor, gradient: Tensor, units: int) -> Tensor:
+def outgoing_gradient(kernel: HostKernel[Any], hidden: Tensor, gradient: Tensor) -> Tensor:
     """Return the gradient of the outgoing weights of these units, (units, out · …)."""
     consumer, columns = kernel.pair.consumer, int(kernel.pair.columns)
     host = weight_of(consumer)

@@ -12,18 +12,20 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from esper.blueprints.kernel import LiveKernel
 from esper.contracts import Stage
-from esper.kasmina.places import Place, WidenPlace
-from esper.kasmina.reopen import multipliable
+from esper.kasmina.places import Place
+from esper.kasmina.reopen import How
 from esper.kasmina.score import Scored
 from esper.kasmina.significance import Spending
+from esper.kasmina.stack import DepthKernel
 from esper.tolaria.growth.account import EventRecord, Looked, Point, record_from
 from esper.tolaria.growth.evidence import ENOUGH, Evidence, Found
-from esper.tolaria.growth.insertion import How, Insertion
+from esper.tolaria.growth.insertion import Insertion
 from esper.tolaria.growth.judged import Judged
 from esper.tolaria.growth.mishaps import Mishaps
 from esper.tolaria.growth.reach import Reach
-from esper.tolaria.growth.seeds import Seeds
+from esper.tolaria.growth.seeds import Decision, Seeds
 from esper.tolaria.growth.streamed import Streamed
 from esper.tolaria.growth.takeback import Before
 from esper.tolaria.growth.telling import widened
@@ -37,6 +39,11 @@ SPENT = "the budget is spent"
 NONE_LEFT = "no place is left"
 REOPENED = 2  # times as long until a re-opened host is judged: its loss has been lifted first
 PROMISING = 0.3  # p-value below which an event that grew nothing is asked again before the next
+
+
+def widens(kernel: LiveKernel) -> bool:
+    """Tell whether a kernel adds units to layers that stand, instead of a whole block."""
+    return not isinstance(kernel, DepthKernel)
 
 
 class Early:
@@ -88,8 +95,7 @@ class Early:
 
     def act(self, loss: float) -> None:
         """Judge what is due, keep batches, and hold an event."""
-        growth = self.growth
-        now = growth.steps
+        growth, now = self.growth, self.growth.steps
         if self.open is not None and now >= self.open.until and not self.parts.wrapping.deferred:
             self.judge()
             self.timetable.wake = 0
@@ -195,7 +201,7 @@ class Early:
                 self.timetable.again(growth.steps)
             self.decline(record, free, found.scored, "no evidence on held-out examples")
             return
-        self.grow(record, found, free, final)
+        self.grow(record, found, final)
 
     def passing(
         self, record: EventRecord, found: Found, free: Mapping[str, Place], units: Mapping[str, int]
@@ -217,15 +223,13 @@ class Early:
         self.seeds.tell_survey(record, scored)
         self.seeds.tell_decision(record, self.look, None, 0, f"{record.why}; {reason}")
 
-    def grow(
-        self, record: EventRecord, found: Found, free: Mapping[str, Place], units: Mapping[str, int]
-    ) -> None:
+    def grow(self, record: EventRecord, found: Found, units: Mapping[str, int]) -> None:
         """Insert what passed; whatever ends this in the middle, Ctrl-C too, takes all of it back."""
         growth = self.growth
         before, kept = self.insertion.remember(growth.steps), growth.events_kept
-        decisions = list[tuple[int, int, str, float | None, int, int]]()
+        decisions = list[Decision]()
         try:
-            self.insert(record, found, free, units, before, decisions)
+            self.insert(record, found, units, before, decisions)
         except BaseException as error:  # Ctrl-C too must leave no half of an event; it is raised again
             with growth.watched_surgery():
                 self.insertion.restore(before)
@@ -235,34 +239,48 @@ class Early:
                 if one.grown or not one.reason:
                     one.grown, one.reason = 0, record.reason
             growth.topology_changed()
-            for number, seed, name, *_ in decisions:
-                self.seeds.end(number, seed, name, None, record.reason)
+            for decision in decisions:
+                self.seeds.end(decision, False, record.reason)
             raise
 
     def insert(
         self,
         record: EventRecord,
         found: Found,
-        free: Mapping[str, Place],
         units: Mapping[str, int],
         before: Before,
-        decisions: list[tuple[int, int, str, float | None, int, int]],
+        decisions: list[Decision],
     ) -> None:
         """Insert what passed; places that cannot take it are closed for the rest of the run."""
-        growth = self.growth
-        moves = list[tuple[Looked, int]]()
         self.seeds.tell_survey(record, found.scored)
+        looked = {one.site: one for one in record.looked}
         for name, count in units.items():
-            number = self.seeds.tell_decision(
-                record, self.look, name, count, f"{record.why}; held-out evidence"
-            )
-            one = next(one for one in record.looked if one.site == name)
-            seed = self.seeds.germinate(name)
-            decisions.append((number, seed, name, one.gain, one.parameters, one.flops))
-            moves.append((one, count))
+            why = f"{record.why}; held-out evidence"
+            number = self.seeds.tell_decision(record, self.look, name, count, why)
+            one, seed = looked[name], self.seeds.germinate(name)
+            decisions.append(Decision(number, seed, name, one.gain, one.parameters, one.flops))
+        failures = self.change(found, units, before)
+        for decision in decisions:
+            if decision.site in failures:
+                self.seeds.end(decision, False, failures[decision.site])
+        decisions[:] = [one for one in decisions if one.site not in failures]
+        for name, count in units.items():
+            failed = failures.get(name)
+            looked[name].grown, looked[name].reason = (0, failed) if failed else (count, "grown")
+        if not decisions:
+            record.reason = "; ".join(dict.fromkeys(failures.values()))
+            return
+        self.await_judgement(record, found, before, decisions)
+
+    def change(self, found: Found, units: Mapping[str, int], before: Before) -> dict[str, str]:
+        """Widen and deepen the model.
+
+        Returns:
+            Why, for each place that was not changed.
+        """
         kernels = {name: found.scored[name].kernel for name in units}
-        widths = {n: count for n, count in units.items() if isinstance(free[n], WidenPlace)}
-        with growth.watched_surgery():
+        widths = {name: count for name, count in units.items() if widens(kernels[name])}
+        with self.growth.watched_surgery():
             failures = self.insertion.widen_what_can(kernels, widths, before)
             self.reach.barred.update(failures)
             for name in [n for n in units if n not in widths]:
@@ -270,19 +288,13 @@ class Early:
                 if failed := self.insertion.deepen(name, kernels[name], units[name], seed, before):
                     failures.update(dict.fromkeys(units, failed))  # everything was put back
                     break
-        for number, seed, name, *_ in decisions:
-            if name in failures:
-                self.seeds.end(number, seed, name, None, failures[name])
-        for one, _ in moves:
-            one.reason = failures.get(one.site, one.reason)
-        decisions[:] = [one for one in decisions if one[2] not in failures]
-        moves = [move for move in moves if move[0].site not in failures]
-        widths = {name: count for name, count in widths.items() if name not in failures}
-        if not moves:
-            record.reason = "; ".join(dict.fromkeys(failures.values()))
-            return
-        for one, count in moves:
-            one.grown, one.reason = count, "grown"
+        return failures
+
+    def await_judgement(
+        self, record: EventRecord, found: Found, before: Before, decisions: list[Decision]
+    ) -> None:
+        """Leave an event open for as long as it is given to win, and tell what the model is now."""
+        growth = self.growth
         growth.cost.grow(CHECKS * growth.morphable.flops * growth.morphable.examples)
         record.reopened = self.reopen()
         record.verdict = "open"
@@ -290,31 +302,22 @@ class Early:
         share = self.settings.judge * (1 if record.reopened == "no" else REOPENED)
         until = growth.steps + self.timetable.length(share)
         self.open = Judged(before, until, found.held_out, decisions, record)
+        parameters = growth.morphable.parameter_count()
         for number, seed, name, *_ in decisions:
-            self.seeds.move(
-                seed, name, Stage.GERMINATED, Stage.STABILISING, "inserted: the output is unchanged"
-            )
-            if name in widths:
-                growth.tell(
-                    "widened", **widened(growth.plans, number, name, growth.morphable.parameter_count())
-                )
+            self.seeds.move(seed, name, Stage.GERMINATED, Stage.STABILISING, INSERTED)
+            if widens(found.scored[name].kernel):
+                growth.tell("widened", **widened(growth.plans, number, name, parameters))
         growth.topology_changed()
         growth.expect(f"an event at step {growth.steps}", self.timetable.length(self.settings.judge))
         self.note_point(None)
 
     def reopen(self) -> How:
-        """Re-open a saturated host; ``auto`` is for cross-entropy whose training loss is nearly satisfied."""
-        how: How = "no"
-        if self.settings.reopen == "auto":
-            how = "output" if self.evidence.saturated() else "no"
-        elif self.settings.reopen != "output" or self.evidence.guess is not None:
-            how = self.settings.reopen
-        if how == "output" and not multipliable(self.growth.morphable.host, self.evidence.outputs):
-            how = "no"  # not every argmax would stay
+        """Re-open a saturated host."""
+        how = self.evidence.reopening(self.settings.reopen)
         self.insertion.reopen(how, self.evidence.outputs)
         if how != "no":
-            loss, guess = self.evidence.training_loss, self.evidence.guess
-            self.growth.tell("reopened", how=how, loss=loss, guess=guess)
+            evidence = self.evidence
+            self.growth.tell("reopened", how=how, loss=evidence.training_loss, guess=evidence.guess)
         return how
 
     # -- afterwards ------------------------------------------------------------------------------------------
@@ -340,7 +343,7 @@ class Early:
                 judged.extended, judged.until = True, growth.steps + judged.until - judged.before.step
             return False
         reason = f"held-out loss {judged.held_out:.4g} → {now:.4g}"
-        replaced = next(filter(None, [self.reach.gone(name) for _, _, name, *_ in judged.decisions]), "")
+        replaced = next(filter(None, [self.reach.gone(one.site) for one in judged.decisions]), "")
         if kept or replaced:  # to take it back would overwrite the user's own new layer
             self.keep(reason if kept else f"{reason}; not taken back, for {replaced}")
             return True
@@ -353,8 +356,8 @@ class Early:
         growth.topology_changed()
         sizes = {"parameters": growth.morphable.parameter_count()}
         growth.tell("taken_back", to=judged.before.step, lost=lost, before=judged.held_out, now=now, **sizes)
-        for number, seed, name, *_ in judged.decisions:
-            self.seeds.end(number, seed, name, None, reason)
+        for decision in judged.decisions:
+            self.seeds.end(decision, False, reason)
         return True
 
     def keep(self, reason: str) -> None:
@@ -363,8 +366,8 @@ class Early:
         assert judged is not None
         self.open = None
         judged.record.verdict, judged.record.reason = "kept", reason
-        for number, seed, name, gain, parameters, flops in judged.decisions:
-            self.seeds.end(number, seed, name, (gain, parameters, flops), reason)
+        for decision in judged.decisions:
+            self.seeds.end(decision, True, reason)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a run needs to go on: what is due, what is kept for it, and what is still judged."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from esper.kasmina.evidence import additive, count_examples, join
 from esper.kasmina.isolation import evaluating, same_generators, untouched
 from esper.kasmina.lessons import first
 from esper.kasmina.places import Place
-from esper.kasmina.reopen import SATURATED, TEMPER, guess, output_layers, tempered
+from esper.kasmina.reopen import SATURATED, TEMPER, How, guess, multipliable, output_layers, tempered
 from esper.kasmina.score import Score, Scored
 from esper.kasmina.sight import Run
 from esper.kasmina.significance import Spending, p_value, smallest
@@ -96,7 +96,7 @@ class Evidence:
             self.batches.popleft()
 
     def probe(self) -> list[Any]:
-        """Return the held-out examples that an event reads, joined."""
+        """Return the held-out examples that an event reads, batch by batch."""
         batches, count = list[Any](), 0
         with untouched(self.host), same_generators(self.parts.probe):
             for batch in self.parts.probe:
@@ -211,6 +211,17 @@ class Evidence:
         """Tell whether the loss is cross-entropy and nearly satisfied on what the host trains on."""
         guess, training = self.guess, self.training_loss
         return guess is not None and training is not None and training < SATURATED * guess
+
+    def reopening(self, setting: How | Literal["auto"]) -> How:
+        """Return how to re-open the host; ``auto`` is for cross-entropy that is nearly satisfied."""
+        how: How = "no"
+        if setting == "auto":
+            how = "output" if self.saturated() else "no"
+        elif setting != "output" or self.guess is not None:
+            how = setting
+        if how == "output" and not multipliable(self.host, self.outputs):
+            return "no"  # not every argmax would stay
+        return how
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was kept for the next event."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from esper.blueprints.kernel import LiveKernel
 from esper.errors import ProcessError
 from esper.kasmina.isolation import same_randomness
 from esper.kasmina.places import WidenPlace
-from esper.kasmina.reopen import TEMPER, multiply
+from esper.kasmina.reopen import TEMPER, How, multiply
 from esper.kasmina.stack import DepthKernel, Stack
 from esper.kasmina.widen import HostKernel
 from esper.tolaria.growth.check import deviation, outputs
@@ -21,7 +21,6 @@ from esper.tolaria.growth.takeback import Before
 from esper.tolaria.surgery.averages import copy_of
 
 SHRINK = 0.5  # of all weights; 0.4 to 0.5 measured best (digits), 0.2 loses what was learned
-How = Literal["output", "shrink", "no"]
 
 
 class Insertion:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from esper.tolaria.growth.account import EventRecord
+from esper.tolaria.growth.seeds import Decision
 from esper.tolaria.growth.takeback import Before
 
 
@@ -18,7 +19,7 @@ class Judged:
         before: The run as it was.
         until: The step at which it is judged.
         held_out: Mean held-out loss before it.
-        decisions: Per place: decision, seed, site, gain, parameters and FLOPs it was said to add.
+        decisions: One per place that has grown.
         record: What is told of it.
         extended: It had not won by then, and has been given the same time again.
     """
@@ -26,7 +27,7 @@ class Judged:
     before: Before
     until: int
     held_out: float
-    decisions: list[tuple[int, int, str, float | None, int, int]]
+    decisions: list[Decision]
     record: EventRecord
     extended: bool = False
 
@@ -48,7 +49,7 @@ class Judged:
             Before.from_state(state["before"]),
             state["until"],
             state["held_out"],
-            [(i, seed, site, gain, p, f) for i, seed, site, gain, p, f in state["decisions"]],
+            [Decision(*one) for one in state["decisions"]],
             records[state["record"]],
             state["extended"],
         )

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 from esper.contracts import Outcome, Stage
 from esper.kasmina.score import Scored
 from esper.tolaria.growth.account import EventRecord
 from esper.tolaria.growth.telling import decided, decision_of, gated, seen_at_event
+
+
+class Decision(NamedTuple):
+    """What was decided at one place, and what it was said to bring."""
+
+    number: int
+    seed: int
+    site: str
+    gain: float | None
+    parameters: int
+    flops: int
 
 
 class Seeds:
@@ -22,12 +33,11 @@ class Seeds:
     def __init__(self, growth: Any) -> None:
         self.growth = growth
 
-    def end(
-        self, decision: int, seed: int, site: str, kept: tuple[float | None, int, int] | None, reason: str
-    ) -> None:
+    def end(self, decision: Decision, kept: bool, reason: str) -> None:
         """Move a seed to its end and tell the outcome."""
+        seed, site = decision.seed, decision.site
         stage = self.growth.morphable.layout.stage_of(seed)
-        if kept is not None:
+        if kept:
             self.move(seed, site, stage, Stage.EVALUATING, "the event is judged")
             self.move(seed, site, Stage.EVALUATING, Stage.FOSSILISED, reason)
             self.move(seed, site, Stage.FOSSILISED, Stage.DORMANT, "")
@@ -36,8 +46,8 @@ class Seeds:
             self.move(seed, site, Stage.ROLLED_BACK, Stage.CULLED, reason)
             self.move(seed, site, Stage.CULLED, Stage.EMBARGOED, "")
             self.move(seed, site, Stage.EMBARGOED, Stage.DORMANT, "the next event may ask again")
-        gain, parameters, flops = kept or (None, 0, 0)
-        outcome = Outcome(decision, site, kept is not None, gain, parameters, flops, 0, reason)
+        brought = (decision.gain, decision.parameters, decision.flops) if kept else (None, 0, 0)
+        outcome = Outcome(decision.number, site, kept, *brought, 0, reason)
         self.growth.tell("outcome", **asdict(outcome))
 
     def germinate(self, site: str) -> int:

@@ -32,7 +32,6 @@ class Streamed(Evidence):
     def __init__(self, growth: Any) -> None:
         self.coming: list[Any] = []
         self.earlier: dict[str, Tensor] = {}
-        self.waiting = None
         super().__init__(growth)
 
     def ready(self, why: str) -> bool:

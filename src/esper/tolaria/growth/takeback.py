@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -70,8 +69,8 @@ class Before:
 
     def note(self, model: nn.Module, plan: WidenPlan) -> None:
         """Note the counts that a plan is about to change."""
-        counts = plan.attributes
-        self.attributes += [(path, name, getattr(at(model, path), name)) for path, name, _ in counts]
+        for path, name, _ in plan.attributes:
+            self.attributes.append((path, name, getattr(at(model, path), name)))
 
     def restore(
         self, models: Sequence[nn.Module], optimizers: Mapping[str, Optimizer], plans: Sequence[Plan]
@@ -126,12 +125,6 @@ class Before:
             [(path, attribute, value) for path, attribute, value in state["attributes"]],
             [{n: read_back(s) for n, s in one.items()} for one in state["states"]],
         )
-
-    @property
-    def nbytes(self) -> int:
-        """Return the memory it takes."""
-        held = [t for one in self.tensors for t in one.values()]
-        return sum(t.numel() * t.element_size() for t in held if isinstance(t, torch.Tensor))
 
 
 def named(model: nn.Module) -> list[tuple[str, Tensor]]:
