@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from esper.errors import ProbeError
 from esper.kasmina.evidence import (
     BOUND,
-    additive,
     e_value,
     example_losses,
     join,
@@ -211,99 +210,3 @@ def test_what_is_not_per_example_is_taken_from_the_first_batch() -> None:
 
 
 # -- does the loss couple examples? --
-
-
-def cross_entropy(**how: Any) -> Any:
-    return lambda model, batch: F.cross_entropy(model(batch[0]), batch[1], **how)
-
-
-def contrastive(model: nn.Module, batch: Any) -> Tensor:
-    own, other = F.normalize(model(batch[0])), F.normalize(batch[0][:, :3])
-    return F.cross_entropy(own @ other.T * 5, torch.arange(len(own)))
-
-
-def spread(model: nn.Module, batch: Any) -> Tensor:
-    return F.cross_entropy(model(batch[0]), batch[1]) + 0.01 * model(batch[0]).std(0).mean()
-
-
-def classes(n: int = 40, ignored: int = 0) -> tuple[Tensor, Tensor]:
-    y = torch.randint(3, (n,))
-    y[torch.randperm(n)[:ignored]] = -100
-    return torch.randn(n, 4), y
-
-
-LOSSES: dict[str, tuple[Any, bool | None]] = {
-    "mean": (cross_entropy(), True),
-    "sum": (cross_entropy(reduction="sum"), True),
-    "smoothed": (cross_entropy(label_smoothing=0.1), True),
-    "regression": (lambda m, b: F.mse_loss(m(b[0]), b[0][:, :3]), True),
-    "nothing": (lambda m, b: 0.0 * m(b[0]).sum(), True),
-    "penalty": (lambda m, b: F.cross_entropy(m(b[0]), b[1]) + 0.1 * m[0].weight.square().sum(), True),
-    "class weights": (cross_entropy(weight=torch.tensor([1.0, 2.0, 4.0])), False),
-    "contrastive": (contrastive, False),
-    "spread": (spread, False),
-    "root": (lambda m, b: m(b[0]).square().mean().sqrt(), False),
-    "neighbours": (lambda m, b: (m(b[0])[1:] - m(b[0])[:-1]).square().mean(), False),
-    "infinite": (lambda m, b: m(b[0]).square().mean() / 0.0, None),
-    "random": (lambda m, b: (m(b[0]) + torch.randn(len(b[0]), 1)).square().mean(), None),
-}
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_only_means_and_sums_over_examples_are_additive(name: str) -> None:
-    loss_fn, expected = LOSSES[name]
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3))
-    batch, random = classes(), torch.get_rng_state()
-    assert additive(model.train(), loss_fn, batch) is expected
-    assert torch.equal(torch.get_rng_state(), random)
-    assert all(module.training for module in model.modules())
-    assert model[2].num_batches_tracked == 0
-
-
-@pytest.mark.parametrize("ignored", [1, 10, 37])
-def test_rows_that_the_loss_does_not_count_are_left_out(ignored: int) -> None:
-    torch.manual_seed(0)
-    model = nn.Linear(4, 3)
-    assert additive(model, cross_entropy(), classes(40, ignored)) is True
-    assert additive(model, contrastive, classes(40, min(ignored, 10))) is False
-    assert additive(model, cross_entropy(), classes(40, 38)) is None
-
-
-def test_a_mean_over_tokens_of_texts_of_unlike_length_is_no_mean_over_texts() -> None:
-    torch.manual_seed(0)
-    y = torch.randint(3, (12, 5))
-    y[::2, 3:] = -100
-    y[5] = -100
-
-    def tokens(model: nn.Module, batch: Any) -> Tensor:
-        return F.cross_entropy(model(batch["x"]).flatten(0, 1), batch["y"].flatten())
-
-    batch = {"x": torch.randn(12, 5, 4), "y": y, "scale": 1.0}
-    assert additive(nn.Linear(4, 3), tokens, batch) is False
-    assert additive(nn.Linear(4, 3), tokens, {**batch, "y": y.clamp(min=0)}) is True
-
-
-def test_statistics_of_the_batch_couple_examples() -> None:
-    torch.manual_seed(0)
-    for tracked in (True, False):
-        norm = nn.BatchNorm1d(8, track_running_stats=tracked)
-        model = nn.Sequential(nn.Linear(4, 8), norm, nn.Tanh(), nn.Linear(8, 3))
-        assert additive(model, cross_entropy(), classes()) is tracked
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_rounding_is_no_coupling(dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    x, y = classes(200)
-    assert additive(nn.Linear(4, 3).to(dtype), cross_entropy(), (x.to(dtype), y)) is True
-    assert additive(nn.Linear(4, 3).to(dtype), contrastive, (x.to(dtype), y)) is False
-
-
-def test_a_batch_that_cannot_be_cut_is_refused_and_one_too_small_is_unknown() -> None:
-    model = nn.Linear(4, 3)
-    with pytest.raises(ProbeError, match="that of a part of them cannot"):
-        additive(model, lambda m, b: m(b[0].view(40, 4)).mean(), classes())
-    assert additive(model, cross_entropy(), classes(2)) is None
-    with pytest.raises(ProbeError, match="shapes cannot be multiplied"):
-        additive(nn.Linear(5, 3), cross_entropy(), classes())

@@ -39,6 +39,17 @@ def noise(seed: int, examples: int = 64) -> Batch:
     )
 
 
+def teacher(seed: int, examples: int = 64) -> Batch:
+    generator, fixed = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(0)
+    first, second = (torch.randn(8, 8, generator=fixed) for _ in range(2))
+    x = torch.randn(examples, 8, generator=generator)
+    return x, (x @ first).sin() @ second
+
+
+def squared(model: nn.Module, batch: Any) -> Tensor:
+    return F.mse_loss(model(batch[0]), batch[1])
+
+
 def loss_fn(model: nn.Module, batch: Any) -> Tensor:
     return F.cross_entropy(model(batch[0]), batch[1])
 
@@ -388,7 +399,7 @@ def contrastive(model: nn.Module, batch: Any) -> Tensor:
 
 def test_a_loss_whose_examples_depend_on_each_other_is_judged_by_blocks() -> None:
     run = Run(views, net=Pairs(), loss=contrastive, probe=[views(100_000 + i) for i in range(32)]).to(STEPS)
-    assert run.growth.early.evidence.additive is False
+    assert run.growth.early.evidence.independent is False
     run.growth.finish()
     assert run.told("widened")
     gates = run.told("gate")
@@ -582,15 +593,62 @@ def test_the_trainer_grows_early_by_default() -> None:
     assert trainer.history[-1]["train_loss"] < trainer.history[0]["train_loss"]
 
 
-def test_too_small_a_probe_is_no_verdict_on_the_width() -> None:
-    """A probe on which nothing can pass says nothing about how wide the model is."""
-    few = EventRecord(15, "scheduled", 1.0, 1.0, 27, [Looked("0>2", 2, 2, 0.5, 0.003)])
-    told = " ".join(advise([few], [], 31, 200))
-    assert "the probe has 27 examples" in told
-    assert "whole batches" in told
-    assert "wide enough" not in told
-    enough = EventRecord(15, "scheduled", 1.0, 1.0, 270, [Looked("0>2", 2, 2, 0.5, 0.003)])
-    assert "wide enough" in " ".join(advise([enough], [], 31, 200))
+def test_too_small_a_probe_is_no_verdict_on_the_width_and_costs_nothing() -> None:
+    """A probe on which nothing can pass says nothing about how wide the model is, and is not read."""
+    run = Run(probe=[clusters(100_000, 8)]).to(STEPS)
+    advice = " ".join(run.growth.report().advice)
+    assert "the probe has 8 examples" in advice
+    assert "wide enough" not in advice
+    assert run.growth.cost.growth_flops == 0
+    (event,) = run.growth.report().events
+    assert {(one.grown, one.reason) for one in event.looked} == {(0, advice)}
+    looked = [Looked("0>2", 2, 2, 0.5, 0.003)]
+    told = advise([EventRecord(15, "scheduled", 1.0, 1.0, 270, looked)], [], [], 200)
+    assert "wide enough" in " ".join(told)
+
+
+def test_an_event_that_is_asked_for_reads_any_probe() -> None:
+    """A user who names a place wants to know what is found there."""
+    run = Run(probe=[clusters(100_000, 8)]).to(30)
+    run.growth.grow_now(next(iter(run.growth.morphable.places)))
+    run.to(STEPS)
+    assert any(one.p_value is not None for event in run.growth.report().events for one in event.looked)
+
+
+def test_class_weights_leave_each_example_evidence_of_its_own() -> None:
+    """A mean by class weights has a common divisor; what the loss says of an example is its own."""
+    weight = torch.linspace(1.0, 20.0, CLASSES)
+
+    def weighted(model: nn.Module, batch: Any) -> Tensor:
+        return F.cross_entropy(model(batch[0]), batch[1], weight=weight)
+
+    run = Run(loss=weighted).to(STEPS)
+    assert run.growth.early.evidence.independent is True
+    assert run.growth.plans
+
+
+class Residual(nn.Module):
+    """Adds an MLP of some inner width to a stream of eight."""
+
+    def __init__(self, inner: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, inner), nn.Linear(inner, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + self.down(self.up(x).relu())
+        return y
+
+
+@pytest.mark.parametrize(("inner", "widened"), [(2, True), (16, False)])
+def test_what_is_narrow_inside_a_block_grows_to_the_width_of_the_stream(inner: int, widened: bool) -> None:
+    """Wider, and blocks come instead."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 8), nn.Sequential(Residual(inner)), nn.Linear(8, 8))
+    run = Run(teacher, None, net, loss=squared, budget={"parameters": 2000}).to(STEPS)
+    run.growth.finish()
+    assert len(net[1]) > 1
+    assert (net[1][0].up.out_features > inner) is widened
+    assert net[1][0].up.out_features <= max(inner, 8)
 
 
 def test_a_race_is_not_said_to_have_had_no_event_due() -> None:

@@ -20,7 +20,6 @@ from torch.func import vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from esper.errors import ProbeError
-from esper.kasmina.isolation import evaluating, untouched
 from esper.kasmina.layout import chosen, flatten, joined, unflatten
 from esper.kasmina.layout import rows as rows_in
 from esper.kasmina.significance import p_value
@@ -31,9 +30,6 @@ STAKES = (0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8)  # half the wealth is spread over
 BOUND = (
     2.0  # clipping, in root-mean-square differences on the rehearsal; 3 won 10 % less per example (digits)
 )
-
-
-IGNORED = -100  # the target that torch's losses leave out
 
 
 def e_value(differences: np.ndarray, rehearsal: np.ndarray) -> float:
@@ -106,98 +102,11 @@ def count_examples(batch: Any) -> int:
     return split_batch(batch)[3]
 
 
-SMALL, DOZEN = 3, 12  # examples: fewer cannot be cut into unequal parts; in so few, coupling shows
-
-
-def additive(model: nn.Module, loss_fn: LossFunction, batch: Any) -> bool | None:
-    """Tell whether a batch's loss is the mean, or the sum, of what its examples lose alone, in eval mode.
-
-    The loss of the whole is compared with that of its two parts, cut unequally and in two ways, and with that
-    of the reversed order; then of a dozen examples, where a weak coupling shows more (that of a term
-    .01 × std(0) is 5e-6 of the loss of 40). Losses that couple examples (contrastive, class-weighted means,
-    batch statistics) differ. Rows whose integer entries are all -100 are left out first: torch's losses do
-    not count them.
-
-    Args:
-        model: Put into eval mode for the while.
-        loss_fn: ``loss_fn(model, batch) -> scalar``.
-        batch: A probe batch; it should hold every kind of example.
-
-    Returns:
-        None where it cannot be told: fewer than 3 examples that count, a loss that is not finite, or that is
-        another one with other random numbers.
-
-    Raises:
-        ProbeError: The loss of a part of the batch cannot be taken.
-    """
-    kept = counted_rows(batch)
-    if len(kept) < SMALL:
-        return None
-    few = kept[:DOZEN]
-    interleaved = kept[1::3], torch.cat([kept[0::3], kept[2::3]])
-    with evaluating(model):
-        try:
-            whole, other = (seeded_loss(model, loss_fn, take(batch, kept), seed) for seed in (0, 1))
-            if not math.isfinite(whole) or whole != other:
-                return None
-            back, dozen = (seeded_loss(model, loss_fn, take(batch, rows), 0) for rows in (kept.flip(0), few))
-            found = [
-                (total, [(len(rows), seeded_loss(model, loss_fn, take(batch, rows), 0)) for rows in cut])
-                for total, cut in ((whole, unequal(kept)), (whole, interleaved), (dozen, unequal(few)))
-            ]
-        except (RuntimeError, ValueError, IndexError) as error:  # what torch raises where shapes do not fit
-            raise ProbeError(
-                f"the loss of {len(kept)} examples can be taken, that of a part of them cannot ({error}); "
-                "evidence needs a model and a loss that take a batch of any size"
-            ) from error
-    near = closeness(model) * max(abs(whole), abs(back), *(abs(loss) for _, cut in found for _, loss in cut))
-    mean = all(abs(w - sum(n * v for n, v in cut) / sum(n for n, _ in cut)) <= near for w, cut in found)
-    total = all(abs(w - sum(v for _, v in cut)) <= near for w, cut in found)
-    return abs(whole - back) <= near and (mean or total)
-
-
-def unequal(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Cut rows into the first third and the rest."""
-    third = max(len(rows) // 3, 1)
-    return rows[:third], rows[third:]
-
-
-def counted_rows(batch: Any) -> Tensor:
-    """List the rows of a batch that a loss counts: all but those with integer entries of -100 only."""
-    leaves, batched, _, count = split_batch(batch)
-    kept = torch.ones(count, dtype=torch.bool)
-    for leaf, many in zip(leaves, batched, strict=True):
-        if (
-            many
-            and isinstance(leaf, Tensor)
-            and not leaf.is_floating_point()
-            and not leaf.is_complex()
-            and leaf.numel()
-        ):
-            kept &= ~(leaf.reshape(count, -1) == IGNORED).all(dim=1).cpu()
-    return kept.nonzero().flatten()
-
-
 def take(batch: Any, rows: Tensor) -> Any:
     """Return some examples of a batch, in the order given; leaves without examples stay."""
     leaves, batched, nest, _ = split_batch(batch)
     some = [chosen(leaf, rows) if many else leaf for leaf, many in zip(leaves, batched, strict=True)]
     return unflatten(some, nest)
-
-
-def seeded_loss(model: nn.Module, loss_fn: LossFunction, batch: Any, seed: int) -> float:
-    """Return the loss of a batch, every random number from ``seed``."""
-    with untouched(model, seed):
-        return float(loss_fn(model, batch).detach())
-
-
-def closeness(model: nn.Module) -> float:
-    """Return how far apart, relatively, equal losses may be in the coarsest of the numbers computed in."""
-    kinds = [p.dtype for p in model.parameters() if p.is_floating_point()]
-    coarsest = max((torch.finfo(kind).eps for kind in kinds), default=torch.finfo(torch.float32).eps)
-    return coarsest ** (
-        2 / 3
-    )  # 2e-5 for float32, 4e-2 for bfloat16: rounding of sums is below, coupling above
 
 
 def example_losses(model: nn.Module, loss_fn: LossFunction, batch: Any) -> tuple[Tensor, bool]:

@@ -213,12 +213,12 @@ class Score:
         flat = {"new": step, "own": -(regression[:, which] @ step)}  # (units, out), (c + 1, out)
         self.chosen[name] = Scored(report, kernel, flat, np.empty(0))
 
-    def test(self, runs: Sequence[Run], additive: bool, seed: int, shared: bool = True) -> None:
+    def test(self, runs: Sequence[Run], alone: bool, seed: int, shared: bool = True) -> None:
         """Look at held-out examples.
 
         Args:
             runs: Passes to mean losses, each with its number of examples.
-            additive: Whether a loss is the mean of its examples', so that each of them counts alone.
+            alone: Whether each example is evidence of its own; else a pass is.
             seed: Of random numbers in the passes.
             shared: Whether every process looks at the same examples; else all of theirs count.
         """
@@ -228,7 +228,7 @@ class Score:
                 for name in found.keys() & sights.keys():
                     with self.alone(name):
                         values = self.values(name, sights[name], examples)
-                        found[name].append(values if additive else values.mean(0, keepdim=True))
+                        found[name].append(values if alone else values.mean(0, keepdim=True))
         for name, parts in found.items():
             if parts and name not in self.failed:
                 own = torch.cat(parts)

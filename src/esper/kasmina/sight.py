@@ -36,6 +36,7 @@ class Eye:
         self.place, self.sight = place, Sight()
         self.serial = place.port == "serial"
         self.visits: Visits | None = None  # of a block, whose calls take more than a tensor
+        self.calls = 0  # of the exit in one pass; of several, no one can say which gradient is whose
 
     def enter(self, x: Tensor | None) -> None:
         """Keep the entry's input."""
@@ -44,6 +45,7 @@ class Eye:
 
     def leave(self, y: Tensor) -> Tensor:
         """Wait for the gradient of the exit's output."""
+        self.calls += 1
         if self.serial:
             self.sight.x = y.detach()
         if not y.requires_grad:
@@ -113,12 +115,12 @@ def judging(model: nn.Module) -> Iterator[None]:
 def passes(
     model: nn.Module, places: Mapping[str, Place], runs: Sequence[Run]
 ) -> Iterator[tuple[dict[str, Sight], int]]:
-    """Run passes forth and back; yields what was seen at the places that were passed, and the examples."""
+    """Run passes forth and back; yields what was seen at the places passed once, and the examples."""
     host = [p for p in model.parameters() if p.requires_grad]
     for run, examples in runs:
         with watching(places) as eyes:
             torch.autograd.grad(run(), host, allow_unused=True)
             for eye in eyes.values():
                 eye.sight.given = None if eye.visits is None else eye.visits.given
-        seen = {name: eye.sight for name, eye in eyes.items()}
+        seen = {name: eye.sight for name, eye in eyes.items() if eye.calls == 1}
         yield {n: s for n, s in seen.items() if s.gradient is not None and s.x is not None}, examples

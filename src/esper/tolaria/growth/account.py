@@ -149,29 +149,23 @@ def _line(one: Looked) -> str:
 
 
 def advise(
-    events: Sequence[EventRecord], due: Sequence[int], smallest: int | None, steps: int | None
+    events: Sequence[EventRecord], due: Sequence[int], doubts: Sequence[str], steps: int | None
 ) -> list[str]:
     """Say what a user could change.
 
     Args:
         events: So far.
         due: Steps of events to come.
-        smallest: Held-out examples without which nothing could pass.
+        doubts: Why nothing could pass, whatever the model is.
         steps: Of the run.
     """
+    if doubts:
+        return list(doubts)  # what was looked at says nothing of the model then
     found: list[str] = []
     if not events and steps is None:
         found.append("steps= was not given, and the loss never stalled: pass the number of optimizer steps")
     elif not events and not due:
         found.append("no event was due: the learning rate was gone, or steps= is far from what was run")
-    examples = max((event.examples for event in events), default=0)
-    if smallest is not None and 0 < examples < smallest:
-        found.append(
-            f"the probe has {examples} examples (whole batches, where the loss couples examples, as class "
-            f"weights and contrastive losses do); with fewer than {smallest} nothing can pass: hold out "
-            "more, or pass per_example="
-        )
-        return found  # what was looked at says nothing of the model then
     looked = [one for event in events for one in event.looked]
     wide = any(event.reason.startswith("already wide enough") for event in events)
     if wide:

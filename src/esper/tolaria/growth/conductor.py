@@ -80,7 +80,7 @@ class Growth:
             if self.recipe == "early":
                 with self.morphable.policy.uncompiled(), parts.wrapping.whole():
                     self.early = Early(self)
-                parts.warnings.extend(self.early.evidence.doubts())
+                parts.warnings.extend(self.early.doubts)
             self._tell_start()
         except BaseException:  # nothing is left behind by a run that does not begin
             self._close_hooks()

@@ -58,6 +58,7 @@ class Early:
         self.settings = growth.config.early
         self.insertion = Insertion(self.parts.committer)
         self.evidence = Streamed(growth) if self.parts.example is not None else Evidence(growth)
+        self.doubts = self.evidence.doubts()
         self.timetable = Timetable(growth)
         self.reach = Reach(growth, self.timetable)
         self.mishaps = Mishaps(growth)
@@ -153,11 +154,6 @@ class Early:
             training = self.evidence.training_loss
             self.records.append(EventRecord(growth.steps, "", None, training, 0, reason=f"skipped: {why}"))
 
-    @property
-    def look(self) -> int:
-        """How many looks the false-keep budget has paid for."""
-        return len(self.spending.looks)
-
     # -- an event --------------------------------------------------------------------------------------------
 
     def event(self, why: str) -> None:
@@ -176,11 +172,12 @@ class Early:
         record = EventRecord(growth.steps, why, None, self.evidence.training_loss, 0)
         for name, barred in self.reach.barred.items():
             record.looked.append(Looked(name, growth.morphable.places[name].site.width, reason=barred))
-        if not units:
-            if not self.reach.waits_for_depth(room):
-                self.timetable.clear()
-                self.records.append(record)
-                self.decline(record, free, {}, SPENT if free else NONE_LEFT)
+        if not units and self.reach.waits_for_depth(room):
+            return
+        if not units or (self.doubts and only is None):
+            self.timetable.clear()
+            self.records.append(record)
+            self.decline(record, free, {}, self.doubts[0] if units else SPENT if free else NONE_LEFT)
             return
         self.records.append(record)
         with self.parts.wrapping.whole():
@@ -221,7 +218,7 @@ class Early:
             Looked(name, place.site.width, reason=reason) for name, place in free.items() if name not in known
         ]
         self.seeds.tell_survey(record, scored)
-        self.seeds.tell_decision(record, self.look, None, 0, f"{record.why}; {reason}")
+        self.seeds.tell_decision(record, len(self.spending.looks), None, 0, f"{record.why}; {reason}")
 
     def grow(self, record: EventRecord, found: Found, units: Mapping[str, int]) -> None:
         """Insert what passed; whatever ends this in the middle, Ctrl-C too, takes all of it back."""
@@ -256,7 +253,7 @@ class Early:
         looked = {one.site: one for one in record.looked}
         for name, count in units.items():
             why = f"{record.why}; held-out evidence"
-            number = self.seeds.tell_decision(record, self.look, name, count, why)
+            number = self.seeds.tell_decision(record, len(self.spending.looks), name, count, why)
             one, seed = looked[name], self.seeds.germinate(name)
             decisions.append(Decision(number, seed, name, one.gain, one.parameters, one.flops))
         failures = self.change(found, units, before)

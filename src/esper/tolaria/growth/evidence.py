@@ -11,7 +11,8 @@ import numpy as np
 from torch import Tensor, nn
 
 from esper.errors import ProbeError
-from esper.kasmina.evidence import additive, count_examples, join
+from esper.kasmina.coupling import independent
+from esper.kasmina.evidence import count_examples, join
 from esper.kasmina.isolation import evaluating, same_generators, untouched
 from esper.kasmina.lessons import first
 from esper.kasmina.places import Place
@@ -35,13 +36,13 @@ class Found:
     scored: Mapping[str, Scored]
     held_out: float  # mean loss in eval mode, as the model is
     examples: int  # held out, or batches where the loss couples examples
-    additive: bool  # whether each example is evidence of its own
+    independent: bool  # whether each example is evidence of its own
     flops: int  # spent on it
     failed: Mapping[str, str]  # places where the units do not run, and what was raised
 
     def p_value(self, values: np.ndarray) -> float | None:
         """Return how likely evidence as strong is where nothing helps."""
-        return p_value(values, blocks=None if self.additive else len(values))
+        return p_value(values, blocks=None if self.independent else len(values))
 
 
 class Evidence:
@@ -67,10 +68,10 @@ class Evidence:
         self.losses: deque[float] = deque(maxlen=RECENT)
         self.outputs: list[nn.Module] = []
         self.guess: float | None = None
-        self.additive: bool | None = None
+        self.independent: bool | None = None
         held = self.probe()
         self.learn_loss(held)
-        self.found_values = sum(map(count_examples, held)) if self.additive else len(held)
+        self.found_values = sum(map(count_examples, held)) if self.independent else len(held)
 
     @property
     def host(self) -> nn.Module:
@@ -87,7 +88,7 @@ class Evidence:
         self.losses.append(loss)
         self.batches.append(batch)
         size = max(count_examples(batch), 1)
-        if not self.additive:  # each batch is one value, so it takes as many as there may be
+        if not self.independent:  # each batch is one value, so it takes as many as there may be
             self.most = max(self.growth.config.early.examples, BLOCKS * size)
         elif self.parts.steps is not None:  # a short run's events read less
             share = int(SHARE * self.parts.steps * size)
@@ -122,8 +123,9 @@ class Evidence:
     def learn_loss(self, held: Sequence[Any]) -> None:
         """Find out once what kind of loss this is."""
         few = first(held[0], 64)
+        places = self.growth.morphable.places
         by_example = self.parts.per_example is not None
-        self.additive = by_example or additive(self.host, self.parts.loss_fn, few)
+        self.independent = by_example or independent(self.host, self.parts.run, places, few)
         with evaluating(self.host), untouched(self.host, 0):
             self.outputs = output_layers(self.host, lambda: self.parts.run(few))
             self.guess = guess(self.outputs, lambda: self.parts.run(few))
@@ -138,7 +140,7 @@ class Evidence:
         held = self.probe()
         seed = self.parts.streams.draw("evidence")
         score = Score(self.host, places, units, self.growth.peers)
-        alone = self.additive is True
+        alone = self.independent is True
         with tempered(self.outputs, TEMPER if self.guess is not None else 1.0):
             score.fit(self.runs([*self.batches], alone), seed)
             score.test(self.runs(held, alone), alone, seed, shared=self.shared)
@@ -166,14 +168,14 @@ class Evidence:
         places = max(len(self.growth.morphable.places), 1)
         share = Spending(self.growth.config.early.false_keep).share(1)  # the most that any event may spend
         alone = share if places == 1 else share / 2 / places
-        return smallest(alone, of_blocks=self.additive is not True)
+        return smallest(alone, of_blocks=self.independent is not True)
 
     def held_out(self, held: Sequence[Any] | None = None) -> float:
         """Return the mean held-out loss in eval mode; rank 0's counts."""
         total = examples = 0.0
         batches = self.probe() if held is None else held
         with evaluating(self.host), untouched(self.host, 0):
-            for batch in join(batches) if self.additive else batches:
+            for batch in join(batches) if self.independent else batches:
                 count = count_examples(batch)
                 total += float(self.parts.run(batch)) * count
                 examples += count
@@ -183,10 +185,12 @@ class Evidence:
         """Say at the start what would keep anything from passing."""
         if self.parts.example is not None or self.found_values >= self.smallest:
             return []
-        what = "examples" if self.additive else "batches, which the loss couples the examples of,"
+        what, more = "examples", "hold out more"
+        if not self.independent:
+            what, more = "batches, whose examples the loss couples", "hold out more, or pass per_example="
         return [
-            f"the probe has {self.found_values} {what} and nothing can pass with fewer than "
-            f"{self.smallest}: hold out more" + ("" if self.additive else ", or pass per_example=")
+            f"the probe has {self.found_values} {what}; with fewer than {self.smallest} nothing can pass: "
+            f"{more}"
         ]
 
     def enough(self, held_out: float, first_event: bool) -> str:

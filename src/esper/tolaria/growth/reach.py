@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+from esper.contracts import Site
 from esper.kasmina.growth_cost import GrowthCost
+from esper.kasmina.layers import out_size
 from esper.kasmina.places import Place, WidenPlace
 from esper.kasmina.stack import Stack
 from esper.tamiyo.controller import Room
@@ -27,10 +31,11 @@ class Reach:
         self.barred: dict[str, str] = {}  # places that are closed for the rest of the run, and why
 
     def places(self) -> dict[str, Place]:
-        """Return the places an event asks at: where blocks can be added, what is inside them stays as it is.
+        """Return the places an event asks at: where blocks can be added, wide ones stay as they are inside.
 
         Residual nets and transformers gained by depth and lost by inner width (char GPT, glyphs; see
-        docs/decisions.md); once no further block fits the budget, widths are next.
+        docs/decisions.md), but for what is narrower inside than the stream it writes to. Once no further
+        block fits the budget, all widths are next.
         """
         for name in self.growth.morphable.places:
             if why := self.gone(name):
@@ -40,9 +45,13 @@ class Reach:
         pairs: dict[str, Place] = {n: p for n, p in found.items() if isinstance(p, WidenPlace)}
         if not stacks or not self.allocated(stacks, self.growth.room()):
             return pairs
-        inside = tuple(f"{stack.container}." for stack in stacks.values())
-        outside: dict[str, Place] = {n: p for n, p in pairs.items() if not p.site.entry.startswith(inside)}
-        return outside if 1 + len(self.timetable.due) > self.timetable.late else {**outside, **stacks}
+        widths = {n: p for n, p in pairs.items() if not self.inside(p) or lacking(p) > 0}
+        return widths if 1 + len(self.timetable.due) > self.timetable.late else {**widths, **stacks}
+
+    def inside(self, place: Place) -> bool:
+        """Tell whether a place is within a block of a stack."""
+        stacks = tuple(f"{stack.container}." for stack in self.growth.morphable.stacks.values())
+        return place.site.entry.startswith(stacks)
 
     def gone(self, name: str) -> str:
         """Say so where a layer of a place is no longer the model's: it was replaced by hand."""
@@ -62,6 +71,19 @@ class Reach:
         if room.events <= 0 or not places:
             return {}
         left = min(1 + len(self.timetable.due), room.events)
-        sites = [place.site for place in places.values()]
+        sites = [self.bounded(place) for place in places.values()]
         cost = GrowthCost(self.growth.morphable.host, places)
         return allocate(sites, self.settings.factor, left, room, cost)
+
+    def bounded(self, place: Place) -> Site:
+        """Return a place's site: what is narrow inside a block becomes as wide as the stream, no wider."""
+        site = place.site
+        if not isinstance(place, WidenPlace) or not self.inside(place) or lacking(place) <= 0:
+            return site
+        groups = math.ceil(lacking(place) / site.granularity)
+        return replace(site, most=groups * site.granularity)
+
+
+def lacking(place: Place) -> int:
+    """Return the units by which a place is narrower than what its consumer makes."""
+    return out_size(place.ends()[1]) - place.site.width

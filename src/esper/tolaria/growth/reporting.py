@@ -30,7 +30,6 @@ def report(growth: Any) -> Report:
     parts, early = growth.parts, growth.early
     events: list[EventRecord] = [] if early is None else early.records
     due = [] if early is None or growth.finished else list(early.timetable.due)
-    needed = None if early is None else early.evidence.smallest
     training = growth.cost.training_flops
     return Report(
         events=events,
@@ -39,5 +38,7 @@ def report(growth: Any) -> Report:
         flops=(parts.host_flops, growth.morphable.flops),
         cost=growth.cost.growth_flops / training if training else None,
         due=due,
-        advice=advise(events, due, needed, parts.steps) if early is not None else OTHERWISE[growth.recipe],
+        advice=advise(events, due, early.doubts, parts.steps)
+        if early is not None
+        else OTHERWISE[growth.recipe],
     )

@@ -1,0 +1,109 @@
+"""Does a loss couple the examples of a batch, or is each of them evidence of its own?
+
+Some examples are passed twice, beside others each time. Where the gradients they get back are the same but
+for one common factor, the loss says of each of them the same whatever it stands beside: a mean, a sum, a mean
+by class weights or by counted tokens, the root of a mean. Contrastive losses, statistics of the batch and
+differences of neighbours are told apart. Both passes have the same shapes and the same random numbers, so a
+loss that draws noise, as that of a VAE does, can be asked, too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esper.errors import ProbeError
+from esper.kasmina.evidence import split_batch, take
+from esper.kasmina.isolation import evaluating, untouched
+from esper.kasmina.places import Place
+from esper.kasmina.sight import passes
+
+PARTS = 3  # of a batch: those asked, and the two that stand beside them
+ALIKE = 1e-4  # relative, by which gradients may differ: a term .01 × std(0) moves them by 8e-4
+IGNORED = -100  # the target that torch's losses leave out
+
+
+def independent(
+    model: nn.Module, run: Callable[[Any], Tensor], places: Mapping[str, Place], batch: Any
+) -> bool | None:
+    """Tell whether what a loss says of an example depends on the others by no more than a common factor.
+
+    Rows whose integer entries are all -100 are left out first: torch's losses do not count them.
+
+    Args:
+        model: The host; in eval mode for the while, its weights and buffers as they are.
+        run: ``run(batch) -> scalar``, a pass to the loss.
+        places: Where gradients are looked at.
+        batch: Of the probe; it should hold every kind of example.
+
+    Returns:
+        None where it cannot be told: fewer than 3 examples that count, no place that is passed, no gradient.
+
+    Raises:
+        ProbeError: The loss of a part of the batch cannot be taken.
+    """
+    kept = counted_rows(batch)
+    each = len(kept) // PARTS
+    if each == 0:
+        return None
+    own, beside, instead = kept[:each], kept[each : 2 * each], kept[2 * each : 3 * each]
+    batches = [take(batch, torch.cat([own, others])) for others in (beside, instead)]
+    try:
+        with evaluating(model), torch.enable_grad():
+            first, second = (gradients(model, run, places, one, each) for one in batches)
+    except (RuntimeError, ValueError, IndexError) as error:  # what torch raises where shapes do not fit
+        raise ProbeError(
+            f"the loss of {len(kept)} examples can be taken, that of {2 * each} of them cannot ({error}); "
+            "evidence needs a model and a loss that take a batch of any size"
+        ) from error
+    if first.shape != second.shape or not first.any() or not second.any():
+        return None
+    factor = (first @ second) / second.square().sum()
+    left = float((first - factor * second).norm() / first.norm())  # NaN where a gradient is not finite
+    return None if math.isnan(left) else bool(factor > 0) and left <= max(ALIKE, roundoff(model))
+
+
+def gradients(
+    model: nn.Module, run: Callable[[Any], Tensor], places: Mapping[str, Place], batch: Any, each: int
+) -> Tensor:
+    """Return what the first examples of a batch get back at all places, flat, in float64."""
+    with untouched(model, seed=0):
+        (sights,) = (seen for seen, _ in passes(model, places, [(lambda: run(batch), 2 * each)]))
+    rows = [by_example(sights[name].gradient, 2 * each) for name in sorted(sights)]
+    found = [one[:each].flatten().double() for one in rows if one is not None]
+    return torch.cat(found) if found else torch.empty(0)
+
+
+def by_example(gradient: Tensor | None, examples: int) -> Tensor | None:
+    """Return a gradient's rows by example; axis 0 is theirs or a multiple of it, or axis 1 is."""
+    if gradient is None:
+        return None
+    if gradient.shape[0] % examples and gradient.dim() > 1 and gradient.shape[1] == examples:
+        gradient = gradient.transpose(0, 1)
+    return None if gradient.shape[0] % examples else gradient.reshape(examples, -1)
+
+
+def counted_rows(batch: Any) -> Tensor:
+    """List the rows of a batch that a loss counts: all but those with integer entries of -100 only."""
+    leaves, batched, _, count = split_batch(batch)
+    kept = torch.ones(count, dtype=torch.bool)
+    for leaf, many in zip(leaves, batched, strict=True):
+        if many and isinstance(leaf, Tensor) and leaf.numel() and integers(leaf):
+            kept &= ~(leaf.reshape(count, -1) == IGNORED).all(dim=1).cpu()
+    return kept.nonzero().flatten()
+
+
+def integers(leaf: Tensor) -> bool:
+    """Tell whether a tensor holds whole numbers."""
+    return not leaf.is_floating_point() and not leaf.is_complex()
+
+
+def roundoff(model: nn.Module) -> float:
+    """Return how far apart, relatively, equal gradients may be in the coarsest of the numbers computed in."""
+    kinds = [p.dtype for p in model.parameters() if p.is_floating_point()]
+    coarsest = max((torch.finfo(kind).eps for kind in kinds), default=torch.finfo(torch.float32).eps)
+    return 8 * coarsest  # .06 for bfloat16: sums of products are rounded; coupling is above
