@@ -10,8 +10,8 @@ from esper.blueprints.graph import Graph
 from esper.errors import BlueprintError
 
 
-def chosen(names: Sequence[str]) -> tuple[bool, list[Graph]]:
-    """Return whether pairs may be widened, and the blueprints to offer.
+def chosen(names: Sequence[str]) -> list[Graph]:
+    """Return the blueprints to offer.
 
     Args:
         names: "widen", "deepen", names of the catalogue, or paths of JSON files. "auto" is widening and, for
@@ -29,7 +29,7 @@ def chosen(names: Sequence[str]) -> tuple[bool, list[Graph]]:
             graphs.append(read_graph(name))
         elif name not in {"widen", "deepen"}:
             graphs.append(CATALOGUE.get(name))
-    return bool({"auto", "widen"} & set(names)), graphs
+    return graphs
 
 
 def read_graph(path: str) -> Graph:

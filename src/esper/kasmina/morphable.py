@@ -81,16 +81,17 @@ class MorphableModel(nn.Module):
 
     def find(self, run: Callable[[], Any]) -> tuple[list[Place], list[Refusal]]:
         """Look at the host as it is: every place with what fits there, every other with the reason."""
-        widen, graphs = chosen(self.blueprints)
         found: list[Place] = []
         refusals: list[Refusal] = []
         with untouched(self.host, seed=0, gather=True):
-            if widen:
+            if {"auto", "widen"} & set(self.blueprints):
                 pairs, unfit = find_pairs(self.host, run)
                 kept, unreachable = reachable(self.host, pairs, run)
                 found.extend(kept)
                 refusals += [*unfit, *unreachable]
-            if graphs and ("auto" not in self.blueprints or not found):
+            automatic = "auto" in self.blueprints and bool(found)  # the catalogue is not even read (3 ms)
+            graphs = chosen([name for name in self.blueprints if name != "auto" or not automatic])
+            if graphs and not automatic:
                 blocks, unfit = find_blocks(self.host, run, self.examples, graphs)
                 found, refusals = [*found, *blocks], [*refusals, *unfit]
         return found, refusals

@@ -136,10 +136,18 @@ def smallest(alpha: float, *, of_blocks: bool = False) -> int:
         raise ProbeError(
             f"no probe can pass at {alpha}: p-values end at {FLOOR}; share the budget by fewer looks"
         )
-    n, unseen = FEWEST, UNSEEN_BLOCK if of_blocks else UNSEEN
-    while float(likelihood(np.ones((1, n)), unseen)[0]) > alpha:
-        n += 1
-    return n
+    unseen = UNSEEN_BLOCK if of_blocks else UNSEEN
+
+    def passes(n: int) -> bool:
+        return float(likelihood(np.ones((1, n)), unseen)[0]) <= alpha
+
+    low, high = FEWEST - 1, FEWEST
+    while not passes(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if passes(middle) else (middle, high)
+    return high
 
 
 class Spending:

@@ -340,7 +340,7 @@ class Early:
                 judged.extended, judged.until = True, growth.steps + judged.until - judged.before.step
             return False
         reason = f"held-out loss {judged.held_out:.4g} → {now:.4g}"
-        replaced = next(filter(None, [self.reach.gone(one.site) for one in judged.decisions]), "")
+        replaced = next(iter(self.reach.gone([one.site for one in judged.decisions]).values()), "")
         if kept or replaced:  # to take it back would overwrite the user's own new layer
             self.keep(reason if kept else f"{reason}; not taken back, for {replaced}")
             return True

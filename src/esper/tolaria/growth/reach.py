@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -37,9 +37,7 @@ class Reach:
         docs/decisions.md), but for what is narrower inside than the stream it writes to. Once no further
         block fits the budget, all widths are next.
         """
-        for name in self.growth.morphable.places:
-            if why := self.gone(name):
-                self.barred[name] = why
+        self.barred.update(self.gone(self.growth.morphable.places))
         found = {n: p for n, p in self.growth.morphable.places.items() if n not in self.barred}
         stacks = {n: p for n, p in found.items() if isinstance(p, Stack)}
         pairs: dict[str, Place] = {n: p for n, p in found.items() if isinstance(p, WidenPlace)}
@@ -53,14 +51,17 @@ class Reach:
         stacks = tuple(f"{stack.container}." for stack in self.growth.morphable.stacks.values())
         return place.site.entry.startswith(stacks)
 
-    def gone(self, name: str) -> str:
-        """Say so where a layer of a place is no longer the model's: it was replaced by hand."""
-        host = {id(module) for module in self.growth.morphable.host.modules()}
-        place = self.growth.morphable.places.get(name)
-        if place is None or all(id(end) in host for end in place.ends()):
-            return ""
-        first = id(place.ends()[0]) in host
-        return f"{place.site.exit if first else place.site.entry} was replaced or removed since esper.grow"
+    def gone(self, names: Iterable[str]) -> dict[str, str]:
+        """Return the places of which a layer was replaced by hand, and which one."""
+        held = {id(module) for module in self.growth.morphable.host.modules()}
+        found: dict[str, str] = {}
+        for name in names:
+            place = self.growth.morphable.places.get(name)
+            missing: list[bool] = [] if place is None else [id(end) not in held for end in place.ends()]
+            if place is not None and any(missing):
+                lost = place.site.entry if missing[0] else place.site.exit
+                found[name] = f"{lost} was replaced or removed since esper.grow"
+        return found
 
     def waits_for_depth(self, room: Room) -> bool:
         """Tell whether blocks can be added at a later event."""
