@@ -48,10 +48,11 @@ class Reach:
         """Say so where a layer of a place is no longer the model's: it was replaced by hand."""
         host = {id(module) for module in self.growth.morphable.host.modules()}
         place = self.growth.morphable.places.get(name)
-        if place is None or all(id(end) in host for end in place.ends()):
+        if place is None:
             return ""
-        first = id(place.ends()[0]) in host
-        return f"{place.site.exit if first else place.site.entry} was replaced or removed since esper.grow"
+        ends = zip((place.site.entry, *place.site.exits), place.ends(), strict=True)
+        lost = next((path for path, end in ends if id(end) not in host), None)
+        return "" if lost is None else f"{lost} was replaced or removed since esper.grow"
 
     def waits_for_depth(self, room: Room) -> bool:
         """Tell whether blocks can be added at a later event."""
