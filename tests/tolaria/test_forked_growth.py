@@ -19,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import esper
 from esper.contracts import Event
+from esper.kasmina.growth_cost import GrowthCost
 
 STEPS = 400
 Batch = dict[str, Tensor]
@@ -163,15 +164,64 @@ def test_nothing_the_model_says_changes_at_the_moment_of_an_event(make: Any, tra
         assert torch.allclose(said, after[name], rtol=1e-5, atol=1e-5), name
 
 
+class Beside(nn.Module):
+    """Other places at what a fork widens: its consumers are heads of attention, and a gated pair."""
+
+    def __init__(self, last: bool) -> None:
+        super().__init__()
+        if not last:
+            self.a = nn.Linear(16, 8)
+        self.q, self.k, self.v, self.out = (nn.Linear(8, 8) for _ in range(4))
+        self.b, self.gate, self.up, self.down = (
+            nn.Linear(8, 6),
+            nn.Linear(6, 5),
+            nn.Linear(6, 5),
+            nn.Linear(5, 10),
+        )
+        if last:
+            self.a = nn.Linear(16, 8)
+        self.ink = nn.Linear(8, 1)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        h = torch.relu(self.a(x.view(len(x), 4, 16)))
+        q, k, v = (part(h).unflatten(-1, (-1, 4)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        h = self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)).mean(1)
+        g = torch.tanh(self.b(h))
+        return {"digit": self.down(F.silu(self.gate(g)) * self.up(g)), "ink": self.ink(h)}
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["listed first", "listed last"])
+def test_a_fork_is_widened_together_with_the_places_behind_it_and_put_back(last: bool) -> None:
+    torch.manual_seed(0)
+    run = Run(Beside(last))
+    early = run.growth.early
+    assert early is not None
+    places = run.growth.morphable.pairs
+    assert {"a>q+k+v", "q>out", "out>b+ink", "b>gate+up", "gate*up>down"} == set(places)
+    before, parameters = early.insertion.remember(0), run.growth.morphable.parameter_count()
+    said, state = run.net(HELD["x"]), copy.deepcopy(run.net.state_dict())
+    units = {name: 2 * place.site.granularity for name, place in places.items()}
+    told, _ = GrowthCost(run.net, places)(units)
+    kernels = {name: place.kernel(units[name]) for name, place in places.items()}
+    assert early.insertion.widen(kernels, units, before) == ""
+    assert run.growth.morphable.parameter_count() == parameters + told
+    for name, now in run.net(HELD["x"]).items():
+        assert torch.allclose(said[name], now, rtol=1e-4, atol=1e-5), name
+    assert run.growth.morphable.pairs["a>q+k+v"].site.width == 10
+    loss_fn(run.net, HELD).backward()
+    early.insertion.restore(before)
+    assert all(torch.equal(state[name], tensor) for name, tensor in run.net.state_dict().items())
+
+
 @pytest.fixture(scope="module")
 def whole() -> tuple[dict[str, Tensor], dict[int, list[Any]], list[int]]:
-    """A run without a break: its weights, a state at every 40th step and one right after it has grown."""
+    """A run without a break: its weights, a state at every 100th step and one right after it has grown."""
     torch.manual_seed(0)
     run = Run(Pictures(), config={"early": {"enough": 0.0}})
     early, states, opened = run.growth.early, dict[int, list[Any]](), list[int]()
     assert early is not None
     while run.now < STEPS:
-        if run.now % 40 == 0 or (early.open is not None and not opened):
+        if run.now % 100 == 0 or (early.open is not None and not opened):
             states[run.now] = run.state()
             opened += [run.now] if early.open is not None else []
         run.step()
