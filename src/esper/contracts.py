@@ -97,7 +97,7 @@ class Site:
     name: str  # "fc1>fc2": producer, consumer; "blocks.0+residual_mlp": place, blueprint
     kind: Literal["pair", "module", "span", "stack"]
     entry: str  # module path whose input is tapped
-    exit: str  # module path whose output a kernel is added to
+    exit: str  # module path whose output a kernel is added to; of several, the first that runs
     between: tuple[str, ...]  # what stands between, in order: "ReLU", "BatchNorm2d bn1", "flatten"
     width: int  # units now (blocks of a stack); 0 where there are none to count
     granularity: int  # widths grow by multiples of this (GroupNorm widens by whole groups)
@@ -106,6 +106,12 @@ class Site:
     blueprint: str = "widen"  # what grows here
     base_parameters: int = 0  # that the first unit brings besides its own
     most: int | None = None  # units at a time; None: as many as the budget allows
+    others: tuple[str, ...] = ()  # further exits, where several layers read what is widened
+
+    @property
+    def exits(self) -> tuple[str, ...]:
+        """Every exit, in the order they run."""
+        return self.exit, *self.others
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from esper.kasmina.efficient import RIDGE, Sums, damped, greedy
 from esper.kasmina.layers import affine
 from esper.kasmina.morphable import MorphableModel
-from esper.kasmina.score import RIDGE, Score, Scored, Sums, damped, greedy, through, with_one
+from esper.kasmina.score import Score, Scored
 from esper.kasmina.sight import passes
 from esper.kasmina.significance import p_value
 from esper.kasmina.widen import HostKernel
@@ -116,7 +117,7 @@ def test_what_the_gain_promises_is_what_a_step_along_the_direction_brings() -> N
         hidden = net[1](net[0](held[0]))
         phi = kernel(held[0], hidden=True)
         joined = torch.cat([phi, hidden, torch.ones(len(hidden), 1)], 1)
-        weight = torch.cat([one.direction["new"], one.direction["own"]]).T
+        weight = torch.cat([one.moves[0].new, one.moves[0].own]).T
         moved = affine(net[2], joined, weight, None)
         before, after = net[2](hidden), net[2](hidden) + small * moved
         fallen = F.cross_entropy(before, held[1]) - F.cross_entropy(after, held[1])
@@ -147,14 +148,14 @@ def moved_by_copies(copied: bool) -> float:
             for own in (n for n, _ in pool.named_parameters() if n not in pool.outgoing):
                 pool.get_parameter(own).copy_(net[0].bias if own.endswith("bias") else net[0].weight)
         for fact in Sums.__slots__:
-            getattr(score.sums[name], fact).zero_()
+            getattr(score.sums[name][0], fact).zero_()
         score.learn(name, seen[name], examples)
     score.choose(name)
-    direction = score.chosen[name].direction
+    (move,), (outlet,) = score.chosen[name].moves, place.outlets
     with torch.no_grad():
         hidden = net[1](net[0](held[0]))
-        new = through(pool, pool(held[0], hidden=True), direction["new"])
-        left = new + through(pool, with_one(hidden, pool), direction["own"])
+        new = outlet.through(pool(held[0], hidden=True), move.new)
+        left = new + outlet.through(outlet.with_one(hidden), move.own)
     return float(left.norm() / new.norm())
 
 
@@ -205,7 +206,8 @@ def test_two_halves_say_what_the_whole_does(kind: str) -> None:
     for parts in ([slice(0, 6)], [slice(0, 3), slice(3, 6)]):
         score = Score(net, model.places, {n: p.site.granularity for n, p in model.places.items()})
         score.fit(runs(net, zoo.loss_fn, [(inputs[part], labels[part]) for part in parts]), 0)
-        found.append({n: {f: getattr(s, f).clone() for f in Sums.__slots__} for n, s in score.sums.items()})
+        sums = {f"{n} {i}": one for n, parts in score.sums.items() for i, one in enumerate(parts)}
+        found.append({n: {f: getattr(s, f).clone() for f in Sums.__slots__} for n, s in sums.items()})
     for name, whole in found[0].items():
         for fact, value in whole.items():
             if fact in ("cross", "pool", "new"):
@@ -268,12 +270,12 @@ def test_units_that_say_the_same_are_not_picked_twice() -> None:
     """Of three units two are copies; the third helps less than a copy would, were it alone, and is picked."""
     left = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
     slope = torch.tensor([[2.0], [2.0], [1.0]])
-    assert sorted(greedy(left, slope, 2, 1).tolist()) in ([0, 2], [1, 2])
+    assert sorted(greedy([left], [slope], 2, 1).tolist()) in ([0, 2], [1, 2])
 
 
 def test_groups_are_picked_whole() -> None:
     slope = torch.tensor([[0.0], [3.0], [1.0], [1.0], [2.0], [2.5]])
-    assert sorted(greedy(torch.eye(6), slope, 4, 2).tolist()) == [0, 1, 4, 5]
+    assert sorted(greedy([torch.eye(6)], [slope], 4, 2).tolist()) == [0, 1, 4, 5]
 
 
 def test_damping_is_a_share_of_the_mean() -> None:

@@ -565,7 +565,7 @@ HOSTS: dict[str, Host] = {
     "ConvTranspose1d": Host(upsampling_1d, lambda: torch.randn(6, 3, 9), 3),
     "ConvTranspose3d": Host(upsampling_3d, lambda: torch.randn(4, 1, 3, 3, 3), 2),
     "two towers": Host(bag, ids, 2),
-    "tuple output": Host(tuples, flat, 1),
+    "tuple output": Host(tuples, flat, 2),
     "dict output": Host(dicts, flat, 1),
     "keyword inputs": Host(keywords, lambda: {"features": flat(), "scale": 2.0}, 1),
     "bf16 autocast": Host(half, flat, 2, exact=4e3),

@@ -61,7 +61,25 @@ class Deep(nn.Module):
         return self.head(x)
 
 
-HOSTS: dict[str, Callable[[], nn.Module]] = {"widths": mlp, "BatchNorm": normed, "depth": Deep}
+class Forked(nn.Module):
+    """Two layers read one, one of them through a step of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.norm = nn.Linear(8, 2), nn.BatchNorm1d(2)
+        self.one, self.two = nn.Linear(2, 8), nn.Linear(2, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(self.trunk(x))
+        return self.one(torch.relu(h)) + self.two(h)
+
+
+HOSTS: dict[str, Callable[[], nn.Module]] = {
+    "widths": mlp,
+    "BatchNorm": normed,
+    "depth": Deep,
+    "fork": Forked,
+}
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
     "Adam": lambda p: Adam(p, 0.01),
     "AMSGrad": lambda p: Adam(p, 0.01, amsgrad=True),

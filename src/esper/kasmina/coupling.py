@@ -73,7 +73,8 @@ def gradients(
     """Return what the first examples of a batch get back at all places, flat, in float64."""
     with untouched(model, seed=0):
         (sights,) = (seen for seen, _ in passes(model, places, [(lambda: run(batch), 2 * each)]))
-    rows = [by_example(sights[name].gradient, 2 * each) for name in sorted(sights)]
+    back = [seen.gradient for name in sorted(sights) for seen in sights[name].exits]
+    rows = [by_example(gradient, 2 * each) for gradient in back]
     found = [one[:each].flatten().double() for one in rows if one is not None]
     return torch.cat(found) if found else torch.empty(0)
 

@@ -56,6 +56,14 @@ class Met(Refused):
         self.call = call
 
 
+class Parted(Refused):
+    """A chain came to a value that several calls read, which do not meet again at once."""
+
+    def __init__(self, why: str, readers: Sequence[Call]) -> None:
+        super().__init__(why)
+        self.readers = readers
+
+
 @dataclass
 class Track:
     """How far a layer's output has been followed."""
@@ -110,15 +118,27 @@ class Finder:
         axis = len(call.shape or ()) - 1 if is_linear(producer) else 1
         return Track(name, call.makes[0], axis)
 
-    def follow(self, track: Track) -> tuple[str, Call]:
-        """Go on until a layer reads the value; returns its name and call."""
+    def follow(self, track: Track, readers: Sequence[Call] = ()) -> tuple[str, Call]:
+        """Go on until a layer reads the value; returns its name and call.
+
+        Args:
+            track: What to follow.
+            readers: Of the value it is at, those to follow; all where none are given.
+
+        Raises:
+            Parted: Where several calls read the value.
+        """
         while True:
-            readers = self.readers(track.value, track.name)
+            readers = readers or self.readers(track.value, track.name)
             if len(readers) > 1 or readers[0].reads.count(track.value) > 1:
-                step, track.value = region(self.recording, track.value, track.name, readers)
+                try:
+                    step, track.value = region(self.recording, track.value, track.name, readers)
+                except Refused as refusal:
+                    raise Parted(str(refusal), readers) from None
                 track.steps.append(step)
+                readers = ()
                 continue
-            (reader,) = readers
+            (reader,), readers = readers, ()
             following = self.layer_of(reader)
             if following is not None and not is_depthwise(following[1]):
                 return following[0], reader
@@ -205,15 +225,8 @@ class Finder:
 
     def close(self, track: Track, target: str, call: Call) -> Pair:
         """Check the consumer and build the pair."""
-        name, steps, consumer = track.name, track.steps, self.modules[target]
-        self.only_call(target)
-        producer = self.modules[name]
-        self.fits(track, target, consumer)
-        circular = isinstance(consumer, PLAIN) and consumer.padding_mode != "zeros"
-        if circular and steps and steps[-1].label == "pad":
-            steps = steps[:-1]  # the consumer's own padding, which its slice repeats
-        if producer is consumer:
-            raise Refused(f"{name} feeds itself")
+        name, producer, consumer = track.name, self.modules[track.name], self.modules[target]
+        steps = self.landed(track, target)
         site = Site(
             name=f"{name}>{target}",
             kind="pair",
@@ -229,6 +242,18 @@ class Finder:
         places = positions(self.only_call(name), producer), positions(call, consumer)
         fast = self.fast(name, target)
         return Pair(site, producer, consumer, tuple(steps), columns, places, track.flops, fast).refreshed()
+
+    def landed(self, track: Track, target: str) -> Sequence[Step]:
+        """Check the consumer a track ends at; returns the steps before it."""
+        consumer, steps = self.modules[target], track.steps
+        self.only_call(target)
+        self.fits(track, target, consumer)
+        if self.modules[track.name] is consumer:
+            raise Refused(f"{track.name} feeds itself")
+        circular = isinstance(consumer, PLAIN) and consumer.padding_mode != "zeros"
+        if circular and steps and steps[-1].label == "pad":
+            return steps[:-1]  # the consumer's own padding, which its slice repeats
+        return steps
 
     def fits(self, track: Track, target: str, consumer: nn.Module) -> None:
         """Refuse a consumer that reads another axis."""

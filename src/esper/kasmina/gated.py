@@ -6,6 +6,7 @@ and a column in the consumer; with that column at zero the output does not move.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ from esper.kasmina.layers import (
     out_size,
     weight_of,
 )
+from esper.kasmina.outlets import Outlet
 from esper.kasmina.pairs import edit, unit_parameters
 from esper.kasmina.widen import HostKernel
 
@@ -50,6 +52,16 @@ class GatedPair:
     def ends(self) -> tuple[nn.Module, nn.Module]:
         """Return the first producer and the consumer."""
         return self.producer, self.consumer
+
+    @property
+    def outlets(self) -> tuple[Outlet, ...]:
+        """The consumer."""
+        return (Outlet(self.consumer, self.columns),)
+
+    def used(self) -> Mapping[str, int]:
+        """Map all three layers to the positions at which they run."""
+        before, behind = self.places
+        return {self.site.entry: before, self.partner_name: before, self.site.exit: behind}
 
     def kernel(self, units: int) -> GatedKernel:
         """Build new units; the consumer's columns are zero."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
@@ -36,8 +35,9 @@ class GrowthCost:
         self.growing: dict[str, list[Growing]] = {}
         for name, place in self.places.items():
             if isinstance(place, WidenPlace):
+                used = place.used()  # what stands between counts its FLOPs by itself
                 self.growing[name] = [
-                    Growing(edit.name, edit.axis, edit.new - edit.old, positions(place, edit.name))
+                    Growing(edit.name, edit.axis, edit.new - edit.old, used.get(owner(edit.name), 0))
                     for edit in place.plan(place.site.granularity).edits
                     if edit.name in self.shapes
                 ]
@@ -70,11 +70,6 @@ class GrowthCost:
         return parameters, flops
 
 
-def positions(place: Any, name: str) -> int:
-    """Return how often per example a weight of a place is used; what stands between counts by itself."""
-    path = name.rpartition(".")[0]
-    steps = [*getattr(place, "steps", ()), *getattr(place, "left", ()), *getattr(place, "right", ())]
-    if path in {getattr(step, "name", "") for step in steps}:
-        return 0
-    before, behind = getattr(place, "places", None) or (getattr(place, "time", 1),) * 2
-    return int(behind if path == place.site.exit else before)
+def owner(name: str) -> str:
+    """Return the path of the module that holds a parameter."""
+    return name.rpartition(".")[0]

@@ -8,6 +8,7 @@ by whole heads. One layer may make all three, and several heads of q may share o
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ from esper.kasmina.layers import (
     out_axis,
     out_size,
 )
+from esper.kasmina.outlets import Outlet
 from esper.kasmina.pairs import edit, unit_parameters
 from esper.kasmina.widen import HostKernel
 
@@ -90,6 +92,15 @@ class HeadsPair:
     def ends(self) -> tuple[nn.Module, nn.Module]:
         """Return q and the layer behind."""
         return self.producer, self.consumer
+
+    @property
+    def outlets(self) -> tuple[Outlet, ...]:
+        """The layer behind."""
+        return (Outlet(self.consumer, self.columns),)
+
+    def used(self) -> Mapping[str, int]:
+        """Map all layers to the positions at which they run."""
+        return dict.fromkeys(self.names, self.time)
 
     def kernel(self, units: int) -> HeadsKernel:
         """Build new heads; the columns of the layer behind are zero."""

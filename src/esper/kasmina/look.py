@@ -6,7 +6,9 @@ from typing import TypeAlias
 
 from torch import nn
 
-from esper.kasmina.finder import Finder, Met
+from esper.kasmina.finder import Finder, Met, Parted, Track
+from esper.kasmina.fork import Fork
+from esper.kasmina.forking import forked
 from esper.kasmina.gated import GatedPair
 from esper.kasmina.gating import gated
 from esper.kasmina.heads import HeadsPair
@@ -16,7 +18,7 @@ from esper.kasmina.recorder import Refused
 from esper.kasmina.recurrences import recurrent
 from esper.kasmina.recurrent import RecurrentPair
 
-Found: TypeAlias = "Pair | GatedPair | HeadsPair | RecurrentPair"  # what widens the user's own layers
+Found: TypeAlias = "Pair | Fork | GatedPair | HeadsPair | RecurrentPair"  # what widens the user's own layers
 
 
 def look(finder: Finder, name: str) -> Found:
@@ -25,16 +27,24 @@ def look(finder: Finder, name: str) -> Found:
         return recurrent(finder, name)
     track = finder.begin(name)
     try:
-        return finder.close(track, *finder.follow(track))
+        return behind(finder, track)
     except Met as met:
         return gated(finder, track, met)
     except Refused as refusal:
         if name not in finder.attentions:
             raise
-        path, behind = finder.attentions[name]
-        found = behind.found(path)
+        path, last = finder.attentions[name]
+        found = last.found(path)
         for part in dict.fromkeys(found.names):
             finder.only_call(part)
         if name != found.names[0]:
             raise Refused(f"{name} is widened with {found.names[0]}, as heads") from refusal
         return heads_of(finder.modules, found, finder.entered)
+
+
+def behind(finder: Finder, track: Track) -> Pair | Fork:
+    """Return the place behind one layer, with one consumer or several."""
+    try:
+        return finder.close(track, *finder.follow(track))
+    except Parted as parted:
+        return forked(finder, track, parted)

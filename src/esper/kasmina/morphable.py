@@ -17,7 +17,7 @@ from esper.kasmina.isolation import evaluating, untouched
 from esper.kasmina.layer import KasminaLayer
 from esper.kasmina.places import Place, WidenPlace
 from esper.kasmina.recorder import tensors
-from esper.kasmina.sites import Sites, find_pairs, reachable, select
+from esper.kasmina.sites import Sites, find_pairs, racing, reachable, select
 from esper.kasmina.stack import Stack
 from esper.kasmina.stacks import find_stacks
 from esper.kasmina.state import KasminaStateLayout
@@ -43,6 +43,7 @@ class MorphableModel(nn.Module):
         smoothing: Weight of a new measurement of a kernel's vitals.
         sampling: Steps between such measurements.
         deepen: Whether stacks of blocks are places too; a race cannot take them.
+        forks: Whether layers with several consumers are; nor can it take these.
     """
 
     def __init__(
@@ -57,12 +58,13 @@ class MorphableModel(nn.Module):
         smoothing: float = 0.1,
         sampling: int = 10,
         deepen: bool = False,
+        forks: bool = True,
     ) -> None:
         super().__init__()
         self.host = host
         self.policy = policy or CompilePolicy("none", host)
         self.seeds_per_site = seeds_per_site
-        self.examples, self.blueprints = examples, tuple(blueprints)
+        self.examples, self.blueprints, self.forks = examples, tuple(blueprints), forks
         found, self.refusals = self.find(run)
         if deepen and {"auto", "deepen"} & set(self.blueprints):
             with untouched(host, seed=0, gather=True):
@@ -87,8 +89,9 @@ class MorphableModel(nn.Module):
             if {"auto", "widen"} & set(self.blueprints):
                 pairs, unfit = find_pairs(self.host, run)
                 kept, unreachable = reachable(self.host, pairs, run)
+                kept, barred = (kept, list[Refusal]()) if self.forks else racing(kept)
                 found.extend(kept)
-                refusals += [*unfit, *unreachable]
+                refusals += [*unfit, *unreachable, *barred]
             automatic = "auto" in self.blueprints and bool(found)  # the catalogue is not even read (3 ms)
             graphs = chosen([name for name in self.blueprints if name != "auto" or not automatic])
             if graphs and not automatic:
@@ -222,6 +225,7 @@ def wrap(
     sites: Sites = "auto",
     seeds_per_site: int = 4,
     blueprints: Sequence[str] = ("auto",),
+    forks: bool = True,
 ) -> MorphableModel:
     """Find the places where a model can grow, and install nothing.
 
@@ -234,6 +238,7 @@ def wrap(
         seeds_per_site: Slots per place.
         blueprints: What may grow: "widen", names of the catalogue (``esper blueprints list``), or paths of
             JSON files. "auto" widens, and offers the catalogue to a model in which nothing can be widened.
+        forks: Whether layers that several others read are places; a race (growth="incubate") takes none.
 
     Raises:
         SiteError: The model has no place to grow, or none of those asked for.
@@ -255,7 +260,8 @@ def wrap(
         host = policy.host
         run = lambda: host(*args, **kwargs)  # noqa: E731
         with policy.uncompiled():
-            return MorphableModel(host, run, len(given[0]), sites, seeds_per_site, blueprints, policy)
+            options = {"policy": policy, "forks": forks}
+            return MorphableModel(host, run, len(given[0]), sites, seeds_per_site, blueprints, **options)
     except EsperError:
         raise
     except (RuntimeError, TypeError, IndexError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ from torch import nn
 from esper.contracts import Site, WidenEdit, WidenPlan
 from esper.kasmina.between import Step
 from esper.kasmina.layers import grown_inputs, grown_outputs, in_axis, out_axis, out_size, weight_of
+from esper.kasmina.outlets import Outlet
 from esper.kasmina.widen import WidenKernel
 
 
@@ -34,6 +36,15 @@ class Pair:
     def ends(self) -> tuple[nn.Module, nn.Module]:
         """Return producer and consumer."""
         return self.producer, self.consumer
+
+    @property
+    def outlets(self) -> tuple[Outlet, ...]:
+        """The consumer."""
+        return (Outlet(self.consumer, self.columns),)
+
+    def used(self) -> Mapping[str, int]:
+        """Map producer and consumer to the positions at which they run."""
+        return {self.site.entry: self.places[0], self.site.exit: self.places[1]}
 
     def kernel(self, units: int) -> WidenKernel:
         """Build new units; the consumer's columns are zero."""

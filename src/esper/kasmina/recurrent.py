@@ -8,7 +8,7 @@ of the layer every weight learns.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from esper.contracts import Site, WidenEdit, WidenPlan
 from esper.kasmina.between import Step
 from esper.kasmina.layers import affine, grown_inputs, in_axis, weight_of
+from esper.kasmina.outlets import Outlet
 from esper.kasmina.pairs import edit
 from esper.kasmina.widen import HostKernel
 
@@ -56,6 +57,15 @@ class RecurrentPair:
     def ends(self) -> tuple[nn.Module, nn.Module]:
         """Return the recurrent layer and the consumer."""
         return self.producer, self.consumer
+
+    @property
+    def outlets(self) -> tuple[Outlet, ...]:
+        """The consumer."""
+        return (Outlet(self.consumer, self.columns),)
+
+    def used(self) -> Mapping[str, int]:
+        """Map both layers to the positions at which they run."""
+        return {self.site.entry: self.places[0], self.site.exit: self.places[1]}
 
     def kernel(self, units: int) -> RecurrentKernel:
         """Build new units; the consumer's columns are zero."""

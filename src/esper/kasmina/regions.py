@@ -18,7 +18,7 @@ def region(recording: Recording, start: int, name: str, readers: Sequence[Call])
         recording: The run.
         start: The value.
         name: Of the layer it comes from, for the reason.
-        readers: Of the value.
+        readers: Of the value: all, or those that are of one branch.
 
     Returns:
         The step, and the value it makes.
@@ -30,7 +30,8 @@ def region(recording: Recording, start: int, name: str, readers: Sequence[Call])
     many = f"has {len(readers)} consumers" if len(readers) > 1 else "meets itself"
     refusal = Refused(f"the output of {name} {many} ({names})")
     slots, parts = {start: Slot(0)}, list[Part]()
-    done: set[int] = set()
+    # Other branches' readers of the value are none of this one's business.
+    done = {r for r in recording.readers.get(start, []) if all(recording.calls[r] is not c for c in readers)}
     while True:
         ahead = {v: sorted(set(recording.readers.get(v, [])) - done) for v in slots}
         open_ = [v for v, calls in ahead.items() if calls]

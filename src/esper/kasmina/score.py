@@ -24,34 +24,18 @@ from torch import Tensor, nn
 
 from esper.blueprints.kernel import LiveKernel
 from esper.contracts import HealthReport
+from esper.kasmina.efficient import Move, Sums, greedy, leftover, plain_sums, sums_of
 from esper.kasmina.health import dead
 from esper.kasmina.isolation import same_randomness, untouched
-from esper.kasmina.layers import affine, is_linear, weight_of
 from esper.kasmina.peers import ALONE, Peers
 from esper.kasmina.places import Place
 from esper.kasmina.sight import Run, Sight, judged, judging, passes
 from esper.kasmina.stack import DepthKernel
 from esper.kasmina.widen import HostKernel
 
-RIDGE = 1e-2  # of the mean diagonal: what the host's own units can do is estimated from a few hundred rows
-DAMPING = 0.1  # likewise, for the direction
 POOL = 4  # units drawn per unit wanted, while they are few
 LEAST = 64  # units drawn at least: one new unit is the best of so many
 LARGE = 256  # units above which none are drawn beyond those wanted, and none are compared with each other
-ROWS = 65_536  # positions the host's units are regressed on
-
-
-@dataclass(slots=True)
-class Sums:
-    """What training examples say of a pool of units; sums over rows, so that batches and processes add up."""
-
-    gram: Tensor  # (c + 1, c + 1) of the host's units and a constant
-    cross: Tensor  # (c + 1, pool) of those with the pool
-    pool: Tensor  # (pool, pool)
-    own: Tensor  # (c + 1, out) gradient of the consumer's weights, flattened per unit
-    new: Tensor  # (pool, out) the same for the pool's
-    rows: Tensor  # 0-dim
-    examples: Tensor  # 0-dim
 
 
 @dataclass(slots=True)
@@ -60,8 +44,10 @@ class Scored:
 
     report: HealthReport
     kernel: LiveKernel  # the units picked, outgoing weights at zero
-    direction: dict[str, Tensor]  # for the outgoing weights
-    values: np.ndarray = field(repr=False)  # (examples or blocks,) held-out first-order decrease of the loss
+    direction: dict[str, Tensor]  # for the outgoing weights of a block, by name; empty where there are moves
+    moves: tuple[Move, ...] = ()  # one per consumer
+    values: np.ndarray = field(default_factory=lambda: np.empty(0), repr=False)
+    """(examples or blocks,) held-out first-order decrease of the loss"""
 
     @property
     def gain(self) -> float | None:
@@ -69,7 +55,7 @@ class Scored:
 
         None where the direction has no length of its own: a block's is a gradient's.
         """
-        return 0.5 * float(self.values.mean()) if len(self.values) and "new" in self.direction else None
+        return 0.5 * float(self.values.mean()) if len(self.values) and self.moves else None
 
 
 class Score:
@@ -87,7 +73,7 @@ class Score:
     ) -> None:
         self.model, self.places, self.units, self.peers = model, dict(places), dict(units), peers
         self.pools: dict[str, LiveKernel] = {}
-        self.sums: dict[str, Sums] = {}
+        self.sums: dict[str, list[Sums]] = {}  # one per consumer
         self.chosen: dict[str, Scored] = {}
         self.seen: dict[str, dict[str, float]] = {}
         self.failed: dict[str, str] = {}  # places where the units do not run, and what was raised
@@ -130,88 +116,71 @@ class Score:
     def learn(self, name: str, sight: Sight, examples: int) -> None:
         """Add one pass to a place's sums."""
         kernel = self.pools[name]
-        assert sight.x is not None and sight.gradient is not None
-        gradient = sight.gradient * examples  # per example
-        if name not in self.seen and sight.hidden is not None and isinstance(kernel, HostKernel):
-            flat = sight.hidden.float()
-            self.seen[name] = {
-                "activation_mean": float(flat.mean()),
-                "activation_variance": float(flat.var()),
-                "dead": dead(flat),
-                "gradient_norm": float(sight.gradient.norm()),
-            }
+        assert sight.x is not None
+        hidden, gradient = sight.exits[0].hidden, sight.exits[0].gradient
+        assert gradient is not None
         if isinstance(kernel, DepthKernel) and sight.given is not None:
             kernel.given = sight.given
-        if not isinstance(kernel, HostKernel) or sight.hidden is None:
+        if not isinstance(kernel, HostKernel) or hidden is None:
             outgoing = [kernel.get_parameter(n) for n in kernel.outgoing]
-            slopes = torch.autograd.grad((kernel(sight.x) * gradient).sum(), outgoing)
+            slopes = torch.autograd.grad((kernel(sight.x) * gradient * examples).sum(), outgoing)
             self.flops += 3 * self.units[name] * self.places[name].site.unit_flops * examples
             flat = torch.cat([slope.flatten() for slope in slopes])
-            self.add(name, plain_sums(flat, examples))
+            self.add(name, [plain_sums(flat, examples)])
             return
+        if name not in self.seen:
+            self.seen[name] = activity(hidden, sight)
         if name not in self.sums:
             spread(kernel)
         with torch.no_grad():
-            phi = kernel(sight.x, hidden=True)
-        hosts = with_one(sight.hidden, kernel)
-        new, own = outgoing_gradient(kernel, phi, gradient), outgoing_gradient(kernel, hosts, gradient)
-        a, b = rows_of(hosts, kernel), rows_of(phi, kernel)
-        if len(a) > ROWS:
-            which = torch.randperm(len(a), device=a.device)[:ROWS]
-            a, b = a[which], b[which]
-        count = torch.tensor(float(len(a)), device=a.device)
-        self.charge(name, kernel.units, examples, a.shape[1], len(a))
-        self.add(name, Sums(a.T @ a, a.T @ b, b.T @ b, own, new, count, torch.full_like(count, examples)))
+            phis = kernel.hiddens(sight.x)
+        parts: list[Sums] = []
+        for outlet, phi, seen in zip(kernel.place.outlets, phis, sight.exits, strict=True):
+            assert seen.hidden is not None and seen.gradient is not None
+            parts.append(sums_of(outlet, phi, seen.hidden, seen.gradient * examples, examples))
+        self.charge(name, kernel.units, examples, parts)
+        self.add(name, parts)
 
-    def charge(self, name: str, units: int, examples: int, own: int, rows: int) -> None:
+    def charge(self, name: str, units: int, examples: int, parts: Sequence[Sums]) -> None:
         """Count what a look at one place costs.
 
-        The pool goes through the producer once and through the consumer forth and back, the host's units
-        through the consumer forth and back; then the regressions.
+        The pool goes through the producer once and through the consumers forth and back, the host's units
+        through the consumers forth and back; then the regressions.
         """
-        site = self.places[name].site
-        self.flops += int((1.5 * units + own) * site.unit_flops * examples)
-        self.flops += 2 * rows * (own * own + own * units + units * units) + own * own * (own + 2 * units)
+        own = len(parts[0].gram)
+        self.flops += int((1.5 * units + own) * self.places[name].site.unit_flops * examples)
+        for part in parts:
+            rows = int(part.rows)
+            self.flops += 2 * rows * (own * own + own * units + units * units) + own * own * (own + 2 * units)
 
-    def add(self, name: str, part: Sums) -> None:
+    def add(self, name: str, parts: list[Sums]) -> None:
         """Add up."""
-        known = self.sums.get(name)
-        if known is None:
-            self.sums[name] = part
+        if name not in self.sums:
+            self.sums[name] = parts
             return
-        for fact in Sums.__slots__:
-            getattr(known, fact).add_(getattr(part, fact))
+        for known, part in zip(self.sums[name], parts, strict=True):
+            for fact in Sums.__slots__:
+                getattr(known, fact).add_(getattr(part, fact))
 
     def choose(self, name: str) -> None:
         """Pick units and fit the direction of their outgoing weights."""
-        pool, sums, units = self.pools[name], self.sums[name], self.units[name]
-        self.peers.mean([getattr(sums, fact) for fact in Sums.__slots__])
+        pool, parts, units = self.pools[name], self.sums[name], self.units[name]
+        self.peers.mean([getattr(sums, fact) for sums in parts for fact in Sums.__slots__])
         report = HealthReport(
             self.places[name].site.name,
             None,
-            int(sums.examples * self.peers.world),
+            int(parts[0].examples * self.peers.world),
             **self.seen.get(name, {}),
         )
-        if not isinstance(pool, HostKernel) or not len(sums.gram):
-            flat = sums.new / sums.examples
-            step = -flat / flat.norm().clamp_min(1e-12)
-            direction, at = dict[str, Tensor](), 0
-            for outgoing in pool.outgoing:
-                own = pool.get_parameter(outgoing)
-                direction[outgoing] = step[at : at + own.numel()].view_as(own)
-                at += own.numel()
-            self.chosen[name] = Scored(report, pool, direction, np.empty(0))
+        if not isinstance(pool, HostKernel) or not len(parts[0].gram):
+            self.chosen[name] = Scored(report, pool, downhill(pool, parts[0]))
             return
-        gram = damped(sums.gram / sums.rows, RIDGE)
-        regression = solved(gram, sums.cross / sums.rows)  # (c + 1, pool)
-        left = sums.pool / sums.rows - regression.T @ (sums.cross / sums.rows)  # (pool, pool), residual
-        slope = (sums.new - regression.T @ sums.own) / sums.examples  # (pool, out)
-        which = greedy(left, slope, units, self.places[name].site.granularity)
-        kernel = pool if len(which) == len(slope) else picked(self.places[name], pool, which)
-        per_example = sums.rows / sums.examples
-        step = -solved(damped(left[which][:, which] * per_example, DAMPING), slope[which])
-        flat = {"new": step, "own": -(regression[:, which] @ step)}  # (units, out), (c + 1, out)
-        self.chosen[name] = Scored(report, kernel, flat, np.empty(0))
+        left = [leftover(sums) for sums in parts]
+        which = greedy(
+            [one.pool for one in left], [one.slope for one in left], units, self.places[name].site.granularity
+        )
+        kernel = pool if len(which) == len(left[0].slope) else picked(self.places[name], pool, which)
+        self.chosen[name] = Scored(report, kernel, {}, tuple(one.move(which) for one in left))
 
     def test(self, runs: Sequence[Run], alone: bool, seed: int, shared: bool = True) -> None:
         """Look at held-out examples.
@@ -239,21 +208,25 @@ class Score:
     def values(self, name: str, sight: Sight, examples: int) -> Tensor:
         """Return the first-order decrease of each example's loss, (examples,)."""
         scored = self.chosen[name]
-        kernel, direction = scored.kernel, scored.direction
-        assert sight.x is not None and sight.gradient is not None
+        kernel, moves = scored.kernel, scored.moves
+        assert sight.x is not None
         if isinstance(kernel, DepthKernel) and sight.given is not None:
             kernel.given = sight.given
+        moved, found = list[Tensor](), list[Tensor]()
         with torch.no_grad():
-            if isinstance(kernel, HostKernel) and "new" in direction:
-                phi = kernel(sight.x, hidden=True)
-                moved = through(kernel, phi, direction["new"])
-                assert sight.hidden is not None
-                moved = moved + through(kernel, with_one(sight.hidden, kernel), direction["own"])
+            if isinstance(kernel, HostKernel) and moves:
+                read = zip(kernel.hiddens(sight.x), sight.exits, strict=True)
+                for outlet, move, (phi, seen) in zip(kernel.place.outlets, moves, read, strict=True):
+                    assert seen.hidden is not None
+                    own = outlet.through(outlet.with_one(seen.hidden), move.own)
+                    moved.append(outlet.through(phi, move.new) + own)
             else:
-                moved = moved_along(kernel, sight.x, direction)
+                moved.append(moved_along(kernel, sight.x, scored.direction))
             self.flops += 2 * self.units[name] * self.places[name].site.unit_flops * examples
-            product = -(moved * sight.gradient).float() * examples
-        return per_example(product, examples)
+            for one, seen in zip(moved, sight.exits, strict=True):
+                assert seen.gradient is not None
+                found.append(per_example(-(one * seen.gradient).float() * examples, examples))
+        return torch.stack(found).sum(0) if len(found) > 1 else found[0]
 
 
 def pool_size(place: Place, units: int) -> int:
@@ -275,43 +248,28 @@ def spread(kernel: LiveKernel) -> None:
                 parameter.uniform_(-bound, bound)
 
 
-def with_one(hidden: Tensor, kernel: HostKernel[Any]) -> Tensor:
-    """Append a unit that is always on to what the consumer reads."""
-    columns = int(kernel.pair.columns)
-    axis = hidden.dim() - 1 if is_linear(kernel.pair.consumer) else 1
-    shape = list(hidden.shape)
-    shape[axis] = columns
-    return torch.cat([hidden, hidden.new_ones(shape)], axis)
+def activity(hidden: Tensor, sight: Sight) -> dict[str, float]:
+    """Describe a host's units as the first consumer reads them."""
+    flat = hidden.float()
+    slopes = [float(seen.gradient.norm()) for seen in sight.exits if seen.gradient is not None]
+    return {
+        "activation_mean": float(flat.mean()),
+        "activation_variance": float(flat.var()),
+        "dead": dead(flat),
+        "gradient_norm": math.hypot(*slopes),
+    }
 
 
-def rows_of(hidden: Tensor, kernel: HostKernel[Any]) -> Tensor:
-    """Return the units one by one, a row per position, (rows, units)."""
-    columns = int(kernel.pair.columns)
-    if not is_linear(kernel.pair.consumer):
-        return hidden.movedim(1, -1).flatten(0, -2).float()
-    if columns > 1:
-        return hidden.unflatten(-1, (-1, columns)).movedim(-2, -1).flatten(0, -2).float()
-    return hidden.flatten(0, -2).float()
-
-
-def outgoing_gradient(kernel: HostKernel[Any], hidden: Tensor, gradient: Tensor) -> Tensor:
-    """Return the gradient of the outgoing weights of these units, (units, out · …)."""
-    consumer, columns = kernel.pair.consumer, int(kernel.pair.columns)
-    host = weight_of(consumer)
-    axis = hidden.dim() - 1 if is_linear(consumer) else 1
-    weight = host.new_zeros(host.shape[0], hidden.shape[axis], *host.shape[2:]).requires_grad_()
-    with torch.enable_grad():
-        (slope,) = torch.autograd.grad((affine(consumer, hidden, weight, None) * gradient).sum(), weight)
-    return slope.float().movedim(1, 0).reshape(hidden.shape[axis] // columns, -1)
-
-
-def through(kernel: HostKernel[Any], hidden: Tensor, weight: Tensor) -> Tensor:
-    """Run the consumer with other weights, given per unit, (units, out · …)."""
-    consumer, columns = kernel.pair.consumer, int(kernel.pair.columns)
-    host = weight_of(consumer)
-    flat = weight.reshape(-1, host.shape[0], *host.shape[2:]).movedim(0, 1)
-    assert flat.shape[1] == weight.shape[0] * columns
-    return affine(consumer, hidden, flat.to(host.dtype), None)
+def downhill(kernel: LiveKernel, sums: Sums) -> dict[str, Tensor]:
+    """Return the gradient's own direction for the outgoing weights, by name."""
+    flat = sums.new / sums.examples
+    step = -flat / flat.norm().clamp_min(1e-12)
+    direction, at = dict[str, Tensor](), 0
+    for outgoing in kernel.outgoing:
+        own = kernel.get_parameter(outgoing)
+        direction[outgoing] = step[at : at + own.numel()].view_as(own)
+        at += own.numel()
+    return direction
 
 
 def moved_along(kernel: LiveKernel, x: Tensor, direction: Mapping[str, Tensor]) -> Tensor:
@@ -334,56 +292,6 @@ def per_example(values: Tensor, examples: int) -> Tensor:
     if values.shape[0] % examples:
         return values.sum().reshape(1) / examples
     return values.reshape(examples, -1).sum(1)
-
-
-def plain_sums(slope: Tensor, examples: int) -> Sums:
-    """Sum up a place whose units cannot be told apart: only the gradient of its outgoing weights."""
-    none = slope.new_zeros(0, 0)
-    one = slope.new_tensor(1.0)
-    return Sums(none, none.clone(), none.clone(), none.clone(), slope.float(), one, one * examples)
-
-
-def damped(matrix: Tensor, share: float) -> Tensor:
-    """Add a share of the mean diagonal to the diagonal."""
-    more = matrix.clone()
-    more.diagonal().add_(share * matrix.diagonal().mean().clamp_min(1e-12))
-    return more
-
-
-def solved(matrix: Tensor, right: Tensor) -> Tensor:
-    """Solve for a positive definite matrix: half the work of a general one (0.9 of 1.7 s at 2,900 units)."""
-    return torch.cholesky_solve(right, torch.linalg.cholesky(matrix))
-
-
-def greedy(left: Tensor, slope: Tensor, units: int, group: int) -> Tensor:
-    """Pick units one after the other, each for what the ones before it leave, (units,).
-
-    Args:
-        left: (pool, pool) covariance of what the host's units cannot do.
-        slope: (pool, out) gradient of the outgoing weights.
-        units: Wanted.
-        group: Units that come together.
-    """
-    if units >= len(slope):
-        return torch.arange(len(slope), device=slope.device)
-    if group > 1:
-        power = (slope.square().sum(1) / left.diagonal().clamp_min(1e-12)).view(-1, group).sum(1)
-        groups = power.topk(units // group).indices
-        return (groups[:, None] * group + torch.arange(group, device=slope.device)).flatten()
-    left, slope = left.clone(), slope.clone()
-    floor = 1e-6 * float(left.diagonal().max().clamp_min(1e-30))
-    free = torch.ones(len(slope), dtype=torch.bool, device=slope.device)
-    picked_: list[Tensor] = []
-    for _ in range(units):
-        size = left.diagonal().clamp_min(floor)
-        power = torch.where(free, slope.square().sum(1) / size, -torch.inf)
-        best = power.argmax()
-        picked_.append(best)
-        free[best] = False
-        share = left[:, best] / size[best]
-        slope = slope - share[:, None] * slope[best]
-        left = left - share[:, None] * left[best]
-    return torch.stack(picked_)
 
 
 def picked(place: Place, pool: HostKernel[Any], which: Tensor) -> LiveKernel:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -20,23 +21,43 @@ Run = tuple[Callable[[], Tensor], int]  # a pass to a mean loss, and its number 
 
 
 @dataclass(slots=True)
+class Seen:
+    """What one pass showed at an exit."""
+
+    hidden: Tensor | None = None  # what it reads
+    made: Tensor | None = None  # what it gave, detached
+    gradient: Tensor | None = None  # of the batch's mean loss for that, (batch, …)
+    calls: int = 0  # of several, no one can say which gradient is whose
+
+
+@dataclass(slots=True)
 class Sight:
     """What one pass showed at a place."""
 
+    exits: tuple[Seen, ...]
     x: Tensor | None = None  # what a kernel reads, (batch, …)
-    hidden: Tensor | None = None  # what the exit reads
-    gradient: Tensor | None = None  # of the batch's mean loss for the exit's output, (batch, …)
     given: Given | None = None  # what a block was called with besides its input
+
+    @property
+    def whole(self) -> bool:
+        """Whether the pass ran once through entry and every exit, and the loss depends on one of these."""
+        passed = self.x is not None and all(seen.calls == 1 for seen in self.exits)
+        return passed and any(seen.gradient is not None for seen in self.exits)
+
+    def complete(self) -> None:
+        """Give an exit that the loss does not depend on the gradient it has: zero."""
+        for seen in self.exits:
+            if seen.gradient is None and seen.made is not None:
+                seen.gradient = torch.zeros_like(seen.made)
 
 
 class Eye:
-    """A gateway at both ends of a place; keeps what passes, changes nothing."""
+    """A gateway at the entry of a place; keeps what passes, changes nothing."""
 
     def __init__(self, place: Place) -> None:
-        self.place, self.sight = place, Sight()
+        self.place, self.sight = place, Sight(tuple(Seen() for _ in place.ends()[1:]))
         self.serial = place.port == "serial"
         self.visits: Visits | None = None  # of a block, whose calls take more than a tensor
-        self.calls = 0  # of the exit in one pass; of several, no one can say which gradient is whose
 
     def enter(self, x: Tensor | None) -> None:
         """Keep the entry's input."""
@@ -44,35 +65,36 @@ class Eye:
             self.sight.x = x.detach()
 
     def leave(self, y: Tensor) -> Tensor:
-        """Wait for the gradient of the exit's output."""
-        self.calls += 1
-        if self.serial:
-            self.sight.x = y.detach()
-        if not y.requires_grad:
-            return y
-        sight = self.sight
-
-        def receive(gradient: Tensor) -> None:
-            sight.gradient = gradient.detach()
-
-        y.register_hook(receive)
+        """Let outputs pass."""
         return y
 
 
-class HiddenEye:
-    """A gateway at the exit's own input."""
+@dataclass(eq=False)
+class ExitEye:
+    """A gateway at both sides of one exit."""
 
-    def __init__(self, eye: Eye) -> None:
-        self.eye = eye
+    eye: Eye
+    seen: Seen = field(repr=False)
 
     def enter(self, x: Tensor | None) -> None:
         """Keep what the exit reads."""
         if x is not None:
-            self.eye.sight.hidden = x.detach()
+            self.seen.hidden = x.detach()
 
     def leave(self, y: Tensor) -> Tensor:
-        """Let outputs pass."""
+        """Wait for the gradient of the exit's output."""
+        self.seen.made = y.detach()
+        self.seen.calls += 1
+        if self.eye.serial:
+            self.eye.sight.x = self.seen.made
+        if y.requires_grad:
+            y.register_hook(partial(receive, self.seen))
         return y
+
+
+def receive(seen: Seen, gradient: Tensor) -> None:
+    """Keep what flows back."""
+    seen.gradient = gradient.detach()
 
 
 @contextmanager
@@ -81,13 +103,15 @@ def watching(places: Mapping[str, Place]) -> Iterator[dict[str, Eye]]:
     eyes = {name: Eye(place) for name, place in places.items()}
     with ExitStack() as stack:
         for eye in eyes.values():
-            entry, exit_ = eye.place.ends()
+            entry, *exits = eye.place.ends()
             if isinstance(eye.place, Stack):
                 eye.visits = stack.enter_context(eye.place.listening())
             if not eye.serial:
                 stack.callback(open_seam(entry, "entry", eye))
-            stack.callback(open_seam(exit_, "entry", HiddenEye(eye)))
-            stack.callback(open_seam(exit_, "exit", eye))
+            for module, seen in zip(exits, eye.sight.exits, strict=True):
+                gateway = ExitEye(eye, seen)
+                stack.callback(open_seam(module, "entry", gateway))
+                stack.callback(open_seam(module, "exit", gateway))
         stack.enter_context(slow_path())
         yield eyes
 
@@ -122,5 +146,7 @@ def passes(
             torch.autograd.grad(run(), host, allow_unused=True)
             for eye in eyes.values():
                 eye.sight.given = None if eye.visits is None else eye.visits.given
-        seen = {name: eye.sight for name, eye in eyes.items() if eye.calls == 1}
-        yield {n: s for n, s in seen.items() if s.gradient is not None and s.x is not None}, examples
+        found = {name: eye.sight for name, eye in eyes.items() if eye.sight.whole}
+        for sight in found.values():
+            sight.complete()
+        yield found, examples

@@ -1,7 +1,8 @@
 """Find the pairs that can be widened, and say of every other layer why it cannot.
 
-A pair is a producing and a consuming layer with only channel-wise operations between. It is found by running
-the model in train and in eval mode; it counts only where both agree.
+A pair is a producing and a consuming layer with only channel-wise operations between; a fork, with several
+consumers, is found with them. They are found by running the model in train and in eval mode, and count only
+where both agree.
 """
 
 from __future__ import annotations
@@ -84,13 +85,31 @@ def reachable(
     kept: list[Found] = []
     refusals: list[Refusal] = []
     for pair, train, evaluation in zip(pairs, *seen, strict=True):
-        if train == evaluation == ["entry", "exit"]:
+        wanted = ["entry", *["exit"] * len(pair.site.exits)]
+        if train == evaluation == wanted:
             kept.append(pair)
             continue
-        mode = "training" if train != ["entry", "exit"] else "evaluation"
-        reason = f"{pair.site.entry} and {pair.site.exit} are not called as modules in {mode}"
+        mode = "training" if train != wanted else "evaluation"
+        names = " and ".join((pair.site.entry, *pair.site.exits))
+        reason = f"{names} are not called as modules in {mode}"
         refusals.append(Refusal(pair.site.entry, reason))
     return kept, refusals
+
+
+def racing(pairs: Sequence[Found]) -> tuple[list[Found], list[Refusal]]:
+    """Keep the pairs a race can take: those with one output that its branch is added to."""
+    kept = [pair for pair in pairs if not pair.site.others]
+    refusals = [Refusal(p.site.entry, why_not_raced(p)) for p in pairs if p.site.others]
+    return kept, refusals
+
+
+def why_not_raced(pair: Found) -> str:
+    """Say why a race cannot take a place with several exits, and what can."""
+    exits = pair.site.exits
+    return (
+        f"the output of {pair.site.entry} has {len(exits)} consumers ({', '.join(exits)}), and a race adds "
+        "its branch to one output; growth='early' can widen it"
+    )
 
 
 def witnessed(pairs: Sequence[Found], run: Callable[[], Any]) -> list[list[str]]:
@@ -99,8 +118,9 @@ def witnessed(pairs: Sequence[Found], run: Callable[[], Any]) -> list[list[str]]
     closers: list[Callable[[], None]] = []
     try:
         for pair, witness in zip(pairs, witnesses, strict=True):
-            entry, exit_ = pair.ends()
-            closers += [open_seam(entry, "entry", witness), open_seam(exit_, "exit", witness)]
+            entry, *exits = pair.ends()
+            closers += [open_seam(entry, "entry", witness)]
+            closers += [open_seam(exit_, "exit", witness) for exit_ in exits]
         run()
     finally:
         for close in closers:
@@ -135,7 +155,7 @@ def agreed(train: Found, evaluation: Found) -> Found:
 
 def describe(pair: Found) -> str:
     """Write a pair's path."""
-    return " → ".join((pair.site.entry, *pair.site.between, pair.site.exit))
+    return " → ".join((pair.site.entry, *pair.site.between, " + ".join(pair.site.exits)))
 
 
 def select(places: Iterable[Place], refusals: Sequence[Refusal], sites: Sites = "auto") -> list[Place]:
@@ -178,7 +198,7 @@ def matches(place: Place, wanted: Selector | Sequence[Selector]) -> bool:
     """Tell whether a place is meant by one of the selectors."""
     if isinstance(wanted, Sequence) and not isinstance(wanted, str):
         return any(matches(place, one) for one in wanted)
-    names = (place.site.name, place.site.entry, place.site.exit)
+    names = (place.site.name, place.site.entry, *place.site.exits)
     if isinstance(wanted, re.Pattern):
         return any(wanted.search(name) for name in names)
     if isinstance(wanted, type):

@@ -18,6 +18,7 @@ from esper.blueprints.kernel import LiveKernel
 from esper.contracts import Site, WidenEdit, WidenPlan
 from esper.kasmina.between import Step
 from esper.kasmina.layers import affine, weight_of
+from esper.kasmina.outlets import Outlet, column_names
 
 
 class Widenable(Protocol):
@@ -32,12 +33,8 @@ class Widenable(Protocol):
         """The layer whose input is read."""
 
     @property
-    def consumer(self) -> Any:
-        """The layer that gets columns."""
-
-    @property
-    def columns(self) -> int:
-        """Consumer columns per unit."""
+    def outlets(self) -> tuple[Outlet, ...]:
+        """The layers that get columns."""
 
     def plan(self, units: int) -> WidenPlan:
         """Write down what grows when ``units`` are added."""
@@ -45,6 +42,10 @@ class Widenable(Protocol):
 
 class TwoLayers(Widenable, Protocol):
     """A pair."""
+
+    @property
+    def consumer(self) -> Any:
+        """The one layer that gets columns."""
 
     @property
     def steps(self) -> tuple[Step, ...]:
@@ -55,19 +56,21 @@ PlaceT = TypeVar("PlaceT", bound=Widenable)
 
 
 class HostKernel(LiveKernel, Generic[PlaceT]):
-    """New units of the host's own layers; the consumer's new columns start at zero.
+    """New units of the host's own layers; the consumers' new columns start at zero.
+
+    Called with inputs it gives what the units add to the consumer's output, or where there are several a
+    tuple of what they add to each.
 
     Args:
         pair: Where the units will live; its modules are used, not owned.
         units: How many.
     """
 
-    outgoing = ("consumer_weight",)
-
     def __init__(self, pair: PlaceT, units: int) -> None:
         super().__init__()
         self.units = units
         self.pair: PlaceT = pair
+        self.outgoing = column_names(pair.outlets)
         self.consumer_weight: nn.Parameter
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -95,10 +98,13 @@ class HostKernel(LiveKernel, Generic[PlaceT]):
         self.register_parameter(f"{role}_bias", bias)
 
     def columns(self) -> None:
-        """Make the consumer's columns, all zero."""
-        host = weight_of(self.pair.consumer)
-        columns = host.new_zeros(host.shape[0], self.units * self.pair.columns, *host.shape[2:])
-        self.consumer_weight = nn.Parameter(columns)  # (out, units * columns, *taps)
+        """Make every consumer's columns, all zero."""
+        for name, outlet in zip(self.outgoing, self.pair.outlets, strict=True):
+            self.register_parameter(name, nn.Parameter(outlet.zeros(self.units)))
+
+    def hiddens(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Return what each consumer reads of the units."""
+        return (self(x, hidden=True),)
 
     def own(self, role: str, steps: Sequence[Step], like: Tensor) -> list[list[str]]:
         """Make the tensors that steps need for new channels; returns their names per step."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +33,36 @@ def loss_fn(model: nn.Module, batch: Any) -> Tensor:
     return nn.functional.cross_entropy(model(batch[0]), batch[1])
 
 
+def plain() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Sequential(nn.Linear(8, 2), nn.Tanh(), nn.Linear(2, 4), nn.ReLU()), nn.Linear(4, CLASSES)
+    )
+
+
+class Heads(nn.Module):
+    """Two layers read one, one of them through a step of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(2, CLASSES), nn.Linear(2, CLASSES)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.one(torch.relu(h)) + self.two(h)
+
+
+def forked() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(8, 2), Heads())
+
+
 class Together:
     """One run on all ranks, each with a part of every batch and the same probe."""
 
-    def __init__(self, rank: int, world: int, wrap: str, **options: Any) -> None:
+    def __init__(
+        self, rank: int, world: int, wrap: str, make: Callable[[], nn.Sequential] = plain, **options: Any
+    ) -> None:
         torch.manual_seed(0)
         self.rank, self.world = rank, world
-        self.net = nn.Sequential(
-            nn.Sequential(nn.Linear(8, 2), nn.Tanh(), nn.Linear(2, 4), nn.ReLU()), nn.Linear(4, CLASSES)
-        )
+        self.net = make()
         self.model: nn.Module = self.net
         if wrap == "ddp":
             self.model = DistributedDataParallel(self.net)
@@ -115,9 +137,9 @@ def an_event_waits_until_shapes_may_change(rank: int, world: int, folder: Path) 
         run.same_everywhere()
 
 
-def both_grow_the_same(rank: int, world: int, folder: Path) -> None:
+def both_grow_the_same(rank: int, world: int, folder: Path, make: Any = plain) -> None:
     for wrap in ("ddp", "fsdp"):
-        run = Together(rank, world, wrap)
+        run = Together(rank, world, wrap, make)
         size = len(run.weights())
         run.to(STEPS)
         assert run.growth.finish() is run.model
@@ -128,6 +150,10 @@ def both_grow_the_same(rank: int, world: int, folder: Path) -> None:
         sharded = [isinstance(p, DTensor) for p in run.net.parameters()]
         assert all(sharded) == any(sharded) == (wrap == "fsdp")
         assert str(run.growth)
+
+
+def a_trunk_of_two_heads_grows_the_same(rank: int, world: int, folder: Path) -> None:
+    both_grow_the_same(rank, world, folder, forked)
 
 
 def shards_grow_as_replicas_do(rank: int, world: int, folder: Path) -> None:
@@ -203,6 +229,7 @@ CHECKS = {
     for check in (
         an_event_waits_until_shapes_may_change,
         both_grow_the_same,
+        a_trunk_of_two_heads_grows_the_same,
         shards_grow_as_replicas_do,
         the_evidence_is_the_same_in_all,
         what_is_taken_back_is_taken_back_in_all,

@@ -75,7 +75,10 @@ class Insertion:
         """
         committer, step = self.committer, before.step
         names = list(units)[::-1]
-        exits = {name: self.model.places[name].ends()[1] for name in names}
+        exits: dict[str, nn.Module] = {}
+        for name in names:
+            place = self.model.places[name]
+            exits |= dict(zip(place.site.exits, place.ends()[1:], strict=True))
         try:
             said = outputs(self.model, exits, committer.run)
             for name in names:
@@ -89,9 +92,9 @@ class Insertion:
                 committer.plans.append(plan)
             with committer.everywhere():
                 now = outputs(self.model, exits, committer.run)
-                for name in names:
-                    if said[name].shape == now[name].shape:  # an exit that is widened itself has more to say
-                        deviation(said[name], now[name])
+                for path in exits:
+                    if said[path].shape == now[path].shape:  # an exit that is widened itself has more to say
+                        deviation(said[path], now[path])
         except ProcessError:
             raise
         except FAILURES as error:

@@ -9,7 +9,7 @@ from typing import Any
 
 from esper.contracts import Site
 from esper.kasmina.growth_cost import GrowthCost
-from esper.kasmina.layers import out_size
+from esper.kasmina.layers import in_size, out_size
 from esper.kasmina.places import Place, WidenPlace
 from esper.kasmina.stack import Stack
 from esper.tamiyo.controller import Room
@@ -40,10 +40,10 @@ class Reach:
         self.barred.update(self.gone(self.growth.morphable.places))
         found = {n: p for n, p in self.growth.morphable.places.items() if n not in self.barred}
         stacks = {n: p for n, p in found.items() if isinstance(p, Stack)}
-        pairs: dict[str, Place] = {n: p for n, p in found.items() if isinstance(p, WidenPlace)}
+        pairs = {n: p for n, p in found.items() if isinstance(p, WidenPlace)}
         if not stacks or not self.allocated(stacks, self.growth.room()):
-            return pairs
-        widths = {n: p for n, p in pairs.items() if not self.inside(p) or lacking(p) > 0}
+            return {**pairs}
+        widths: dict[str, Place] = {n: p for n, p in pairs.items() if not self.inside(p) or lacking(p) > 0}
         return widths if 1 + len(self.timetable.due) > self.timetable.late else {**widths, **stacks}
 
     def inside(self, place: Place) -> bool:
@@ -57,9 +57,11 @@ class Reach:
         found: dict[str, str] = {}
         for name in names:
             place = self.growth.morphable.places.get(name)
-            missing: list[bool] = [] if place is None else [id(end) not in held for end in place.ends()]
-            if place is not None and any(missing):
-                lost = place.site.entry if missing[0] else place.site.exit
+            if place is None:
+                continue
+            ends = zip((place.site.entry, *place.site.exits), place.ends(), strict=True)
+            lost = next((path for path, end in ends if id(end) not in held), None)
+            if lost is not None:
                 found[name] = f"{lost} was replaced or removed since esper.grow"
         return found
 
@@ -85,6 +87,7 @@ class Reach:
         return replace(site, most=groups * site.granularity)
 
 
-def lacking(place: Place) -> int:
-    """Return the units by which a place is narrower than what its consumer makes."""
-    return out_size(place.ends()[1]) - place.site.width
+def lacking(place: WidenPlace) -> int:
+    """Return the units by which what a consumer reads is narrower than what it makes; of the widest."""
+    read = [(out_size(one.consumer) - in_size(one.consumer)) // one.columns for one in place.outlets]
+    return max(read)

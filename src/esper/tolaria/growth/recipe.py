@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
+from torch import nn
+
 from esper.config import Config
 from esper.errors import ConfigError, nearest
 from esper.kasmina.morphable import MorphableModel
@@ -36,8 +38,21 @@ def recipe_of(chosen: Choice, model: MorphableModel) -> Recipe:
     """
     if chosen != "auto":
         return chosen
-    host = model.host
+    widens = any(isinstance(place, WidenPlace) for place in model.places.values())
+    return "early" if widens and trained_whole(model.host) else "incubate"
+
+
+def takes_forks(chosen: Choice, host: nn.Module) -> bool:
+    """Tell before the places are known whether layers with several consumers may be among them.
+
+    A race cannot take them. Where one would be chosen only because nothing can be widened, they count: they
+    can be.
+    """
+    return chosen != "incubate" and (chosen != "auto" or trained_whole(host))
+
+
+def trained_whole(host: nn.Module) -> bool:
+    """Tell a model that is trained as a whole, or nearly so."""
     sizes = [(p.numel(), p.requires_grad) for p in host.parameters()]
     frozen = sum(n for n, trains in sizes if not trains) / max(sum(n for n, _ in sizes), 1)
-    widens = any(isinstance(place, WidenPlace) for place in model.places.values())
-    return "early" if widens and frozen <= FROZEN else "incubate"
+    return frozen <= FROZEN
