@@ -2,7 +2,8 @@
 
 Nothing is tuned per task: the grown arm is ``esper.grow`` with the full network's parameters as its budget.
 Each part, a task under a schedule of its learning rate, writes ``<out>/suite/<task>-<schedule>.json``;
-``--join`` prints the tables and the promises from the parts that exist, ``--picture`` draws them.
+``--join`` prints the tables and the promises from the parts that exist, ``--picture`` draws them and
+``--markdown`` prints the table in README.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks import harness
-from benchmarks.suite_runs import files, joining, picture
+from benchmarks.suite_runs import files, joining, markdown, picture
 from benchmarks.suite_runs.arms import FIRST_SEED, Part
 from benchmarks.suite_runs.files import Record
 from benchmarks.suite_tasks import SCHEDULES, TASKS, Schedule, SuiteTask
@@ -40,6 +41,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("bench-results"), help="where JSON goes")
     parser.add_argument("--join", action="store_true", help="run nothing: judge the parts that exist")
     parser.add_argument("--picture", action="store_true", help="run nothing: draw the parts that exist")
+    parser.add_argument("--markdown", action="store_true", help="run nothing: print README's table")
     parser.add_argument("--picture-path", type=Path, default=PICTURE, help=f"without suffix ({PICTURE})")
     given = parser.parse_args(argv)
     if (given.seeds is not None and given.seeds < 1) or given.jobs < 0:
@@ -57,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the parts asked for and judge them, or join what is there."""
     given = parse(argv)
     folder = given.out / files.FOLDER
-    if given.join or given.picture:
+    if given.join or given.picture or given.markdown:
         records = [record for record in files.read(folder) if wanted(record, given)]
         if not records:
             print(f"no part in {folder}: run `esper bench {NAME} --tasks NAME` first", file=sys.stderr)
@@ -66,6 +68,9 @@ def main(argv: Sequence[str]) -> int:
         records = run_parts(given, folder)
     if given.picture:
         print(*picture.draw(given.picture_path, records), sep="\n")
+        return 0
+    if given.markdown:
+        print(markdown.table(records))
         return 0
     return conclude(given, records)
 
