@@ -25,10 +25,10 @@ class Early(Section):
     """The early recipe: a few events, all places at once, inserted without a race and judged afterwards."""
 
     shares: tuple[float, ...] = Field(
-        (0.07, 0.2, 0.4, 0.6),
+        (0.03, 0.08, 0.15, 0.25, 0.4, 0.6),
         min_length=1,
         description="of the learning (the sum of learning rates) at which events fall; under a cosine "
-        "they are .04, .1, .21 and .33 of the steps",
+        "they are .02, .04, .08, .13, .21 and .33 of the steps; the last two are in reserve, and for blocks",
     )
     factor: float = Field(2.0, gt=1, description="by which an event multiplies a width")
     examples: int = Field(1024, ge=32, description="examples an event reads at most, of either kind")
@@ -36,7 +36,10 @@ class Early(Section):
         "auto", description="what an event does to a saturated host, see docs/how-it-grows.md"
     )
     false_keep: float = Field(
-        0.02, gt=0, lt=1, description="probability that a run keeps anything where nothing helps"
+        0.05, gt=0, lt=1, description="probability that a run keeps anything where nothing helps"
+    )
+    further: float = Field(
+        0.2, gt=0, lt=1, description="the same for each event after one that has paid: the run needs to grow"
     )
     enough: float = Field(
         0.08,

@@ -51,23 +51,24 @@ class GrowthCost:
         parameters = flops = 0
         shapes: dict[str, list[int]] = {}
         used: dict[str, int] = {}
-        for name, count in units.items():
-            site = self.places[name].site
-            if name not in self.growing:
-                parameters += site.base_parameters + count * site.unit_parameters
-                flops += count * site.unit_flops
-                continue
+        for name in units.keys() & self.growing.keys():
+            place, count = self.places[name], units[name]
             for one in self.growing[name]:
                 shape = shapes.setdefault(one.name, list(self.shapes[one.name]))
-                shape[one.axis] += one.each * (count // site.granularity)
+                shape[one.axis] += one.each * (count // place.site.granularity)
                 used[one.name] = one.positions
-            flops += count * int(getattr(self.places[name], "step_flops", 0))
-        for name, shape in shapes.items():
-            added = math.prod(shape) - math.prod(self.shapes[name])
-            parameters += added
-            if len(shape) > 1:
-                flops += 2 * added * used[name]
-        return parameters, flops
+            flops += count * int(getattr(place, "step_flops", 0))
+        added = {name: math.prod(shape) - math.prod(self.shapes[name]) for name, shape in shapes.items()}
+        worked = {name: 2 * new * used[name] if len(shapes[name]) > 1 else 0 for name, new in added.items()}
+        for name in units.keys() - self.growing.keys():
+            site, count = self.places[name].site, units[name]
+            inside = [one for one in added if one.startswith(f"{site.exit}.")] if site.kind == "stack" else []
+            each = site.unit_parameters + sum(
+                added[one] for one in inside
+            )  # a copy of the block as it will be
+            parameters += site.base_parameters + count * each
+            flops += count * (site.unit_flops + sum(worked[one] for one in inside))
+        return parameters + sum(added.values()), flops + sum(worked.values())
 
 
 def owner(name: str) -> str:

@@ -36,7 +36,7 @@ FEWEST = 8  # values; below, the spread itself is not known
 # the least that holds at 0.0002 for 1 - lognormal (4 missed twofold), and costs little power from 270 on.
 UNSEEN = 5.0
 UNSEEN_BLOCK = 1.5  # for values that are means of 16 examples or more: what is rare has been averaged in
-FIRST = 0.125  # of the false-keep budget, which the first event may spend
+FIRST = 0.05  # of the false-keep budget, which the first event may spend
 FLOOR = 1e-12  # smaller p-values are not told apart
 
 
@@ -158,14 +158,23 @@ class Spending:
     Event k = 1, 2, … is given 7/8 of the budget / (k(k + 1)), whose sum is the rest; the places tested in one
     event share it evenly (union bound), so it holds whatever the looks have in common.
 
+    Once an event has paid, that nothing helps is refuted, and with it what the budget is for: how large, not
+    whether, is then the question, and each later event may spend ``further`` (alpha-investing, Foster & Stine
+    2008). Without it runs that had grown once stopped half-way, on some seeds and not on others.
+
     Args:
         budget: The probability that a run keeps anything where nothing helps.
+        further: What each event may spend after one that has paid.
+
+    Attributes:
+        paid: Whether an event has.
     """
 
-    def __init__(self, budget: float) -> None:
+    def __init__(self, budget: float, further: float | None = None) -> None:
         if not 0 < budget < 1:
             raise ConfigError(f"the false-keep budget is {budget}; give a probability between 0 and 1")
-        self.budget = budget
+        self.budget, self.further = budget, further
+        self.paid = False
         self.looks: dict[int, int] = {}  # event to places
 
     def threshold(self, event_index: int, places: int) -> float:
@@ -185,6 +194,8 @@ class Spending:
 
     def share(self, event_index: int) -> float:
         """Return what one event may spend."""
+        if self.paid and self.further is not None:
+            return self.further
         if event_index == 0:
             return FIRST * self.budget
         return (1 - FIRST) * self.budget / (event_index * (event_index + 1))
@@ -196,7 +207,8 @@ class Spending:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was tested so far."""
-        return {"budget": self.budget, "looks": [[event, n] for event, n in sorted(self.looks.items())]}
+        looks = [[event, n] for event, n in sorted(self.looks.items())]
+        return {"budget": self.budget, "looks": looks, "paid": self.paid}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where a run was left.
@@ -210,3 +222,4 @@ class Spending:
                 "resume with the saved budget"
             )
         self.looks = {int(event): int(places) for event, places in state["looks"]}
+        self.paid = bool(state.get("paid", False))

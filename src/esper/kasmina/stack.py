@@ -74,10 +74,16 @@ class Stack:
         return children[start:stop]
 
     def refreshed(self) -> Stack:
-        """Return the stack with the blocks it has now."""
+        """Return the stack with the blocks it has now, and what one more costs, a copy of the last.
+
+        Its FLOPs are taken to follow its weights; once it is in, the model's are counted.
+        """
         names = self.names()
         last = f"{self.container}.{names[-1]}".lstrip(".")
-        return replace(self, site=replace(self.site, entry=last, exit=last, width=len(names)))
+        parameters = sum(one.numel() for one in self.host.get_submodule(last).parameters())
+        flops = self.site.unit_flops * parameters // self.site.unit_parameters
+        costs = {"unit_parameters": parameters, "unit_flops": flops}
+        return replace(self, site=replace(self.site, entry=last, exit=last, width=len(names), **costs))
 
     def deepening(self) -> DeepenPlan:
         """Write down what grows when one more block comes.

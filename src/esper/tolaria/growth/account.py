@@ -10,6 +10,7 @@ Verdict = Literal["nothing", "open", "kept", "taken back"]
 
 
 CHANCE = 0.05  # p-values above it are none at all
+NO_EVIDENCE = "no evidence on held-out examples"
 
 
 @dataclass
@@ -22,6 +23,7 @@ class Looked:
         units: New units that were tested; 0 where the budget left none.
         p_value: How likely evidence as strong is where they would not help; None is unknown.
         threshold: The p-value needed.
+        together: The p-value of all places of the event, where it is what let this one pass.
         gain: Held-out loss decrease that they promise, to second order; None is unknown.
         parameters: They would add.
         flops: Forward, per example, they would add.
@@ -34,6 +36,7 @@ class Looked:
     units: int = 0
     p_value: float | None = None
     threshold: float | None = None
+    together: float | None = None
     gain: float | None = None
     parameters: int = 0
     flops: int = 0
@@ -142,7 +145,8 @@ def _line(one: Looked) -> str:
     found = f"{one.site} ({one.width} units): "
     found += f"+{one.grown} units; " if one.grown else ""
     if one.p_value is not None and one.threshold is not None:
-        found += f"p {one.p_value:.1g} where {one.threshold:.1g} is needed"
+        found += f"p {one.p_value:.2g} where {one.threshold:.2g} is needed"
+        found += "" if one.together is None else f", {one.together:.2g} with all places together"
         found += "" if one.gain is None else f", gain {one.gain:.3g}"
         found += f" for {one.parameters:,} parameters and {one.flops:,} FLOPs; "
     return found + one.reason
@@ -167,18 +171,24 @@ def advise(
     elif not events and not due:
         found.append("no event was due: the learning rate was gone, or steps= is far from what was run")
     looked = [one for event in events for one in event.looked]
+    grown = any(one.grown for one in looked)
     wide = any(event.reason.startswith("already wide enough") for event in events)
     if wide:
         found.append("the model has room for what it learns; early.enough sets what that means")
-    if looked and not wide and not any(one.grown for one in looked):
+    if looked and not wide and not grown:
         if any(one.reason == "the budget is spent" for one in looked):
             found.append("the budget leaves no room: raise budget={'parameters': …} or 'growth_factor'")
         elif all(one.p_value is None for one in looked):
             found.append("no place could be judged: hold out more, or pass per_example=")
         elif all(one.p_value is None or one.p_value > CHANCE for one in looked):
-            found.append("new units would not lower the loss of held-out examples: the model is wide enough")
+            found.append(
+                "nothing says that new units would lower the loss of held-out examples: the model is wide "
+                "enough, or the probe too small to tell"
+            )
         else:
             found.append("there is some evidence, not enough: a larger probe would tell")
     if any(event.verdict == "taken back" for event in events):
-        found.append("an event was taken back: the held-out loss had not fallen; the model is wide enough")
+        found.append("an event was taken back: the held-out loss had not fallen by 1 % since")
+    elif grown and events[-1].reason == NO_EVIDENCE:
+        found.append("the last event found no further evidence: a larger probe would tell, or early.further")
     return found

@@ -19,10 +19,10 @@ from esper.kasmina.reopen import How
 from esper.kasmina.score import Scored
 from esper.kasmina.significance import Spending
 from esper.kasmina.stack import DepthKernel
-from esper.tolaria.growth.account import EventRecord, Looked, Point, record_from
+from esper.tolaria.growth.account import NO_EVIDENCE, EventRecord, Looked, Point, record_from
 from esper.tolaria.growth.evidence import ENOUGH, Evidence, Found
 from esper.tolaria.growth.insertion import Insertion
-from esper.tolaria.growth.judged import Judged
+from esper.tolaria.growth.judged import WORTH, Judged
 from esper.tolaria.growth.mishaps import Mishaps
 from esper.tolaria.growth.reach import Reach
 from esper.tolaria.growth.seeds import Decision, Seeds
@@ -33,7 +33,6 @@ from esper.tolaria.growth.timetable import Timetable
 from esper.tolaria.growth.verdicts import looked_at
 
 CHECKS = 4  # passes over a probe batch that prove an insertion and count its cost
-WORTH = 0.01  # of the held-out loss, by which it must have fallen: a converged model's moves by less
 INSERTED = "inserted: the output is unchanged"
 SPENT = "the budget is spent"
 NONE_LEFT = "no place is left"
@@ -63,7 +62,7 @@ class Early:
         self.reach = Reach(growth, self.timetable)
         self.mishaps = Mishaps(growth)
         self.seeds = Seeds(growth)
-        self.spending = Spending(growth.config.early.false_keep)
+        self.spending = Spending(self.settings.false_keep, self.settings.further)
         self.open: Judged | None = None
         self.waiting: str | None = None  # why an event waits for growth.rewrap()
         self.records: list[EventRecord] = []
@@ -196,7 +195,7 @@ class Early:
         if not final:
             if any(one.p_value is not None and one.p_value < PROMISING for one in record.looked):
                 self.timetable.again(growth.steps)
-            self.decline(record, free, found.scored, "no evidence on held-out examples")
+            self.decline(record, free, found.scored, NO_EVIDENCE)
             return
         self.grow(record, found, final)
 
@@ -334,18 +333,19 @@ class Early:
             now = self.evidence.held_out()
         growth.cost.grow(growth.morphable.flops * judged.record.examples)
         self.note_point(now)
-        kept = now < judged.held_out - WORTH * abs(judged.held_out)
+        kept = judged.won(now, partly=not early and growth.steps < judged.until)
         if not kept and (early or not judged.extended):
             if not early:
                 judged.extended, judged.until = True, growth.steps + judged.until - judged.before.step
             return False
         reason = f"held-out loss {judged.held_out:.4g} → {now:.4g}"
         replaced = next(iter(self.reach.gone([one.site for one in judged.decisions]).values()), "")
+        self.spending.paid = self.spending.paid or kept
         if kept or replaced:  # to take it back would overwrite the user's own new layer
             self.keep(reason if kept else f"{reason}; not taken back, for {replaced}")
             return True
         self.open = None
-        judged.record.verdict, judged.record.reason = "taken back", reason
+        judged.record.verdict, judged.record.reason = "taken back", f"{reason}; {WORTH:.0%} less was needed"
         lost = growth.steps - judged.before.step
         with growth.watched_surgery():
             self.insertion.restore(judged.before)

@@ -10,6 +10,8 @@ from esper.tolaria.growth.account import EventRecord
 from esper.tolaria.growth.seeds import Decision
 from esper.tolaria.growth.takeback import Before
 
+WORTH = 0.01  # of the held-out loss, by which it must have fallen: a converged model's moves by less
+
 
 @dataclass
 class Judged:
@@ -30,6 +32,15 @@ class Judged:
     decisions: list[Decision]
     record: EventRecord
     extended: bool = False
+
+    def won(self, now: float, partly: bool) -> bool:
+        """Tell whether the held-out loss has fallen by what is worth it.
+
+        Args:
+            now: Mean held-out loss.
+            partly: The run ends before the time is up: then the evidence stands unless the loss has risen.
+        """
+        return now < self.held_out - (0.0 if partly else WORTH * abs(self.held_out))
 
     def state_dict(self, records: Sequence[EventRecord]) -> dict[str, Any]:
         """Return what a checkpoint keeps."""

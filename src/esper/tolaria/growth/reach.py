@@ -70,10 +70,14 @@ class Reach:
         return bool(self.timetable.due and self.allocated(self.growth.morphable.stacks, room))
 
     def allocated(self, places: Mapping[str, Place], room: Room) -> dict[str, int]:
-        """Return the units each place gets."""
+        """Return the units each place gets: widths spend the budget before the last events.
+
+        Where blocks can come at these, all events share it.
+        """
         if room.events <= 0 or not places:
             return {}
-        left = min(1 + len(self.timetable.due), room.events)
+        reserve = 0 if self.growth.morphable.stacks else self.timetable.late
+        left = min(max(1 + len(self.timetable.due) - reserve, 1), room.events)
         sites = [self.bounded(place) for place in places.values()]
         cost = GrowthCost(self.growth.morphable.host, places)
         return allocate(sites, self.settings.factor, left, room, cost)

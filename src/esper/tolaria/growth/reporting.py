@@ -20,7 +20,7 @@ def refusals(growth: Any) -> list[tuple[str, str]]:
     outputs: list[nn.Module] = [] if growth.early is None else growth.early.evidence.outputs
     last = {path for path, module in growth.morphable.host.named_modules() if module in outputs}
     return [
-        (refusal.place, OUTPUT if refusal.place in last else refusal.reason)
+        (refusal.place or "the model", OUTPUT if refusal.place in last else refusal.reason)
         for refusal in growth.morphable.refusals
     ]
 

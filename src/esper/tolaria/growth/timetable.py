@@ -15,6 +15,7 @@ from esper.tolaria.growth.rates import forecast, moves
 
 UNMOVED = 2  # steps after which a scheduler that has not moved does not move by the step
 LENGTH = 1000  # steps a run counts as whose length is not known
+LATE = 2  # events that are in reserve: widths spend the budget before them
 FEWEST = 20  # steps of a run in which anything can be learned, grown and judged
 
 
@@ -82,8 +83,11 @@ class Timetable:
 
     @property
     def late(self) -> int:
-        """The last events, half of them: a new block pays once the ones before it have learned something."""
-        return max(len(self.settings.shares) // 2, 1)
+        """The last two events, or half of fewer: for blocks, and for what had no evidence before.
+
+        A new block pays once the ones before it have learned something; widths are to be there by then.
+        """
+        return min(max(len(self.settings.shares) // 2, 1), LATE)
 
     def again(self, now: int) -> None:
         """Ask once more half-way to the next event, or half as far as the last one was."""

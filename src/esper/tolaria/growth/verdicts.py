@@ -12,7 +12,7 @@ from esper.kasmina.places import Place
 from esper.tolaria.growth.account import Looked
 from esper.tolaria.growth.evidence import Found
 
-WITH_OTHERS = 0.25  # p-value up to which a place grows with the others, whose evidence carries it
+WITH_OTHERS = 0.5  # p-value up to which a place grows with the others: its own gain is not negative
 
 
 def looked_at(
@@ -50,9 +50,13 @@ def looked_at(
             continue
         one.p_value, one.gain = found.p_value(scored.values), scored.gain
         if one.p_value is None:
-            one.reason = f"{len(scored.values)} held-out values cannot be judged"
+            one.reason = (
+                f"{len(scored.values)} held-out values cannot be judged: too few, all alike or not finite"
+            )
         elif one.p_value > (max(alone, WITH_OTHERS) if carried else alone):
             one.reason = "the held-out gain may be chance"
+        elif one.p_value > alone:
+            one.together = together
     return looked
 
 
