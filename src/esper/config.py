@@ -45,7 +45,7 @@ class Early(Section):
         0.08,
         ge=0,
         lt=1,
-        description="of a guess's loss: a host that is below it at the first event is wide enough",
+        description="of a guess's loss: a host that is below it without having grown is wide enough",
     )
     judge: float = Field(
         0.1,

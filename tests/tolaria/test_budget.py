@@ -101,7 +101,7 @@ def test_a_plan_tells_the_limits_the_recipe_and_its_events() -> None:
     budget = {"parameters": 200, "flops_factor": 2.0, "latency_ms": 5.0}
     made = esper.plan(make_net(), torch.zeros(1, 8), steps=100, budget=budget)
     assert made.growth == "early"
-    assert made.decisions == [5, 15, 30, 45]
+    assert made.decisions == [2, 6, 11, 19, 30, 45]
     assert made.limits == {"parameters": 200, "flops": 2 * FLOPS, "latency_ms": 5.0}
     assert made.room == {"0>2": 2}  # by its FLOPs; its parameters would allow nine
     assert "at most 200 parameters, 128 FLOPs, 5 ms" in str(made)

@@ -184,7 +184,7 @@ class Early:
         growth.cost.grow(found.flops)
         record.held_out, record.examples = found.held_out, found.examples
         self.note_point(found.held_out)
-        why_not = "" if growth.plans else self.evidence.enough(found.held_out, len(self.records) == 1)
+        why_not = "" if growth.plans else self.evidence.enough(found.held_out, self.timetable.learned)
         if why_not:
             if why_not.startswith(ENOUGH):
                 self.timetable.clear()

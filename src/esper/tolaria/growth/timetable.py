@@ -34,6 +34,7 @@ class Timetable:
         self.growth, self.parts = growth, growth.parts
         self.settings = growth.config.early
         self.trigger = Trigger(growth.config.schedule, None, 0) if self.parts.steps is None else None
+        self.shares: dict[int, float] = {}  # of the learning, by the step at which it is done
         self.due = self.planned()
         self.settled = not self.parts.schedulers  # whether how often the schedulers move is known
         self.wake: float = 0
@@ -51,7 +52,13 @@ class Timetable:
             return []
         optimizer = next(iter(self.parts.optimizers.values()))
         rates = forecast(self.parts.schedulers, optimizer, steps, now)
+        self.shares |= {step: share for share in self.settings.shares for step in due([share], rates, steps)}
         return [step for step in due(self.settings.shares, rates, steps) if step > now]
+
+    @property
+    def learned(self) -> float:
+        """The share of its learning that the run has done by its latest event; 1 where none was planned."""
+        return max((share for step, share in self.shares.items() if step <= self.growth.steps), default=1.0)
 
     def reason(self, now: int, loss: float, paused: bool = False) -> str | None:
         """Return why an event is due, or None; what is due while growth is paused waits for its end."""
