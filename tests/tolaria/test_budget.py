@@ -139,3 +139,50 @@ def test_an_unknown_recipe_is_refused_at_the_door() -> None:
     optimizer = torch.optim.Adam(net.parameters())
     with pytest.raises(ConfigError, match="unknown growth 'erly'; did you mean 'early'"):
         esper.grow(net, optimizer, loss_fn, probe=[clusters(0)], growth="erly")  # type: ignore[arg-type]
+
+
+class Narrow(nn.Module):
+    """A residual block that is narrow inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 2), nn.Linear(2, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + self.down(self.up(x).relu())
+        return y
+
+
+@pytest.mark.parametrize("most", [500, 900])
+def test_a_block_costs_what_it_is_when_it_comes(most: int) -> None:
+    """Inner widths grow first; a copy of a widened block is dearer than the one the run began with."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 8), nn.Sequential(Narrow()), nn.Linear(8, 8))
+    optimizer, data = torch.optim.Adam(net.parameters(), lr=0.02), torch.Generator().manual_seed(1)
+    first, second = (torch.randn(8, 8, generator=data) for _ in range(2))
+
+    def batch(examples: int = 64) -> Batch:
+        x = torch.randn(examples, 8, generator=data)
+        return x, (x @ first).sin() @ second
+
+    def squared(model: nn.Module, given: Batch) -> Tensor:
+        return nn.functional.mse_loss(model(given[0]), given[1])
+
+    growing = esper.grow(net, optimizer, squared, probe=[batch(512)], steps=300, budget={"parameters": most})
+    for _ in range(300):
+        given = batch()
+        optimizer.zero_grad()
+        loss = squared(net, given)
+        loss.backward()
+        optimizer.step()
+        growing.step(given, loss)
+    growing.finish()
+    assert len(net[1]) > 1
+    assert net[1][0].up.out_features > 2
+    assert sum(parameter.numel() for parameter in net.parameters()) <= most
+
+
+@pytest.mark.parametrize("budget", [400, [401], "402"])
+def test_a_budget_that_is_no_mapping_says_what_to_give(budget: Any) -> None:
+    with pytest.raises(ConfigError, match="give a mapping"):
+        trained(budget=budget)

@@ -20,7 +20,9 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, StepLR
 
 import esper
 from esper.contracts import Event
-from esper.tolaria.growth.account import EventRecord, Looked, advise
+from esper.errors import ConfigError
+from esper.tolaria.growth.account import EventRecord, Looked, Report, advise
+from esper.tolaria.growth.judged import Judged
 
 STEPS, CLASSES = 200, 8
 Batch = tuple[Tensor, Tensor]
@@ -613,6 +615,39 @@ def test_an_event_that_is_asked_for_reads_any_probe() -> None:
     run.growth.grow_now(next(iter(run.growth.morphable.places)))
     run.to(STEPS)
     assert any(one.p_value is not None for event in run.growth.report().events for one in event.looked)
+
+
+def test_a_run_that_ends_before_an_event_is_judged_keeps_it_unless_it_is_worse() -> None:
+    """The evidence came first; what is left of the time is too short to ask for more."""
+    run = Run()
+    while not run.told("widened"):
+        run.step()
+    assert run.growth.early.open is not None
+    run.step()
+    run.growth.finish()
+    event = run.growth.report().events[-1]
+    assert event.verdict == ("kept" if "→" in event.reason and run.growth.plans else "taken back")
+    judged = Judged(Any, 10, 2.0, [], event)  # type: ignore[arg-type]
+    assert [judged.won(1.999, partly) for partly in (True, False)] == [True, False]
+    assert not judged.won(2.001, True)
+
+
+def test_a_place_that_others_carried_says_so() -> None:
+    one = Looked("0>2", 2, 2, 0.2, 0.001, 0.0004, 0.01, 10, 20, 2, "grown")
+    report = Report([EventRecord(15, "", 1.0, 1.0, 99, [one])], [], (1, 2), (1, 2), 0.1, [], [])
+    assert "p 0.2 where 0.001 is needed, 0.0004 with all places together" in str(report)
+
+
+def test_one_scheduler_may_be_given_alone() -> None:
+    net = small()
+    optimizer = Adam(net.parameters(), lr=0.01)
+    growth = esper.grow(
+        net, optimizer, loss_fn, probe=[clusters(1)], steps=STEPS, schedulers=cosine(optimizer)
+    )
+    assert growth.early is not None
+    assert growth.early.timetable.due == Run().growth.early.timetable.due
+    with pytest.raises(ConfigError, match="has no step"):
+        esper.grow(net, optimizer, loss_fn, probe=[clusters(1)], steps=STEPS, schedulers=0.5)
 
 
 def test_class_weights_leave_each_example_evidence_of_its_own() -> None:

@@ -226,6 +226,7 @@ def wrap(
     seeds_per_site: int = 4,
     blueprints: Sequence[str] = ("auto",),
     forks: bool = True,
+    deepen: bool = False,
 ) -> MorphableModel:
     """Find the places where a model can grow, and install nothing.
 
@@ -239,6 +240,7 @@ def wrap(
         blueprints: What may grow: "widen", names of the catalogue (``esper blueprints list``), or paths of
             JSON files. "auto" widens, and offers the catalogue to a model in which nothing can be widened.
         forks: Whether layers that several others read are places; a race (growth="incubate") takes none.
+        deepen: Whether stacks of blocks are places; likewise.
 
     Raises:
         SiteError: The model has no place to grow, or none of those asked for.
@@ -260,7 +262,7 @@ def wrap(
         host = policy.host
         run = lambda: host(*args, **kwargs)  # noqa: E731
         with policy.uncompiled():
-            options = {"policy": policy, "forks": forks}
+            options = {"policy": policy, "forks": forks, "deepen": deepen}
             return MorphableModel(host, run, len(given[0]), sites, seeds_per_site, blueprints, **options)
     except EsperError:
         raise

@@ -20,7 +20,7 @@ from esper.tolaria.distributed.wrapping import wrapping_of
 from esper.tolaria.governor import Settings, Watch
 from esper.tolaria.growth.assembly import PerExample, assemble
 from esper.tolaria.growth.conductor import Growth
-from esper.tolaria.growth.entrance import refuse_host, refuse_numbers
+from esper.tolaria.growth.entrance import listed, refuse_host, refuse_numbers
 from esper.tolaria.growth.recipe import with_growth
 
 
@@ -33,7 +33,7 @@ def grow(
     example: Any = None,
     per_example: PerExample | None = None,
     steps: int | None = None,
-    schedulers: Sequence[Any] = (),
+    schedulers: Any = (),
     scaler: Any = None,
     ema: Sequence[nn.Module] = (),
     sites: Sites = "auto",
@@ -60,7 +60,8 @@ def grow(
             and each of them could be evidence of its own; without it such batches count as one each.
         steps: Optimizer steps of the run; growth is spread over them. Without it only a stall of the loss
             grows.
-        schedulers: Learning-rate schedulers; widened parameters stay in their groups, so they need no change.
+        schedulers: Learning-rate schedulers in a list, or one; widened parameters stay in their groups, so
+            they need no change.
         scaler: A ``GradScaler`` where one is used.
         ema: Averaged copies of the model, widened with it.
         sites: Where to grow, see ``esper.wrap``.
@@ -81,6 +82,7 @@ def grow(
     """
     refuse_host(model)
     refuse_numbers(steps, seed)
+    schedulers = listed(schedulers)
     settings = with_growth(load_config(config), growth)
     wrapping = wrapping_of(model, settings.distributed.mode, settings.distributed.deadline)
     if settings.governor.enabled and wrapping.sharded:

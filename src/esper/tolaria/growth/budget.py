@@ -35,8 +35,10 @@ def merged_budget(given: Mapping[str, Any] | None, budget: Budget, parameters: i
         flops: Of the host, forward, per example.
 
     Raises:
-        ConfigError: An unknown key, a value out of range, or a count that the host exceeds already.
+        ConfigError: No mapping, an unknown key, a value out of range, or a count below the host's own.
     """
+    if given is not None and not isinstance(given, Mapping):
+        raise ConfigError(f"budget={given!r}; give a mapping, {{'parameters': {given!r}}} for example")
     given = given or {}
     host = {"parameters": parameters, "model_flops": flops}
     for key in given:

@@ -44,7 +44,10 @@ def plan(
     refuse_host(model)
     settings = with_growth(load_config(config), growth)
     forks = takes_forks(settings.growth, model)
-    wrapped = wrap(model, example_inputs, sites=sites, blueprints=settings.blueprints, forks=forks)
+    deepen = settings.growth in ("auto", "early")
+    wrapped = wrap(
+        model, example_inputs, sites=sites, blueprints=settings.blueprints, forks=forks, deepen=deepen
+    )
     made = summary(wrapped)
     merged = merged_budget(budget, settings.budget, made.parameters, made.flops)
     made.growth = recipe_of(settings.growth, wrapped)

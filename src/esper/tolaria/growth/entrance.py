@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -88,6 +88,22 @@ def refuse_host(model: nn.Module) -> None:
             )
     if not any(p.requires_grad for p in model.parameters()):
         raise SiteError("the model has no trainable parameter; growth has nothing to learn with")
+
+
+def listed(schedulers: object) -> list[Any]:
+    """Return the schedulers in a list; one that is given alone is meant.
+
+    Raises:
+        ConfigError: What is given has no ``step``.
+    """
+    given = list(schedulers) if isinstance(schedulers, Sequence) else [schedulers]
+    for one in given:
+        if not callable(getattr(one, "step", None)):
+            raise ConfigError(
+                f"schedulers={schedulers!r}: a {type(one).__name__} has no step(); give schedulers in a "
+                "list, or leave it out"
+            )
+    return given
 
 
 def refuse_numbers(steps: object, seed: object) -> None:

@@ -196,9 +196,9 @@ class Evidence:
     def enough(self, held_out: float, learned: float) -> str:
         """Say so where a host that has not grown learns nearly all there is by itself: it has room.
 
-        Measured at .03, .07, .11 and .17 of the learning, in shares of a guess's loss: full-size nets are at .28
-        to .42, .10 to .17, .05 to .13, .03 to .11, ones that gain by growing at .59 to 1, .2 to .98, .13 to .9,
-        .1 to .7 (digits, letters, texture). One that is below the line early is asked again.
+        Measured at .03, .07, .11 and .17 of the learning, in shares of a guess's loss: full-size nets are at
+        .28 to .42, .10 to .17, .05 to .13, .03 to .11, ones that gain by growing at .59 to 1, .2 to .98,
+        .13 to .9, .1 to .7 (digits, letters, texture). One that is below the line early is asked again.
 
         Args:
             held_out: Mean loss.
