@@ -633,9 +633,10 @@ def test_a_run_that_ends_before_an_event_is_judged_keeps_it_unless_it_is_worse()
 
 
 def test_a_place_that_others_carried_says_so() -> None:
-    one = Looked("0>2", 2, 2, 0.2, 0.001, 0.0004, 0.01, 10, 20, 2, "grown")
+    one = Looked("0>2", 2, 2, 0.2, 0.001, 0.01, 10, 20, 2, "grown", together=0.0004)
     report = Report([EventRecord(15, "", 1.0, 1.0, 99, [one])], [], (1, 2), (1, 2), 0.1, [], [])
-    assert "p 0.2 where 0.001 is needed, 0.0004 with all places together" in str(report)
+    told = "p 0.2 where 0.001 is needed, 0.0004 with all places together, gain 0.01 for 10 parameters"
+    assert told in str(report)
 
 
 def test_one_scheduler_may_be_given_alone() -> None:

@@ -23,12 +23,12 @@ class Looked:
         units: New units that were tested; 0 where the budget left none.
         p_value: How likely evidence as strong is where they would not help; None is unknown.
         threshold: The p-value needed.
-        together: The p-value of all places of the event, where it is what let this one pass.
         gain: Held-out loss decrease that they promise, to second order; None is unknown.
         parameters: They would add.
         flops: Forward, per example, they would add.
         grown: Units added.
         reason: Why they were, or were not.
+        together: The p-value of all places of the event, where it is what let this one pass.
     """
 
     site: str
@@ -36,12 +36,12 @@ class Looked:
     units: int = 0
     p_value: float | None = None
     threshold: float | None = None
-    together: float | None = None
     gain: float | None = None
     parameters: int = 0
     flops: int = 0
     grown: int = 0
     reason: str = ""
+    together: float | None = None
 
 
 @dataclass
