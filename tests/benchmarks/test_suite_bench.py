@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import no_harm, suite
 from benchmarks.flops import parameters
-from benchmarks.suite_runs import arms, comparator, files, joining, verdicts
+from benchmarks.suite_runs import arms, comparator, files, joining, markdown, verdicts
 from benchmarks.suite_runs.files import Record
 from benchmarks.suite_runs.training import Run, Training, train
 from benchmarks.suite_tasks import TASKS
@@ -228,6 +228,13 @@ def test_selection_tasks_have_no_say_in_what_is_held_out() -> None:
     record = record_of("digits-mlp", {"grown": runs_of([0.9] * 3), "full": runs_of([0.9] * 3)})
     judged = {promise.text: promise for promise in joining.promises([record])}
     assert judged["held out: share not worse than full size, full length"].measured is None
+
+
+def test_the_table_in_readme_is_that_of_the_published_parts() -> None:
+    root = Path(__file__).parents[2]
+    table = markdown.table(files.read(root / "bench-results" / files.FOLDER))
+    assert table.count("\n") > 10
+    assert table in (root / "README.md").read_text(encoding="utf-8")
 
 
 def test_a_run_survives_its_file(tmp_path: Path) -> None:
