@@ -18,7 +18,7 @@ class Growing:
     name: str
     axis: int
     each: int  # entries along the axis per group of units
-    positions: int  # per example at which it is used
+    positions: float  # per example at which it is used
 
 
 class GrowthCost:
@@ -50,7 +50,7 @@ class GrowthCost:
         """
         parameters = flops = 0
         shapes: dict[str, list[int]] = {}
-        used: dict[str, int] = {}
+        used: dict[str, float] = {}
         for name, count in units.items():
             site = self.places[name].site
             if name not in self.growing:
@@ -66,7 +66,7 @@ class GrowthCost:
             added = math.prod(shape) - math.prod(self.shapes[name])
             parameters += added
             if len(shape) > 1:
-                flops += 2 * added * used[name]
+                flops += round(2 * added * used[name])
         return parameters, flops
 
 

@@ -17,7 +17,7 @@ from esper.tamiyo.triggers import Trigger
 from esper.tolaria.growth.assembly import widenings
 from esper.tolaria.growth.budget import limits, merged_budget
 from esper.tolaria.growth.entrance import refuse_host
-from esper.tolaria.growth.recipe import recipe_of, takes_forks, with_growth
+from esper.tolaria.growth.recipe import is_raced, recipe_of, with_growth
 
 
 def plan(
@@ -43,8 +43,8 @@ def plan(
     """
     refuse_host(model)
     settings = with_growth(load_config(config), growth)
-    forks = takes_forks(settings.growth, model)
-    wrapped = wrap(model, example_inputs, sites=sites, blueprints=settings.blueprints, forks=forks)
+    raced = is_raced(settings.growth, model)
+    wrapped = wrap(model, example_inputs, sites=sites, blueprints=settings.blueprints, raced=raced)
     made = summary(wrapped)
     merged = merged_budget(budget, settings.budget, made.parameters, made.flops)
     made.growth = recipe_of(settings.growth, wrapped)
