@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from esper.blueprints.kernel import LiveKernel
 from esper.contracts import HealthReport
-from esper.kasmina.efficient import Move, Sums, greedy, leftover, plain_sums, sums_of
+from esper.kasmina.efficient import Move, Sums, added, greedy, leftover, plain_sums, sums_of
 from esper.kasmina.health import dead
 from esper.kasmina.isolation import same_randomness, untouched
 from esper.kasmina.peers import ALONE, Peers
@@ -93,9 +93,9 @@ class Score:
                     judged(self.pools[name])
         with judging(self.model), untouched(self.model, seed), torch.enable_grad():
             for sights, examples in passes(self.model, self.places, runs):
-                for name, sight in sights.items():
+                for name, views in sights.items():
                     with self.alone(name):
-                        self.learn(name, sight, examples)
+                        self.learn(name, views, examples)
             for name in [n for n in self.sums if n not in self.failed]:
                 with self.alone(name):
                     self.choose(name)
@@ -113,33 +113,56 @@ class Score:
                 raise
             self.failed[name] = f"{type(error).__name__}: {error}"
 
-    def learn(self, name: str, sight: Sight, examples: int) -> None:
-        """Add one pass to a place's sums."""
-        kernel = self.pools[name]
-        assert sight.x is not None
-        hidden, gradient = sight.exits[0].hidden, sight.exits[0].gradient
-        assert gradient is not None
+    def learn(self, name: str, sights: Sequence[Sight], examples: int) -> None:
+        """Add one pass to a place's sums: those of its views, which are of the same examples."""
+        kernel, parts = self.pools[name], list[list[Sums]]()
+        for sight in sights:
+            new = 0 if parts else examples
+            if isinstance(kernel, HostKernel) and sight.exits[0].hidden is not None:
+                parts.append(self.sums_at(name, kernel, sight, examples, new))
+            else:
+                parts.append([self.slopes_at(kernel, sight, examples, new)])
+        found = added(parts)
+        if isinstance(kernel, HostKernel) and len(found[0].gram):
+            self.charge(name, kernel.units, examples, found)
+        else:
+            self.flops += 3 * self.units[name] * self.places[name].site.unit_flops * examples
+        self.sums[name] = added([self.sums[name], found]) if name in self.sums else found
+
+    def slopes_at(self, kernel: LiveKernel, sight: Sight, examples: int, new: int) -> Sums:
+        """Sum up the gradient of a block's outgoing weights in one view."""
+        gradient = sight.exits[0].gradient
+        assert sight.x is not None and gradient is not None
         if isinstance(kernel, DepthKernel) and sight.given is not None:
             kernel.given = sight.given
-        if not isinstance(kernel, HostKernel) or hidden is None:
-            outgoing = [kernel.get_parameter(n) for n in kernel.outgoing]
-            slopes = torch.autograd.grad((kernel(sight.x) * gradient * examples).sum(), outgoing)
-            self.flops += 3 * self.units[name] * self.places[name].site.unit_flops * examples
-            flat = torch.cat([slope.flatten() for slope in slopes])
-            self.add(name, [plain_sums(flat, examples)])
-            return
+        outgoing = [kernel.get_parameter(n) for n in kernel.outgoing]
+        slopes = torch.autograd.grad((kernel(sight.x) * gradient * examples).sum(), outgoing)
+        return plain_sums(torch.cat([slope.flatten() for slope in slopes]), new)
+
+    def sums_at(
+        self, name: str, kernel: HostKernel[Any], sight: Sight, examples: int, new: int
+    ) -> list[Sums]:
+        """Sum up one view of new units, consumer by consumer.
+
+        Args:
+            name: Of the place.
+            kernel: The pool.
+            sight: The view.
+            examples: In the pass.
+            new: Those that no other view of it has counted.
+        """
+        hidden = sight.exits[0].hidden
+        assert sight.x is not None and hidden is not None
         if name not in self.seen:
             self.seen[name] = activity(hidden, sight)
-        if name not in self.sums:
             spread(kernel)
         with torch.no_grad():
             phis = kernel.hiddens(sight.x)
         parts: list[Sums] = []
         for outlet, phi, seen in zip(kernel.place.outlets, phis, sight.exits, strict=True):
             assert seen.hidden is not None and seen.gradient is not None
-            parts.append(sums_of(outlet, phi, seen.hidden, seen.gradient * examples, examples))
-        self.charge(name, kernel.units, examples, parts)
-        self.add(name, parts)
+            parts.append(sums_of(outlet, phi, seen.hidden, seen.gradient * examples, new))
+        return parts
 
     def charge(self, name: str, units: int, examples: int, parts: Sequence[Sums]) -> None:
         """Count what a look at one place costs.
@@ -152,15 +175,6 @@ class Score:
         for part in parts:
             rows = int(part.rows)
             self.flops += 2 * rows * (own * own + own * units + units * units) + own * own * (own + 2 * units)
-
-    def add(self, name: str, parts: list[Sums]) -> None:
-        """Add up."""
-        if name not in self.sums:
-            self.sums[name] = parts
-            return
-        for known, part in zip(self.sums[name], parts, strict=True):
-            for fact in Sums.__slots__:
-                getattr(known, fact).add_(getattr(part, fact))
 
     def choose(self, name: str) -> None:
         """Pick units and fit the direction of their outgoing weights."""
@@ -205,8 +219,20 @@ class Score:
                 heard = self.peers.hear(joined.tobytes()) if self.peers.world > 1 else joined.tobytes()
                 self.chosen[name].values = np.frombuffer(heard, dtype=np.float64)
 
-    def values(self, name: str, sight: Sight, examples: int) -> Tensor:
-        """Return the first-order decrease of each example's loss, (examples,)."""
+    def values(self, name: str, sights: Sequence[Sight], examples: int) -> Tensor:
+        """Return the first-order decrease of each example's loss, (examples,): the sum over its views.
+
+        Where the rows of one view belong to no example, as those of a boundary of its own size do, the pass
+        is one value, (1,).
+        """
+        self.flops += 2 * self.units[name] * self.places[name].site.unit_flops * examples
+        found = [one for sight in sights for one in self.values_at(name, sight, examples)]
+        if len({len(one) for one in found}) > 1:
+            found = [one.mean(0, keepdim=True) for one in found]
+        return torch.stack(found).sum(0) if len(found) > 1 else found[0]
+
+    def values_at(self, name: str, sight: Sight, examples: int) -> list[Tensor]:
+        """Return what one view says of each example, consumer by consumer."""
         scored = self.chosen[name]
         kernel, moves = scored.kernel, scored.moves
         assert sight.x is not None
@@ -222,11 +248,10 @@ class Score:
                     moved.append(outlet.through(phi, move.new) + own)
             else:
                 moved.append(moved_along(kernel, sight.x, scored.direction))
-            self.flops += 2 * self.units[name] * self.places[name].site.unit_flops * examples
             for one, seen in zip(moved, sight.exits, strict=True):
                 assert seen.gradient is not None
                 found.append(per_example(-(one * seen.gradient).float() * examples, examples))
-        return torch.stack(found).sum(0) if len(found) > 1 else found[0]
+        return found
 
 
 def pool_size(place: Place, units: int) -> int:

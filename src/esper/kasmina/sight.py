@@ -1,4 +1,9 @@
-"""Look at many places in one pass: what they read, what their exits read, the gradient that comes back."""
+"""Look at many places in one pass: what they read, what their exits read, the gradient that comes back.
+
+A pass that calls a place several times shows it as often; what the loss says of it is the sum over these
+views. A loss may take gradients inside itself, which run back through the exits before the pass is over: only
+what flows back from the loss counts.
+"""
 
 from __future__ import annotations
 
@@ -22,73 +27,96 @@ Run = tuple[Callable[[], Tensor], int]  # a pass to a mean loss, and its number 
 
 @dataclass(slots=True)
 class Seen:
-    """What one pass showed at an exit."""
+    """What one call of an exit showed."""
 
-    hidden: Tensor | None = None  # what it reads
-    made: Tensor | None = None  # what it gave, detached
+    hidden: Tensor | None  # what it reads
+    made: Tensor  # what it gave, detached
     gradient: Tensor | None = None  # of the batch's mean loss for that, (batch, …)
-    calls: int = 0  # of several, no one can say which gradient is whose
 
 
 @dataclass(slots=True)
 class Sight:
-    """What one pass showed at a place."""
+    """What one call of a place showed."""
 
     exits: tuple[Seen, ...]
     x: Tensor | None = None  # what a kernel reads, (batch, …)
     given: Given | None = None  # what a block was called with besides its input
 
     @property
-    def whole(self) -> bool:
-        """Whether the pass ran once through entry and every exit, and the loss depends on one of these."""
-        passed = self.x is not None and all(seen.calls == 1 for seen in self.exits)
-        return passed and any(seen.gradient is not None for seen in self.exits)
+    def counts(self) -> bool:
+        """Whether the loss depends on one of the exits."""
+        return any(seen.gradient is not None for seen in self.exits)
 
-    def complete(self) -> None:
+    def complete(self) -> Sight:
         """Give an exit that the loss does not depend on the gradient it has: zero."""
         for seen in self.exits:
-            if seen.gradient is None and seen.made is not None:
+            if seen.gradient is None:
                 seen.gradient = torch.zeros_like(seen.made)
+        return self
 
 
 class Eye:
     """A gateway at the entry of a place; keeps what passes, changes nothing."""
 
     def __init__(self, place: Place) -> None:
-        self.place, self.sight = place, Sight(tuple(Seen() for _ in place.ends()[1:]))
-        self.serial = place.port == "serial"
+        self.place, self.serial = place, place.port == "serial"
+        self.entered: list[Tensor | None] = []  # call by call
+        self.exits = [ExitEye(self) for _ in place.ends()[1:]]
+        self.open = True  # until the loss is there: a checkpoint calls layers again on the way back
         self.visits: Visits | None = None  # of a block, whose calls take more than a tensor
 
     def enter(self, x: Tensor | None) -> None:
         """Keep the entry's input."""
-        if x is not None and not self.serial:
-            self.sight.x = x.detach()
+        if self.open:
+            self.entered.append(None if x is None else x.detach())
 
     def leave(self, y: Tensor) -> Tensor:
         """Let outputs pass."""
         return y
+
+    def close(self) -> None:
+        """Take in no more calls, and let go of what flowed back while the loss was still being computed."""
+        self.open = False
+        for seen in [one for exit_ in self.exits for one in exit_.seen]:
+            seen.gradient = None
+
+    def sights(self) -> tuple[Sight, ...]:
+        """Return what the calls showed on which the loss depends.
+
+        None, where entry and exits were not called equally often, or several times against expectation: no
+        one can say then what belongs together. A call without gradients, as for the target of a temporal
+        difference, is left out: new units move it, but the loss does not see it through them.
+        """
+        calls = {len(exit_.seen) for exit_ in self.exits}
+        xs = [seen.made for seen in self.exits[0].seen] if self.serial else self.entered
+        if calls != {len(xs)} or any(x is None for x in xs) or (len(xs) > 1 and self.place.site.calls == 1):
+            return ()
+        given = None if self.visits is None else self.visits.given
+        called = zip(*(exit_.seen for exit_ in self.exits), strict=True)
+        views = [Sight(exits, x, given) for x, exits in zip(xs, called, strict=True)]
+        return tuple(view.complete() for view in views if view.counts)
 
 
 @dataclass(eq=False)
 class ExitEye:
     """A gateway at both sides of one exit."""
 
-    eye: Eye
-    seen: Seen = field(repr=False)
+    eye: Eye = field(repr=False)
+    seen: list[Seen] = field(default_factory=list, repr=False)  # call by call
+    hidden: Tensor | None = None  # what the call that has begun reads
 
     def enter(self, x: Tensor | None) -> None:
         """Keep what the exit reads."""
-        if x is not None:
-            self.seen.hidden = x.detach()
+        self.hidden = None if x is None else x.detach()
 
     def leave(self, y: Tensor) -> Tensor:
         """Wait for the gradient of the exit's output."""
-        self.seen.made = y.detach()
-        self.seen.calls += 1
-        if self.eye.serial:
-            self.eye.sight.x = self.seen.made
+        if not self.eye.open:
+            return y
+        seen = Seen(self.hidden, y.detach())
+        self.seen.append(seen)
         if y.requires_grad:
-            y.register_hook(partial(receive, self.seen))
+            y.register_hook(partial(receive, seen))
         return y
 
 
@@ -108,8 +136,7 @@ def watching(places: Mapping[str, Place]) -> Iterator[dict[str, Eye]]:
                 eye.visits = stack.enter_context(eye.place.listening())
             if not eye.serial:
                 stack.callback(open_seam(entry, "entry", eye))
-            for module, seen in zip(exits, eye.sight.exits, strict=True):
-                gateway = ExitEye(eye, seen)
+            for module, gateway in zip(exits, eye.exits, strict=True):
                 stack.callback(open_seam(module, "entry", gateway))
                 stack.callback(open_seam(module, "exit", gateway))
         stack.enter_context(slow_path())
@@ -138,15 +165,13 @@ def judging(model: nn.Module) -> Iterator[None]:
 
 def passes(
     model: nn.Module, places: Mapping[str, Place], runs: Sequence[Run]
-) -> Iterator[tuple[dict[str, Sight], int]]:
-    """Run passes forth and back; yields what was seen at the places passed once, and the examples."""
+) -> Iterator[tuple[dict[str, tuple[Sight, ...]], int]]:
+    """Run passes forth and back; yields what was seen at the places passed, call by call, and the examples."""
     host = [p for p in model.parameters() if p.requires_grad]
     for run, examples in runs:
         with watching(places) as eyes:
-            torch.autograd.grad(run(), host, allow_unused=True)
+            loss = run()
             for eye in eyes.values():
-                eye.sight.given = None if eye.visits is None else eye.visits.given
-        found = {name: eye.sight for name, eye in eyes.items() if eye.sight.whole}
-        for sight in found.values():
-            sight.complete()
-        yield found, examples
+                eye.close()
+            torch.autograd.grad(loss, host, allow_unused=True)
+        yield {name: sights for name, eye in eyes.items() if (sights := eye.sights())}, examples

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from esper.errors import ProbeError
-from esper.kasmina.coupling import independent
+from esper.kasmina.coupling import followed, independent
 from esper.kasmina.evidence import count_examples, join
 from esper.kasmina.isolation import evaluating, same_generators, untouched
 from esper.kasmina.lessons import first
@@ -124,8 +125,11 @@ class Evidence:
         """Find out once what kind of loss this is."""
         few = first(held[0], 64)
         places = self.growth.morphable.places
-        by_example = self.parts.per_example is not None
-        self.independent = by_example or independent(self.host, self.parts.run, places, few)
+        if self.parts.per_example is None:
+            self.independent = independent(self.host, self.parts.run, places, few)
+        else:
+            with evaluating(self.host), torch.enable_grad():
+                self.independent = followed(self.host, self.mean_of_examples, places, few)
         with evaluating(self.host), untouched(self.host, 0):
             self.outputs = output_layers(self.host, lambda: self.parts.run(few))
             self.guess = guess(self.outputs, lambda: self.parts.run(few))
