@@ -32,6 +32,16 @@ class Sums:
     rows: Tensor  # 0-dim
     examples: Tensor  # 0-dim
 
+    def tell(self, slopes: Tensor | None) -> None:
+        """Put other gradients in: of the pool's weights, then of the host's; None: of nothing.
+
+        Args:
+            slopes: (pool + c + 1, out).
+        """
+        units = len(self.new)
+        self.new = torch.zeros_like(self.new) if slopes is None else slopes[:units].float()
+        self.own = torch.zeros_like(self.own) if slopes is None else slopes[units:].float()
+
 
 @dataclass(frozen=True, slots=True)
 class Move:

@@ -26,6 +26,7 @@ from esper.blueprints.kernel import LiveKernel
 from esper.contracts import HealthReport
 from esper.kasmina.efficient import Move, Sums, added, greedy, leftover, plain_sums, sums_of
 from esper.kasmina.health import dead
+from esper.kasmina.inlaid import Columns, Inlay, Steps
 from esper.kasmina.isolation import same_randomness, untouched
 from esper.kasmina.peers import ALONE, Peers
 from esper.kasmina.places import Place
@@ -66,12 +67,19 @@ class Score:
         places: By name.
         units: Wanted, by name.
         peers: Other processes, whose examples count too.
+        inner: Whether the loss takes gradients inside itself, so that units must run in the passes.
     """
 
     def __init__(
-        self, model: nn.Module, places: Mapping[str, Place], units: Mapping[str, int], peers: Peers = ALONE
+        self,
+        model: nn.Module,
+        places: Mapping[str, Place],
+        units: Mapping[str, int],
+        peers: Peers = ALONE,
+        inner: bool = False,
     ) -> None:
         self.model, self.places, self.units, self.peers = model, dict(places), dict(units), peers
+        self.inner = inner
         self.pools: dict[str, LiveKernel] = {}
         self.sums: dict[str, list[Sums]] = {}  # one per consumer
         self.chosen: dict[str, Scored] = {}
@@ -92,13 +100,29 @@ class Score:
                 if isinstance(self.pools[name], DepthKernel):
                     judged(self.pools[name])
         with judging(self.model), untouched(self.model, seed), torch.enable_grad():
-            for sights, examples in passes(self.model, self.places, runs):
+            if self.inner:
+                for pool in host_kernels(self.pools).values():
+                    spread(pool)
+            for sights, examples in passes(self.model, self.places, runs, self.columns):
                 for name, views in sights.items():
                     with self.alone(name):
                         self.learn(name, views, examples)
             for name in [n for n in self.sums if n not in self.failed]:
                 with self.alone(name):
                     self.choose(name)
+
+    def columns(self) -> dict[str, Inlay]:
+        """Inlay the pools' columns where the gradients of the outputs do not tell all."""
+        if not self.inner:
+            return {}
+        return {name: Columns(pool) for name, pool in host_kernels(self.pools).items()}
+
+    def steps(self) -> dict[str, Inlay]:
+        """Inlay steps along the directions that were found, likewise."""
+        if not self.inner:
+            return {}
+        kernels = host_kernels({name: one.kernel for name, one in self.chosen.items() if one.moves})
+        return {name: Steps(kernel, self.chosen[name].moves) for name, kernel in kernels.items()}
 
     @contextmanager
     def alone(self, name: str) -> Iterator[None]:
@@ -123,6 +147,8 @@ class Score:
             else:
                 parts.append([self.slopes_at(kernel, sight, examples, new)])
         found = added(parts)
+        for sums, slopes in zip(found, sights[0].back, strict=False):  # nothing where nothing is inlaid
+            sums.tell(None if slopes is None else slopes * examples)
         if isinstance(kernel, HostKernel) and len(found[0].gram):
             self.charge(name, kernel.units, examples, found)
         else:
@@ -155,7 +181,8 @@ class Score:
         assert sight.x is not None and hidden is not None
         if name not in self.seen:
             self.seen[name] = activity(hidden, sight)
-            spread(kernel)
+            if not self.inner:
+                spread(kernel)
         with torch.no_grad():
             phis = kernel.hiddens(sight.x)
         parts: list[Sums] = []
@@ -207,7 +234,7 @@ class Score:
         """
         found: dict[str, list[Tensor]] = {name: [] for name in self.chosen}
         with judging(self.model), untouched(self.model, seed), torch.enable_grad():
-            for sights, examples in passes(self.model, self.places, runs):
+            for sights, examples in passes(self.model, self.places, runs, self.steps):
                 for name in found.keys() & sights.keys():
                     with self.alone(name):
                         values = self.values(name, sights[name], examples)
@@ -233,6 +260,9 @@ class Score:
 
     def values_at(self, name: str, sight: Sight, examples: int) -> list[Tensor]:
         """Return what one view says of each example, consumer by consumer."""
+        if sight.back:
+            zero = torch.zeros(examples, device=sight.exits[0].made.device)
+            return [zero if g is None else per_example(-g.float() * examples, examples) for g in sight.back]
         scored = self.chosen[name]
         kernel, moves = scored.kernel, scored.moves
         assert sight.x is not None
@@ -252,6 +282,11 @@ class Score:
                 assert seen.gradient is not None
                 found.append(per_example(-(one * seen.gradient).float() * examples, examples))
         return found
+
+
+def host_kernels(kernels: Mapping[str, LiveKernel]) -> dict[str, HostKernel[Any]]:
+    """Return the kernels that widen the host's own layers."""
+    return {name: kernel for name, kernel in kernels.items() if isinstance(kernel, HostKernel)}
 
 
 def pool_size(place: Place, units: int) -> int:
