@@ -73,12 +73,18 @@ def halves(model: nn.Module, batch: Any) -> Tensor:
 
 
 def beside(model: nn.Module, batch: Any) -> Tensor:
-    return F.cross_entropy(model(batch[0]), batch[1]) + model(torch.linspace(-1, 1, 28).view(7, 4)).square().mean()
+    return (
+        F.cross_entropy(model(batch[0]), batch[1])
+        + model(torch.linspace(-1, 1, 28).view(7, 4)).square().mean()
+    )
 
 
 def beside_many(model: nn.Module, batch: Any) -> Tensor:
     """26 examples are asked at once, here beside as many rows that are none of theirs."""
-    return F.cross_entropy(model(batch[0]), batch[1]) + model(torch.linspace(-1, 1, 104).view(26, 4)).exp().mean()
+    return (
+        F.cross_entropy(model(batch[0]), batch[1])
+        + model(torch.linspace(-1, 1, 104).view(26, 4)).exp().mean()
+    )
 
 
 def temporal(model: nn.Module, batch: Any) -> Tensor:

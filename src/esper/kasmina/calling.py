@@ -1,8 +1,8 @@
 """A layer that a pass calls several times: a place, if every call leads the same way to the same consumers.
 
 Siamese and contrastive nets, two views of a consistency loss, the interior and the boundary of a physics
-problem, a cell that is unrolled. A new unit is a row of the one layer and columns of the others, as ever; what
-it does in a pass is the sum over its calls.
+problem, a cell that is unrolled. A new unit is a row of the one layer and columns of the others, as ever;
+what it does in a pass is the sum over its calls.
 """
 
 from __future__ import annotations

@@ -84,9 +84,7 @@ def gradients(
     return torch.cat(found) if found else torch.empty(0)
 
 
-def followed(
-    model: nn.Module, run: Callable[[Any], Tensor], places: Mapping[str, Place], batch: Any
-) -> bool:
+def followed(model: nn.Module, run: Callable[[Any], Tensor], places: Mapping[str, Place], batch: Any) -> bool:
     """Tell whether the rows of every view are those of the examples: half as many for half the batch.
 
     Asked only where a pass calls places several times, each for rows of its own, perhaps.
@@ -95,9 +93,7 @@ def followed(
     half = split_batch(batch)[3] // 2
     if not several or not half:
         return not several
-    few, many = (
-        shown(model, run, several, take(batch, torch.arange(count))) for count in (half, 2 * half)
-    )
+    few, many = (shown(model, run, several, take(batch, torch.arange(count))) for count in (half, 2 * half))
     if few.keys() != many.keys() or any(len(few[name]) != len(many[name]) for name in few):
         return False
     pairs = [pair for name in few for pair in zip(few[name], many[name], strict=True)]

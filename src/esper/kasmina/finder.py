@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -40,42 +39,13 @@ from esper.kasmina.proof import Entered, around, entered
 from esper.kasmina.recorder import Call, Recording, Refused
 from esper.kasmina.regions import region
 from esper.kasmina.shaping import moved
+from esper.kasmina.tracks import Met, Parted, Track
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 FAST = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
 PRODUCTS = frozenset({"mul", "__mul__", "mul_", "multiply", "__imul__"})
 RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
 PARTING = frozenset({"glu", "chunk", "split", "tensor_split"})
-
-
-class Met(Refused):
-    """A chain came to a product with another chain's output."""
-
-    def __init__(self, name: str, call: Call) -> None:
-        super().__init__(f"the output of {name} meets another tensor in {call.name}")
-        self.call = call
-
-
-class Parted(Refused):
-    """A chain came to a value that several calls read, which do not meet again at once."""
-
-    def __init__(self, why: str, readers: Sequence[Call]) -> None:
-        super().__init__(why)
-        self.readers = readers
-
-
-@dataclass
-class Track:
-    """How far a layer's output has been followed."""
-
-    name: str
-    value: int
-    axis: int  # of the channels
-    steps: list[Step] = field(default_factory=list)
-    flops: int = 0
-    granularity: int = 1
-    batch: int = 0  # axis of the examples
-    turn: int = 0  # which of the layer's calls this began at
 
 
 class Finder:
@@ -276,8 +246,8 @@ class Finder:
             raise Refused(f"{track.name} is called {times(len(own))} in a pass and feeds itself")
         if len(own) != len(theirs):
             raise Refused(
-                f"{target} is called {times(len(theirs))} in a pass and {track.name} {times(len(own))}; every "
-                "call of the one must lead to a call of the other"
+                f"{target} is called {times(len(theirs))} in a pass and {track.name} {times(len(own))}; "
+                "every call of the one must lead to a call of the other"
             )
         if theirs[track.turn] is not call:  # what one call showed is put together by its number
             number = 1 + next(index for index, one in enumerate(theirs) if one is call)
@@ -364,7 +334,8 @@ class Finder:
         )
         if any(len(self.owners[p]) > 1 for p in call.parameters):
             raise Refused(f"{path} between {name} and its consumer shares its tensors")
-        runs, most = len(self.called.get(name, ())) or 1, max(len(set(self.uses(p))) for p in call.parameters)
+        runs = len(self.called.get(name, ())) or 1  # a recurrent layer has one, and none is kept
+        most = max(len(set(self.uses(p))) for p in call.parameters)
         if most != runs:  # in every chain once: twice in one, it would grow twice
             beside = f"; {name} is called {times(runs)}" if runs > 1 else ""
             raise Refused(

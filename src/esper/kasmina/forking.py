@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 
 from esper.contracts import Site
 from esper.kasmina.between import ELEMENTWISE, Step
-from esper.kasmina.finder import Finder, Parted, Track, labels, positions
+from esper.kasmina.finder import Finder, labels, positions
 from esper.kasmina.fork import Branch, Fork, Stretch
 from esper.kasmina.layers import in_size, out_size
 from esper.kasmina.outlets import Outlet
 from esper.kasmina.recorder import Call, Recording, Refused
+from esper.kasmina.tracks import Parted, Track
 
 
 @dataclass

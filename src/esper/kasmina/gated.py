@@ -73,8 +73,10 @@ class GatedPair:
         incoming = weight_of(self.producer)[0].numel() + weight_of(self.partner)[0].numel()
         parameters = unit_parameters(self.producer) + unit_parameters(self.partner) + outgoing
         parameters += sum(step.unit_parameters() for step in (*self.left, *self.right, *self.steps))
-        flops = 2 * (incoming * self.places[0] + outgoing * self.places[1]) + self.step_flops
-        site = replace(self.site, width=out_size(self.producer), unit_parameters=parameters, unit_flops=round(flops))
+        flops = round(2 * (incoming * self.places[0] + outgoing * self.places[1])) + self.step_flops
+        site = replace(
+            self.site, width=out_size(self.producer), unit_parameters=parameters, unit_flops=round(flops)
+        )
         return replace(self, site=site)
 
     def plan(self, units: int) -> WidenPlan:

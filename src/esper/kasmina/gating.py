@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from esper.kasmina.finder import Finder, Met, Track, labels
+from esper.kasmina.finder import Finder, labels
 from esper.kasmina.gated import GatedPair
 from esper.kasmina.layers import out_size
 from esper.kasmina.recorder import Refused
+from esper.kasmina.tracks import Met, Track
 
 
 def gated(finder: Finder, track: Track, met: Met) -> GatedPair:

@@ -7,7 +7,7 @@ from typing import TypeAlias
 from torch import nn
 
 from esper.kasmina.calling import joint
-from esper.kasmina.finder import Finder, Met, Parted, Track
+from esper.kasmina.finder import Finder
 from esper.kasmina.fork import Fork
 from esper.kasmina.forking import forked
 from esper.kasmina.gated import GatedPair
@@ -18,6 +18,7 @@ from esper.kasmina.proof import heads_of
 from esper.kasmina.recorder import Refused
 from esper.kasmina.recurrences import recurrent
 from esper.kasmina.recurrent import RecurrentPair
+from esper.kasmina.tracks import Met, Parted, Track
 
 Found: TypeAlias = "Pair | Fork | GatedPair | HeadsPair | RecurrentPair"  # what widens the user's own layers
 

@@ -56,8 +56,10 @@ class Pair:
         parameters = unit_parameters(self.producer) + outgoing
         parameters += sum(step.unit_parameters() for step in self.steps)
         incoming = weight_of(self.producer)[0].numel() * self.places[0]
-        flops = 2 * (incoming + outgoing * self.places[1]) + self.step_flops
-        site = replace(self.site, width=out_size(self.producer), unit_parameters=parameters, unit_flops=round(flops))
+        flops = round(2 * (incoming + outgoing * self.places[1])) + self.step_flops
+        site = replace(
+            self.site, width=out_size(self.producer), unit_parameters=parameters, unit_flops=round(flops)
+        )
         return replace(self, site=site)
 
     def plan(self, units: int) -> WidenPlan:

@@ -150,9 +150,7 @@ def receive(seen: Seen, gradient: Tensor) -> None:
 
 
 @contextmanager
-def watching(
-    places: Mapping[str, Place], inlays: Mapping[str, Inlay] = NONE
-) -> Iterator[dict[str, Eye]]:
+def watching(places: Mapping[str, Place], inlays: Mapping[str, Inlay] = NONE) -> Iterator[dict[str, Eye]]:
     """Open the seams of many places for a few passes."""
     eyes = {name: Eye(place, inlays.get(name)) for name, place in places.items()}
     with ExitStack() as stack:

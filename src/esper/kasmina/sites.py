@@ -189,9 +189,7 @@ def agreed(train: Found, evaluation: Found) -> Found:
             "eval mode"
         )
     if ours != theirs:
-        raise Refused(
-            f"{ours.entry} takes another path in eval mode: {described(ours)}, {described(theirs)}"
-        )
+        raise Refused(f"{ours.entry} takes another path in eval mode: {described(ours)}, {described(theirs)}")
     return train
 
 
