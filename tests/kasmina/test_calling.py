@@ -225,7 +225,9 @@ def test_a_race_takes_one_call_and_says_what_takes_more() -> None:
     planned = esper.plan(net, x, steps=100)
     assert planned.growth == "early"
     assert [row["name"] for row in planned.sites] == ["a>b"]
-    raced = esper.plan(Net(lambda s, x: (s.net(x), s.two(s.one(x))), net=net, **beside()), x, growth="incubate")
+    raced = esper.plan(
+        Net(lambda s, x: (s.net(x), s.two(s.one(x))), net=net, **beside()), x, growth="incubate"
+    )
     assert [row["name"] for row in raced.sites] == ["one>two"]
     assert "growth='early' can widen it" in " ".join(str(raced).split())
 
