@@ -1,4 +1,4 @@
-"""Models that a loss calls several times grow: contrastive views, R-Drop, a physics problem and its boundary."""
+"""Models that a loss calls several times grow: contrastive views, R-Drop, a physics problem and its ends."""
 
 from __future__ import annotations
 

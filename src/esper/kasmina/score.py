@@ -195,10 +195,11 @@ class Score:
         """Count what a look at one place costs.
 
         The pool goes through the producer once and through the consumers forth and back, the host's units
-        through the consumers forth and back; then the regressions.
+        through the consumers forth and back; then the regressions. What is inlaid in a pass goes forth and
+        back with the gradients inside it.
         """
-        own = len(parts[0].gram)
-        self.flops += int((1.5 * units + own) * self.places[name].site.unit_flops * examples)
+        own, often = len(parts[0].gram), 3 if self.inner else 1
+        self.flops += int((1.5 * units + own) * often * self.places[name].site.unit_flops * examples)
         for part in parts:
             rows = int(part.rows)
             self.flops += 2 * rows * (own * own + own * units + units * units) + own * own * (own + 2 * units)
