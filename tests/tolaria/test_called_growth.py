@@ -217,6 +217,26 @@ def test_the_inside_and_the_ends_of_a_physics_problem_grow_a_field() -> None:
     assert error < 0.2, "a field of 3 units ends at .7"
 
 
+def test_losses_by_example_do_not_make_examples_of_what_all_share() -> None:
+    def by_example(model: nn.Module, batch: Any) -> Tensor:
+        ends: Tensor = model(batch[1]).square().mean()
+        return (model(batch[0])[:, 0] - torch.sin(batch[0][:, 0])).square() + ends
+
+    def mean(model: nn.Module, batch: Any) -> Tensor:
+        return by_example(model, batch).mean()
+
+    assert Run(built(field), mean, interval, 100, per_example=by_example).independent is False
+
+    def alone(model: nn.Module, batch: Any) -> Tensor:
+        one, other = model(batch[0]), model(-batch[0])
+        return (one + other).square()[:, 0]
+
+    def alone_mean(model: nn.Module, batch: Any) -> Tensor:
+        return alone(model, batch).mean()
+
+    assert Run(built(field), alone_mean, interval, 100, per_example=alone).independent is True
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_nothing_any_call_says_changes_at_the_moment_of_an_event(training: bool) -> None:
     run = Run(built(Encoder), contrastive, augmented, 600, config={"early": {"reopen": "no"}})
