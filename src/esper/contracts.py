@@ -107,6 +107,7 @@ class Site:
     base_parameters: int = 0  # that the first unit brings besides its own
     most: int | None = None  # units at a time; None: as many as the budget allows
     others: tuple[str, ...] = ()  # further exits, where several layers read what is widened
+    calls: int = 1  # of entry and of every exit in one pass: two of a siamese net
 
     @property
     def exits(self) -> tuple[str, ...]:

@@ -27,13 +27,13 @@ class Host(nn.Module):
         return y
 
 
-def places(model: nn.Module, x: Tensor) -> dict[str, Place]:
-    return MorphableModel(model, lambda: model(x).square().mean(), len(x)).places
+def places(model: nn.Module, loss_fn: Any, batch: Any) -> dict[str, Place]:
+    x = batch["x"] if isinstance(batch, dict) else batch[0]
+    return MorphableModel(model, lambda: loss_fn(model, batch), len(x)).places
 
 
 def asked(model: nn.Module, loss_fn: Any, batch: Any) -> bool | None:
-    x = batch["x"] if isinstance(batch, dict) else batch[0]
-    return independent(model, lambda b: loss_fn(model, b), places(model, x), batch)
+    return independent(model, lambda b: loss_fn(model, b), places(model, loss_fn, batch), batch)
 
 
 def cross_entropy(**how: Any) -> Any:
@@ -53,6 +53,44 @@ def spread(model: nn.Module, batch: Any) -> Tensor:
 def mixed(model: nn.Module, batch: Any) -> Tensor:
     other = torch.randperm(len(batch[0]))
     return F.cross_entropy(model(0.7 * batch[0] + 0.3 * batch[0][other]), batch[1])
+
+
+def consistent(model: nn.Module, batch: Any) -> Tensor:
+    one, other = model(batch[0]), model(batch[0] + 0.1)
+    apart = F.kl_div(one.log_softmax(-1), other.softmax(-1), reduction="batchmean")
+    return F.cross_entropy(one, batch[1]) + F.cross_entropy(other, batch[1]) + apart
+
+
+def siamese(model: nn.Module, batch: Any) -> Tensor:
+    own, other = F.normalize(model(batch[0])), F.normalize(model(batch[0] + 0.1))
+    return F.cross_entropy(own @ other.T * 5, torch.arange(len(own)))
+
+
+def halves(model: nn.Module, batch: Any) -> Tensor:
+    half = len(batch[0]) // 2
+    parts = slice(None, half), slice(half, None)
+    return sum((F.cross_entropy(model(batch[0][part]), batch[1][part]) for part in parts), torch.zeros(()))
+
+
+def beside(model: nn.Module, batch: Any) -> Tensor:
+    return (
+        F.cross_entropy(model(batch[0]), batch[1])
+        + model(torch.linspace(-1, 1, 28).view(7, 4)).square().mean()
+    )
+
+
+def beside_many(model: nn.Module, batch: Any) -> Tensor:
+    """26 examples are asked at once, here beside as many rows that are none of theirs."""
+    return (
+        F.cross_entropy(model(batch[0]), batch[1])
+        + model(torch.linspace(-1, 1, 104).view(26, 4)).exp().mean()
+    )
+
+
+def temporal(model: nn.Module, batch: Any) -> Tensor:
+    with torch.no_grad():
+        wanted = model(batch[0].tanh())
+    return F.mse_loss(model(batch[0]), wanted)
 
 
 def classes(n: int = 40, ignored: int = 0) -> tuple[Tensor, Tensor]:
@@ -78,7 +116,14 @@ LOSSES: dict[str, tuple[Any, bool | None]] = {
     "spread": (spread, False),
     "mixed": (mixed, False),
     "neighbours": (lambda m, b: m(b[0]).diff(dim=0).square().mean(), False),
-    "two calls": (lambda m, b: F.mse_loss(m(b[0]), m(-b[0])), None),
+    "two views": (lambda m, b: F.mse_loss(m(b[0]), m(-b[0])), True),
+    "two views and classes": (consistent, True),
+    "contrastive over two calls": (siamese, False),
+    "halves": (halves, False),
+    "a view of something else": (beside, False),
+    "as many rows of something else": (beside_many, False),
+    "a target without gradients": (temporal, True),
+    "views in another order": (lambda m, b: F.mse_loss(m(b[0]), m(b[0].flip(0))), False),
     "nothing": (lambda m, b: 0.0 * m(b[0]).sum(), None),
     "infinite": (lambda m, b: m(b[0]).square().mean() / 0.0, None),
 }
@@ -90,7 +135,7 @@ def test_a_common_factor_couples_nothing_and_everything_else_does(name: str) -> 
     torch.manual_seed(0)
     model = Host(nn.Dropout(0.5), nn.BatchNorm1d(8), nn.Tanh())
     batch = classes()
-    found, random = places(model, batch[0]), torch.get_rng_state()
+    found, random = places(model, loss_fn, batch), torch.get_rng_state()
     assert independent(model.train(), lambda b: loss_fn(model, b), found, batch) is expected
     assert torch.equal(torch.get_rng_state(), random)
     assert all(module.training for module in model.modules())

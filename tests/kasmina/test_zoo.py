@@ -25,7 +25,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:There is a performance drop:User
 WIDEN = ["widen"]
 
 REASONS = {  # what cannot be widened, and why: one of each kind of reason
-    "siamese": ("tower.0", "is called 2 times"),
     "tied autoencoder": ("embed", "read by linear|called|times"),
     "ResNeXt": ("blocks.0.conv1", r"blocks.0.mid is grouped"),
     "DenseNet": ("stem", "consumers|meets another tensor in cat"),

@@ -536,7 +536,7 @@ HOSTS: dict[str, Host] = {
     "tied autoencoder": Host(mlp_tied, flat, 1),
     "activations by hand": Host(handwritten, flat, 2),
     "autoencoder": Host(autoencoder, flat, 4),
-    "siamese": Host(siamese, flat, 1),
+    "siamese": Host(siamese, flat, 2),
     "soft mixture": Host(mixture, flat, 3),
     "data-dependent if": Host(branching, flat, 2),
     "cnn": Host(cnn, image, 2),

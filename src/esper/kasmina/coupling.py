@@ -5,6 +5,10 @@ for one common factor, the loss says of each of them the same whatever it stands
 by class weights or by counted tokens, the root of a mean. Contrastive losses, statistics of the batch and
 differences of neighbours are told apart. Both passes have the same shapes and the same random numbers, so a
 loss that draws noise, as that of a VAE does, can be asked, too.
+
+A model that is called several times in a pass shows several views. Two of each example, as a consistency loss
+has them, are evidence of that example; a view of something else, the boundary of a physics problem, half of
+the batch, is evidence of none: its rows do not follow the number of examples.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ from esper.errors import ProbeError
 from esper.kasmina.evidence import split_batch, take
 from esper.kasmina.isolation import evaluating, untouched
 from esper.kasmina.places import Place
-from esper.kasmina.sight import passes
+from esper.kasmina.sight import Sight, passes
 
 PARTS = 3  # of a batch: those asked, and the two that stand beside them
 ALIKE = 1e-4  # relative, by which gradients may differ: a term .01 × std(0) moves them by 8e-4
@@ -54,6 +58,8 @@ def independent(
     batches = [take(batch, torch.cat([own, others])) for others in (beside, instead)]
     try:
         with evaluating(model), torch.enable_grad():
+            if not followed(model, run, places, batches[0]):
+                return False
             first, second = (gradients(model, run, places, one, each) for one in batches)
     except (RuntimeError, ValueError, IndexError) as error:  # what torch raises where shapes do not fit
         raise ProbeError(
@@ -71,12 +77,40 @@ def gradients(
     model: nn.Module, run: Callable[[Any], Tensor], places: Mapping[str, Place], batch: Any, each: int
 ) -> Tensor:
     """Return what the first examples of a batch get back at all places, flat, in float64."""
-    with untouched(model, seed=0):
-        (sights,) = (seen for seen, _ in passes(model, places, [(lambda: run(batch), 2 * each)]))
-    back = [seen.gradient for name in sorted(sights) for seen in sights[name].exits]
+    sights = shown(model, run, places, batch)
+    back = [seen.gradient for name in sorted(sights) for view in sights[name] for seen in view.exits]
     rows = [by_example(gradient, 2 * each) for gradient in back]
     found = [one[:each].flatten().double() for one in rows if one is not None]
     return torch.cat(found) if found else torch.empty(0)
+
+
+def followed(model: nn.Module, run: Callable[[Any], Tensor], places: Mapping[str, Place], batch: Any) -> bool:
+    """Tell whether the rows of every view are those of the examples: half as many for half the batch.
+
+    Asked only where a pass calls places several times, each for rows of its own, perhaps.
+    """
+    several = {name: place for name, place in places.items() if place.site.calls > 1}
+    half = split_batch(batch)[3] // 2
+    if not several or not half:
+        return not several
+    few, many = (shown(model, run, several, take(batch, torch.arange(count))) for count in (half, 2 * half))
+    if few.keys() != many.keys() or any(len(few[name]) != len(many[name]) for name in few):
+        return False
+    pairs = [pair for name in few for pair in zip(few[name], many[name], strict=True)]
+    return all(
+        any(2 * short == long for short, long in zip(one.made.shape[:2], other.made.shape[:2], strict=False))
+        for less, more in pairs
+        for one, other in zip(less.exits, more.exits, strict=True)
+    )
+
+
+def shown(
+    model: nn.Module, run: Callable[[Any], Tensor], places: Mapping[str, Place], batch: Any
+) -> dict[str, tuple[Sight, ...]]:
+    """Return what one pass shows at the places, call by call."""
+    with untouched(model, seed=0):
+        (sights,) = (seen for seen, _ in passes(model, places, [(lambda: run(batch), 0)]))
+    return sights
 
 
 def by_example(gradient: Tensor | None, examples: int) -> Tensor | None:

@@ -32,6 +32,16 @@ class Sums:
     rows: Tensor  # 0-dim
     examples: Tensor  # 0-dim
 
+    def tell(self, slopes: Tensor | None) -> None:
+        """Put other gradients in: of the pool's weights, then of the host's; None: of nothing.
+
+        Args:
+            slopes: (pool + c + 1, out).
+        """
+        units = len(self.new)
+        self.new = torch.zeros_like(self.new) if slopes is None else slopes[:units].float()
+        self.own = torch.zeros_like(self.own) if slopes is None else slopes[units:].float()
+
 
 @dataclass(frozen=True, slots=True)
 class Move:
@@ -49,7 +59,7 @@ def sums_of(outlet: Outlet, phi: Tensor, hidden: Tensor, gradient: Tensor, examp
         phi: What it reads of the pool.
         hidden: What it reads of the host.
         gradient: Of each example's loss for its output.
-        examples: In the pass.
+        examples: In the pass; zero where another view of it has counted them.
     """
     hosts = outlet.with_one(hidden)
     new, own = outlet.slope(phi, gradient), outlet.slope(hosts, gradient)
@@ -82,6 +92,16 @@ def leftover(sums: Sums) -> Leftover:
     left = sums.pool / sums.rows - regression.T @ (sums.cross / sums.rows)
     slope = (sums.new - regression.T @ sums.own) / sums.examples
     return Leftover(regression, left * (sums.rows / sums.examples), slope)
+
+
+def added(views: Sequence[Sequence[Sums]]) -> list[Sums]:
+    """Add up what several views say, consumer by consumer."""
+    totals = list(views[0])
+    for view in views[1:]:
+        for known, part in zip(totals, view, strict=True):
+            for fact in Sums.__slots__:
+                getattr(known, fact).add_(getattr(part, fact))
+    return totals
 
 
 def plain_sums(slope: Tensor, examples: int) -> Sums:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -40,6 +39,7 @@ from esper.kasmina.proof import Entered, around, entered
 from esper.kasmina.recorder import Call, Recording, Refused
 from esper.kasmina.regions import region
 from esper.kasmina.shaping import moved
+from esper.kasmina.tracks import Met, Parted, Track
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 FAST = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
@@ -48,40 +48,18 @@ RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
 PARTING = frozenset({"glu", "chunk", "split", "tensor_split"})
 
 
-class Met(Refused):
-    """A chain came to a product with another chain's output."""
-
-    def __init__(self, name: str, call: Call) -> None:
-        super().__init__(f"the output of {name} meets another tensor in {call.name}")
-        self.call = call
-
-
-class Parted(Refused):
-    """A chain came to a value that several calls read, which do not meet again at once."""
-
-    def __init__(self, why: str, readers: Sequence[Call]) -> None:
-        super().__init__(why)
-        self.readers = readers
-
-
-@dataclass
-class Track:
-    """How far a layer's output has been followed."""
-
-    name: str
-    value: int
-    axis: int  # of the channels
-    steps: list[Step] = field(default_factory=list)
-    flops: int = 0
-    granularity: int = 1
-    batch: int = 0  # axis of the examples
-
-
 class Finder:
-    """Follows each layer's output through one recording until a layer consumes it."""
+    """Follows each layer's output through one recording until a layer consumes it.
 
-    def __init__(self, model: nn.Module, recording: Recording) -> None:
-        self.model, self.recording = model, recording
+    Args:
+        model: The host.
+        recording: Of one pass.
+        examples: In that pass, where they are known.
+    """
+
+    def __init__(self, model: nn.Module, recording: Recording, examples: int | None = None) -> None:
+        self.model, self.recording, self.examples = model, recording, examples
+        self.called: dict[str, list[Call]] = {}  # what calls_of has found
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.owners: dict[str, list[str]] = {}  # parameter's first name -> modules that hold that tensor
         first = {id(t): n for n, t in [*model.named_parameters(), *model.named_buffers()]}
@@ -105,10 +83,10 @@ class Finder:
         ]
         return entered(self.recording, self.modules, [path for names in groups for path in around(names)])
 
-    def begin(self, name: str) -> Track:
-        """Start at a layer that can produce."""
+    def begin(self, name: str, turn: int = 0) -> Track:
+        """Start at one of the calls of a layer that can produce."""
         producer = self.modules[name]
-        call = self.only_call(name)
+        call = self.calls_of(name)[turn]
         if any(parameter.is_complex() for parameter in producer.parameters(recurse=False)):
             raise Refused(f"{name} computes with complex numbers")
         if getattr(producer, "groups", 1) != 1:
@@ -116,7 +94,7 @@ class Finder:
         if isinstance(producer, CONVOLUTIONS) and len(call.shape or ()) != len(producer.kernel_size) + 2:
             raise Refused(f"{name} runs on input without a batch axis")
         axis = len(call.shape or ()) - 1 if is_linear(producer) else 1
-        return Track(name, call.makes[0], axis)
+        return Track(name, call.makes[0], axis, turn=turn)
 
     def follow(self, track: Track, readers: Sequence[Call] = ()) -> tuple[str, Call]:
         """Go on until a layer reads the value; returns its name and call.
@@ -167,7 +145,20 @@ class Finder:
         return there.step
 
     def only_call(self, name: str) -> Call:
-        """Return the one call of a layer; refuse layers that are shared, altered or read elsewhere."""
+        """Return the call of a layer that may have only one."""
+        calls = self.calls_of(name)
+        if len(calls) > 1:
+            raise Refused(f"{name} is called {times(len(calls))} in a pass; here it may be called once")
+        return calls[0]
+
+    def calls_of(self, name: str) -> list[Call]:
+        """Return the calls of a layer; refuse layers that are tied, altered or read elsewhere."""
+        if name not in self.called:
+            self.called[name] = self.own_calls(name)
+        return self.called[name]
+
+    def own_calls(self, name: str) -> list[Call]:
+        """Look for the calls of a layer."""
         module = self.modules[name]
         if parametrize.is_parametrized(module) or not isinstance(
             module._parameters.get("weight"), nn.Parameter
@@ -186,20 +177,24 @@ class Finder:
             calls.update(self.uses(first))
         if not calls:
             raise Refused(f"{name} was not called by the probe")
-        if len(calls) > 1:
-            names = ", ".join(sorted({self.recording.calls[c].name for c in calls}))
-            raise Refused(f"{name} is called {len(calls)} times, or its weight is read elsewhere ({names})")
-        call = self.recording.calls[calls.pop()]
+        found = [self.recording.calls[c] for c in sorted(calls)]
+        other = next((call for call in found if call.name not in OPERATORS), None)
+        if other is not None and len(found) > 1:
+            names = ", ".join(sorted({call.name for call in found}))
+            raise Refused(f"{name} is called {len(found)} times, or its weight is read elsewhere ({names})")
         if isinstance(self.modules.get(name.rpartition(".")[0]), nn.MultiheadAttention):
             raise Refused(
-                f"the weight of {name} is read by {call.name}: nn.MultiheadAttention never calls it as a "
+                f"the weight of {name} is read by {found[0].name}: nn.MultiheadAttention never calls it as a "
                 "layer, and fixes its width to embed_dim"
             )
-        if call.name not in OPERATORS:
-            raise Refused(f"the weight of {name} is read by {call.name}, not by the layer itself")
-        if isinstance(module, TRANSPOSED) and call.argument(5, "output_padding", 0) != module.output_padding:
+        if other is not None:
+            raise Refused(f"the weight of {name} is read by {other.name}, not by the layer itself")
+        padding = getattr(module, "output_padding", 0)
+        if isinstance(module, TRANSPOSED) and any(
+            call.argument(5, "output_padding", 0) != padding for call in found
+        ):
             raise Refused(f"{name} is called with output_size; give it output_padding when it is built")
-        return call
+        return found
 
     def uses(self, parameter: str) -> list[int]:
         """Return the calls a parameter was given to, but for penalties on its size."""
@@ -226,7 +221,7 @@ class Finder:
     def close(self, track: Track, target: str, call: Call) -> Pair:
         """Check the consumer and build the pair."""
         name, producer, consumer = track.name, self.modules[track.name], self.modules[target]
-        steps = self.landed(track, target)
+        steps = self.landed(track, target, call)
         site = Site(
             name=f"{name}>{target}",
             kind="pair",
@@ -239,17 +234,28 @@ class Finder:
             unit_flops=0,
         )
         columns = in_size(consumer) // out_size(producer)
-        places = positions(self.only_call(name), producer), positions(call, consumer)
+        places = positions(self.calls_of(name)[track.turn], producer), positions(call, consumer)
         fast = self.fast(name, target)
         return Pair(site, producer, consumer, tuple(steps), columns, places, track.flops, fast).refreshed()
 
-    def landed(self, track: Track, target: str) -> Sequence[Step]:
+    def landed(self, track: Track, target: str, call: Call) -> Sequence[Step]:
         """Check the consumer a track ends at; returns the steps before it."""
         consumer, steps = self.modules[target], track.steps
-        self.only_call(target)
-        self.fits(track, target, consumer)
+        own, theirs = self.calls_of(track.name), self.calls_of(target)
         if self.modules[track.name] is consumer:
-            raise Refused(f"{track.name} feeds itself")
+            raise Refused(f"{track.name} is called {times(len(own))} in a pass and feeds itself")
+        if len(own) != len(theirs):
+            raise Refused(
+                f"{target} is called {times(len(theirs))} in a pass and {track.name} {times(len(own))}; "
+                "every call of the one must lead to a call of the other"
+            )
+        if theirs[track.turn] is not call:  # what one call showed is put together by its number
+            number = 1 + next(index for index, one in enumerate(theirs) if one is call)
+            raise Refused(
+                f"call {track.turn + 1} of {track.name} leads to call {number} of {target}; both must be "
+                "called in the same order"
+            )
+        self.fits(track, target, consumer)
         circular = isinstance(consumer, PLAIN) and consumer.padding_mode != "zeros"
         if circular and steps and steps[-1].label == "pad":
             return steps[:-1]  # the consumer's own padding, which its slice repeats
@@ -328,10 +334,12 @@ class Finder:
         )
         if any(len(self.owners[p]) > 1 for p in call.parameters):
             raise Refused(f"{path} between {name} and its consumer shares its tensors")
-        times = max(len(set(self.uses(p))) for p in call.parameters)
-        if times > 1:
+        runs = len(self.called.get(name, ())) or 1  # a recurrent layer has one, and none is kept
+        most = max(len(set(self.uses(p))) for p in call.parameters)
+        if most != runs:  # in every chain once: twice in one, it would grow twice
+            beside = f"; {name} is called {times(runs)}" if runs > 1 else ""
             raise Refused(
-                f"{path} between {name} and its consumer is called {times} times, or read elsewhere"
+                f"{path} between {name} and its consumer is called {times(most)}, or read elsewhere{beside}"
             )
         if (
             axis == 1
@@ -343,11 +351,16 @@ class Finder:
         if axis == 1 and isinstance(module, nn.GroupNorm) and call.name == "group_norm":
             return GroupNorm(label, path, owned, module)
         if axis == 1 and module is not None and is_depthwise(module):
-            self.only_call(path)
+            self.calls_of(path)
             return Depthwise(label, path, owned, module)
         raise Refused(
             f"{label} ({call.name}) stands between {name} and its consumer and mixes or owns channels"
         )
+
+
+def times(count: int) -> str:
+    """Say how often something is called."""
+    return "once" if count == 1 else f"{count} times"
 
 
 def labels(steps: Sequence[Step]) -> tuple[str, ...]:

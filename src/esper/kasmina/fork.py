@@ -36,7 +36,7 @@ class Branch:
     path: str  # of the consumer
     outlet: Outlet
     stretch: int  # what the consumer reads
-    positions: int  # per example at which it is applied
+    positions: float  # per example at which it is applied
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Fork:
     producer: Any  # a layer, see layers.py
     stretches: tuple[Stretch, ...]  # each behind the one it goes on from
     branches: tuple[Branch, ...]  # in the order their consumers run
-    positions: int  # per example at which the producer is applied
+    positions: float  # per example at which the producer is applied
     step_flops: int  # forward, per example and unit, of what stands between
 
     @property
@@ -64,7 +64,7 @@ class Fork:
         """The consumers."""
         return tuple(branch.outlet for branch in self.branches)
 
-    def used(self) -> Mapping[str, int]:
+    def used(self) -> Mapping[str, float]:
         """Map producer and consumers to the positions at which they run."""
         return {self.site.entry: self.positions, **{b.path: b.positions for b in self.branches}}
 
@@ -84,7 +84,7 @@ class Fork:
         parameters += sum(step.unit_parameters() for _, step in self.steps())
         flops = weight_of(self.producer)[0].numel() * self.positions
         flops += sum(branch.outlet.unit_weights * branch.positions for branch in self.branches)
-        costs = {"unit_parameters": parameters, "unit_flops": 2 * flops + self.step_flops}
+        costs = {"unit_parameters": parameters, "unit_flops": round(2 * flops) + self.step_flops}
         return replace(self, site=replace(self.site, width=out_size(self.producer), **costs))
 
     def plan(self, units: int) -> WidenPlan:

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 
 from esper.contracts import Site
 from esper.kasmina.between import ELEMENTWISE, Step
-from esper.kasmina.finder import Finder, Parted, Track, labels, positions
+from esper.kasmina.finder import Finder, labels, positions
 from esper.kasmina.fork import Branch, Fork, Stretch
 from esper.kasmina.layers import in_size, out_size
 from esper.kasmina.outlets import Outlet
 from esper.kasmina.recorder import Call, Recording, Refused
+from esper.kasmina.tracks import Parted, Track
 
 
 @dataclass
@@ -67,7 +68,7 @@ def forked(finder: Finder, track: Track, parted: Parted) -> Fork:
         others=tuple(others),
     )
     producer = finder.modules[name]
-    runs = positions(finder.only_call(name), producer)
+    runs = positions(finder.calls_of(name)[track.turn], producer)
     return Fork(site, producer, tuple(tree.stretches), branches, runs, tree.flops).refreshed()
 
 
@@ -89,14 +90,14 @@ def part(
         raise parted  # they depend on each other, and are no activation that could be repeated
     here = tree.add(source, track, track.steps)
     for readers in ways:
-        way = Track(track.name, track.value, track.axis, batch=track.batch)
+        way = Track(track.name, track.value, track.axis, batch=track.batch, turn=track.turn)
         try:
             target, call = finder.follow(way, readers)
         except Parted as further:
             part(finder, way, further, tree, here, (*own, *labels(way.steps)))
             continue
         consumer = finder.modules[target]
-        steps = finder.landed(way, target)
+        steps = finder.landed(way, target, call)
         stretch = tree.add(here, way, steps)
         outlet = Outlet(consumer, in_size(consumer) // out_size(finder.modules[way.name]))
         branch = Branch(target, outlet, stretch, positions(call, consumer))

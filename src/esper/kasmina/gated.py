@@ -41,7 +41,7 @@ class GatedPair:
     right: tuple[Step, ...]  # between the partner and the product
     steps: tuple[Step, ...]  # between the product and the consumer
     columns: int
-    places: tuple[int, int]  # positions per example at which producers and consumer are applied
+    places: tuple[float, float]  # positions per example at which producers and consumer are applied
     step_flops: int
 
     @property
@@ -58,7 +58,7 @@ class GatedPair:
         """The consumer."""
         return (Outlet(self.consumer, self.columns),)
 
-    def used(self) -> Mapping[str, int]:
+    def used(self) -> Mapping[str, float]:
         """Map all three layers to the positions at which they run."""
         before, behind = self.places
         return {self.site.entry: before, self.partner_name: before, self.site.exit: behind}
@@ -73,8 +73,10 @@ class GatedPair:
         incoming = weight_of(self.producer)[0].numel() + weight_of(self.partner)[0].numel()
         parameters = unit_parameters(self.producer) + unit_parameters(self.partner) + outgoing
         parameters += sum(step.unit_parameters() for step in (*self.left, *self.right, *self.steps))
-        flops = 2 * (incoming * self.places[0] + outgoing * self.places[1]) + self.step_flops
-        site = replace(self.site, width=out_size(self.producer), unit_parameters=parameters, unit_flops=flops)
+        flops = round(2 * (incoming * self.places[0] + outgoing * self.places[1])) + self.step_flops
+        site = replace(
+            self.site, width=out_size(self.producer), unit_parameters=parameters, unit_flops=round(flops)
+        )
         return replace(self, site=site)
 
     def plan(self, units: int) -> WidenPlan:

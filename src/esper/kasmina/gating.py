@@ -5,19 +5,21 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from esper.kasmina.finder import Finder, Met, Track, labels
+from esper.kasmina.finder import Finder, labels
 from esper.kasmina.gated import GatedPair
 from esper.kasmina.layers import out_size
 from esper.kasmina.recorder import Refused
+from esper.kasmina.tracks import Met, Track
 
 
 def gated(finder: Finder, track: Track, met: Met) -> GatedPair:
     """Return the pair of two producers whose outputs meet in a product, at the first of them."""
     path, other = partner(finder, track, met)
-    first, second = (finder.recording.makers[finder.only_call(n).makes[0]] for n in (track.name, path))
+    calls = (finder.calls_of(name)[track.turn] for name in (track.name, path))
+    first, second = (finder.recording.makers[call.makes[0]] for call in calls)
     if first > second:
         raise Refused(f"{track.name} is widened with {path}, whose output its own is multiplied by")
-    joint = Track(track.name, met.call.makes[0], track.axis, batch=track.batch)
+    joint = Track(track.name, met.call.makes[0], track.axis, batch=track.batch, turn=track.turn)
     target, call = finder.follow(joint)
     joint.flops += track.flops + other.flops
     joint.granularity = math.lcm(joint.granularity, track.granularity, other.granularity)
@@ -41,23 +43,25 @@ def gated(finder: Finder, track: Track, met: Met) -> GatedPair:
 
 def partner(finder: Finder, track: Track, met: Met) -> tuple[str, Track]:
     """Return the other factor's layer, which must read the same input and have the same size."""
-    source, size = finder.only_call(track.name).reads[:1], out_size(finder.modules[track.name])
+    own, size = finder.calls_of(track.name), out_size(finder.modules[track.name])
     for path, module in finder.modules.items():
         if path == track.name or type(module) is not type(finder.modules[track.name]):
             continue
-        there = meets(finder, path)
-        if there is None or there[1].call is not met.call or finder.only_call(path).reads[:1] != source:
+        there = meets(finder, path, track.turn)
+        if there is None or there[1].call is not met.call or len(finder.calls_of(path)) != len(own):
+            continue
+        if finder.calls_of(path)[track.turn].reads[:1] != own[track.turn].reads[:1]:
             continue
         if there[0].axis == track.axis and out_size(module) == size:
             return path, there[0]
     raise met
 
 
-def meets(finder: Finder, name: str) -> tuple[Track, Met] | None:
-    """Return how far a layer's output runs alone, if it then meets another's in a product."""
+def meets(finder: Finder, name: str, turn: int) -> tuple[Track, Met] | None:
+    """Return how far a layer's output of one call runs alone, if it then meets another's in a product."""
     try:
-        track = finder.begin(name)
-    except Refused:
+        track = finder.begin(name, turn)
+    except (Refused, IndexError):  # or it has not been called so often
         return None
     try:
         finder.follow(track)

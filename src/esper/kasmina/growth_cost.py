@@ -18,7 +18,7 @@ class Growing:
     name: str
     axis: int
     each: int  # entries along the axis per group of units
-    positions: int  # per example at which it is used
+    positions: float  # per example at which it is used
 
 
 class GrowthCost:
@@ -50,7 +50,7 @@ class GrowthCost:
         """
         parameters = flops = 0
         shapes: dict[str, list[int]] = {}
-        used: dict[str, int] = {}
+        used: dict[str, float] = {}
         for name in units.keys() & self.growing.keys():
             place, count = self.places[name], units[name]
             for one in self.growing[name]:
@@ -59,13 +59,13 @@ class GrowthCost:
                 used[one.name] = one.positions
             flops += count * int(getattr(place, "step_flops", 0))
         added = {name: math.prod(shape) - math.prod(self.shapes[name]) for name, shape in shapes.items()}
-        worked = {name: 2 * new * used[name] if len(shapes[name]) > 1 else 0 for name, new in added.items()}
+        worked = {
+            name: round(2 * new * used[name]) if len(shapes[name]) > 1 else 0 for name, new in added.items()
+        }
         for name in units.keys() - self.growing.keys():
             site, count = self.places[name].site, units[name]
             inside = [one for one in added if one.startswith(f"{site.exit}.")] if site.kind == "stack" else []
-            each = site.unit_parameters + sum(
-                added[one] for one in inside
-            )  # a copy of the block as it will be
+            each = site.unit_parameters + sum(added[one] for one in inside)  # a copy of what it will be
             parameters += site.base_parameters + count * each
             flops += count * (site.unit_flops + sum(worked[one] for one in inside))
         return parameters + sum(added.values()), flops + sum(worked.values())

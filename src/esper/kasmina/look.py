@@ -6,7 +6,8 @@ from typing import TypeAlias
 
 from torch import nn
 
-from esper.kasmina.finder import Finder, Met, Parted, Track
+from esper.kasmina.calling import joint
+from esper.kasmina.finder import Finder
 from esper.kasmina.fork import Fork
 from esper.kasmina.forking import forked
 from esper.kasmina.gated import GatedPair
@@ -17,6 +18,7 @@ from esper.kasmina.proof import heads_of
 from esper.kasmina.recorder import Refused
 from esper.kasmina.recurrences import recurrent
 from esper.kasmina.recurrent import RecurrentPair
+from esper.kasmina.tracks import Met, Parted, Track
 
 Found: TypeAlias = "Pair | Fork | GatedPair | HeadsPair | RecurrentPair"  # what widens the user's own layers
 
@@ -25,21 +27,31 @@ def look(finder: Finder, name: str) -> Found:
     """Return what can be widened behind ``name``; raise the reason where nothing can."""
     if isinstance(finder.modules[name], nn.RNNBase):
         return recurrent(finder, name)
-    track = finder.begin(name)
-    try:
-        return behind(finder, track)
-    except Met as met:
-        return gated(finder, track, met)
-    except Refused as refusal:
-        if name not in finder.attentions:
-            raise
-        path, last = finder.attentions[name]
-        found = last.found(path)
-        for part in dict.fromkeys(found.names):
-            finder.only_call(part)
-        if name != found.names[0]:
-            raise Refused(f"{name} is widened with {found.names[0]}, as heads") from refusal
-        return heads_of(finder.modules, found, finder.entered)
+    views: list[Pair | Fork | GatedPair] = []
+    for turn in range(len(finder.calls_of(name))):
+        track = finder.begin(name, turn)
+        try:
+            views.append(behind(finder, track))
+        except Met as met:
+            views.append(gated(finder, track, met))
+        except Refused as refusal:
+            if turn > 0:  # the calls before lead somewhere
+                raise Refused(f"call {turn + 1} of {name} leads nowhere: {refusal}") from None
+            if name not in finder.attentions:
+                raise
+            return heads(finder, name, refusal)
+    return joint(finder, views)
+
+
+def heads(finder: Finder, name: str, refusal: Refused) -> HeadsPair:
+    """Return the place of a layer in front of attention."""
+    path, last = finder.attentions[name]
+    found = last.found(path)
+    for part in dict.fromkeys(found.names):
+        finder.only_call(part)
+    if name != found.names[0]:
+        raise Refused(f"{name} is widened with {found.names[0]}, as heads") from refusal
+    return heads_of(finder.modules, found, finder.entered)
 
 
 def behind(finder: Finder, track: Track) -> Pair | Fork:

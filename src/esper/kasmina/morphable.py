@@ -43,7 +43,8 @@ class MorphableModel(nn.Module):
         smoothing: Weight of a new measurement of a kernel's vitals.
         sampling: Steps between such measurements.
         deepen: Whether stacks of blocks are places too; a race cannot take them.
-        forks: Whether layers with several consumers are; nor can it take these.
+        raced: Whether to leave out what a race cannot take: layers with several consumers, or called several
+            times in one pass.
     """
 
     def __init__(
@@ -58,13 +59,13 @@ class MorphableModel(nn.Module):
         smoothing: float = 0.1,
         sampling: int = 10,
         deepen: bool = False,
-        forks: bool = True,
+        raced: bool = False,
     ) -> None:
         super().__init__()
         self.host = host
         self.policy = policy or CompilePolicy("none", host)
         self.seeds_per_site = seeds_per_site
-        self.examples, self.blueprints, self.forks = examples, tuple(blueprints), forks
+        self.examples, self.blueprints, self.raced = examples, tuple(blueprints), raced
         found, self.refusals = self.find(run)
         if deepen and {"auto", "deepen"} & set(self.blueprints):
             with untouched(host, seed=0, gather=True):
@@ -87,9 +88,9 @@ class MorphableModel(nn.Module):
         refusals: list[Refusal] = []
         with untouched(self.host, seed=0, gather=True):
             if {"auto", "widen"} & set(self.blueprints):
-                pairs, unfit = find_pairs(self.host, run)
+                pairs, unfit = find_pairs(self.host, run, self.examples)
                 kept, unreachable = reachable(self.host, pairs, run)
-                kept, barred = (kept, list[Refusal]()) if self.forks else racing(kept)
+                kept, barred = racing(kept) if self.raced else (kept, list[Refusal]())
                 found.extend(kept)
                 refusals += [*unfit, *unreachable, *barred]
             automatic = "auto" in self.blueprints and bool(found)  # the catalogue is not even read (3 ms)
@@ -225,7 +226,7 @@ def wrap(
     sites: Sites = "auto",
     seeds_per_site: int = 4,
     blueprints: Sequence[str] = ("auto",),
-    forks: bool = True,
+    raced: bool = False,
     deepen: bool = False,
 ) -> MorphableModel:
     """Find the places where a model can grow, and install nothing.
@@ -239,8 +240,9 @@ def wrap(
         seeds_per_site: Slots per place.
         blueprints: What may grow: "widen", names of the catalogue (``esper blueprints list``), or paths of
             JSON files. "auto" widens, and offers the catalogue to a model in which nothing can be widened.
-        forks: Whether layers that several others read are places; a race (growth="incubate") takes none.
-        deepen: Whether stacks of blocks are places; likewise.
+        raced: Whether to leave out what a race (growth="incubate") cannot take: layers that several others
+            read, and layers that one pass calls several times.
+        deepen: Whether stacks of blocks, which no race can take, are places too.
 
     Raises:
         SiteError: The model has no place to grow, or none of those asked for.
@@ -262,7 +264,7 @@ def wrap(
         host = policy.host
         run = lambda: host(*args, **kwargs)  # noqa: E731
         with policy.uncompiled():
-            options = {"policy": policy, "forks": forks, "deepen": deepen}
+            options = {"policy": policy, "raced": raced, "deepen": deepen}
             return MorphableModel(host, run, len(given[0]), sites, seeds_per_site, blueprints, **options)
     except EsperError:
         raise

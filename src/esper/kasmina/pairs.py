@@ -24,7 +24,7 @@ class Pair:
     consumer: Any
     steps: tuple[Step, ...]
     columns: int  # consumer columns per unit: 1, or positions per channel behind a flatten
-    places: tuple[int, int]  # positions per example at which producer and consumer are applied
+    places: tuple[float, float]  # positions per example at which producer and consumer are applied
     step_flops: int  # forward, per example and unit, of what stands between
     fast: tuple[Any, ...] = ()  # modules around whose fast path would pass the layers by in evaluation
 
@@ -42,7 +42,7 @@ class Pair:
         """The consumer."""
         return (Outlet(self.consumer, self.columns),)
 
-    def used(self) -> Mapping[str, int]:
+    def used(self) -> Mapping[str, float]:
         """Map producer and consumer to the positions at which they run."""
         return {self.site.entry: self.places[0], self.site.exit: self.places[1]}
 
@@ -56,8 +56,10 @@ class Pair:
         parameters = unit_parameters(self.producer) + outgoing
         parameters += sum(step.unit_parameters() for step in self.steps)
         incoming = weight_of(self.producer)[0].numel() * self.places[0]
-        flops = 2 * (incoming + outgoing * self.places[1]) + self.step_flops
-        site = replace(self.site, width=out_size(self.producer), unit_parameters=parameters, unit_flops=flops)
+        flops = round(2 * (incoming + outgoing * self.places[1])) + self.step_flops
+        site = replace(
+            self.site, width=out_size(self.producer), unit_parameters=parameters, unit_flops=round(flops)
+        )
         return replace(self, site=site)
 
     def plan(self, units: int) -> WidenPlan:

@@ -30,8 +30,8 @@ class Place(Protocol):
     def ends(self) -> tuple[nn.Module, ...]:
         """Return the module whose input is tapped, then those whose output is added to.
 
-        There is one of these, but for a fork, which has several. A race adds its branch to one output, so it
-        takes no forks.
+        There is one of these, but for a fork, which has several. A race adds its branch to one output of one
+        call, so it takes no forks, nor layers that a pass calls several times.
         """
 
     def kernel(self, units: int) -> LiveKernel:
@@ -46,7 +46,7 @@ class WidenPlace(Place, Protocol):
     def outlets(self) -> tuple[Outlet, ...]:
         """The layers that get columns, as ``ends`` has them."""
 
-    def used(self) -> Mapping[str, int]:
+    def used(self) -> Mapping[str, float]:
         """Map layers to the positions per example at which they run; what stands between is not listed."""
 
     def plan(self, units: int) -> WidenPlan:

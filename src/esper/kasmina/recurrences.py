@@ -6,12 +6,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from esper.contracts import Site
-from esper.kasmina.finder import RECURRENT, Finder, Track, labels, positions
+from esper.kasmina.finder import RECURRENT, Finder, labels, positions
 from esper.kasmina.layers import CONVOLUTIONS, in_size
 from esper.kasmina.proof import entered
 from esper.kasmina.recorder import Call, Refused
 from esper.kasmina.recurrent import RecurrentPair
 from esper.kasmina.shaping import examples
+from esper.kasmina.tracks import Track
 
 PARTS = ("its outputs", "its last state", "its last cell")
 

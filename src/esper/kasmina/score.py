@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from esper.blueprints.kernel import LiveKernel
 from esper.contracts import HealthReport
-from esper.kasmina.efficient import Move, Sums, greedy, leftover, plain_sums, sums_of
+from esper.kasmina.efficient import Move, Sums, added, greedy, leftover, plain_sums, sums_of
 from esper.kasmina.health import dead
+from esper.kasmina.inlaid import Columns, Inlay, Steps
 from esper.kasmina.isolation import same_randomness, untouched
 from esper.kasmina.peers import ALONE, Peers
 from esper.kasmina.places import Place
@@ -66,12 +67,19 @@ class Score:
         places: By name.
         units: Wanted, by name.
         peers: Other processes, whose examples count too.
+        inner: Whether the loss takes gradients inside itself, so that units must run in the passes.
     """
 
     def __init__(
-        self, model: nn.Module, places: Mapping[str, Place], units: Mapping[str, int], peers: Peers = ALONE
+        self,
+        model: nn.Module,
+        places: Mapping[str, Place],
+        units: Mapping[str, int],
+        peers: Peers = ALONE,
+        inner: bool = False,
     ) -> None:
         self.model, self.places, self.units, self.peers = model, dict(places), dict(units), peers
+        self.inner = inner
         self.pools: dict[str, LiveKernel] = {}
         self.sums: dict[str, list[Sums]] = {}  # one per consumer
         self.chosen: dict[str, Scored] = {}
@@ -92,13 +100,29 @@ class Score:
                 if isinstance(self.pools[name], DepthKernel):
                     judged(self.pools[name])
         with judging(self.model), untouched(self.model, seed), torch.enable_grad():
-            for sights, examples in passes(self.model, self.places, runs):
-                for name, sight in sights.items():
+            if self.inner:
+                for pool in host_kernels(self.pools).values():
+                    spread(pool)
+            for sights, examples in passes(self.model, self.places, runs, self.columns):
+                for name, views in sights.items():
                     with self.alone(name):
-                        self.learn(name, sight, examples)
+                        self.learn(name, views, examples)
             for name in [n for n in self.sums if n not in self.failed]:
                 with self.alone(name):
                     self.choose(name)
+
+    def columns(self) -> dict[str, Inlay]:
+        """Inlay the pools' columns where the gradients of the outputs do not tell all."""
+        if not self.inner:
+            return {}
+        return {name: Columns(pool) for name, pool in host_kernels(self.pools).items()}
+
+    def steps(self) -> dict[str, Inlay]:
+        """Inlay steps along the directions that were found, likewise."""
+        if not self.inner:
+            return {}
+        kernels = host_kernels({name: one.kernel for name, one in self.chosen.items() if one.moves})
+        return {name: Steps(kernel, self.chosen[name].moves) for name, kernel in kernels.items()}
 
     @contextmanager
     def alone(self, name: str) -> Iterator[None]:
@@ -113,54 +137,72 @@ class Score:
                 raise
             self.failed[name] = f"{type(error).__name__}: {error}"
 
-    def learn(self, name: str, sight: Sight, examples: int) -> None:
-        """Add one pass to a place's sums."""
-        kernel = self.pools[name]
-        assert sight.x is not None
-        hidden, gradient = sight.exits[0].hidden, sight.exits[0].gradient
-        assert gradient is not None
+    def learn(self, name: str, sights: Sequence[Sight], examples: int) -> None:
+        """Add one pass to a place's sums: those of its views, which are of the same examples."""
+        kernel, parts = self.pools[name], list[list[Sums]]()
+        for sight in sights:
+            new = 0 if parts else examples
+            if isinstance(kernel, HostKernel) and sight.exits[0].hidden is not None:
+                parts.append(self.sums_at(name, kernel, sight, examples, new))
+            else:
+                parts.append([self.slopes_at(kernel, sight, examples, new)])
+        found = added(parts)
+        for sums, slopes in zip(found, sights[0].back, strict=False):  # nothing where nothing is inlaid
+            sums.tell(None if slopes is None else slopes * examples)
+        if isinstance(kernel, HostKernel) and len(found[0].gram):
+            self.charge(name, kernel.units, examples, found)
+        else:
+            self.flops += 3 * self.units[name] * self.places[name].site.unit_flops * examples
+        self.sums[name] = added([self.sums[name], found]) if name in self.sums else found
+
+    def slopes_at(self, kernel: LiveKernel, sight: Sight, examples: int, new: int) -> Sums:
+        """Sum up the gradient of a block's outgoing weights in one view."""
+        gradient = sight.exits[0].gradient
+        assert sight.x is not None and gradient is not None
         if isinstance(kernel, DepthKernel) and sight.given is not None:
             kernel.given = sight.given
-        if not isinstance(kernel, HostKernel) or hidden is None:
-            outgoing = [kernel.get_parameter(n) for n in kernel.outgoing]
-            slopes = torch.autograd.grad((kernel(sight.x) * gradient * examples).sum(), outgoing)
-            self.flops += 3 * self.units[name] * self.places[name].site.unit_flops * examples
-            flat = torch.cat([slope.flatten() for slope in slopes])
-            self.add(name, [plain_sums(flat, examples)])
-            return
+        outgoing = [kernel.get_parameter(n) for n in kernel.outgoing]
+        slopes = torch.autograd.grad((kernel(sight.x) * gradient * examples).sum(), outgoing)
+        return plain_sums(torch.cat([slope.flatten() for slope in slopes]), new)
+
+    def sums_at(
+        self, name: str, kernel: HostKernel[Any], sight: Sight, examples: int, new: int
+    ) -> list[Sums]:
+        """Sum up one view of new units, consumer by consumer.
+
+        Args:
+            name: Of the place.
+            kernel: The pool.
+            sight: The view.
+            examples: In the pass.
+            new: Those that no other view of it has counted.
+        """
+        hidden = sight.exits[0].hidden
+        assert sight.x is not None and hidden is not None
         if name not in self.seen:
             self.seen[name] = activity(hidden, sight)
-        if name not in self.sums:
-            spread(kernel)
+            if not self.inner:
+                spread(kernel)
         with torch.no_grad():
             phis = kernel.hiddens(sight.x)
         parts: list[Sums] = []
         for outlet, phi, seen in zip(kernel.place.outlets, phis, sight.exits, strict=True):
             assert seen.hidden is not None and seen.gradient is not None
-            parts.append(sums_of(outlet, phi, seen.hidden, seen.gradient * examples, examples))
-        self.charge(name, kernel.units, examples, parts)
-        self.add(name, parts)
+            parts.append(sums_of(outlet, phi, seen.hidden, seen.gradient * examples, new))
+        return parts
 
     def charge(self, name: str, units: int, examples: int, parts: Sequence[Sums]) -> None:
         """Count what a look at one place costs.
 
         The pool goes through the producer once and through the consumers forth and back, the host's units
-        through the consumers forth and back; then the regressions.
+        through the consumers forth and back; then the regressions. What is inlaid in a pass goes forth and
+        back with the gradients inside it.
         """
-        own = len(parts[0].gram)
-        self.flops += int((1.5 * units + own) * self.places[name].site.unit_flops * examples)
+        own, often = len(parts[0].gram), 3 if self.inner else 1
+        self.flops += int((1.5 * units + own) * often * self.places[name].site.unit_flops * examples)
         for part in parts:
             rows = int(part.rows)
             self.flops += 2 * rows * (own * own + own * units + units * units) + own * own * (own + 2 * units)
-
-    def add(self, name: str, parts: list[Sums]) -> None:
-        """Add up."""
-        if name not in self.sums:
-            self.sums[name] = parts
-            return
-        for known, part in zip(self.sums[name], parts, strict=True):
-            for fact in Sums.__slots__:
-                getattr(known, fact).add_(getattr(part, fact))
 
     def choose(self, name: str) -> None:
         """Pick units and fit the direction of their outgoing weights."""
@@ -193,7 +235,7 @@ class Score:
         """
         found: dict[str, list[Tensor]] = {name: [] for name in self.chosen}
         with judging(self.model), untouched(self.model, seed), torch.enable_grad():
-            for sights, examples in passes(self.model, self.places, runs):
+            for sights, examples in passes(self.model, self.places, runs, self.steps):
                 for name in found.keys() & sights.keys():
                     with self.alone(name):
                         values = self.values(name, sights[name], examples)
@@ -205,8 +247,23 @@ class Score:
                 heard = self.peers.hear(joined.tobytes()) if self.peers.world > 1 else joined.tobytes()
                 self.chosen[name].values = np.frombuffer(heard, dtype=np.float64)
 
-    def values(self, name: str, sight: Sight, examples: int) -> Tensor:
-        """Return the first-order decrease of each example's loss, (examples,)."""
+    def values(self, name: str, sights: Sequence[Sight], examples: int) -> Tensor:
+        """Return the first-order decrease of each example's loss, (examples,): the sum over its views.
+
+        Where the rows of one view belong to no example, as those of a boundary of its own size do, the pass
+        is one value, (1,).
+        """
+        self.flops += 2 * self.units[name] * self.places[name].site.unit_flops * examples
+        found = [one for sight in sights for one in self.values_at(name, sight, examples)]
+        if len({len(one) for one in found}) > 1:
+            found = [one.mean(0, keepdim=True) for one in found]
+        return torch.stack(found).sum(0) if len(found) > 1 else found[0]
+
+    def values_at(self, name: str, sight: Sight, examples: int) -> list[Tensor]:
+        """Return what one view says of each example, consumer by consumer."""
+        if sight.back:
+            zero = torch.zeros(examples, device=sight.exits[0].made.device)
+            return [zero if g is None else per_example(-g.float() * examples, examples) for g in sight.back]
         scored = self.chosen[name]
         kernel, moves = scored.kernel, scored.moves
         assert sight.x is not None
@@ -222,11 +279,15 @@ class Score:
                     moved.append(outlet.through(phi, move.new) + own)
             else:
                 moved.append(moved_along(kernel, sight.x, scored.direction))
-            self.flops += 2 * self.units[name] * self.places[name].site.unit_flops * examples
             for one, seen in zip(moved, sight.exits, strict=True):
                 assert seen.gradient is not None
                 found.append(per_example(-(one * seen.gradient).float() * examples, examples))
-        return torch.stack(found).sum(0) if len(found) > 1 else found[0]
+        return found
+
+
+def host_kernels(kernels: Mapping[str, LiveKernel]) -> dict[str, HostKernel[Any]]:
+    """Return the kernels that widen the host's own layers."""
+    return {name: kernel for name, kernel in kernels.items() if isinstance(kernel, HostKernel)}
 
 
 def pool_size(place: Place, units: int) -> int:

@@ -1,8 +1,8 @@
 """Find the pairs that can be widened, and say of every other layer why it cannot.
 
 A pair is a producing and a consuming layer with only channel-wise operations between; a fork, with several
-consumers, is found with them. They are found by running the model in train and in eval mode, and count only
-where both agree.
+consumers, is found with them, and so are layers that one pass calls several times. They are found by running
+the model in train and in eval mode, and count only where both agree.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from esper.contracts import Refusal
 from esper.errors import SiteError, nearest
-from esper.kasmina.finder import Finder, Refused
+from esper.kasmina.calling import described
+from esper.kasmina.finder import Finder, Refused, times
 from esper.kasmina.isolation import slow_path
 from esper.kasmina.joining import joined
 from esper.kasmina.layers import is_depthwise, is_layer
@@ -31,22 +32,25 @@ Selector: TypeAlias = "str | re.Pattern[str] | type[nn.Module]"
 Sites: TypeAlias = "Selector | Sequence[Selector] | Mapping[str, Selector | Sequence[Selector]]"
 
 
-def find_pairs(model: nn.Module, run: Callable[[], Any]) -> tuple[list[Found], list[Refusal]]:
+def find_pairs(
+    model: nn.Module, run: Callable[[], Any], examples: int | None = None
+) -> tuple[list[Found], list[Refusal]]:
     """Return the pairs that train and eval mode agree on, and every refusal with its reason.
 
     Args:
         model: The host; its mode is put back.
         run: Calls the model once without touching training state; the caller guards buffers and random
             numbers.
+        examples: In that run, where they are known.
     """
     modes = {module: module.training for module in model.modules()}
     try:
         with slow_path():
             model.train()
-            train = Finder(model, joined(record(model, run), model))
+            train = Finder(model, joined(record(model, run), model), examples)
             model.eval()
             with torch.no_grad():
-                evaluation = Finder(model, joined(record(model, run), model))
+                evaluation = Finder(model, joined(record(model, run), model), examples)
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -73,7 +77,7 @@ def reachable(
     of ``nn.TransformerEncoderLayer``, which calls neither of its layers, is off while a seam in it is open.)
     """
     modes = {module: module.training for module in model.modules()}
-    seen: list[list[list[str]]] = []
+    seen: list[list[Witness]] = []
     try:
         for training in (True, False):
             model.train(training)
@@ -85,11 +89,10 @@ def reachable(
     kept: list[Found] = []
     refusals: list[Refusal] = []
     for pair, train, evaluation in zip(pairs, *seen, strict=True):
-        wanted = ["entry", *["exit"] * len(pair.site.exits)]
-        if train == evaluation == wanted:
+        if train.passed(pair.site.calls) and evaluation.passed(pair.site.calls):
             kept.append(pair)
             continue
-        mode = "training" if train != wanted else "evaluation"
+        mode = "evaluation" if train.passed(pair.site.calls) else "training"
         names = " and ".join((pair.site.entry, *pair.site.exits))
         reason = f"{names} are not called as modules in {mode}"
         refusals.append(Refusal(pair.site.entry, reason))
@@ -97,65 +100,97 @@ def reachable(
 
 
 def racing(pairs: Sequence[Found]) -> tuple[list[Found], list[Refusal]]:
-    """Keep the pairs a race can take: those with one output that its branch is added to."""
-    kept = [pair for pair in pairs if not pair.site.others]
-    refusals = [Refusal(p.site.entry, why_not_raced(p)) for p in pairs if p.site.others]
+    """Keep the pairs a race can take: those with one output, made once, that its branch is added to."""
+    kept = [pair for pair in pairs if not why_not_raced(pair)]
+    refusals = [Refusal(pair.site.entry, why) for pair in pairs if (why := why_not_raced(pair))]
     return kept, refusals
 
 
 def why_not_raced(pair: Found) -> str:
-    """Say why a race cannot take a place with several exits, and what can."""
-    exits = pair.site.exits
-    return (
-        f"the output of {pair.site.entry} has {len(exits)} consumers ({', '.join(exits)}), and a race adds "
-        "its branch to one output; growth='early' can widen it"
-    )
+    """Say why a race cannot take a place with several exits or calls, and what can; "" where it can."""
+    exits, calls = pair.site.exits, pair.site.calls
+    if len(exits) > 1:
+        return (
+            f"the output of {pair.site.entry} has {len(exits)} consumers ({', '.join(exits)}), and a race "
+            "adds its branch to one output; growth='early' can widen it"
+        )
+    if calls > 1:
+        return (
+            f"{pair.site.entry} is called {times(calls)} in a pass, and a race adds its branch to the output "
+            "of one call; growth='early' can widen it"
+        )
+    return ""
 
 
-def witnessed(pairs: Sequence[Found], run: Callable[[], Any]) -> list[list[str]]:
-    """Return the order in which each pair's seams are passed in one run."""
-    witnesses = [Witness() for _ in pairs]
+def witnessed(pairs: Sequence[Found], run: Callable[[], Any]) -> list[Witness]:
+    """Return how each pair's seams are passed in one run."""
+    witnesses = [Witness(len(pair.site.exits)) for pair in pairs]
     closers: list[Callable[[], None]] = []
     try:
         for pair, witness in zip(pairs, witnesses, strict=True):
             entry, *exits = pair.ends()
             closers += [open_seam(entry, "entry", witness)]
-            closers += [open_seam(exit_, "exit", witness) for exit_ in exits]
+            closers += [
+                open_seam(exit_, "exit", leaving) for exit_, leaving in zip(exits, witness.exits, strict=True)
+            ]
         run()
     finally:
         for close in closers:
             close()
-    return [witness.seen for witness in witnesses]
+    return witnesses
 
 
 class Witness:
-    """Notes the order in which seams are passed."""
+    """Counts how often the seams of a pair are passed, and sees to the order.
 
-    def __init__(self) -> None:
-        self.seen: list[str] = []
+    Args:
+        exits: How many it has.
+    """
+
+    def __init__(self, exits: int) -> None:
+        self.entered, self.ordered = 0, True
+        self.exits = [Leaving(self) for _ in range(exits)]
 
     def enter(self, x: Tensor | None) -> None:
-        """Note the entry."""
-        self.seen.append("entry")
+        """Count the entry."""
+        self.entered += 1
 
     def leave(self, y: Tensor) -> Tensor:
-        """Note the exit."""
-        self.seen.append("exit")
+        """Let outputs pass."""
+        return y
+
+    def passed(self, calls: int) -> bool:
+        """Tell whether entry and exits were called so often, each exit after the entry it belongs to."""
+        return self.ordered and self.entered == calls and all(one.left == calls for one in self.exits)
+
+
+class Leaving:
+    """Counts how often one exit of a pair is passed."""
+
+    def __init__(self, witness: Witness) -> None:
+        self.witness, self.left = witness, 0
+
+    def enter(self, x: Tensor | None) -> None:
+        """Let inputs pass."""
+
+    def leave(self, y: Tensor) -> Tensor:
+        """Count the exit."""
+        self.left += 1
+        self.witness.ordered &= self.left <= self.witness.entered
         return y
 
 
 def agreed(train: Found, evaluation: Found) -> Found:
     """Return the pair both modes found."""
-    if train.site != evaluation.site:
+    ours, theirs = train.site, evaluation.site
+    if ours.calls != theirs.calls:
         raise Refused(
-            f"{train.site.entry} takes another path in eval mode: {describe(train)}, {describe(evaluation)}"
+            f"{ours.entry} is called {times(ours.calls)} in a pass in training and {times(theirs.calls)} in "
+            "eval mode"
         )
+    if ours != theirs:
+        raise Refused(f"{ours.entry} takes another path in eval mode: {described(ours)}, {described(theirs)}")
     return train
-
-
-def describe(pair: Found) -> str:
-    """Write a pair's path."""
-    return " → ".join((pair.site.entry, *pair.site.between, " + ".join(pair.site.exits)))
 
 
 def select(places: Iterable[Place], refusals: Sequence[Refusal], sites: Sites = "auto") -> list[Place]:

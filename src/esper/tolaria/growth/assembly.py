@@ -32,7 +32,7 @@ from esper.tolaria.growth.budget import Limits, limits, merged_budget
 from esper.tolaria.growth.commit import Committer
 from esper.tolaria.growth.entrance import as_needed, first_probe, held_out, named_optimizers, refuse_uneven
 from esper.tolaria.growth.forging import Forging
-from esper.tolaria.growth.recipe import takes_forks
+from esper.tolaria.growth.recipe import is_raced
 from esper.tolaria.growth.streams import Streams
 from esper.tolaria.surgery.adoption import refuse_homeless
 from esper.tolaria.surgery.own import OwnOptimizers
@@ -115,7 +115,7 @@ def assemble(
             smoothing=config.telemetry.smoothing,
             sampling=config.telemetry.sampling,
             deepen=config.growth in ("auto", "early"),
-            forks=takes_forks(config.growth, host),
+            raced=is_raced(config.growth, host),
         )
         refuse_branches(model, optimizers)
     merged = merged_budget(budget, config.budget, model.parameter_count(), model.flops)

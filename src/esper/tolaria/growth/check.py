@@ -18,18 +18,18 @@ ROUNDING = 24  # units of machine precision, times the largest output: 2e-6 Â· â
 
 
 def output(model: MorphableModel, layer: nn.Module, run: Callable[[], Any]) -> Tensor:
-    """Return a layer's output on the probe batch, in eval mode.
+    """Return a layer's output on the probe batch, in eval mode; of several calls, that of the last.
 
     Raises:
         SurgeryError: The probe does not reach it.
     """
-    return outputs(model, {"": layer}, run)[""]
+    return outputs(model, {"": layer}, run)[""][-1]
 
 
 def outputs(
     model: MorphableModel, layers: Mapping[str, nn.Module], run: Callable[[], Any]
-) -> dict[str, Tensor]:
-    """Return several layers' outputs in one pass.
+) -> dict[str, list[Tensor]]:
+    """Return several layers' outputs in one pass, those of every call.
 
     Raises:
         SurgeryError: The probe does not reach one of them.
@@ -40,7 +40,7 @@ def outputs(
             stack.callback(open_seam(layer, "exit", captures[name]))
         with evaluating(model), untouched(model.host, seed=0), slow_path():
             run()
-    found = {name: capture.y for name, capture in captures.items() if capture.y is not None}
+    found = {name: capture.outputs for name, capture in captures.items() if capture.outputs}
     if missed := layers.keys() - found.keys():
         raise SurgeryError(f"the probe did not reach the grown layer {', '.join(sorted(missed))}".rstrip())
     return found
@@ -62,15 +62,15 @@ def deviation(branch: Tensor, grown: Tensor) -> float:
 
 
 class Capture:
-    """Keeps the last output that passes a seam."""
+    """Keeps the outputs that pass a seam."""
 
     def __init__(self) -> None:
-        self.y: Tensor | None = None
+        self.outputs: list[Tensor] = []
 
     def enter(self, x: Tensor | None) -> None:
         """Let inputs pass."""
 
     def leave(self, y: Tensor) -> Tensor:
         """Keep the output and let it pass."""
-        self.y = y.detach()
+        self.outputs.append(y.detach())
         return y

@@ -17,7 +17,7 @@ from esper.tamiyo.triggers import Trigger
 from esper.tolaria.growth.assembly import widenings
 from esper.tolaria.growth.budget import limits, merged_budget
 from esper.tolaria.growth.entrance import refuse_host
-from esper.tolaria.growth.recipe import recipe_of, takes_forks, with_growth
+from esper.tolaria.growth.recipe import is_raced, recipe_of, with_growth
 
 
 def plan(
@@ -43,10 +43,10 @@ def plan(
     """
     refuse_host(model)
     settings = with_growth(load_config(config), growth)
-    forks = takes_forks(settings.growth, model)
+    raced = is_raced(settings.growth, model)
     deepen = settings.growth in ("auto", "early")
     wrapped = wrap(
-        model, example_inputs, sites=sites, blueprints=settings.blueprints, forks=forks, deepen=deepen
+        model, example_inputs, sites=sites, blueprints=settings.blueprints, raced=raced, deepen=deepen
     )
     made = summary(wrapped)
     merged = merged_budget(budget, settings.budget, made.parameters, made.flops)

@@ -8,17 +8,18 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from esper.errors import ProbeError
-from esper.kasmina.coupling import independent
+from esper.kasmina.coupling import followed, independent
 from esper.kasmina.evidence import count_examples, join
 from esper.kasmina.isolation import evaluating, same_generators, untouched
 from esper.kasmina.lessons import first
 from esper.kasmina.places import Place
 from esper.kasmina.reopen import SATURATED, TEMPER, How, guess, multipliable, output_layers, tempered
 from esper.kasmina.score import Score, Scored
-from esper.kasmina.sight import Run
+from esper.kasmina.sight import Run, differentiates
 from esper.kasmina.significance import Spending, p_value, smallest
 
 ENOUGH = "already wide enough"
@@ -69,6 +70,7 @@ class Evidence:
         self.outputs: list[nn.Module] = []
         self.guess: float | None = None
         self.independent: bool | None = None
+        self.inner = False  # whether the loss takes gradients inside itself
         held = self.probe()
         self.learn_loss(held)
         self.found_values = sum(map(count_examples, held)) if self.independent else len(held)
@@ -124,8 +126,14 @@ class Evidence:
         """Find out once what kind of loss this is."""
         few = first(held[0], 64)
         places = self.growth.morphable.places
-        by_example = self.parts.per_example is not None
-        self.independent = by_example or independent(self.host, self.parts.run, places, few)
+        if self.parts.per_example is None:
+            self.independent = independent(self.host, self.parts.run, places, few)
+        else:
+            with evaluating(self.host), torch.enable_grad():
+                self.independent = followed(self.host, self.mean_of_examples, places, few)
+        run = self.parts.run if self.parts.per_example is None else self.mean_of_examples
+        with evaluating(self.host):
+            self.inner = differentiates(self.host, places, lambda: run(few))
         with evaluating(self.host), untouched(self.host, 0):
             self.outputs = output_layers(self.host, lambda: self.parts.run(few))
             self.guess = guess(self.outputs, lambda: self.parts.run(few))
@@ -139,7 +147,7 @@ class Evidence:
         """
         held = self.probe()
         seed = self.parts.streams.draw("evidence")
-        score = Score(self.host, places, units, self.growth.peers)
+        score = Score(self.host, places, units, self.growth.peers, self.inner)
         alone = self.independent is True
         with tempered(self.outputs, TEMPER if self.guess is not None else 1.0):
             score.fit(self.runs([*self.batches], alone), seed)

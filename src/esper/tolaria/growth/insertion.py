@@ -93,8 +93,9 @@ class Insertion:
             with committer.everywhere():
                 now = outputs(self.model, exits, committer.run)
                 for path in exits:
-                    if said[path].shape == now[path].shape:  # an exit that is widened itself has more to say
-                        deviation(said[path], now[path])
+                    for old, new in zip(said[path], now[path], strict=True):  # call by call
+                        if old.shape == new.shape:  # an exit that is widened itself has more to say
+                            deviation(old, new)
         except ProcessError:
             raise
         except FAILURES as error:

@@ -42,13 +42,13 @@ def recipe_of(chosen: Choice, model: MorphableModel) -> Recipe:
     return "early" if widens and trained_whole(model.host) else "incubate"
 
 
-def takes_forks(chosen: Choice, host: nn.Module) -> bool:
-    """Tell before the places are known whether layers with several consumers may be among them.
+def is_raced(chosen: Choice, host: nn.Module) -> bool:
+    """Tell before the places are known whether a race has to be able to take them.
 
-    A race cannot take them. Where one would be chosen only because nothing can be widened, they count: they
-    can be.
+    It takes no layer with several consumers or several calls. Where a race would be chosen only because
+    nothing can be widened, these count: they can be.
     """
-    return chosen != "incubate" and (chosen != "auto" or trained_whole(host))
+    return chosen == "incubate" or (chosen == "auto" and not trained_whole(host))
 
 
 def trained_whole(host: nn.Module) -> bool:
