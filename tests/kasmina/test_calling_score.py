@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from esper.kasmina.morphable import MorphableModel
 from esper.kasmina.score import Score, Scored
 from esper.kasmina.sight import differentiates, passes
-from esper.kasmina.significance import p_value
+from tests.kasmina.learning import learned, p_of
 
 Batch = tuple[Tensor, Tensor]
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -78,19 +78,7 @@ def scored(
 
 def trained(loss: Loss, make: Callable[[int], Batch], seed: int, steps: int = 150) -> nn.Sequential:
     torch.manual_seed(seed)
-    net = net_of()
-    optimizer = torch.optim.Adam(net.parameters(), 0.02)
-    for step in range(steps):
-        optimizer.zero_grad()
-        loss(net, make(1000 + step)).backward()
-        optimizer.step()
-    return net
-
-
-def p_of(one: Scored) -> float:
-    found = p_value(one.values)
-    assert found is not None
-    return found
+    return learned(net_of(), loss, make, steps)
 
 
 def same(one: Scored, other: Scored) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from esper.kasmina.fork import Fork
 from esper.kasmina.morphable import MorphableModel
 from esper.kasmina.score import Score, Scored
-from esper.kasmina.significance import p_value
+from tests.kasmina.learning import learned, p_of
 from tests.kasmina.zoo import Net
 
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -84,19 +84,7 @@ def scored(
 
 def trained(make: Callable[[int], Batch], seed: int, steps: int = 150, apart: bool = False) -> Net:
     torch.manual_seed(seed)
-    net = trunk(apart=apart)
-    optimizer = torch.optim.Adam(net.parameters(), 0.02)
-    for step in range(steps):
-        optimizer.zero_grad()
-        loss_fn(net, make(1000 + step)).backward()
-        optimizer.step()
-    return net
-
-
-def p_of(one: Scored) -> float:
-    found = p_value(one.values)
-    assert found is not None
-    return found
+    return learned(trunk(apart=apart), loss_fn, make, steps)
 
 
 @pytest.mark.parametrize("loss", [loss_fn, first_only], ids=["both heads", "a head that the loss leaves out"])

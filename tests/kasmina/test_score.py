@@ -16,9 +16,9 @@ from esper.kasmina.layers import affine
 from esper.kasmina.morphable import MorphableModel
 from esper.kasmina.score import Score, Scored
 from esper.kasmina.sight import passes
-from esper.kasmina.significance import p_value
 from esper.kasmina.widen import HostKernel
 from tests.kasmina import zoo
+from tests.kasmina.learning import learned, p_of
 
 Batch = tuple[Tensor, Tensor]
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -67,19 +67,7 @@ def noise(seed: int, examples: int = 512) -> Batch:
 def trained(make: Callable[[int], Batch], seed: int, hidden: int = 2, steps: int = 150) -> nn.Sequential:
     torch.manual_seed(seed)
     net = nn.Sequential(nn.Linear(4, hidden), nn.ReLU(), nn.Linear(hidden, 2))
-    optimizer = torch.optim.Adam(net.parameters(), 0.02)
-    for step in range(steps):
-        loss = cross_entropy(net, make(1000 + step))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return net
-
-
-def p_of(one: Scored) -> float:
-    found = p_value(one.values)
-    assert found is not None
-    return found
+    return learned(net, cross_entropy, make, steps)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -24,7 +24,7 @@ from esper.errors import ProbeError
 from esper.kasmina.evidence import split_batch, take
 from esper.kasmina.isolation import evaluating, untouched
 from esper.kasmina.places import Place
-from esper.kasmina.sight import Sight, passes
+from esper.kasmina.sight import Sight, by_example, passes
 
 PARTS = 3  # of a batch: those asked, and the two that stand beside them
 ALIKE = 1e-4  # relative, by which gradients may differ: a term .01 × std(0) moves them by 8e-4
@@ -79,7 +79,7 @@ def gradients(
     """Return what the first examples of a batch get back at all places, flat, in float64."""
     sights = shown(model, run, places, batch)
     back = [seen.gradient for name in sorted(sights) for view in sights[name] for seen in view.exits]
-    rows = [by_example(gradient, 2 * each) for gradient in back]
+    rows = [by_example(gradient, 2 * each) for gradient in back if gradient is not None]
     found = [one[:each].flatten().double() for one in rows if one is not None]
     return torch.cat(found) if found else torch.empty(0)
 
@@ -111,15 +111,6 @@ def shown(
     with untouched(model, seed=0):
         (sights,) = (seen for seen, _ in passes(model, places, [(lambda: run(batch), 0)]))
     return sights
-
-
-def by_example(gradient: Tensor | None, examples: int) -> Tensor | None:
-    """Return a gradient's rows by example; axis 0 is theirs or a multiple of it, or axis 1 is."""
-    if gradient is None:
-        return None
-    if gradient.shape[0] % examples and gradient.dim() > 1 and gradient.shape[1] == examples:
-        gradient = gradient.transpose(0, 1)
-    return None if gradient.shape[0] % examples else gradient.reshape(examples, -1)
 
 
 def counted_rows(batch: Any) -> Tensor:

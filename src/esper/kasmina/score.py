@@ -30,7 +30,7 @@ from esper.kasmina.inlaid import Columns, Inlay, Steps
 from esper.kasmina.isolation import same_randomness, untouched
 from esper.kasmina.peers import ALONE, Peers
 from esper.kasmina.places import Place
-from esper.kasmina.sight import Run, Sight, judged, judging, passes
+from esper.kasmina.sight import Run, Sight, by_example, judged, judging, passes
 from esper.kasmina.stack import DepthKernel
 from esper.kasmina.widen import HostKernel
 
@@ -347,12 +347,9 @@ def moved_along(kernel: LiveKernel, x: Tensor, direction: Mapping[str, Tensor]) 
 
 
 def per_example(values: Tensor, examples: int) -> Tensor:
-    """Sum up what belongs to each example; axis 0 is theirs, or a multiple of it."""
-    if values.dim() > 1 and values.shape[0] != examples and values.shape[1] == examples:
-        values = values.transpose(0, 1)
-    if values.shape[0] % examples:
-        return values.sum().reshape(1) / examples
-    return values.reshape(examples, -1).sum(1)
+    """Sum up what belongs to each example, (examples,); (1,) where no row is anybody's."""
+    rows = by_example(values, examples)
+    return values.sum().reshape(1) / examples if rows is None else rows.sum(1)
 
 
 def picked(place: Place, pool: HostKernel[Any], which: Tensor) -> LiveKernel:

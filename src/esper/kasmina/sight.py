@@ -222,3 +222,13 @@ def differentiates(model: nn.Module, places: Mapping[str, Place], run: Callable[
     with watching(places) as eyes, untouched(model, seed=0), torch.enable_grad():
         run()
     return any(eye.differentiated for eye in eyes.values())
+
+
+def by_example(tensor: Tensor, examples: int) -> Tensor | None:
+    """Return the rows of each example, (examples, …); None where they are nobody's.
+
+    Axis 0 is the examples', or a multiple of it, or axis 1 is, where time comes first.
+    """
+    if tensor.dim() > 1 and tensor.shape[0] != examples and tensor.shape[1] == examples:
+        tensor = tensor.transpose(0, 1)
+    return None if tensor.shape[0] % examples else tensor.reshape(examples, -1)

@@ -18,7 +18,12 @@ Cost = Callable[
 
 
 def due(shares: Sequence[float], rates: Sequence[float] | None, steps: int) -> list[int]:
-    """Return the steps of a run at which it has done these shares of its learning.
+    """Return the steps of a run at which it has done these shares of its learning, see :func:`placed`."""
+    return sorted(placed(shares, rates, steps))
+
+
+def placed(shares: Sequence[float], rates: Sequence[float] | None, steps: int) -> dict[int, float]:
+    """Map the steps of a run to the shares of its learning that it has done there.
 
     Learning is the sum of learning rates: under a cosine .07, .2, .4, .6 of it are .04, .1, .21, .33 of the
     steps. A rate that stays or rises is no reason to wait: no event comes later than three quarters of its
@@ -33,12 +38,12 @@ def due(shares: Sequence[float], rates: Sequence[float] | None, steps: int) -> l
     if rates is None:
         rates = [0.5 * (1 + math.cos(math.pi * (i + 0.5) / steps)) for i in range(steps)]
     learned = list(itertools.accumulate(rates))
-    found, at = set[int](), 0
+    found, at = dict[int, float](), 0
     for share in sorted(shares):
         while at < len(learned) - 1 and learned[at] < share * learned[-1]:
             at += 1
-        found.add(max(min(at + 1, round(LATEST * share * steps)), 1))
-    return sorted(found) if learned[-1] > 0 else []
+        found[max(min(at + 1, round(LATEST * share * steps)), 1)] = share
+    return found if learned[-1] > 0 else {}
 
 
 def wanted(site: Site, factor: float) -> int:

@@ -127,13 +127,12 @@ class Evidence:
         few = first(held[0], 64)
         places = self.growth.morphable.places
         if self.parts.per_example is None:
-            self.independent = independent(self.host, self.parts.run, places, few)
+            self.independent = independent(self.host, self.run, places, few)
         else:
             with evaluating(self.host), torch.enable_grad():
-                self.independent = followed(self.host, self.mean_of_examples, places, few)
-        run = self.parts.run if self.parts.per_example is None else self.mean_of_examples
+                self.independent = followed(self.host, self.run, places, few)
         with evaluating(self.host):
-            self.inner = differentiates(self.host, places, lambda: run(few))
+            self.inner = differentiates(self.host, places, lambda: self.run(few))
         with evaluating(self.host), untouched(self.host, 0):
             self.outputs = output_layers(self.host, lambda: self.parts.run(few))
             self.guess = guess(self.outputs, lambda: self.parts.run(few))
@@ -163,11 +162,12 @@ class Evidence:
         """Return passes over batches: joined where examples count alone, as they came where they do not."""
         given = join(batches) if alone else list(batches)
         few = [first(batch, self.most) for batch in given]
-        run = self.parts.run if self.parts.per_example is None else self.mean_of_examples
-        return [((lambda b=batch: run(b)), count_examples(batch)) for batch in few]
+        return [((lambda b=batch: self.run(b)), count_examples(batch)) for batch in few]
 
-    def mean_of_examples(self, batch: Any) -> Tensor:
-        """Return the mean of the losses that ``per_example`` gives."""
+    def run(self, batch: Any) -> Tensor:
+        """Return the loss that is evidence: the user's, or the mean of what ``per_example`` gives."""
+        if self.parts.per_example is None:
+            return self.parts.run(batch)
         return self.parts.per_example(self.host, batch).mean()
 
     @property

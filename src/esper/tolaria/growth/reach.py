@@ -43,13 +43,15 @@ class Reach:
         pairs = {n: p for n, p in found.items() if isinstance(p, WidenPlace)}
         if not stacks or not self.allocated(stacks, self.growth.room()):
             return {**pairs}
-        widths: dict[str, Place] = {n: p for n, p in pairs.items() if not self.inside(p) or lacking(p) > 0}
+        inside = self.paths_of_blocks()
+        widths: dict[str, Place] = {
+            n: p for n, p in pairs.items() if not p.site.entry.startswith(inside) or lacking(p) > 0
+        }
         return widths if 1 + len(self.timetable.due) > self.timetable.late else {**widths, **stacks}
 
-    def inside(self, place: Place) -> bool:
-        """Tell whether a place is within a block of a stack."""
-        stacks = tuple(f"{stack.container}." for stack in self.growth.morphable.stacks.values())
-        return place.site.entry.startswith(stacks)
+    def paths_of_blocks(self) -> tuple[str, ...]:
+        """Return how the path of what stands within a block of a stack begins."""
+        return tuple(f"{stack.container}." for stack in self.growth.morphable.stacks.values())
 
     def gone(self, names: Iterable[str]) -> dict[str, str]:
         """Return the places of which a layer was replaced by hand, and which one."""
@@ -78,17 +80,24 @@ class Reach:
             return {}
         reserve = 0 if self.growth.morphable.stacks else self.timetable.late
         left = min(max(1 + len(self.timetable.due) - reserve, 1), room.events)
-        sites = [self.bounded(place) for place in places.values()]
+        inside = self.paths_of_blocks()
+        sites = [bounded(place, inside) for place in places.values()]
         cost = GrowthCost(self.growth.morphable.host, places)
         return allocate(sites, self.settings.factor, left, room, cost)
 
-    def bounded(self, place: Place) -> Site:
-        """Return a place's site: what is narrow inside a block becomes as wide as the stream, no wider."""
-        site = place.site
-        if not isinstance(place, WidenPlace) or not self.inside(place) or lacking(place) <= 0:
-            return site
-        groups = math.ceil(lacking(place) / site.granularity)
-        return replace(site, most=groups * site.granularity)
+
+def bounded(place: Place, inside: tuple[str, ...]) -> Site:
+    """Return a place's site: what is narrow inside a block becomes as wide as the stream, no wider.
+
+    Args:
+        place: Any.
+        inside: How paths within blocks begin.
+    """
+    site = place.site
+    if not site.entry.startswith(inside) or not isinstance(place, WidenPlace) or lacking(place) <= 0:
+        return site
+    groups = math.ceil(lacking(place) / site.granularity)
+    return replace(site, most=groups * site.granularity)
 
 
 def lacking(place: WidenPlace) -> int:

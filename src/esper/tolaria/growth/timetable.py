@@ -8,7 +8,7 @@ from typing import Any
 from torch.optim.lr_scheduler import LRScheduler
 
 from esper.kasmina.evidence import count_examples
-from esper.tamiyo.early import due
+from esper.tamiyo.early import placed
 from esper.tamiyo.triggers import Trigger
 from esper.tolaria.growth.evidence import RECENT
 from esper.tolaria.growth.rates import forecast, moves
@@ -52,8 +52,8 @@ class Timetable:
             return []
         optimizer = next(iter(self.parts.optimizers.values()))
         rates = forecast(self.parts.schedulers, optimizer, steps, now)
-        self.shares |= {step: share for share in self.settings.shares for step in due([share], rates, steps)}
-        return [step for step in due(self.settings.shares, rates, steps) if step > now]
+        self.shares = placed(self.settings.shares, rates, steps)
+        return sorted(step for step in self.shares if step > now)
 
     @property
     def learned(self) -> float:
