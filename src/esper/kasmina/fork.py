@@ -13,11 +13,12 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from esper.contracts import Site, WidenEdit, WidenPlan
+from esper.contracts import Site, WidenPlan
 from esper.kasmina.between import Step
-from esper.kasmina.layers import affine, grown_inputs, grown_outputs, in_axis, out_axis, out_size, weight_of
+from esper.kasmina.draft import Draft
+from esper.kasmina.layers import affine, out_size, weight_of
 from esper.kasmina.outlets import Outlet, column_names
-from esper.kasmina.pairs import edit, unit_parameters
+from esper.kasmina.pairs import unit_parameters
 from esper.kasmina.widen import HostKernel
 
 
@@ -89,22 +90,13 @@ class Fork:
 
     def plan(self, units: int) -> WidenPlan:
         """Write down what grows when ``units`` are added; sources are the kernel's tensor names."""
-        entry, producer = self.site.entry, self.producer
-        edits: list[WidenEdit] = [
-            edit(f"{entry}.weight", out_axis(producer), producer.weight, units, "producer_weight")
-        ]
-        attributes = grown_outputs(entry, producer, units)
-        if producer.bias is not None:
-            edits.append(edit(f"{entry}.bias", 0, producer.bias, units, "producer_bias"))
+        draft = Draft(self.site.name, units)
+        draft.rows("producer", self.site.entry, self.producer)
         for role, step in self.steps():
-            for own, host in step.grows():
-                edits.append(edit(host, 0, step.tensors()[own], units, f"{role}_{own}"))
-            attributes.extend(step.attributes(units))
+            draft.between(role, step)
         for name, branch in zip(column_names(self.outlets), self.branches, strict=True):
-            consumer, added = branch.outlet.consumer, units * branch.outlet.columns
-            edits.append(edit(f"{branch.path}.weight", in_axis(consumer), consumer.weight, added, name))
-            attributes += grown_inputs(branch.path, consumer, added)
-        return WidenPlan(self.site.name, units, tuple(edits), tuple(attributes))
+            draft.columns(name, branch.path, branch.outlet.consumer, branch.outlet.columns)
+        return draft.plan()
 
 
 class ForkKernel(HostKernel[Fork]):

@@ -12,19 +12,16 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from esper.contracts import Site, WidenEdit, WidenPlan
+from esper.contracts import Site, WidenPlan
 from esper.kasmina.between import Step
+from esper.kasmina.draft import Draft
 from esper.kasmina.layers import (
     affine,
-    grown_inputs,
-    grown_outputs,
-    in_axis,
-    out_axis,
     out_size,
     weight_of,
 )
 from esper.kasmina.outlets import Outlet
-from esper.kasmina.pairs import edit, unit_parameters
+from esper.kasmina.pairs import unit_parameters
 from esper.kasmina.widen import HostKernel
 
 
@@ -74,31 +71,19 @@ class GatedPair:
         parameters = unit_parameters(self.producer) + unit_parameters(self.partner) + outgoing
         parameters += sum(step.unit_parameters() for step in (*self.left, *self.right, *self.steps))
         flops = round(2 * (incoming * self.places[0] + outgoing * self.places[1])) + self.step_flops
-        site = replace(
-            self.site, width=out_size(self.producer), unit_parameters=parameters, unit_flops=round(flops)
-        )
+        site = replace(self.site, width=out_size(self.producer), unit_parameters=parameters, unit_flops=flops)
         return replace(self, site=site)
 
     def plan(self, units: int) -> WidenPlan:
         """Write down what grows when ``units`` are added; sources are the kernel's tensor names."""
-        edits: list[WidenEdit] = []
-        attributes: list[tuple[str, str, int]] = []
-        sides = (("producer", self.site.entry, self.producer), ("partner", self.partner_name, self.partner))
-        for role, path, layer in sides:
-            edits.append(edit(f"{path}.weight", out_axis(layer), layer.weight, units, f"{role}_weight"))
-            if layer.bias is not None:
-                edits.append(edit(f"{path}.bias", 0, layer.bias, units, f"{role}_bias"))
-            attributes += grown_outputs(path, layer, units)
+        draft = Draft(self.site.name, units)
+        draft.rows("producer", self.site.entry, self.producer)
+        draft.rows("partner", self.partner_name, self.partner)
         for role, steps in (("left", self.left), ("right", self.right), ("between", self.steps)):
             for index, step in enumerate(steps):
-                for own, host in step.grows():
-                    edits.append(edit(host, 0, step.tensors()[own], units, f"{role}_{index}_{own}"))
-                attributes.extend(step.attributes(units))
-        added, exit_ = units * self.columns, self.site.exit
-        axis = in_axis(self.consumer)
-        edits.append(edit(f"{exit_}.weight", axis, self.consumer.weight, added, "consumer_weight"))
-        attributes += grown_inputs(exit_, self.consumer, added)
-        return WidenPlan(self.site.name, units, tuple(edits), tuple(attributes))
+                draft.between(f"{role}_{index}", step)
+        draft.columns("consumer_weight", self.site.exit, self.consumer, self.columns)
+        return draft.plan()
 
 
 class GatedKernel(HostKernel[GatedPair]):

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from esper.contracts import Site, WidenEdit, WidenPlan
+from esper.kasmina.draft import edit
 from esper.kasmina.layers import (
     affine,
     grown_inputs,
@@ -27,7 +28,7 @@ from esper.kasmina.layers import (
     out_size,
 )
 from esper.kasmina.outlets import Outlet
-from esper.kasmina.pairs import edit, unit_parameters
+from esper.kasmina.pairs import unit_parameters
 from esper.kasmina.widen import HostKernel
 
 ROLES = ("producer", "key", "value")

@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 from torch import nn
 
-from esper.contracts import Site, WidenEdit, WidenPlan
+from esper.contracts import Site, WidenPlan
 from esper.kasmina.between import Step
-from esper.kasmina.layers import grown_inputs, grown_outputs, in_axis, out_axis, out_size, weight_of
+from esper.kasmina.draft import Draft
+from esper.kasmina.layers import out_size, weight_of
 from esper.kasmina.outlets import Outlet
 from esper.kasmina.widen import WidenKernel
 
@@ -57,33 +58,17 @@ class Pair:
         parameters += sum(step.unit_parameters() for step in self.steps)
         incoming = weight_of(self.producer)[0].numel() * self.places[0]
         flops = round(2 * (incoming + outgoing * self.places[1])) + self.step_flops
-        site = replace(
-            self.site, width=out_size(self.producer), unit_parameters=parameters, unit_flops=round(flops)
-        )
+        site = replace(self.site, width=out_size(self.producer), unit_parameters=parameters, unit_flops=flops)
         return replace(self, site=site)
 
     def plan(self, units: int) -> WidenPlan:
         """Write down what grows when ``units`` are added; sources are the kernel's tensor names."""
-        entry, exit_ = self.site.entry, self.site.exit
-        weight = f"{entry}.weight"
-        edits = [edit(weight, out_axis(self.producer), self.producer.weight, units, "producer_weight")]
-        attributes = grown_outputs(entry, self.producer, units)
-        if self.producer.bias is not None:
-            edits.append(edit(f"{entry}.bias", 0, self.producer.bias, units, "producer_bias"))
+        draft = Draft(self.site.name, units)
+        draft.rows("producer", self.site.entry, self.producer)
         for index, step in enumerate(self.steps):
-            for own, host in step.grows():
-                edits.append(edit(host, 0, step.tensors()[own], units, f"between_{index}_{own}"))
-            attributes.extend(step.attributes(units))
-        added = units * self.columns
-        axis = in_axis(self.consumer)
-        edits.append(edit(f"{exit_}.weight", axis, self.consumer.weight, added, "consumer_weight"))
-        attributes += grown_inputs(exit_, self.consumer, added)
-        return WidenPlan(self.site.name, units, tuple(edits), tuple(attributes))
-
-
-def edit(name: str, axis: int, tensor: Any, added: int, source: str, chunks: int = 1) -> WidenEdit:
-    """Describe one tensor's growth."""
-    return WidenEdit(name, axis, tensor.shape[axis], tensor.shape[axis] + added, source, chunks)
+            draft.between(f"between_{index}", step)
+        draft.columns("consumer_weight", self.site.exit, self.consumer, self.columns)
+        return draft.plan()
 
 
 def unit_parameters(producer: nn.Module) -> int:

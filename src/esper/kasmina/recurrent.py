@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from esper.contracts import Site, WidenEdit, WidenPlan
 from esper.kasmina.between import Step
+from esper.kasmina.draft import edit
 from esper.kasmina.layers import affine, grown_inputs, in_axis, weight_of
 from esper.kasmina.outlets import Outlet
-from esper.kasmina.pairs import edit
 from esper.kasmina.widen import HostKernel
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
