@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from torch import nn
 
 from benchmarks.arms import Setup
 from benchmarks.arms.fixed import Fixed
@@ -47,8 +48,8 @@ class Planted(Fixed):
         """Wake the site, give it its kernel at full strength (which adds zero), and keep it."""
         x, y = (part[:64] for part in self.split.probe)
 
-        def run() -> torch.Tensor:
-            return self.task.loss(self.net(x), y)
+        def run(net: nn.Module) -> torch.Tensor:
+            return self.task.loss(net(x), y)
 
         blueprint = self.site.partition("+")[2] or "widen"
         model = MorphableModel(self.net, run, len(x), sites=[self.site], blueprints=[blueprint])

@@ -127,7 +127,8 @@ def test_a_place_whose_units_do_not_run_closes_no_other() -> None:
     )
     ran = run(net, draw=images)
     assert not ran.outcomes("0>3")
-    assert any("units do not run" in reason for reason in ran.reasons)
+    (reason,) = (r.reason for r in ran.growth.morphable.refusals if r.place == "0")
+    assert "0 is a Same with a forward of its own" in reason
     assert net[3].out_features > 1, "the other place grows"
 
 
@@ -145,10 +146,11 @@ def test_a_place_that_cannot_be_inserted_is_tried_once() -> None:
     assert net.a.out_features > 1, "the other place grows"
 
 
-def test_a_pruned_bias_is_tried_once() -> None:
+def test_a_pruned_bias_is_refused() -> None:
     net = narrow()
     prune.random_unstructured(net[0], "bias", 0.0)
-    assert len(run(net).outcomes()) <= 1
+    refusals = run(net).growth.morphable.refusals
+    assert any("the bias of 0 is parametrised (or pruned)" in one.reason for one in refusals)
 
 
 @pytest.mark.parametrize("step", [12, 22])

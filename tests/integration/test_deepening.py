@@ -247,8 +247,8 @@ def test_a_kernel_is_what_the_block_adds(deep: Deep) -> None:
 def test_morphable_offers_stacks_only_where_asked() -> None:
     net, given = HOSTS["gpt"](), batch("gpt")
     run = lambda: loss_fn(net, given)  # noqa: E731
-    assert "blocks+block" not in MorphableModel(net, run, 16).places
-    model = MorphableModel(net, run, 16, deepen=True)
+    assert "blocks+block" not in MorphableModel(net, lambda m: loss_fn(m, given), 16).places
+    model = MorphableModel(net, lambda m: loss_fn(m, given), 16, deepen=True)
     assert list(model.stacks) == ["blocks+block"]
     assert set(model.pairs).isdisjoint(model.stacks)
     model.refresh(run)

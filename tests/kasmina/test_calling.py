@@ -221,7 +221,7 @@ def test_a_race_takes_one_call_and_says_what_takes_more() -> None:
     net = flat(views)
     x = FLAT.float()
     with pytest.raises(SiteError, match=r"a is called 2 times in a pass.*growth='early' can widen it"):
-        MorphableModel(net.float(), lambda: net(x), len(x), blueprints=["widen"], raced=True)
+        MorphableModel(net.float(), lambda m: m(x), len(x), blueprints=["widen"], raced=True)
     planned = esper.plan(net, x, steps=100)
     assert planned.growth == "early"
     assert [row["name"] for row in planned.sites] == ["a>b"]

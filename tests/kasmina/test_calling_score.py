@@ -64,7 +64,7 @@ def noise(seed: int, examples: int = 512) -> Batch:
 def scored(
     net: nn.Module, loss: Loss, train: Sequence[Batch], held: Sequence[Batch], alone: bool = True, **how: Any
 ) -> Scored:
-    model = MorphableModel(net, lambda: loss(net, held[0]), len(held[0][1]))
+    model = MorphableModel(net, lambda m: loss(m, held[0]), len(held[0][1]))
     score = Score(net, model.places, dict.fromkeys(model.places, 8), **how)
     learned, tested = (
         [((lambda b=batch: loss(net, b)), len(batch[1])) for batch in batches] for batches in (train, held)
@@ -166,7 +166,7 @@ def curved(seed: int = 0) -> nn.Sequential:
 
 def test_a_gradient_taken_inside_is_noticed_and_is_not_taken_for_that_of_the_loss() -> None:
     net, batch = curved(), field(1)
-    places = MorphableModel(net, lambda: physics(net, batch), len(batch[1])).places
+    places = MorphableModel(net, lambda m: physics(m, batch), len(batch[1])).places
     assert differentiates(net, places, lambda: physics(net, batch))
     assert not differentiates(net, places, lambda: whole(net, signs(1)))
     ((sights, _),) = passes(net, places, [(lambda: physics(net, batch), len(batch[1]))])

@@ -29,7 +29,7 @@ class Host(nn.Module):
 
 def places(model: nn.Module, loss_fn: Any, batch: Any) -> dict[str, Place]:
     x = batch["x"] if isinstance(batch, dict) else batch[0]
-    return MorphableModel(model, lambda: loss_fn(model, batch), len(x)).places
+    return MorphableModel(model, lambda m: loss_fn(m, batch), len(x)).places
 
 
 def asked(model: nn.Module, loss_fn: Any, batch: Any) -> bool | None:

@@ -259,7 +259,7 @@ def test_making_a_plan_draws_no_random_number() -> None:
 def test_a_race_takes_no_forks_and_says_what_does() -> None:
     net = trunk(lambda s, h: both(s, torch.relu(h)))
     with pytest.raises(SiteError, match=r"a has 2 consumers \(c, m\).*growth='early' can widen it"):
-        MorphableModel(net, lambda: net(FLAT), len(FLAT), blueprints=["widen"], raced=True)
+        MorphableModel(net, lambda m: m(FLAT), len(FLAT), blueprints=["widen"], raced=True)
 
 
 def test_sites_can_be_chosen_by_any_consumer() -> None:

@@ -70,7 +70,7 @@ def one_useful(seed: int, examples: int = 512) -> Batch:
 def scored(
     net: nn.Module, train: Sequence[Batch], held: Sequence[Batch], units: int = 8, loss: Loss = loss_fn
 ) -> Scored:
-    model = MorphableModel(net, lambda: loss_fn(net, held[0]), len(held[0][1]), "auto")
+    model = MorphableModel(net, lambda m: loss_fn(m, held[0]), len(held[0][1]), "auto")
     assert len(model.places) == 1
     score = Score(net, model.places, dict.fromkeys(model.places, units))
     learned, tested = (

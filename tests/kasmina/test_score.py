@@ -29,7 +29,7 @@ def cross_entropy(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def morphable(net: nn.Module, loss: Loss, batch: Batch) -> MorphableModel:
-    return MorphableModel(net, lambda: loss(net, batch), len(batch[1]), "auto")
+    return MorphableModel(net, lambda m: loss(m, batch), len(batch[1]), "auto")
 
 
 def runs(net: nn.Module, loss: Loss, batches: Sequence[Batch]) -> list[tuple[Callable[[], Tensor], int]]:

@@ -117,7 +117,7 @@ REFUSED: dict[str, tuple[nn.Module, Tensor, str, str]] = {
         Net(lambda s, x: s.b(s.a(x)), a=weight_norm(linear()), b=linear()),
         FLAT,
         "a",
-        "the weight of a is parametrised",
+        r"the weight of a is parametrised \(or pruned\)",
     ),
     "tied": (tied(), FLAT, "a", "a.weight is tied to c"),
     "unused": (two(lambda s, x: x, spare=linear()), FLAT, "spare", "was not called by the probe"),

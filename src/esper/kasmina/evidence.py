@@ -109,6 +109,12 @@ def take(batch: Any, rows: Tensor) -> Any:
     return unflatten(some, nest)
 
 
+def smaller(batch: Any) -> list[Any]:
+    """Return the first half of a batch; none where it is too small to be cut."""
+    half = count_examples(batch) // 2
+    return [take(batch, torch.arange(half))] if half > 1 else []
+
+
 def example_losses(model: nn.Module, loss_fn: LossFunction, batch: Any) -> tuple[Tensor, bool]:
     """Return the loss of every example alone, (examples,), and whether they ran together.
 

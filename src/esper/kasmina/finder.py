@@ -160,10 +160,10 @@ class Finder:
     def own_calls(self, name: str) -> list[Call]:
         """Look for the calls of a layer."""
         module = self.modules[name]
-        if parametrize.is_parametrized(module) or not isinstance(
-            module._parameters.get("weight"), nn.Parameter
-        ):
-            raise Refused(f"the weight of {name} is parametrised")
+        for own in ("weight", "bias"):
+            made = getattr(module, own, None) is not None and own not in module._parameters
+            if made or (own == "weight" and parametrize.is_parametrized(module)):
+                raise Refused(f"the {own} of {name} is parametrised (or pruned)")
         calls: set[int] = set()
         for own in ("weight", "bias"):
             tensor = module._parameters.get(own)

@@ -64,7 +64,28 @@ class Widened:
         self._restore.close()
 
 
-def widen(model: nn.Module, plan: WidenPlan, slices: Mapping[str, Tensor]) -> Widened:
+class Holders:
+    """Which modules hold which parameters: asked once where many places of a model are widened in a row.
+
+    Args:
+        model: Whose modules stay the same meanwhile.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = dict(model.named_modules(remove_duplicate=False))
+        owners: dict[nn.Parameter, set[nn.Module]] = {}  # a module under two names is one owner: no harm
+        aliases: dict[nn.Parameter, list[str]] = {}
+        for path, module in self.modules.items():
+            for leaf, parameter in module._parameters.items():
+                if parameter is not None:
+                    owners.setdefault(parameter, set()).add(module)
+                    aliases.setdefault(parameter, []).append(f"{path}.{leaf}".lstrip("."))
+        self.tied = {n: aliases[p] for p, held in owners.items() if len(held) > 1 for n in aliases[p]}
+
+
+def widen(
+    model: nn.Module, plan: WidenPlan, slices: Mapping[str, Tensor], holders: Holders | None = None
+) -> Widened:
     """Enlarge the tensors that ``plan`` names and set its attributes.
 
     The old part of every tensor stays bit for bit and comes first along the axis, or along each of its
@@ -76,12 +97,14 @@ def widen(model: nn.Module, plan: WidenPlan, slices: Mapping[str, Tensor]) -> Wi
         plan: What becomes how large.
         slices: Per key (``plan.keyed()``) the new part: the tensor's shape, as earlier edits left it, with
             ``new - old`` along ``axis``.
+        holders: Of the model; looked up where it is not given.
 
     Raises:
         SurgeryError: The plan or a slice does not fit the model; nothing was changed.
     """
-    modules = dict(model.named_modules(remove_duplicate=False))
-    _refuse_shared(modules, plan)
+    holders = holders or Holders(model)
+    modules = holders.modules
+    _refuse_shared(holders, plan)
     grown = _extended(modules, plan, slices)
     for path, attribute, _ in plan.attributes:
         if not isinstance(getattr(modules.get(path), attribute, None), int):
@@ -110,6 +133,19 @@ def widen(model: nn.Module, plan: WidenPlan, slices: Mapping[str, Tensor]) -> Wi
         _hold_weights(recurrent)
         restore.callback(_let_go, recurrent)
         return Widened(plan, tuple(changes), restore.pop_all())
+
+
+def asked(holders: Holders, plan: WidenPlan) -> dict[str, list[int]]:
+    """Return the shapes that a plan's slices must have, on the model as it is."""
+    shapes: dict[str, list[int]] = {}
+    found: dict[str, list[int]] = {}
+    for key, edit in plan.keyed():
+        path, _, leaf = edit.name.rpartition(".")
+        shape = shapes.setdefault(edit.name, list(getattr(holders.modules[path], leaf).shape))
+        shape[edit.axis] = edit.new - edit.old
+        found[key] = list(shape)
+        shape[edit.axis] = edit.new
+    return found
 
 
 def empty_slices(model: nn.Module, plan: WidenPlan) -> dict[str, Tensor]:
@@ -287,22 +323,13 @@ def _refuse_unfit(old: Tensor, edit: WidenEdit, key: str, slices: Mapping[str, T
         )
 
 
-def _refuse_shared(modules: Mapping[str, nn.Module], plan: WidenPlan) -> None:
+def _refuse_shared(holders: Holders, plan: WidenPlan) -> None:
     names = [edit.name for edit in plan.edits]
     if len({(edit.name, edit.axis) for edit in plan.edits}) < len(names):
         raise SurgeryError(
             f"the plan for {plan.site!r} names a tensor twice along one axis: {', '.join(names)}; "
             "plan it as two"
         )
-    owners: dict[nn.Parameter, set[nn.Module]] = {}  # a module under two names is one owner: no harm
-    aliases: dict[nn.Parameter, list[str]] = {}
-    for path, module in modules.items():
-        for leaf, parameter in module._parameters.items():
-            if parameter is not None:
-                owners.setdefault(parameter, set()).add(module)
-                aliases.setdefault(parameter, []).append(f"{path}.{leaf}".lstrip("."))
-    for parameter, tied in owners.items():
-        if len(tied) > 1 and not set(aliases[parameter]).isdisjoint(names):
-            raise SurgeryError(
-                f"cannot widen a tied parameter: {' and '.join(aliases[parameter])} are one tensor"
-            )
+    tied = next((holders.tied[name] for name in names if name in holders.tied), None)
+    if tied is not None:
+        raise SurgeryError(f"cannot widen a tied parameter: {' and '.join(tied)} are one tensor")

@@ -12,10 +12,12 @@ from esper.errors import EsperError, ProbeError, SiteError
 from esper.kasmina.blocks import find_blocks
 from esper.kasmina.choice import chosen
 from esper.kasmina.compiling import CompilePolicy, detect
+from esper.kasmina.evidence import smaller
 from esper.kasmina.flops import FlopMeter
 from esper.kasmina.isolation import evaluating, untouched
 from esper.kasmina.layer import KasminaLayer
 from esper.kasmina.places import Place, WidenPlace
+from esper.kasmina.proving import Pass, Proof
 from esper.kasmina.recorder import tensors
 from esper.kasmina.sites import Sites, find_pairs, racing, reachable, select
 from esper.kasmina.stack import Stack
@@ -34,7 +36,7 @@ class MorphableModel(nn.Module):
 
     Args:
         host: The user's model, neither copied nor changed.
-        run: Calls the host once on example data; used to find sites, never kept.
+        call: Calls the host once on example data; used to find sites, never kept.
         examples: Examples in that run, for FLOPs per example.
         sites: Which places to use, see :func:`esper.kasmina.sites.select`.
         seeds_per_site: Slots per site.
@@ -45,12 +47,13 @@ class MorphableModel(nn.Module):
         deepen: Whether stacks of blocks are places too; a race cannot take them.
         raced: Whether to leave out what a race cannot take: layers with several consumers, or called several
             times in one pass.
+        smaller: Calls it on fewer examples; growth is proven at both sizes.
     """
 
     def __init__(
         self,
         host: nn.Module,
-        run: Callable[[], Any],
+        call: Pass,
         examples: int,
         sites: Sites = "auto",
         seeds_per_site: int = 4,
@@ -60,13 +63,15 @@ class MorphableModel(nn.Module):
         sampling: int = 10,
         deepen: bool = False,
         raced: bool = False,
+        smaller: Sequence[Pass] = (),
     ) -> None:
         super().__init__()
+        run = lambda: call(host)  # noqa: E731
         self.host = host
         self.policy = policy or CompilePolicy("none", host)
         self.seeds_per_site = seeds_per_site
         self.examples, self.blueprints, self.raced = examples, tuple(blueprints), raced
-        found, self.refusals = self.find(run)
+        found, self.refusals = self.proven(*self.find(run), [call, *smaller])
         if deepen and {"auto", "deepen"} & set(self.blueprints):
             with untouched(host, seed=0, gather=True):
                 stacks, unfit = find_stacks(host, run, examples)
@@ -99,6 +104,17 @@ class MorphableModel(nn.Module):
                 blocks, unfit = find_blocks(self.host, run, self.examples, graphs)
                 found, refusals = [*found, *blocks], [*refusals, *unfit]
         return found, refusals
+
+    def proven(
+        self, found: Sequence[Place], refusals: Sequence[Refusal], calls: Sequence[Pass]
+    ) -> tuple[list[Place], list[Refusal]]:
+        """Keep the widenings that come out exact on copies; the others are refused with the reason."""
+        pairs = {place.site.name: place for place in found if isinstance(place, WidenPlace)}
+        if not pairs:
+            return list(found), list(refusals)
+        why = Proof(self.host, calls).unproven(pairs)
+        barred = [Refusal(pairs[name].site.entry, reason) for name, reason in why.items()]
+        return [place for place in found if place.site.name not in why], [*refusals, *barred]
 
     def meter(self, run: Callable[[], Any]) -> None:
         """Count the host's forward FLOPs per example."""
@@ -262,14 +278,28 @@ def wrap(
     try:
         policy = detect(model)
         host = policy.host
-        run = lambda: host(*args, **kwargs)  # noqa: E731
         with policy.uncompiled():
-            options = {"policy": policy, "raced": raced, "deepen": deepen}
-            return MorphableModel(host, run, len(given[0]), sites, seeds_per_site, blueprints, **options)
+            return MorphableModel(
+                host,
+                called(args, kwargs),
+                len(given[0]),
+                sites,
+                seeds_per_site,
+                blueprints,
+                policy=policy,
+                raced=raced,
+                deepen=deepen,
+                smaller=[called(*less) for less in smaller((args, kwargs))],
+            )
     except EsperError:
         raise
     except (RuntimeError, TypeError, IndexError) as error:
         raise ProbeError(f"the model does not run on example_inputs: {error}") from error
+
+
+def called(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Pass:
+    """Return what calls a model so."""
+    return lambda model: model(*args, **kwargs)
 
 
 def unwrap(model: MorphableModel) -> nn.Module:

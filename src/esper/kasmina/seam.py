@@ -110,6 +110,12 @@ def is_open(module: nn.Module) -> bool:
     return ATTRIBUTE in module.__dict__
 
 
+def core_of(module: nn.Module) -> nn.Module:
+    """Return the plain object behind an open seam; they share one ``__dict__``."""
+    core: nn.Module = module.__dict__[ATTRIBUTE][1]
+    return core
+
+
 def plain_class(module: nn.Module) -> type[nn.Module]:
     """Return the class a module has without its seam."""
     return type(module.__dict__[ATTRIBUTE][1]) if is_open(module) else type(module)

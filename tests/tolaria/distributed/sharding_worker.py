@@ -256,7 +256,7 @@ def surveys_are_the_same(rank: int, world: int, folder: Path) -> None:
 
     def surveyed(net: nn.Module) -> list[Tensor]:
         with whole(net):
-            model = MorphableModel(net, lambda: net(data[0]), BATCH)
+            model = MorphableModel(net, lambda m: m(data[0]), BATCH)
             assert model.pairs
             found = measure(model, list(model.pairs), [lambda: loss_fn(net, data)], 0, 4, BATCH)
             assert found

@@ -17,7 +17,7 @@ from esper.config import Budget, Config
 from esper.contracts import Event, Observer
 from esper.errors import ProcessError
 from esper.kasmina.compiling import detect
-from esper.kasmina.evidence import LossFunction, count_examples
+from esper.kasmina.evidence import LossFunction, count_examples, smaller
 from esper.kasmina.flops import Ledger
 from esper.kasmina.gate import Gate
 from esper.kasmina.isolation import evaluating, same_randomness, untouched
@@ -107,7 +107,7 @@ def assemble(
         refuse_uneven(per_example, host, batch)
         model = MorphableModel(
             host,
-            lambda: loss_fn(host, batch),
+            lambda model: loss_fn(model, batch),
             count_examples(batch),
             sites,
             blueprints=config.blueprints,
@@ -116,6 +116,7 @@ def assemble(
             sampling=config.telemetry.sampling,
             deepen=config.growth in ("auto", "early"),
             raced=is_raced(config.growth, host),
+            smaller=[lambda model, less=less: loss_fn(model, less) for less in smaller(batch)],
         )
         refuse_branches(model, optimizers)
     merged = merged_budget(budget, config.budget, model.parameter_count(), model.flops)

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from esper.blueprints.kernel import LiveKernel
 from esper.errors import ProcessError
-from esper.kasmina.isolation import same_randomness
+from esper.kasmina.fitting import fitted
 from esper.kasmina.places import WidenPlace
 from esper.kasmina.reopen import TEMPER, How, multiply
 from esper.kasmina.stack import DepthKernel, Stack
-from esper.kasmina.widen import HostKernel
 from esper.tolaria.growth.check import deviation, outputs
 from esper.tolaria.growth.commit import FAILURES, Committer
 from esper.tolaria.growth.takeback import Before
@@ -159,26 +157,3 @@ class Insertion:
                     for value in state.values():
                         if isinstance(value, Tensor):
                             value.zero_()
-
-
-def fitted(place: WidenPlace, given: LiveKernel, units: int) -> HostKernel[Any]:
-    """Build a kernel of a place's present shapes from one made before its neighbours grew.
-
-    Args:
-        place: As it is now.
-        given: Its units are used, the first ones where fewer are asked for.
-        units: How many.
-    """
-    with same_randomness(0):  # what it draws is overwritten; the user's stream stays where it is
-        kernel = place.kernel(units)
-    assert isinstance(kernel, HostKernel)
-    tensors = {**dict(given.named_parameters()), **dict(given.named_buffers())}
-    with torch.no_grad():
-        for name, own in (*kernel.named_parameters(), *kernel.named_buffers()):
-            if name in kernel.outgoing:
-                continue
-            old = tensors[name]
-            own.zero_()
-            window = tuple(slice(0, min(a, b)) for a, b in zip(own.shape, old.shape, strict=True))
-            own[window] = old[window]
-    return kernel

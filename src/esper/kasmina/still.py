@@ -1,0 +1,64 @@
+"""Training without dropout: one form of a function draws other masks than another, and both are right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+# By name, since functional, torch and method forms share it: where the share that is dropped stands.
+SHARES = {
+    "dropout": 1,
+    "dropout_": 1,
+    "dropout1d": 1,
+    "dropout2d": 1,
+    "dropout3d": 1,
+    "alpha_dropout": 1,
+    "alpha_dropout_": 1,
+    "feature_dropout": 1,
+    "feature_dropout_": 1,
+    "feature_alpha_dropout": 1,
+    "feature_alpha_dropout_": 1,
+}
+ATTENTION = "scaled_dot_product_attention"  # (q, k, v, mask, dropout_p)
+
+
+class Still(TorchFunctionMode):
+    """Lets every dropout call drop nothing."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run a call, with a share of zero where it would drop."""
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in SHARES:
+            args, kwargs = with_zero(args, kwargs, SHARES[name], "p")
+        elif name == ATTENTION:
+            args, kwargs = with_zero(args, kwargs, 4, "dropout_p")
+        return func(*args, **kwargs)
+
+
+def with_zero(args: Any, kwargs: dict[str, Any], index: int, name: str) -> tuple[Any, dict[str, Any]]:
+    """Set an argument, given by position or by name, to zero."""
+    if len(args) > index:
+        return (*args[:index], 0.0, *args[index + 1 :]), kwargs
+    return args, {**kwargs, name: 0.0}
+
+
+@contextmanager
+def still(model: nn.Module, enabled: bool = True) -> Iterator[None]:
+    """Let nothing be dropped, between the layers of recurrent ones either."""
+    if not enabled:
+        yield
+        return
+    recurrent = [(module, module.dropout) for module in model.modules() if isinstance(module, nn.RNNBase)]
+    try:
+        for module, _ in recurrent:
+            module.dropout = 0.0
+        with Still():
+            yield
+    finally:
+        for module, share in recurrent:
+            module.dropout = share
