@@ -119,6 +119,9 @@ class Widths(Section):
     min_units: int = Field(1, ge=1, description="smallest widening")
 
 
+RACED = 4  # widenings a race keeps at most, where a budget does not say
+
+
 class Budget(Section):
     """What growth may spend; None is unlimited. Where a count and its multiple are given, the count holds."""
 
@@ -137,11 +140,16 @@ class Budget(Section):
     latency_ms: float | None = Field(
         None, gt=0, description="forward latency on a probe batch at which nothing more grows"
     )
-    growth_events: int = Field(
-        4, ge=0, description="events that grow, or widenings kept where they are raced"
+    growth_events: int | None = Field(
+        None, ge=0, description="events that grow; where they are raced, widenings kept (4 if left out)"
     )
     growth_flops: float | None = Field(None, gt=0, description="training FLOPs all growth may cost")
     wall_seconds: float | None = Field(None, gt=0, description="seconds all growth may take")
+
+    @property
+    def raced_events(self) -> int:
+        """Widenings that a race may keep."""
+        return RACED if self.growth_events is None else self.growth_events
 
     @field_validator("parameters", "model_flops", mode="before")
     @classmethod

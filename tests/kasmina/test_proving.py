@@ -73,7 +73,6 @@ def convolution(forward: Callable[..., Tensor], first: nn.Module, **parts: Any) 
 
 
 INEXACT: dict[str, tuple[Callable[[], nn.Module], Tensor, str]] = {
-    "a pre-hook on the producer": (lambda: hooked(True), X, "a has a forward pre-hook"),
     "a hook on the consumer": (lambda: hooked(False), X, "b has a forward hook"),
     "a forward of its own": (
         lambda: convolution(
@@ -146,6 +145,7 @@ INEXACT["a mask on a gradient"] = (masked, X, "may know its shape")
 
 EXACT: dict[str, tuple[Callable[[], nn.Module], Tensor, int]] = {
     "dropout": (lambda: two(lambda s, x: s.b(s.d(torch.tanh(s.a(x)))), d=nn.Dropout(0.5)), X, 1),
+    "a pre-hook on the producer": (lambda: hooked(True), X, 1),
     "a width of its own": (lambda: two(lambda s, x: s.b(torch.tanh(s.a(x)) / 3)), X, 1),
     "several in a row": (
         lambda: nn.Sequential(

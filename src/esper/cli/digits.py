@@ -80,7 +80,6 @@ class Task:
     host: type[MLP | CNN]
     small: Widths
     budget: float  # how many times its parameters it may grow to
-    widenings: int
     epochs: int = 60
     rate: float = 3e-3  # Adam; the rate the digits bench chooses for the growing nets
 
@@ -91,10 +90,8 @@ class Task:
 
 
 TASKS = (
-    Task("mlp", "MLP with 2 hidden units", MLP, (2,), budget=15.0, widenings=2),  # room for 32 hidden units
-    Task(
-        "cnn", "CNN with 2 and 4 channels", CNN, (2, 4), budget=20.0, widenings=3
-    ),  # room for 15 and 30 channels
+    Task("mlp", "MLP with 2 hidden units", MLP, (2,), budget=15.0),  # room for 32 hidden units
+    Task("cnn", "CNN with 2 and 4 channels", CNN, (2, 4), budget=20.0),  # room for 15 and 30 channels
 )
 
 
@@ -157,7 +154,7 @@ def train_grown(
         steps=task.epochs * data.steps,
         run_dir=folder,
         seed=seed,
-        budget={"growth_factor": task.budget, "growth_events": task.widenings},
+        budget={"growth_factor": task.budget},
         on_event=watch,
     )
     order = torch.Generator().manual_seed(seed)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from esper.kasmina.places import Place
-from esper.kasmina.seam import open_seam
+from esper.kasmina.seam import look_through
 from esper.kasmina.widen import HostKernel
 
 
@@ -89,9 +89,9 @@ def beside(places: Mapping[str, Place], kernels: Mapping[str, HostKernel[Any]]) 
         for name, place in places.items():
             entry, *exits = place.ends()
             entries[name] = one = Beside(kernels[name], len(exits), place.site.calls)
-            stack.callback(open_seam(entry, "entry", one))
+            stack.callback(look_through(entry, "entry", one))
             for module, gateway in zip(exits, one.exits, strict=True):
-                stack.callback(open_seam(module, "exit", gateway))
+                stack.callback(look_through(module, "exit", gateway))
         yield Passage(entries)
     for one in entries.values():
         one.exits.clear()  # they lead back to it; kernels should go with the last that holds them

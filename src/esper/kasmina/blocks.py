@@ -140,7 +140,10 @@ def walk(ends: Mapping[str, Ends], run: Callable[[], Any]) -> dict[str, Passage]
     closers: list[Callable[[], None]] = []
     try:
         for name, (entry, exit_) in ends.items():
-            closers += [open_seam(entry, "entry", passages[name]), open_seam(exit_, "exit", passages[name])]
+            closers += [
+                open_seam(entry, "entry", passages[name]),
+                open_seam(exit_, "exit", passages[name]),
+            ]
         run()
     finally:
         for close in closers:

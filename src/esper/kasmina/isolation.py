@@ -1,26 +1,52 @@
-"""Run the model without leaving a trace: random numbers, buffers and mode are as they were."""
+"""Run the model without leaving a trace: random numbers, buffers, attributes and mode are as they were."""
 
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from esper.kasmina.attributes import lent_tables, modules_of, same_attributes
+from esper.kasmina.draws import own_draws
+
+START = np.random.MT19937(0).state
+SPARE: list[np.random.MT19937] = []
+
 
 @contextmanager
 def same_randomness(seed: int | None = None) -> Iterator[None]:
-    """Put every global random stream back afterwards; start torch's from ``seed`` where one is given.
+    """Leave every random stream where it is; torch's numbers come from ``seed`` where one is given.
+
+    Where other threads may draw meanwhile, torch's come from generators of this thread's own, and the streams
+    of numpy and Python are not touched: putting those back would repeat what another thread has drawn.
+    """
+    with restored(seed) if alone() else own_draws(seed):
+        yield
+
+
+def alone() -> bool:
+    """Tell whether no other thread can draw random numbers."""
+    others = [one for one in threading.enumerate() if one is not threading.current_thread()]
+    return all(type(one).__module__.startswith(("tqdm.", "esper.")) for one in others)
+
+
+@contextmanager
+def restored(seed: int | None) -> Iterator[None]:
+    """Put every global random stream back afterwards.
 
     CUDA streams are touched only where CUDA is in use: reading one would initialise it.
     """
     python, cpu = random.getstate(), torch.get_rng_state()
     numpy_generator = np.random.get_bit_generator()  # exchanged, not copied: copying costs 70 µs a pass
-    np.random.set_bit_generator(np.random.PCG64(seed or 0))
+    spare = SPARE.pop() if SPARE else np.random.MT19937()  # of the usual kind: a loss may look at it
+    spare.state = START  # 30 µs, where making one takes 290
+    np.random.set_bit_generator(spare)
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     try:
         if seed is not None:  # torch.manual_seed would also format a stack trace for every backend (0.4 ms)
@@ -31,6 +57,7 @@ def same_randomness(seed: int | None = None) -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_bit_generator(numpy_generator)
+        SPARE.append(spare)
         torch.set_rng_state(cpu)
         if cuda is not None:
             torch.cuda.set_rng_state_all(cuda)
@@ -62,7 +89,7 @@ def borrowed_buffers(model: nn.Module, gather: bool = False) -> Iterator[None]:
     and vmap refuses to write them.
     """
     kept: list[tuple[nn.Module, dict[str, Tensor | None]]] = []
-    for module in model.modules():
+    for module in modules_of(model):
         if module._buffers:
             kept.append((module, module._buffers))
             silent = isinstance(module, _NormBase) and module.training and not gather
@@ -78,11 +105,15 @@ def borrowed_buffers(model: nn.Module, gather: bool = False) -> Iterator[None]:
 
 @contextmanager
 def untouched(model: nn.Module, seed: int | None = None, gather: bool = False) -> Iterator[None]:
-    """Run passes that leave random streams and buffers as they were.
+    """Run passes that leave random streams, buffers and plain attributes as they were.
 
     Enter it inside :func:`evaluating`: which norms lose their statistics depends on the mode they are in.
     """
-    with same_randomness(seed), borrowed_buffers(model, gather):
+    with ExitStack() as stack:
+        stack.enter_context(same_randomness(seed))
+        stack.enter_context(same_attributes(model))
+        stack.enter_context(lent_tables(model))
+        stack.enter_context(borrowed_buffers(model, gather))
         yield
 
 
@@ -103,9 +134,10 @@ def slow_path() -> Iterator[None]:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Run passes in eval mode without gradients; every module gets its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
+    modes = [(module, module.training) for module in modules_of(model)]
     try:
-        model.eval()
+        for module, _ in modes:
+            module.training = False
         with torch.no_grad():
             yield
     finally:

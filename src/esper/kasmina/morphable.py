@@ -13,6 +13,7 @@ from esper.kasmina.blocks import find_blocks
 from esper.kasmina.choice import chosen
 from esper.kasmina.compiling import CompilePolicy, detect
 from esper.kasmina.evidence import smaller
+from esper.kasmina.first import at_first
 from esper.kasmina.flops import FlopMeter
 from esper.kasmina.isolation import evaluating, untouched
 from esper.kasmina.layer import KasminaLayer
@@ -278,7 +279,7 @@ def wrap(
     try:
         policy = detect(model)
         host = policy.host
-        with policy.uncompiled():
+        with policy.uncompiled(), at_first(host):
             return MorphableModel(
                 host,
                 called(args, kwargs),

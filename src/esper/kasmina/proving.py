@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from esper.contracts import WidenEdit, WidenPlan
 from esper.errors import SurgeryError
 from esper.kasmina.beside import Passage, beside
-from esper.kasmina.copies import on_copies, same_attributes
+from esper.kasmina.copies import on_copies
 from esper.kasmina.embedded import Embedded, Key
 from esper.kasmina.fitting import fitted
 from esper.kasmina.isolation import same_randomness, slow_path, untouched
@@ -187,7 +187,6 @@ class Proof:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.set_grad_enabled(learns))
             stack.enter_context(slow_path())
-            stack.enter_context(same_attributes(self.host))
             stack.enter_context(untouched(self.host, seed=0))
             stack.enter_context(still(self.host, learns))
             results = self.said(self.calls[mode.call])

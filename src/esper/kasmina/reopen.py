@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from esper.kasmina.layers import is_layer, weight_of
-from esper.kasmina.seam import open_seam
+from esper.kasmina.seam import look_through
 
 TEMPER = 0.3  # of the output layer; measured on digits and letter beside 0.1 and 0.5
 SATURATED = 0.25  # of the loss of equal logits: below it a host is saturated
@@ -63,7 +63,7 @@ class Tempered:
 @contextmanager
 def tempered(layers: Sequence[nn.Module], factor: float) -> Iterator[None]:
     """Let layers give a multiple of their output for a few passes."""
-    closers = [open_seam(layer, "exit", Tempered(factor)) for layer in layers]
+    closers = [look_through(layer, "exit", Tempered(factor)) for layer in layers]
     try:
         yield
     finally:

@@ -138,6 +138,43 @@ def open_seam(module: nn.Module, role: str, gateway: Gateway) -> Callable[[], No
     return partial(close_seam, module, role, gateway)
 
 
+def look_through(module: nn.Module, role: str, gateway: Gateway) -> Callable[[], None]:
+    """Let ``gateway`` see a module's input or output for a few passes, by a hook: its class stays what it is.
+
+    A loss may ask for ``type(layer)``, a class may keep a register of its subclasses. It stands behind the
+    user's own hooks, so it sees what the layer reads and gives in the end. Where a seam is open already, it
+    joins that, behind the branch.
+    """
+    if is_open(module):
+        return open_seam(module, role, gateway)
+    if role == "entry":
+        return module.register_forward_pre_hook(Entering(gateway), with_kwargs=True).remove
+    return module.register_forward_hook(Leaving(gateway)).remove
+
+
+class Entering:
+    """A hook that shows a gateway what a module is called with."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self.gateway = gateway
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Show its first tensor."""
+        self.gateway.enter(first_tensor(args, kwargs))
+
+
+class Leaving:
+    """A hook that lets a gateway change what a module returns."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self.gateway = gateway
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> Any:
+        """Return what takes its place."""
+        leave = self.gateway.leave
+        return leave(result) if isinstance(result, Tensor) else replaced(result, leave)
+
+
 def close_seam(module: nn.Module, role: str, gateway: Gateway) -> None:
     """Take one gateway out; a module that is copied takes its own closing with it, as a closure would not."""
     gateways, core = module.__dict__[ATTRIBUTE]

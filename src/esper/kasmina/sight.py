@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from esper.kasmina.inlaid import Inlay
 from esper.kasmina.isolation import slow_path, untouched
 from esper.kasmina.places import Place
-from esper.kasmina.seam import open_seam
+from esper.kasmina.seam import look_through
 from esper.kasmina.stack import Stack
 from esper.kasmina.visits import Given, Visits
 
@@ -159,10 +159,10 @@ def watching(places: Mapping[str, Place], inlays: Mapping[str, Inlay] = NONE) ->
             if isinstance(eye.place, Stack):
                 eye.visits = stack.enter_context(eye.place.listening())
             if not eye.serial:
-                stack.callback(open_seam(entry, "entry", eye))
+                stack.callback(look_through(entry, "entry", eye))
             for module, gateway in zip(exits, eye.exits, strict=True):
-                stack.callback(open_seam(module, "entry", gateway))
-                stack.callback(open_seam(module, "exit", gateway))
+                stack.callback(look_through(module, "entry", gateway))
+                stack.callback(look_through(module, "exit", gateway))
         stack.enter_context(slow_path())
         yield eyes
 

@@ -26,7 +26,7 @@ from esper.kasmina.look import Found, look
 from esper.kasmina.places import Place
 from esper.kasmina.reasons import why_not
 from esper.kasmina.recorder import record
-from esper.kasmina.seam import open_seam
+from esper.kasmina.seam import look_through
 
 Selector: TypeAlias = "str | re.Pattern[str] | type[nn.Module]"
 Sites: TypeAlias = "Selector | Sequence[Selector] | Mapping[str, Selector | Sequence[Selector]]"
@@ -119,6 +119,11 @@ def why_not_raced(pair: Found) -> str:
             f"{pair.site.entry} is called {times(calls)} in a pass, and a race adds its branch to the output "
             "of one call; growth='early' can widen it"
         )
+    if pair.ends()[0]._forward_pre_hooks:
+        return (
+            f"{pair.site.entry} has a forward pre-hook, and a race sees what comes in before it; "
+            "growth='early' can widen it"
+        )
     return ""
 
 
@@ -129,9 +134,10 @@ def witnessed(pairs: Sequence[Found], run: Callable[[], Any]) -> list[Witness]:
     try:
         for pair, witness in zip(pairs, witnesses, strict=True):
             entry, *exits = pair.ends()
-            closers += [open_seam(entry, "entry", witness)]
+            closers += [look_through(entry, "entry", witness)]
             closers += [
-                open_seam(exit_, "exit", leaving) for exit_, leaving in zip(exits, witness.exits, strict=True)
+                look_through(exit_, "exit", leaving)
+                for exit_, leaving in zip(exits, witness.exits, strict=True)
             ]
         run()
     finally:

@@ -21,7 +21,7 @@ from esper.kasmina.flops import FlopMeter
 from esper.kasmina.identity import is_identity, unshared, zeros_of
 from esper.kasmina.isolation import untouched
 from esper.kasmina.recorder import Refused
-from esper.kasmina.seam import open_seam
+from esper.kasmina.seam import look_through
 from esper.kasmina.stack import Stack
 from esper.kasmina.visits import PLAIN, Given, Visits, visit
 
@@ -191,7 +191,7 @@ def tried(stack: Stack, run: Callable[[], Any]) -> None:
     before = outputs(model, run)
     block, witness = stack.block(0), Witness()
     inserted = insert(model, plan, block)
-    closers = [open_seam(block, "entry", witness), open_seam(block, "exit", witness)]
+    closers = [look_through(block, "entry", witness), look_through(block, "exit", witness)]
     try:
         after = outputs(model, run)
         model.train()

@@ -38,7 +38,7 @@ class Tamiyo:
 
     def __init__(self, config: Config, steps: int | None, widenings: int) -> None:
         self.config = config
-        self.trigger = Trigger(config.schedule, steps, min(config.budget.growth_events, widenings))
+        self.trigger = Trigger(config.schedule, steps, min(config.budget.raced_events, widenings))
         self.selector = SeedSelector(BANDITS.get(config.bandit)(), config.widths.shares)
         self.pending: dict[int, Arm] = {}
         self.refused = 0  # gates in a row

@@ -18,6 +18,7 @@ from esper.contracts import Event, Observer
 from esper.errors import ProcessError
 from esper.kasmina.compiling import detect
 from esper.kasmina.evidence import LossFunction, count_examples, smaller
+from esper.kasmina.first import at_first, companions_noted
 from esper.kasmina.flops import Ledger
 from esper.kasmina.gate import Gate
 from esper.kasmina.isolation import evaluating, same_randomness, untouched
@@ -101,23 +102,25 @@ def assemble(
     host = policy.host
     optimizers = named_optimizers(optimizer, host)
     with policy.uncompiled(), wrapping.whole():
-        held = held_out(probe, example)
-        loss_fn = as_needed(loss_fn, host, held)
-        batch = first_probe(held, host, loss_fn)
-        refuse_uneven(per_example, host, batch)
-        model = MorphableModel(
-            host,
-            lambda model: loss_fn(model, batch),
-            count_examples(batch),
-            sites,
-            blueprints=config.blueprints,
-            policy=policy,
-            smoothing=config.telemetry.smoothing,
-            sampling=config.telemetry.sampling,
-            deepen=config.growth in ("auto", "early"),
-            raced=is_raced(config.growth, host),
-            smaller=[lambda model, less=less: loss_fn(model, less) for less in smaller(batch)],
-        )
+        with at_first(host):
+            held = held_out(probe, example)
+            with companions_noted(host):
+                loss_fn = as_needed(loss_fn, host, held)
+                batch = first_probe(held, host, loss_fn)
+                refuse_uneven(per_example, host, batch)
+            model = MorphableModel(
+                host,
+                lambda model: loss_fn(model, batch),
+                count_examples(batch),
+                sites,
+                blueprints=config.blueprints,
+                policy=policy,
+                smoothing=config.telemetry.smoothing,
+                sampling=config.telemetry.sampling,
+                deepen=config.growth in ("auto", "early"),
+                raced=is_raced(config.growth, host),
+                smaller=[lambda model, less=less: loss_fn(model, less) for less in smaller(batch)],
+            )
         refuse_branches(model, optimizers)
     merged = merged_budget(budget, config.budget, model.parameter_count(), model.flops)
     config = config.model_copy(update={"budget": merged})
@@ -232,7 +235,7 @@ def widenings(model: MorphableModel, budget: Budget) -> int:
 
 def looks(model: MorphableModel, config: Config) -> int:
     """Share the false-keep budget by half as many looks again as widenings are planned."""
-    planned = min(config.budget.growth_events, widenings(model, config.budget))
+    planned = min(config.budget.raced_events, widenings(model, config.budget))
     return config.gate.looks or max(math.ceil(1.5 * planned), 1)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from esper.errors import SurgeryError
 from esper.kasmina.isolation import evaluating, slow_path, untouched
 from esper.kasmina.morphable import MorphableModel
-from esper.kasmina.seam import open_seam
+from esper.kasmina.seam import look_through
 
 ROUNDING = 24  # units of machine precision, times the largest output: 2e-6 · √2 in fp32
 
@@ -37,7 +37,7 @@ def outputs(
     captures = {name: Capture() for name in layers}
     with ExitStack() as stack:
         for name, layer in layers.items():
-            stack.callback(open_seam(layer, "exit", captures[name]))
+            stack.callback(look_through(layer, "exit", captures[name]))
         with evaluating(model), untouched(model.host, seed=0), slow_path():
             run()
     found = {name: capture.outputs for name, capture in captures.items() if capture.outputs}

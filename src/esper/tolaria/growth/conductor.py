@@ -40,6 +40,8 @@ from esper.tolaria.saving import save
 from esper.tolaria.surgery.closures import before_closures
 from esper.tolaria.surgery.steps import Steps
 
+MOST_EVENTS = 100  # of early growth; its timetable ends long before
+
 
 class Growth:
     """Grows one model during one run; made by ``esper.grow``.
@@ -181,7 +183,10 @@ class Growth:
             or (budget.wall_seconds is not None and self.cost.seconds >= budget.wall_seconds)
             or (budget.latency_ms is not None and self.parts.latency_ms() >= budget.latency_ms)
         )
-        events = 0 if spent else budget.growth_events - self.events_kept
+        most = budget.growth_events
+        if most is None:  # early growth has its timetable
+            most = budget.raced_events if self.early is None else MOST_EVENTS
+        events = 0 if spent else most - self.events_kept
         size = self.morphable.parameter_count()
         flops = None if limits.flops is None else limits.flops - self.morphable.flops
         return Room(size, limits.parameters - size, events, flops)

@@ -53,7 +53,7 @@ def plan(
     made.growth = recipe_of(settings.growth, wrapped)
     if made.growth == "incubate":
         made.decisions = Trigger(
-            settings.schedule, steps, min(merged.growth_events, widenings(wrapped, merged))
+            settings.schedule, steps, min(merged.raced_events, widenings(wrapped, merged))
         ).due
     elif made.growth == "early" and steps is not None:
         made.decisions = due(settings.early.shares, [1.0] * steps, steps)

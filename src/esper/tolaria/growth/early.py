@@ -343,6 +343,8 @@ class Early:
         self.spending.paid = self.spending.paid or kept
         if kept or replaced:  # to take it back would overwrite the user's own new layer
             self.keep(reason if kept else f"{reason}; not taken back, for {replaced}")
+            if kept and growth.room().events > 0:
+                self.timetable.further(growth.steps)
             return True
         self.open = None
         judged.record.verdict, judged.record.reason = "taken back", f"{reason}; {WORTH:.0%} less was needed"

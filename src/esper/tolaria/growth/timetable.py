@@ -16,6 +16,7 @@ from esper.tolaria.growth.rates import forecast, moves
 UNMOVED = 2  # steps after which a scheduler that has not moved does not move by the step
 LENGTH = 1000  # steps a run counts as whose length is not known
 LATE = 2  # events that are in reserve: widths spend the budget before them
+LAST = 0.85  # of the learning: after it no event is added, whatever the last one brought
 FEWEST = 20  # steps of a run in which anything can be learned, grown and judged
 
 
@@ -35,6 +36,7 @@ class Timetable:
         self.settings = growth.config.early
         self.trigger = Trigger(growth.config.schedule, None, 0) if self.parts.steps is None else None
         self.shares: dict[int, float] = {}  # of the learning, by the step at which it is done
+        self.last = 0  # step after which no event is added
         self.due = self.planned()
         self.settled = not self.parts.schedulers  # whether how often the schedulers move is known
         self.wake: float = 0
@@ -53,6 +55,7 @@ class Timetable:
         optimizer = next(iter(self.parts.optimizers.values()))
         rates = forecast(self.parts.schedulers, optimizer, steps, now)
         self.shares = placed(self.settings.shares, rates, steps)
+        self.last = max(placed((LAST,), rates, steps), default=0)
         return sorted(step for step in self.shares if step > now)
 
     @property
@@ -104,6 +107,11 @@ class Timetable:
         self.repeated = (now + following) // 2
         if now < self.repeated < following:
             self.put_off(self.repeated)
+
+    def further(self, now: int) -> None:
+        """Ask once more at once, where the last event that was planned has paid."""
+        if self.trigger is None and not self.due and now < self.last:
+            self.put_off(now + 1)
 
     def put_off(self, step: int) -> None:
         """Let the event that is due wait until a step."""

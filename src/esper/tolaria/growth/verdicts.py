@@ -12,6 +12,7 @@ from esper.kasmina.places import Place
 from esper.tolaria.growth.account import Looked
 from esper.tolaria.growth.evidence import Found
 
+NOTHING = 1e-5  # of the best place's gain: a smaller one may be certain, and is not worth a unit
 WITH_OTHERS = 0.5  # p-value up to which a place grows with the others: its own gain is not negative
 
 
@@ -38,6 +39,7 @@ def looked_at(
     together = joint(found, units)
     carried = together is not None and together <= share / 2
     cost = GrowthCost(host, {name: free[name] for name in units})
+    best = max((scored.gain or 0.0 for scored in found.scored.values()), default=0.0)
     looked: list[Looked] = []
     for name, count in units.items():
         parameters, flops = cost({name: count})
@@ -49,7 +51,9 @@ def looked_at(
             one.reason = "not passed by these examples" if failed is None else f"units do not run: {failed}"
             continue
         one.p_value, one.gain = found.p_value(scored.values), scored.gain
-        if one.p_value is None:
+        if scored.gain is not None and scored.gain < NOTHING * best:
+            one.reason = f"its gain is nothing beside {best:.3g}, the best place's"
+        elif one.p_value is None:
             one.reason = (
                 f"{len(scored.values)} held-out values cannot be judged: too few, all alike or not finite"
             )
