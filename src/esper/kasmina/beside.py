@@ -75,9 +75,14 @@ class Passage:
             for exit_ in one.exits:
                 exit_.left = 0
 
-    def end(self) -> None:
-        """Note which places were not passed as often as they should be, and how coarse their numbers are."""
-        self.missing += [name for name, one in self.entries.items() if not one.passed]
+    def end(self, training: bool) -> None:
+        """Note which places were not passed as often as they should be, and how coarse their numbers are.
+
+        In training chance may pass a place by, as stochastic depth does.
+        """
+        self.missing += [
+            n for n, one in self.entries.items() if not (one.passed or (training and not one.made))
+        ]
         self.coarsest = max(self.coarsest, *(one.coarsest for one in self.entries.values()))
 
 

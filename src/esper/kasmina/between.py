@@ -25,7 +25,7 @@ ELEMENTWISE = frozenset(
     "div_ add add_ sub sub_ true_divide multiply __mul__ __rmul__ __add__ __radd__ __sub__ __truediv__ "
     "__neg__ __pow__ pow clone contiguous to float bfloat16 half dropout dropout_ alpha_dropout "
     "nan_to_num erf erfc log log1p expm1 sign rsqrt reciprocal atan sinh maximum minimum rsub __rsub__ "
-    "__rtruediv__ __rpow__".split()
+    "__rtruediv__ __rpow__ detach round floor ceil trunc double type".split()
 )
 SPATIAL = frozenset(
     "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d "

@@ -38,6 +38,7 @@ from esper.kasmina.penalties import is_penalty
 from esper.kasmina.proof import Entered, around, entered
 from esper.kasmina.recorder import Call, Recording, Refused
 from esper.kasmina.regions import region
+from esper.kasmina.scalars import scalar
 from esper.kasmina.shaping import moved
 from esper.kasmina.tracks import Met, Parted, Track
 
@@ -108,6 +109,9 @@ class Finder:
         """
         while True:
             readers = readers or self.readers(track.value, track.name)
+            if itself(readers, track.value):  # how torch marks what a backward hook is called for
+                track.value, readers = readers[0].makes[0], ()
+                continue
             if len(readers) > 1 or readers[0].reads.count(track.value) > 1:
                 try:
                     step, track.value = region(self.recording, track.value, track.name, readers)
@@ -176,7 +180,7 @@ class Finder:
                 )
             calls.update(self.uses(first))
         if not calls:
-            raise Refused(f"{name} was not called by the probe")
+            raise Refused(f"{name} was not called by the probe")  # see sites.UNCALLED
         found = [self.recording.calls[c] for c in sorted(calls)]
         other = next((call for call in found if call.name not in OPERATORS), None)
         if other is not None and len(found) > 1:
@@ -296,10 +300,13 @@ class Finder:
                 f"the output of {name} goes into a layer whose weight is made in the pass ({call.name}): "
                 "remove its parametrisation, weight norm for example, to let it take more inputs"
             )
+        if others and is_loss(call):
+            raise Refused(f"{name} is an output layer: {call.name} reads it, and its width is the task's")
         if others or not call.makes or after is None:
             raise Refused(f"the output of {name} meets another tensor in {call.name}")
         if call.parameters:
-            return self.layered(call, axis, name), axis
+            one = scalar(call, self.modules) if before == after else None
+            return one or self.layered(call, axis, name), axis
         kwargs = {k: v for k, v in call.kwargs.items() if not isinstance(v, Tensor)}
         args = tuple(a for a in call.args if not isinstance(a, Tensor))
         if call.name in RESHAPE:
@@ -348,6 +355,11 @@ class Finder:
             and call.name == "batch_norm"
         ):
             return BatchNorm(label, path, owned, module)
+        if isinstance(module, NORMS) and module.momentum is None:
+            raise Refused(
+                f"{label} averages over all batches (momentum=None), and new channels would come late: "
+                "give it one"
+            )
         if axis == 1 and isinstance(module, nn.GroupNorm) and call.name == "group_norm":
             return GroupNorm(label, path, owned, module)
         if axis == 1 and module is not None and is_depthwise(module):
@@ -356,6 +368,16 @@ class Finder:
         raise Refused(
             f"{label} ({call.name}) stands between {name} and its consumer and mixes or owns channels"
         )
+
+
+def is_loss(call: Call) -> bool:
+    """Tell one of torch's losses."""
+    return call.name.endswith("_loss") or call.name.startswith(("cross_entropy", "binary_cross", "kl_div"))
+
+
+def itself(readers: Sequence[Call], value: int) -> bool:
+    """Tell a tensor viewed as itself."""
+    return len(readers) == 1 and readers[0].name == "view_as" and set(readers[0].reads) == {value}
 
 
 def times(count: int) -> str:

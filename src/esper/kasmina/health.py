@@ -11,7 +11,7 @@ from torch import Tensor
 from esper.contracts import HealthReport
 from esper.kasmina.isolation import same_randomness, untouched
 from esper.kasmina.layer import KasminaLayer, Tap
-from esper.kasmina.layers import affine, weight_of
+from esper.kasmina.layers import affine, is_linear, weight_of
 from esper.kasmina.morphable import MorphableModel
 from esper.kasmina.pairs import Pair
 from esper.kasmina.peers import ALONE, Peers
@@ -108,7 +108,7 @@ def hidden(pair: Pair, x: Tensor) -> dict[str, float]:
         return {
             "activation_mean": float(flat.mean()),
             "activation_variance": float(flat.var()),
-            "dead": dead(flat),
+            "dead": dead(flat, -1 if is_linear(pair.consumer) else 1),
         }
 
 
@@ -124,13 +124,22 @@ def vitals(
         gradient: Norm over its parameters.
     """
     output, milliseconds = sample
-    measured = {"variance": float(output.float().var()), "gradient": gradient, "dead": dead(output)}
+    measured = {
+        "variance": float(output.float().var()),
+        "gradient": gradient,
+        "dead": dead(output, 1 if output.dim() == 4 else -1),
+    }
     layout.observe_seed(seed, **measured, latency=milliseconds)
     told = {name: value for name, value in layout.vitals_of(seed).items() if name != "latency"}
     return {"score": layout.health_score(seed), **told}
 
 
-def dead(activations: Tensor) -> float:
-    """Return the share of channels at exactly zero on every example, (batch, …, c) or (batch, c, h, w)."""
-    last = activations.transpose(1, -1) if activations.dim() == 4 else activations
+def dead(activations: Tensor, axis: int = 1) -> float:
+    """Return the share of channels at exactly zero on every example.
+
+    Args:
+        activations: (batch, c), (batch, c, …), or with the channels elsewhere.
+        axis: Of the channels.
+    """
+    last = activations.movedim(axis, -1)
     return float((last == 0).flatten(0, -2).all(0).float().mean())

@@ -20,7 +20,7 @@ from esper.kasmina.layer import KasminaLayer
 from esper.kasmina.places import Place, WidenPlace
 from esper.kasmina.proving import Pass, Proof
 from esper.kasmina.recorder import tensors
-from esper.kasmina.sites import Sites, find_pairs, racing, reachable, select
+from esper.kasmina.sites import Sites, find_pairs, racing, reachable, select, uncoded
 from esper.kasmina.stack import Stack
 from esper.kasmina.stacks import find_stacks
 from esper.kasmina.state import KasminaStateLayout
@@ -73,6 +73,8 @@ class MorphableModel(nn.Module):
         self.seeds_per_site = seeds_per_site
         self.examples, self.blueprints, self.raced = examples, tuple(blueprints), raced
         found, self.refusals = self.proven(*self.find(run), [call, *smaller])
+        found, codes = uncoded(found, sites)
+        self.refusals = [*self.refusals, *codes]
         if deepen and {"auto", "deepen"} & set(self.blueprints):
             with untouched(host, seed=0, gather=True):
                 stacks, unfit = find_stacks(host, run, examples)

@@ -159,7 +159,7 @@ class Proof:
         passage.begin()
         units = {(name, own): p for name, kernel in kernels.items() for own, p in kernel.named_parameters()}
         results, gradients, back = self.run(mode, list(units.values()))
-        passage.end()
+        passage.end(mode.training)
         of = dict(zip(units, back, strict=False))  # none in evaluation
         slices = {
             (name, key): kernel.lay(edit, of[name, edit.source])

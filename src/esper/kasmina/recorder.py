@@ -61,7 +61,20 @@ class Recording:
         """Note what the run returned, and who made what."""
         self.outputs, self.again = outputs, run
         self.makers = {value: index for index, call in enumerate(self.calls) for value in call.makes}
+        if outputs:
+            self.forget_dead()
         return self
+
+    def forget_dead(self) -> None:
+        """Forget reads that reach nothing the run returned: of a log, a spying hook, a moving average."""
+        live, todo = set[int](), [self.makers[value] for value in self.outputs if value in self.makers]
+        while todo:
+            index = todo.pop()
+            if index not in live:
+                live.add(index)
+                todo.extend(self.makers[value] for value in self.calls[index].reads if value in self.makers)
+        self.readers = {value: [r for r in read if r in live] for value, read in self.readers.items()}
+        self.uses = {name: [u for u in used if u in live] for name, used in self.uses.items()}
 
 
 class Recorder(TorchFunctionMode):

@@ -180,7 +180,7 @@ class Score:
         hidden = sight.exits[0].hidden
         assert sight.x is not None and hidden is not None
         if name not in self.seen:
-            self.seen[name] = activity(hidden, sight)
+            self.seen[name] = activity(hidden, sight, kernel.place.outlets[0].axis(hidden))
             if not self.inner:
                 spread(kernel)
         with torch.no_grad():
@@ -309,14 +309,14 @@ def spread(kernel: LiveKernel) -> None:
                 parameter.uniform_(-bound, bound)
 
 
-def activity(hidden: Tensor, sight: Sight) -> dict[str, float]:
-    """Describe a host's units as the first consumer reads them."""
+def activity(hidden: Tensor, sight: Sight, axis: int) -> dict[str, float]:
+    """Describe a host's units, which are along an axis, as the first consumer reads them."""
     flat = hidden.float()
     slopes = [float(seen.gradient.norm()) for seen in sight.exits if seen.gradient is not None]
     return {
         "activation_mean": float(flat.mean()),
         "activation_variance": float(flat.var()),
-        "dead": dead(flat),
+        "dead": dead(flat, axis),
         "gradient_norm": math.hypot(*slopes),
     }
 

@@ -19,10 +19,11 @@ from esper.contracts import Refusal
 from esper.errors import SiteError, nearest
 from esper.kasmina.calling import described
 from esper.kasmina.finder import Finder, Refused, times
-from esper.kasmina.isolation import slow_path
+from esper.kasmina.isolation import same_randomness, slow_path
 from esper.kasmina.joining import joined
-from esper.kasmina.layers import is_depthwise, is_layer
+from esper.kasmina.layers import in_size, is_depthwise, is_layer, is_linear, out_size
 from esper.kasmina.look import Found, look
+from esper.kasmina.pairs import Pair
 from esper.kasmina.places import Place
 from esper.kasmina.reasons import why_not
 from esper.kasmina.recorder import record
@@ -30,6 +31,10 @@ from esper.kasmina.seam import look_through
 
 Selector: TypeAlias = "str | re.Pattern[str] | type[nn.Module]"
 Sites: TypeAlias = "Selector | Sequence[Selector] | Mapping[str, Selector | Sequence[Selector]]"
+
+
+DRAWS = 8  # of training passes, where chance decides which layers run
+UNCALLED = "was not called by the probe"
 
 
 def find_pairs(
@@ -46,11 +51,11 @@ def find_pairs(
     modes = {module: module.training for module in model.modules()}
     try:
         with slow_path():
-            model.train()
-            train = Finder(model, joined(record(model, run), model), examples)
             model.eval()
             with torch.no_grad():
                 evaluation = Finder(model, joined(record(model, run), model), examples)
+            model.train()
+            train = Draws(model, run, evaluation, examples)
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -62,10 +67,47 @@ def find_pairs(
             refusals += [] if reason is None else [Refusal(name, reason)]
             continue
         try:
-            pairs.append(agreed(look(train, name), look(evaluation, name)))
+            pairs.append(agreed(train.look(name), look(evaluation, name)))
         except Refused as refusal:
             refusals.append(Refusal(name, str(refusal)))
     return pairs, refusals
+
+
+class Draws:
+    """Recordings in training: one, or several where chance decides which layers run (stochastic depth).
+
+    Args:
+        model: In training mode.
+        run: Calls it once.
+        evaluation: What was found there, where every layer runs.
+        examples: In that run, where they are known.
+    """
+
+    def __init__(
+        self, model: nn.Module, run: Callable[[], Any], evaluation: Finder, examples: int | None
+    ) -> None:
+        called = {name for name, used in evaluation.recording.uses.items() if used}
+        self.finders: list[Finder] = []
+        for seed in range(DRAWS):
+            with same_randomness(seed):
+                self.finders.append(Finder(model, joined(record(model, run), model), examples))
+            called = {name for name in called if not self.finders[-1].recording.uses.get(name)}
+            if not called:
+                break
+
+    def look(self, name: str) -> Found:
+        """Return the place of a layer, from the first recording in which all of it ran.
+
+        Raises:
+            Refused: With the reason of the last one.
+        """
+        for finder in self.finders[:-1]:
+            try:
+                return look(finder, name)
+            except Refused as refusal:
+                if UNCALLED not in str(refusal):
+                    raise
+        return look(self.finders[-1], name)
 
 
 def reachable(
@@ -77,12 +119,16 @@ def reachable(
     of ``nn.TransformerEncoderLayer``, which calls neither of its layers, is off while a seam in it is open.)
     """
     modes = {module: module.training for module in model.modules()}
-    seen: list[list[Witness]] = []
     try:
-        for training in (True, False):
-            model.train(training)
-            with slow_path(), torch.set_grad_enabled(training):
-                seen.append(witnessed(pairs, run))
+        model.train()
+        with slow_path(), torch.enable_grad():
+            trained = [witnessed(pairs, run)]
+            while len(trained) < DRAWS and not all(one.entered for one in merged(trained)):
+                with same_randomness(len(trained)):
+                    trained.append(witnessed(pairs, run))
+        model.eval()
+        with slow_path(), torch.no_grad():
+            seen = [merged(trained), witnessed(pairs, run)]
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -104,6 +150,33 @@ def racing(pairs: Sequence[Found]) -> tuple[list[Found], list[Refusal]]:
     kept = [pair for pair in pairs if not why_not_raced(pair)]
     refusals = [Refusal(pair.site.entry, why) for pair in pairs if (why := why_not_raced(pair))]
     return kept, refusals
+
+
+def uncoded(pairs: Sequence[Place], sites: Sites) -> tuple[list[Place], list[Refusal]]:
+    """Leave out codes, unless they are named: their width is what the user chose them for.
+
+    A layer that is narrower than what it reads and than what is made of it again, with no activation behind,
+    is the code of an autoencoder, or a factor of low rank.
+    """
+    if sites != "auto":
+        return list(pairs), []
+    codes = [pair for pair in pairs if isinstance(pair, Pair) and is_code(pair)]
+    refusals = [
+        Refusal(
+            pair.site.entry,
+            f"its {pair.site.width} units are a code: fewer than what {pair.site.entry} reads and "
+            f"{pair.site.exit} makes, with no activation between; name {pair.site.name} in sites= to grow it",
+        )
+        for pair in codes
+    ]
+    return [pair for pair in pairs if pair not in codes], refusals
+
+
+def is_code(pair: Pair) -> bool:
+    """Tell a layer whose output is a code."""
+    if pair.steps or not (is_linear(pair.producer) and is_linear(pair.consumer)):
+        return False
+    return pair.site.width < min(in_size(pair.producer), out_size(pair.consumer))
 
 
 def why_not_raced(pair: Found) -> str:
@@ -144,6 +217,11 @@ def witnessed(pairs: Sequence[Found], run: Callable[[], Any]) -> list[Witness]:
         for close in closers:
             close()
     return witnesses
+
+
+def merged(draws: Sequence[Sequence[Witness]]) -> list[Witness]:
+    """Return what was seen of each pair: in the first draw that passed it, or passed it wrongly."""
+    return [next((one for one in each if one.entered), each[-1]) for each in zip(*draws, strict=True)]
 
 
 class Witness:

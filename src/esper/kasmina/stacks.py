@@ -36,7 +36,7 @@ def find_stacks(
         run: Calls the model once.
         examples: Examples in that run.
     """
-    rows = list(rows_of(model))
+    rows = innermost(list(rows_of(model)))
     blocks = [[model.get_submodule(f"{c}.{n}".lstrip(".")) for n in names] for c, names in rows]
     modes = [(module, module.training) for module in model.modules()]
     found: list[Stack] = []
@@ -76,6 +76,17 @@ def rows_of(model: nn.Module) -> Iterator[tuple[str, list[str]]]:
                 row.append(name)
         if row:
             yield path, row
+
+
+def innermost(rows: Sequence[tuple[str, list[str]]]) -> list[tuple[str, list[str]]]:
+    """Leave out a block alone in its container that holds a row itself: a whole encoder is no layer."""
+    containers = [path for path, _ in rows]
+    kept: list[tuple[str, list[str]]] = []
+    for path, names in rows:
+        block = f"{path}.{names[0]}".lstrip(".")
+        if len(names) > 1 or not any(one == block or one.startswith(f"{block}.") for one in containers):
+            kept.append((path, names))
+    return kept
 
 
 def likeness(child: nn.Module) -> object:

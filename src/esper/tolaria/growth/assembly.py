@@ -33,7 +33,7 @@ from esper.tolaria.growth.budget import Limits, limits, merged_budget
 from esper.tolaria.growth.commit import Committer
 from esper.tolaria.growth.entrance import as_needed, first_probe, held_out, named_optimizers, refuse_uneven
 from esper.tolaria.growth.forging import Forging
-from esper.tolaria.growth.recipe import is_raced
+from esper.tolaria.growth.recipe import is_raced, recipe_of
 from esper.tolaria.growth.streams import Streams
 from esper.tolaria.surgery.adoption import refuse_homeless
 from esper.tolaria.surgery.own import OwnOptimizers
@@ -177,6 +177,11 @@ def assemble(
     if merged.wall_seconds is not None or merged.latency_ms is not None:
         warnings.append(
             "a budget in seconds makes decisions depend on the clock; runs with the same seed may differ"
+        )
+    if config.growth == "auto" and recipe_of("auto", model) == "incubate":
+        warnings.append(
+            "branches are raced, since nothing can be widened or most of the model is frozen: runs took up "
+            "to twice as long, and what is kept stays beside your layers; growth='off' trains it as it is"
         )
     refuse_strangers(peers, model, seed, steps)
     return Parts(

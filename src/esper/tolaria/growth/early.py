@@ -169,8 +169,8 @@ class Early:
         room = growth.room()
         units = self.reach.allocated(free, room)
         record = EventRecord(growth.steps, why, None, self.evidence.training_loss, 0)
-        for name, barred in self.reach.barred.items():
-            record.looked.append(Looked(name, growth.morphable.places[name].site.width, reason=barred))
+        for name, reason in self.reach.left_out(free if only is None else growth.morphable.places).items():
+            record.looked.append(Looked(name, growth.morphable.places[name].site.width, reason=reason))
         if not units and self.reach.waits_for_depth(room):
             return
         if not units or (self.doubts and only is None):

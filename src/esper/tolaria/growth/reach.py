@@ -16,6 +16,9 @@ from esper.tamiyo.controller import Room
 from esper.tamiyo.early import allocate
 from esper.tolaria.growth.timetable import Timetable
 
+WAITS = "it waits: blocks come first, as long as another fits the budget"
+WAITS_FOR_LATE = "it waits: blocks come at the last events"
+
 
 class Reach:
     """Says how far an event of one run may go.
@@ -48,6 +51,12 @@ class Reach:
             n: p for n, p in pairs.items() if not p.site.entry.startswith(inside) or lacking(p) > 0
         }
         return widths if 1 + len(self.timetable.due) > self.timetable.late else {**widths, **stacks}
+
+    def left_out(self, free: Iterable[str]) -> dict[str, str]:
+        """Return the places an event does not ask at, and why."""
+        waiting = [name for name in self.growth.morphable.places if name not in free]
+        stacks = self.growth.morphable.stacks
+        return {name: WAITS_FOR_LATE if name in stacks else WAITS for name in waiting} | self.barred
 
     def paths_of_blocks(self) -> tuple[str, ...]:
         """Return how the path of what stands within a block of a stack begins."""

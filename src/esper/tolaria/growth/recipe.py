@@ -10,6 +10,7 @@ from esper.config import Config
 from esper.errors import ConfigError, nearest
 from esper.kasmina.morphable import MorphableModel
 from esper.kasmina.places import WidenPlace
+from esper.kasmina.stack import Stack
 
 Recipe = Literal["early", "incubate", "off"]
 Choice = Literal["auto", "early", "incubate", "off"]
@@ -38,8 +39,8 @@ def recipe_of(chosen: Choice, model: MorphableModel) -> Recipe:
     """
     if chosen != "auto":
         return chosen
-    widens = any(isinstance(place, WidenPlace) for place in model.places.values())
-    return "early" if widens and trained_whole(model.host) else "incubate"
+    grows = any(isinstance(place, WidenPlace | Stack) for place in model.places.values())
+    return "early" if grows and trained_whole(model.host) else "incubate"
 
 
 def is_raced(chosen: Choice, host: nn.Module) -> bool:
