@@ -20,6 +20,7 @@ OPERATORS = frozenset(
 )
 PRODUCTS = frozenset({"matmul", "__matmul__", "bmm", "baddbmm", "einsum"})
 FUSED = "scaled_dot_product_attention"
+CORES = frozenset({"softmax", "_softmax", FUSED})
 SHAPING = frozenset(
     "view reshape flatten unflatten transpose permute swapaxes movedim contiguous clone expand squeeze "
     "unsqueeze __get__ mT chunk split tensor_split unbind __getitem__ select narrow repeat_interleave".split()
@@ -48,6 +49,8 @@ class Found:
 
 def attentions(recording: Recording, modules: Mapping[str, nn.Module]) -> dict[str, tuple[str, Behind]]:
     """Map every layer whose output goes into attention to the layer behind and the way between."""
+    if not any(call.name in CORES for call in recording.calls):
+        return {}  # nothing attends: a walk back from every layer would be quadratic in a deep residual net
     seen: dict[str, tuple[str, Behind]] = {}
     for index, call in enumerate(recording.calls):
         path = layer_of(call, modules)
@@ -82,29 +85,43 @@ class Behind:
         for value in call.reads:
             self.walk(value)
 
-    def walk(self, value: int) -> frozenset[str]:
-        """Return the layers a value comes from."""
-        if value in self.memory:
-            return self.memory[value]
+    def walk(self, value: int) -> None:
+        """Note the layers a value comes from; a residual stream may lead through thousands of sums."""
+        todo, entered = [value], set[int]()
+        while todo:
+            value = todo[-1]
+            if value in self.memory or self.ends(value):
+                todo.pop()
+                continue
+            call = self.recording.calls[self.recording.makers[value]]
+            if value not in entered and call.name in CORES:
+                self.core = call
+            entered.add(value)
+            if waiting := [read for read in call.reads if read not in self.memory]:
+                todo.extend(reversed(waiting))
+                continue
+            layers = frozenset[str]().union(*(self.memory[read] for read in call.reads))
+            self.memory[value] = layers
+            (self.path if layers else self.masks).append(call)
+            todo.pop()
+
+    def ends(self, value: int) -> bool:
+        """Note a value that is not followed further back: a layer's, a norm's, or one from outside."""
         maker = self.recording.makers.get(value)
         if maker is None:
             self.given = True
-            return self.memory.setdefault(value, frozenset())
+            self.memory[value] = frozenset()
+            return True
         call = self.recording.calls[maker]
-        layer = layer_of(call, self.modules)
-        if layer is not None:
-            self.sources[layer] = maker
-            return self.memory.setdefault(value, frozenset({layer}))
-        if call.name in {"softmax", "_softmax", FUSED}:
-            self.core = call
-        learned = call.name not in MASKS and any(is_learned(self.modules, p) for p in call.parameters)
-        if call.reads and learned:  # a norm or an embedding: what is before it does not matter
-            self.sources[f"({call.name})"] = maker
-            return self.memory.setdefault(value, frozenset({f"({call.name})"}))
-        layers = frozenset[str]().union(*(self.walk(read) for read in call.reads))
-        self.memory[value] = layers
-        (self.path if layers else self.masks).append(call)
-        return layers
+        source = layer_of(call, self.modules)
+        if source is None:
+            learned = call.name not in MASKS and any(is_learned(self.modules, p) for p in call.parameters)
+            if not (call.reads and learned):
+                return False
+            source = f"({call.name})"  # a norm or an embedding: what is before it does not matter
+        self.sources[source] = maker
+        self.memory[value] = frozenset({source})
+        return True
 
     def is_attention(self) -> bool:
         """Tell attention from a softmax alone: what comes from layers meets what comes from layers."""

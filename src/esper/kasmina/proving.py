@@ -9,6 +9,7 @@ is always on.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -247,7 +248,8 @@ def drawn(place: WidenPlace) -> HostKernel[Any]:
         assert isinstance(kernel, HostKernel)
         for name, outlet in zip(kernel.outgoing, place.outlets, strict=True):
             host = weight_of(outlet.consumer).detach().float()
-            size = float(host.square().mean().sqrt()) or host[0].numel() ** -0.5
+            size = float(host.square().mean().sqrt())
+            size = size if 0 < size < math.inf else host[0].numel() ** -0.5
             getattr(kernel, name).normal_(std=size)
     return kernel
 

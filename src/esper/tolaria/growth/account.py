@@ -11,6 +11,7 @@ Verdict = Literal["nothing", "open", "kept", "taken back"]
 
 CHANCE = 0.05  # p-values above it are none at all
 NO_EVIDENCE = "no evidence on held-out examples"
+PUT_BACK = "the grown model was put back"
 
 
 @dataclass
@@ -171,6 +172,7 @@ def advise(
     elif not events and not due:
         found.append("no event was due: the learning rate was gone, or steps= is far from what was run")
     looked = [one for event in events for one in event.looked]
+    tested = [one for one in looked if one.units and not one.reason.startswith(PUT_BACK)]
     grown = any(one.grown for one in looked)
     wide = any(event.reason.startswith("already wide enough") for event in events)
     if wide:
@@ -178,9 +180,11 @@ def advise(
     if looked and not wide and not grown:
         if any(one.reason == "the budget is spent" for one in looked):
             found.append("the budget leaves no room: raise budget={'parameters': …} or 'growth_factor'")
-        elif all(one.p_value is None for one in looked):
+        elif not tested:
+            pass  # every place says for itself why it was not asked
+        elif all(one.p_value is None for one in tested):
             found.append("no place could be judged: hold out more, or pass per_example=")
-        elif all(one.p_value is None or one.p_value > CHANCE for one in looked):
+        elif all(one.p_value is None or one.p_value > CHANCE for one in tested):
             found.append(
                 "nothing says that new units would lower the loss of held-out examples: the model is wide "
                 "enough, or the probe too small to tell"

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from torch import nn
+
 from esper.contracts import Site
 from esper.kasmina.growth_cost import GrowthCost
 from esper.kasmina.layers import in_size, out_size
@@ -31,6 +33,7 @@ class Reach:
     def __init__(self, growth: Any, timetable: Timetable) -> None:
         self.growth, self.timetable = growth, timetable
         self.settings = growth.config.early
+        self.resting: dict[str, str] = {}  # places that cannot learn at present, and why
         self.barred: dict[str, str] = {}  # places that are closed for the rest of the run, and why
 
     def places(self) -> dict[str, Place]:
@@ -41,7 +44,9 @@ class Reach:
         block fits the budget, all widths are next.
         """
         self.barred.update(self.gone(self.growth.morphable.places))
-        found = {n: p for n, p in self.growth.morphable.places.items() if n not in self.barred}
+        self.resting = self.untrained()
+        closed = {**self.resting, **self.barred}
+        found = {n: p for n, p in self.growth.morphable.places.items() if n not in closed}
         stacks = {n: p for n, p in found.items() if isinstance(p, Stack)}
         pairs = {n: p for n, p in found.items() if isinstance(p, WidenPlace)}
         if not stacks or not self.allocated(stacks, self.growth.room()):
@@ -56,7 +61,8 @@ class Reach:
         """Return the places an event does not ask at, and why."""
         waiting = [name for name in self.growth.morphable.places if name not in free]
         stacks = self.growth.morphable.stacks
-        return {name: WAITS_FOR_LATE if name in stacks else WAITS for name in waiting} | self.barred
+        waits = {name: WAITS_FOR_LATE if name in stacks else WAITS for name in waiting}
+        return {**waits, **self.resting, **self.barred}
 
     def paths_of_blocks(self) -> tuple[str, ...]:
         """Return how the path of what stands within a block of a stack begins."""
@@ -76,6 +82,26 @@ class Reach:
                 found[name] = f"{lost} was replaced or removed since esper.grow"
         return found
 
+    def untrained(self) -> dict[str, str]:
+        """Return the places whose new units would not be trained: a layer is frozen, or its rate is nought.
+
+        A fork is one as long as one of its consumers is trained.
+        """
+        optimizers = self.growth.parts.optimizers.values()
+        rates = {
+            id(p): group["lr"] for one in optimizers for group in one.param_groups for p in group["params"]
+        }
+        found: dict[str, str] = {}
+        for name, place in self.growth.morphable.places.items():
+            if not isinstance(place, WidenPlace):
+                continue
+            entry, *exits = zip((place.site.entry, *place.site.exits), place.ends(), strict=True)
+            still = {path: why for path, layer in (entry, *exits) if (why := stands_still(layer, rates))}
+            if entry[0] in still or len(still) == len(exits):
+                path = next(iter(still))
+                found[name] = f"{path} {still[path]}, and so would be what is added to it"
+        return found
+
     def waits_for_depth(self, room: Room) -> bool:
         """Tell whether blocks can be added at a later event."""
         return bool(self.timetable.due and self.allocated(self.growth.morphable.stacks, room))
@@ -93,6 +119,15 @@ class Reach:
         sites = [bounded(place, inside) for place in places.values()]
         cost = GrowthCost(self.growth.morphable.host, places)
         return allocate(sites, self.settings.factor, left, room, cost)
+
+
+def stands_still(layer: nn.Module, rates: Mapping[int, float]) -> str:
+    """Say why a layer's weight does not learn; "" if it does."""
+    weights = [p for p in layer.parameters(recurse=False) if p.dim() > 1]
+    if weights and not any(p.requires_grad for p in weights):
+        return "is frozen"
+    known = [rates[id(p)] for p in weights if id(p) in rates]
+    return "has a learning rate of 0" if known and not any(known) else ""
 
 
 def bounded(place: Place, inside: tuple[str, ...]) -> Site:
