@@ -21,6 +21,7 @@ from esper.kasmina.significance import Spending
 from esper.kasmina.stack import DepthKernel
 from esper.tolaria.growth.account import NO_EVIDENCE, EventRecord, Looked, Point, record_from
 from esper.tolaria.growth.evidence import ENOUGH, Evidence, Found
+from esper.tolaria.growth.hindsight import Hindsight
 from esper.tolaria.growth.insertion import Insertion
 from esper.tolaria.growth.judged import WORTH, Judged
 from esper.tolaria.growth.mishaps import Mishaps
@@ -61,6 +62,7 @@ class Early:
         self.timetable = Timetable(growth)
         self.reach = Reach(growth, self.timetable)
         self.mishaps = Mishaps(growth)
+        self.hindsight = Hindsight(growth, self.evidence, self.mishaps)
         self.seeds = Seeds(growth)
         self.spending = Spending(self.settings.false_keep, self.settings.further)
         self.open: Judged | None = None
@@ -175,6 +177,7 @@ class Early:
             return
         if not units or (self.doubts and only is None):
             self.timetable.clear()
+            self.evidence.abandon()
             self.records.append(record)
             self.decline(record, free, {}, self.doubts[0] if units else SPENT if free else NONE_LEFT)
             return
@@ -223,6 +226,7 @@ class Early:
         """Insert what passed; whatever ends this in the middle, Ctrl-C too, takes all of it back."""
         growth = self.growth
         before, kept = self.insertion.remember(growth.steps), growth.events_kept
+        self.evidence.remember()
         decisions = list[Decision]()
         try:
             self.insert(record, found, units, before, decisions)
@@ -330,15 +334,14 @@ class Early:
         growth, judged = self.growth, self.open
         assert judged is not None
         with self.parts.wrapping.whole():
-            now = self.evidence.held_out()
-        growth.cost.grow(growth.morphable.flops * judged.record.examples)
+            then, now = self.hindsight.losses(judged)
         self.note_point(now)
-        kept = judged.won(now, partly=not early and growth.steps < judged.until)
+        kept = judged.won(now, not early and growth.steps < judged.until, than=then)
         if not kept and (early or not judged.extended):
             if not early:
                 judged.extended, judged.until = True, growth.steps + judged.until - judged.before.step
             return False
-        reason = f"held-out loss {judged.held_out:.4g} → {now:.4g}"
+        reason = judged.told(then, now)
         replaced = next(iter(self.reach.gone([one.site for one in judged.decisions]).values()), "")
         self.spending.paid = self.spending.paid or kept
         if kept or replaced:  # to take it back would overwrite the user's own new layer
@@ -352,7 +355,7 @@ class Early:
         growth.events_kept -= 1
         growth.topology_changed()
         sizes = {"parameters": growth.morphable.parameter_count()}
-        growth.tell("taken_back", to=judged.before.step, lost=lost, before=judged.held_out, now=now, **sizes)
+        growth.tell("taken_back", to=judged.before.step, lost=lost, before=then, now=now, **sizes)
         for decision in judged.decisions:
             self.seeds.end(decision, False, reason)
         return True

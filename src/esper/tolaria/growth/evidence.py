@@ -180,14 +180,33 @@ class Evidence:
 
     def held_out(self, held: Sequence[Any] | None = None) -> float:
         """Return the mean held-out loss in eval mode; rank 0's counts."""
+        return self.growth.peers.agree([self.mean_loss(self.probe() if held is None else held)])[0]
+
+    def mean_loss(self, batches: Sequence[Any]) -> float:
+        """Return the mean loss of examples in eval mode, in this process."""
         total = examples = 0.0
-        batches = self.probe() if held is None else held
         with evaluating(self.host), untouched(self.host, 0):
             for batch in join(batches) if self.independent else batches:
                 count = count_examples(batch)
                 total += float(self.parts.run(batch)) * count
                 examples += count
-        return self.growth.peers.agree([total / examples])[0]
+        return total / examples
+
+    def remember(self) -> None:
+        """Keep what an event will be judged by: the probe is there again."""
+
+    def judged_on(self) -> list[Any]:
+        """Return the batches that tell what weights from before an event would lose now."""
+        return self.probe()
+
+    def in_hindsight(self, held: Sequence[Any], remembered: float) -> float:
+        """Return what the weights that the host has for the while lose now, in this process.
+
+        Args:
+            held: From ``judged_on``.
+            remembered: What they lost at the event.
+        """
+        return self.mean_loss(held)
 
     def doubts(self) -> list[str]:
         """Say at the start what would keep anything from passing."""

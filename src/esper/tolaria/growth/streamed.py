@@ -7,6 +7,7 @@ weights; what passes is inserted into the weights as they are by then, a few ste
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,12 +19,17 @@ from esper.kasmina.evidence import count_examples
 from esper.kasmina.places import Place
 from esper.tolaria.growth.evidence import RECENT, Evidence, Found
 
+SAMPLE = 64  # examples that tell, at the judgement, whether the loss itself has changed since the event
+
 
 class Streamed(Evidence):
     """Reads the coming batches.
 
     Attributes:
         waiting: Why the event came whose evidence is being gathered.
+        sample: Some of the evidence of an event that is still judged.
+        sampled: Their mean loss at the event.
+        parted: By what the loop divides a loss, for it accumulates gradients, before it hands it over.
     """
 
     shared = False
@@ -32,6 +38,8 @@ class Streamed(Evidence):
     def __init__(self, growth: Any) -> None:
         self.coming: list[Any] = []
         self.earlier: dict[str, Tensor] = {}
+        self.sample: list[Any] = []
+        self.sampled, self.parted = 0.0, 1
         super().__init__(growth)
 
     def ready(self, why: str) -> bool:
@@ -62,6 +70,7 @@ class Streamed(Evidence):
         """Measure places at the weights the batches have not been learned by."""
         with self.at_earlier_weights():
             found = super().look(places, units)
+        self.sample = sampled(self.coming)
         self.abandon()
         return found
 
@@ -78,6 +87,22 @@ class Streamed(Evidence):
     def held_out(self, held: Sequence[Any] | None = None) -> float:
         """Return the mean of the latest losses: each was taken before its batch was learned from."""
         return self.growth.peers.agree([sum(self.losses) / len(self.losses)])[0]
+
+    def remember(self) -> None:
+        """Measure the sample: the same weights lose the same on it later, or the loss has changed."""
+        self.sampled, handed = self.mean_loss(self.sample), self.losses[-1]
+        self.parted = max(round(self.sampled / handed), 1) if handed and math.isfinite(self.sampled) else 1
+
+    def judged_on(self) -> list[Any]:
+        """Return the sample."""
+        return self.sample
+
+    def in_hindsight(self, held: Sequence[Any], remembered: float) -> float:
+        """Return what was remembered, and by what the loss of the sample has changed since.
+
+        Losses handed to ``growth.step`` come with dropout on, and may be a part of what ``loss_fn`` returns.
+        """
+        return remembered + (self.mean_loss(held) - self.sampled) / self.parted
 
     @contextmanager
     def at_earlier_weights(self) -> Iterator[None]:
@@ -97,10 +122,23 @@ class Streamed(Evidence):
     def state_dict(self) -> dict[str, Any]:
         """Return what was gathered."""
         gathered = {"coming": self.coming, "earlier": self.earlier, "waiting": self.waiting}
-        return {**super().state_dict(), **gathered}
+        judged = {"sample": self.sample, "sampled": self.sampled, "parted": self.parted}
+        return {**super().state_dict(), **gathered, **judged}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on gathering."""
         super().load_state_dict(state)
         self.coming, self.earlier = list(state["coming"]), dict(state["earlier"])
         self.waiting = state["waiting"]
+        self.sample, self.sampled = list(state.get("sample", [])), state.get("sampled", 0.0)
+        self.parted = state.get("parted", 1)
+
+
+def sampled(batches: Sequence[Any]) -> list[Any]:
+    """Return the first batches that hold a sample's examples."""
+    found, count = list[Any](), 0
+    for batch in batches:
+        if count < SAMPLE:
+            found.append(batch)
+            count += count_examples(batch)
+    return found
