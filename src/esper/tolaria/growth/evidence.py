@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from esper.errors import ProbeError
 from esper.kasmina.coupling import followed, independent
-from esper.kasmina.evidence import count_examples, join
+from esper.kasmina.evidence import count_examples
 from esper.kasmina.isolation import evaluating, same_generators, untouched
 from esper.kasmina.lessons import first
 from esper.kasmina.places import Place
@@ -21,6 +21,7 @@ from esper.kasmina.reopen import SATURATED, TEMPER, How, guess, multipliable, ou
 from esper.kasmina.score import Score, Scored
 from esper.kasmina.sight import Run, differentiates
 from esper.kasmina.significance import Spending, p_value, smallest
+from esper.tolaria.growth.portions import largest, portions
 
 ENOUGH = "already wide enough"
 SURE = 0.16  # of the learning: before it a host tells by being below early.enough in proportion
@@ -66,6 +67,7 @@ class Evidence:
         self.growth, self.parts = growth, growth.parts
         self.most: int = growth.config.early.examples  # examples of either kind that an event reads
         self.batches: deque[Any] = deque()
+        self.size = 0  # examples in the loop's largest batch
         self.losses: deque[float] = deque(maxlen=RECENT)
         self.outputs: list[nn.Module] = []
         self.guess: float | None = None
@@ -90,6 +92,7 @@ class Evidence:
         self.losses.append(loss)
         self.batches.append(batch)
         size = max(count_examples(batch), 1)
+        self.size = max(self.size, size)
         if not self.independent:  # each batch is one value, so it takes as many as there may be
             self.most = max(self.growth.config.early.examples, BLOCKS * size)
         elif self.parts.steps is not None:  # a short run's events read less
@@ -159,10 +162,20 @@ class Evidence:
         return Found(score.chosen, self.held_out(held), values, alone, flops, score.failed)
 
     def runs(self, batches: Sequence[Any], alone: bool) -> list[Run]:
-        """Return passes over batches: joined where examples count alone, as they came where they do not."""
-        given = join(batches) if alone else list(batches)
-        few = [first(batch, self.most) for batch in given]
-        return [((lambda b=batch: self.run(b)), count_examples(batch)) for batch in few]
+        """Return passes over batches: in portions where examples count alone, else as they came."""
+        left, runs = self.most, list[Run]()
+        for batch in self.laid_out(batches, alone):
+            few = first(batch, left if alone else self.most)
+            runs.append(((lambda b=few: self.run(b)), count_examples(few)))
+            left -= runs[-1][1]
+            if alone and left <= 0:
+                break
+        return runs
+
+    def laid_out(self, batches: Sequence[Any], alone: bool | None) -> Iterator[Any]:
+        """Lay batches out as they are to go through the model."""
+        most = largest(self.size, self.growth.morphable.flops)
+        return portions(batches, most) if alone else iter(batches)
 
     def run(self, batch: Any) -> Tensor:
         """Return the loss that is evidence: the user's, or the mean of what ``per_example`` gives."""
@@ -186,7 +199,7 @@ class Evidence:
         """Return the mean loss of examples in eval mode, in this process."""
         total = examples = 0.0
         with evaluating(self.host), untouched(self.host, 0):
-            for batch in join(batches) if self.independent else batches:
+            for batch in self.laid_out(batches, self.independent):
                 count = count_examples(batch)
                 total += float(self.parts.run(batch)) * count
                 examples += count
@@ -257,10 +270,11 @@ class Evidence:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was kept for the next event."""
-        return {"batches": list(self.batches), "losses": list(self.losses), "most": self.most}
+        kept = {"batches": list(self.batches), "losses": list(self.losses)}
+        return {**kept, "most": self.most, "size": self.size}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on."""
         self.batches.extend(state["batches"])
         self.losses.extend(state["losses"])
-        self.most = state["most"]
+        self.most, self.size = state["most"], state.get("size", 0)

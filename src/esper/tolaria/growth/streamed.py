@@ -60,6 +60,7 @@ class Streamed(Evidence):
             super().collect(batch, loss)
         else:
             self.losses.append(loss)
+            self.size = max(self.size, count_examples(batch))
             self.coming.append(batch)
 
     def probe(self) -> list[Any]:
