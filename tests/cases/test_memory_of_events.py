@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from esper.kasmina.evidence import count_examples
-from esper.kasmina.layout import flatten
 from esper.tolaria.growth.portions import LEAST, cut, largest, portions
-from tests.cases.loops import Task, run
+from tests.cases.loops import Task, narrow, run
 
 
 def images(n: int = 8) -> tuple[Tensor, Tensor]:
@@ -82,6 +81,10 @@ def test_cheap_examples_go_together(loop: int, flops: int, most: int) -> None:
     assert largest(loop, flops) == most
 
 
-def leaves(batches: Any) -> list[Any]:
-    """List the tensors of batches."""
-    return [leaf for batch in batches for leaf in flatten(batch)[0]]
+def test_what_is_found_does_not_depend_on_how_it_is_laid_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    apart, together = narrow(), narrow()
+    run(together)
+    monkeypatch.setattr("esper.tolaria.growth.evidence.largest", lambda loop, flops: 50)
+    run(apart)
+    assert apart[0].out_features == together[0].out_features > 1
+    assert torch.allclose(apart[0].weight, together[0].weight, atol=1e-3)

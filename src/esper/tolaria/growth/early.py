@@ -317,7 +317,7 @@ class Early:
         self.insertion.reopen(how, self.evidence.outputs)
         if how != "no":
             evidence = self.evidence
-            self.growth.tell("reopened", how=how, loss=evidence.training_loss, guess=evidence.guess)
+            self.growth.tell("reopened", how=how, loss=evidence.fitted or evidence.training_loss, guess=evidence.guess)
         return how
 
     # -- afterwards ------------------------------------------------------------------------------------------

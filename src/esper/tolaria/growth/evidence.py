@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from esper.kasmina.lessons import first
 from esper.kasmina.places import Place
 from esper.kasmina.reopen import SATURATED, TEMPER, How, guess, multipliable, output_layers, tempered
 from esper.kasmina.score import Score, Scored
-from esper.kasmina.sight import Run, differentiates
+from esper.kasmina.sight import Run, differentiates, judging
 from esper.kasmina.significance import Spending, p_value, smallest
 from esper.tolaria.growth.portions import largest, portions
 
@@ -71,6 +71,7 @@ class Evidence:
         self.losses: deque[float] = deque(maxlen=RECENT)
         self.outputs: list[nn.Module] = []
         self.guess: float | None = None
+        self.fitted: float | None = None  # mean loss of the training examples of the latest event
         self.independent: bool | None = None
         self.inner = False  # whether the loss takes gradients inside itself
         held = self.probe()
@@ -84,7 +85,7 @@ class Evidence:
 
     @property
     def training_loss(self) -> float | None:
-        """Mean of the latest training losses."""
+        """Mean of the latest losses that the loop handed over."""
         return sum(self.losses) / len(self.losses) if self.losses else None
 
     def collect(self, batch: Any, loss: float) -> None:
@@ -149,6 +150,7 @@ class Evidence:
         """
         held = self.probe()
         seed = self.parts.streams.draw("evidence")
+        self.fitted = self.fit_of(self.batches)
         score = Score(self.host, places, units, self.growth.peers, self.inner)
         alone = self.independent is True
         with tempered(self.outputs, TEMPER if self.guess is not None else 1.0):
@@ -156,10 +158,22 @@ class Evidence:
             score.test(self.runs(held, alone), alone, seed, shared=self.shared)
         examples = sum(count_examples(batch) for batch in held)
         seen = sum(count_examples(batch) for batch in self.batches)
-        flops = score.flops + self.growth.morphable.flops * (3 * min(seen, self.most) + 4 * examples)
+        often = 3 if self.fitted is None else 4
+        flops = score.flops + self.growth.morphable.flops * (often * min(seen, self.most) + 4 * examples)
         self.batches.clear()
         values = examples if alone else len(held)
         return Found(score.chosen, self.held_out(held), values, alone, flops, score.failed)
+
+    def fit_of(self, batches: Iterable[Any]) -> float | None:
+        """Return the mean loss of training examples where it could tell a saturated host, else None.
+
+        What is handed to ``growth.step`` does not: a loop that accumulates gradients divides it. Norms know
+        the batch, as in training.
+        """
+        if self.guess is None or not batches:
+            return None
+        with judging(self.host), torch.no_grad(), untouched(self.host, 0):
+            return self.mean_of(batches)
 
     def runs(self, batches: Sequence[Any], alone: bool) -> list[Run]:
         """Return passes over batches: in portions where examples count alone, else as they came."""
@@ -197,12 +211,16 @@ class Evidence:
 
     def mean_loss(self, batches: Sequence[Any]) -> float:
         """Return the mean loss of examples in eval mode, in this process."""
-        total = examples = 0.0
         with evaluating(self.host), untouched(self.host, 0):
-            for batch in self.laid_out(batches, self.independent):
-                count = count_examples(batch)
-                total += float(self.parts.run(batch)) * count
-                examples += count
+            return self.mean_of(batches)
+
+    def mean_of(self, batches: Iterable[Any]) -> float:
+        """Return the mean loss of examples in the mode that the host is in."""
+        total = examples = 0.0
+        for batch in self.laid_out([*batches], self.independent):
+            count = count_examples(batch)
+            total += float(self.parts.run(batch)) * count
+            examples += count
         return total / examples
 
     def remember(self) -> None:
@@ -254,7 +272,7 @@ class Evidence:
 
     def saturated(self) -> bool:
         """Tell whether the loss is cross-entropy and nearly satisfied on what the host trains on."""
-        guess, training = self.guess, self.training_loss
+        guess, training = self.guess, self.fitted
         return guess is not None and training is not None and training < SATURATED * guess
 
     def reopening(self, setting: How | Literal["auto"]) -> How:
