@@ -109,6 +109,19 @@ def take(batch: Any, rows: Tensor) -> Any:
     return unflatten(some, nest)
 
 
+def copied(batch: Any) -> Any:
+    """Return a batch with tensors of its own: a loop may fill the same ones again at the next step."""
+    leaves, nest = flatten(batch)
+    return unflatten([own(leaf) for leaf in leaves], nest)
+
+
+def own(leaf: Any) -> Any:
+    """Copy a leaf that can be written to; a tensor comes without the graph behind it."""
+    if isinstance(leaf, Tensor):
+        return leaf.detach().clone().requires_grad_(leaf.requires_grad)
+    return leaf.copy() if isinstance(leaf, np.ndarray | list) else leaf
+
+
 def smaller(batch: Any) -> list[Any]:
     """Return the first half of a batch; none where it is too small to be cut."""
     half = count_examples(batch) // 2

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from esper.errors import ProbeError
 from esper.kasmina.coupling import followed, independent
-from esper.kasmina.evidence import count_examples
+from esper.kasmina.evidence import copied, count_examples
 from esper.kasmina.isolation import evaluating, same_generators, untouched
 from esper.kasmina.lessons import first
 from esper.kasmina.places import Place
@@ -91,7 +91,7 @@ class Evidence:
     def collect(self, batch: Any, loss: float) -> None:
         """Keep a training batch, and as many before it as an event reads."""
         self.losses.append(loss)
-        self.batches.append(batch)
+        self.batches.append(copied(batch))
         size = max(count_examples(batch), 1)
         self.size = max(self.size, size)
         if not self.independent:  # each batch is one value, so it takes as many as there may be

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from esper.kasmina.evidence import count_examples
+from esper.kasmina.evidence import copied, count_examples
 from esper.kasmina.places import Place
 from esper.tolaria.growth.evidence import RECENT, Evidence, Found
 
@@ -61,7 +61,7 @@ class Streamed(Evidence):
         else:
             self.losses.append(loss)
             self.size = max(self.size, count_examples(batch))
-            self.coming.append(batch)
+            self.coming.append(copied(batch))
 
     def probe(self) -> list[Any]:
         """Return the batches that have come; at the start, the example."""
