@@ -14,7 +14,7 @@ STEPS = 60
 
 
 def told(parts: int, width: int) -> list[Event]:
-    """Train on the same batches, each in one piece or handed over in parts of its loss; list what was told."""
+    """Train on the same batches, in one piece or handed over in parts of the loss; list what was told."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(10, width), nn.Tanh(), nn.Linear(width, 10))
     optimizer = torch.optim.Adam(net.parameters(), 0.03)

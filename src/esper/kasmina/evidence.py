@@ -9,6 +9,7 @@ evenly by its looks (union bound), so looking often is paid for.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -119,7 +120,7 @@ def own(leaf: Any) -> Any:
     """Copy a leaf that can be written to; a tensor comes without the graph behind it."""
     if isinstance(leaf, Tensor):
         return leaf.detach().clone().requires_grad_(leaf.requires_grad)
-    return leaf.copy() if isinstance(leaf, np.ndarray | list) else leaf
+    return copy.copy(leaf)  # an array's, or a list of labels
 
 
 def smaller(batch: Any) -> list[Any]:

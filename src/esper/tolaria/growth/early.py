@@ -20,12 +20,13 @@ from esper.kasmina.score import Scored
 from esper.kasmina.significance import Spending
 from esper.kasmina.stack import DepthKernel
 from esper.tolaria.growth.account import NO_EVIDENCE, EventRecord, Looked, Point, record_from
-from esper.tolaria.growth.evidence import ENOUGH, Evidence, Found
+from esper.tolaria.growth.evidence import Evidence, Found
 from esper.tolaria.growth.hindsight import Hindsight
 from esper.tolaria.growth.insertion import Insertion
 from esper.tolaria.growth.judged import WORTH, Judged
 from esper.tolaria.growth.mishaps import Mishaps
 from esper.tolaria.growth.reach import Reach
+from esper.tolaria.growth.saturation import ENOUGH
 from esper.tolaria.growth.seeds import Decision, Seeds
 from esper.tolaria.growth.streamed import Streamed
 from esper.tolaria.growth.takeback import Before
@@ -56,19 +57,17 @@ class Early:
     def __init__(self, growth: Any) -> None:
         self.growth, self.parts = growth, growth.parts
         self.settings = growth.config.early
-        self.insertion = Insertion(self.parts.committer)
+        self.insertion, self.seeds = Insertion(self.parts.committer), Seeds(growth)
         self.evidence = Streamed(growth) if self.parts.example is not None else Evidence(growth)
         self.doubts = self.evidence.doubts()
         self.timetable = Timetable(growth)
         self.reach = Reach(growth, self.timetable)
         self.mishaps = Mishaps(growth)
         self.hindsight = Hindsight(growth, self.evidence, self.mishaps)
-        self.seeds = Seeds(growth)
         self.spending = Spending(self.settings.false_keep, self.settings.further)
         self.open: Judged | None = None
         self.waiting: str | None = None  # why an event waits for growth.rewrap()
-        self.records: list[EventRecord] = []
-        self.points: list[Point] = []
+        self.records, self.points = list[EventRecord](), list[Point]()
 
     @property
     def growing(self) -> bool:
@@ -175,6 +174,7 @@ class Early:
             record.looked.append(Looked(name, growth.morphable.places[name].site.width, reason=barred))
         if not units and self.reach.waits_for_depth(room):
             return
+        self.doubts += self.evidence.trained_on() if units else []
         if not units or (self.doubts and only is None):
             self.timetable.clear()
             self.evidence.abandon()
@@ -313,11 +313,12 @@ class Early:
 
     def reopen(self) -> How:
         """Re-open a saturated host."""
-        how = self.evidence.reopening(self.settings.reopen)
-        self.insertion.reopen(how, self.evidence.outputs)
+        saturation = self.evidence.saturation
+        how = saturation.reopening(self.settings.reopen)
+        self.insertion.reopen(how, saturation.outputs)
         if how != "no":
-            evidence = self.evidence
-            self.growth.tell("reopened", how=how, loss=evidence.fitted or evidence.training_loss, guess=evidence.guess)
+            loss = saturation.fitted or self.evidence.training_loss
+            self.growth.tell("reopened", how=how, loss=loss, guess=saturation.guess)
         return how
 
     # -- afterwards ------------------------------------------------------------------------------------------
@@ -325,11 +326,10 @@ class Early:
     def judge(self, early: bool = False) -> bool:
         """Keep an event whose held-out loss has fallen since, by what is worth it; take the others back.
 
+        Returns whether it is decided.
+
         Args:
             early: The time is not up, because the next event is due: only what has won already is decided.
-
-        Returns:
-            Whether it is decided.
         """
         growth, judged = self.growth, self.open
         assert judged is not None

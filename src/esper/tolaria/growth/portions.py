@@ -45,7 +45,7 @@ def portions(batches: Sequence[Any], most: int) -> Iterator[Any]:
         full = count >= even or count + size > most
         if waiting and full and left - count >= most // 4:
             yield from join(waiting)
-            waiting, left, count = [], left - count, 0
+            waiting, left, count = list[Any](), left - count, 0
         waiting.append(part)
         count += size
     yield from join(waiting)

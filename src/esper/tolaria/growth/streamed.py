@@ -32,6 +32,10 @@ class Streamed(Evidence):
         parted: By what the loop divides a loss, for it accumulates gradients, before it hands it over.
     """
 
+    repeats = (
+        "most examples that came next had been trained on before, so they are no evidence: probe='stream' is "
+        "for runs that see each example once; hold examples out, and pass them as probe="
+    )
     shared = False
     judged_by = RECENT
 
@@ -67,6 +71,10 @@ class Streamed(Evidence):
         """Return the batches that have come; at the start, the example."""
         return self.coming or [self.parts.example]
 
+    def named_probe(self) -> dict[str, Any]:
+        """Return the example."""
+        return {"the example": self.parts.example}
+
     def look(self, places: Mapping[str, Place], units: Mapping[str, int]) -> Found:
         """Measure places at the weights the batches have not been learned by."""
         with self.at_earlier_weights():
@@ -81,6 +89,7 @@ class Streamed(Evidence):
 
     def abandon(self) -> None:
         """Gather no more for an event that is skipped; its batches are learned from by now."""
+        super().abandon()
         self.coming.clear()
         self.earlier.clear()
         self.waiting = None
