@@ -3,8 +3,9 @@
 Some examples are passed twice, beside others each time. Where the gradients they get back are the same but
 for one common factor, the loss says of each of them the same whatever it stands beside: a mean, a sum, a mean
 by class weights or by counted tokens, the root of a mean. Contrastive losses, statistics of the batch and
-differences of neighbours are told apart. Both passes have the same shapes and the same random numbers, so a
-loss that draws noise, as that of a VAE does, can be asked, too.
+differences of neighbours are told apart; so are losses of the hardest examples of a batch, for some are
+asked beside the hardest, then beside the easiest. Both passes have the same shapes and the same random
+numbers, so a loss that draws noise, as that of a VAE does, can be asked, too.
 
 A model that is called several times in a pass shows several views. Two of each example, as a consistency loss
 has them, are evidence of that example; a view of something else, the boundary of a physics problem, half of
@@ -45,43 +46,87 @@ def independent(
         batch: Of the probe; it should hold every kind of example.
 
     Returns:
-        None where it cannot be told: fewer than 3 examples that count, no place that is passed, no gradient.
+        None where it cannot be told: fewer than 3 examples that count, no place that is passed, no gradient,
+        examples of unlike length in a list, of which no rows can be taken.
 
     Raises:
         ProbeError: The loss of a part of the batch cannot be taken.
     """
     kept = counted_rows(batch)
     each = len(kept) // PARTS
-    if each == 0:
+    if each == 0 or ragged(batch):
         return None
-    own, beside, instead = kept[:each], kept[each : 2 * each], kept[2 * each : 3 * each]
-    batches = [take(batch, torch.cat([own, others])) for others in (beside, instead)]
+    rows = kept[: PARTS * each]
     try:
         with evaluating(model), torch.enable_grad():
-            if not followed(model, run, places, batches[0]):
+            if not learns(model, run, take(batch, rows)):
+                return None
+            if not followed(model, run, places, take(batch, rows[: 2 * each])):
                 return False
-            first, second = (gradients(model, run, places, one, each) for one in batches)
+            found = compared(model, run, places, batch, rows)
+            if found:  # as they come they may be alike: a loss of the hardest half is told by these
+                ranked = rows[by_difficulty(model, run, places, take(batch, rows))]
+                middle, ends = ranked[each : 2 * each], (ranked[:each], ranked[2 * each :])
+                found = compared(model, run, places, batch, torch.cat([middle, *ends])) is not False
     except (RuntimeError, ValueError, IndexError) as error:  # what torch raises where shapes do not fit
         raise ProbeError(
             f"the loss of {len(kept)} examples can be taken, that of {2 * each} of them cannot ({error}); "
             "evidence needs a model and a loss that take a batch of any size"
         ) from error
-    if first.shape != second.shape or not first.any() or not second.any():
+    return found
+
+
+def learns(model: nn.Module, run: Callable[[Any], Tensor], batch: Any) -> bool:
+    """Tell whether a loss has gradients at all."""
+    with untouched(model, seed=0):
+        return run(batch).requires_grad
+
+
+def ragged(batch: Any, within: bool = False) -> bool:
+    """Tell whether a batch holds a list of examples that differ in length."""
+    parts = list(batch.values()) if isinstance(batch, Mapping) else batch
+    if not isinstance(parts, (list, tuple)):
+        return False
+    sizes = {one.shape[0] for one in parts if isinstance(one, Tensor) and one.dim()}
+    alike = not within or len(sizes) < 2 or not all(isinstance(one, Tensor) for one in parts)
+    return not alike or any(ragged(one, within=True) for one in parts)
+
+
+def compared(
+    model: nn.Module, run: Callable[[Any], Tensor], places: Mapping[str, Place], batch: Any, rows: Tensor
+) -> bool | None:
+    """Tell whether the first third of some rows gets the same gradients beside the second and the third."""
+    own, beside, instead = rows.chunk(PARTS)
+    first, second = (
+        gradients(model, run, places, take(batch, torch.cat([own, others])), len(own)).flatten()
+        for others in (beside, instead)
+    )
+    if first.shape != second.shape or not (first.any() or second.any()):
         return None
+    if not first.any() or not second.any():
+        return False  # what stands beside them decides whether they count
     factor = (first @ second) / second.square().sum()
     left = float((first - factor * second).norm() / first.norm())  # NaN where a gradient is not finite
     return None if math.isnan(left) else bool(factor > 0) and left <= max(ALIKE, roundoff(model))
 
 
+def by_difficulty(
+    model: nn.Module, run: Callable[[Any], Tensor], places: Mapping[str, Place], batch: Any
+) -> Tensor:
+    """Order the rows of a batch by how much of a gradient they get, the most first."""
+    count = split_batch(batch)[3]
+    return gradients(model, run, places, batch, count).norm(dim=1).argsort(descending=True, stable=True).cpu()
+
+
 def gradients(
     model: nn.Module, run: Callable[[Any], Tensor], places: Mapping[str, Place], batch: Any, each: int
 ) -> Tensor:
-    """Return what the first examples of a batch get back at all places, flat, in float64."""
-    sights = shown(model, run, places, batch)
+    """Return what the first examples of a batch get back at all places, (each, …), in float64."""
+    sights, count = shown(model, run, places, batch), split_batch(batch)[3]
     back = [seen.gradient for name in sorted(sights) for view in sights[name] for seen in view.exits]
-    rows = [by_example(gradient, 2 * each) for gradient in back if gradient is not None]
-    found = [one[:each].flatten().double() for one in rows if one is not None]
-    return torch.cat(found) if found else torch.empty(0)
+    rows = [by_example(gradient, count) for gradient in back if gradient is not None]
+    found = [one[:each].flatten(1).double() for one in rows if one is not None]
+    return torch.cat(found, 1) if found else torch.empty(each, 0)
 
 
 def followed(model: nn.Module, run: Callable[[Any], Tensor], places: Mapping[str, Place], batch: Any) -> bool:

@@ -9,6 +9,7 @@ evenly by its looks (union bound), so looking often is paid for.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -107,6 +108,19 @@ def take(batch: Any, rows: Tensor) -> Any:
     leaves, batched, nest, _ = split_batch(batch)
     some = [chosen(leaf, rows) if many else leaf for leaf, many in zip(leaves, batched, strict=True)]
     return unflatten(some, nest)
+
+
+def copied(batch: Any) -> Any:
+    """Return a batch with tensors of its own: a loop may fill the same ones again at the next step."""
+    leaves, nest = flatten(batch)
+    return unflatten([own(leaf) for leaf in leaves], nest)
+
+
+def own(leaf: Any) -> Any:
+    """Copy a leaf that can be written to; a tensor comes without the graph behind it."""
+    if isinstance(leaf, Tensor):
+        return leaf.detach().clone().requires_grad_(leaf.requires_grad)
+    return copy.copy(leaf)  # an array's, or a list of labels
 
 
 def smaller(batch: Any) -> list[Any]:

@@ -104,9 +104,10 @@ class Score:
                 for pool in host_kernels(self.pools).values():
                     spread(pool)
             for sights, examples in passes(self.model, self.places, runs, self.columns):
-                for name, views in sights.items():
+                for name in sights:
                     with self.alone(name):
-                        self.learn(name, views, examples)
+                        self.learn(name, sights[name], examples)
+                sights.clear()
             for name in [n for n in self.sums if n not in self.failed]:
                 with self.alone(name):
                     self.choose(name)
@@ -240,6 +241,7 @@ class Score:
                     with self.alone(name):
                         values = self.values(name, sights[name], examples)
                         found[name].append(values if alone else values.mean(0, keepdim=True))
+                sights.clear()
         for name, parts in found.items():
             if parts and name not in self.failed:
                 own = torch.cat(parts)

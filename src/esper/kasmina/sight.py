@@ -195,6 +195,8 @@ def passes(
 ) -> Iterator[tuple[dict[str, tuple[Sight, ...]], int]]:
     """Run passes forth and back; yields what was seen at the places passed, call by call, and the examples.
 
+    Clear what was yielded, and the memory of one pass is enough for many.
+
     Args:
         model: The host.
         places: By name.
@@ -214,7 +216,9 @@ def passes(
         for (name, at, _), gradient in zip(leaves, back, strict=True):
             if gradient is not None:
                 eyes[name].back[at] = gradient
-        yield {name: sights for name, eye in eyes.items() if (sights := eye.sights())}, examples
+        shown = {name: sights for name, eye in eyes.items() if (sights := eye.sights())}
+        del eyes, loss, inlays, leaves, given, back
+        yield shown, examples
 
 
 def differentiates(model: nn.Module, places: Mapping[str, Place], run: Callable[[], Tensor]) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from esper.config import Config
 from esper.contracts import Event, Outcome
 from esper.errors import FinishedError, SiteError, StateError, nearest
-from esper.kasmina.evidence import count_examples
+from esper.kasmina.evidence import copied, count_examples
 from esper.kasmina.flops import Ledger
 from esper.kasmina.isolation import taught
 from esper.kasmina.morphable import MorphableModel
@@ -130,7 +130,7 @@ class Growth:
         value = float(loss.detach())
         if self.watch is None and self.peers.world == 1:
             check_finite(value, self.steps)
-        self.batches.append(batch)
+        self.batches.append(copied(batch) if self.recipe == "incubate" else batch)
         examples = count_examples(batch) * max(self.evaluations, 1)
         self.evaluations = 0
         self.cost.train(3 * self.morphable.flops * examples)  # backward costs twice the forward

@@ -20,11 +20,13 @@ from esper.kasmina.score import Scored
 from esper.kasmina.significance import Spending
 from esper.kasmina.stack import DepthKernel
 from esper.tolaria.growth.account import NO_EVIDENCE, EventRecord, Looked, Point, record_from
-from esper.tolaria.growth.evidence import ENOUGH, Evidence, Found
+from esper.tolaria.growth.evidence import Evidence, Found
+from esper.tolaria.growth.hindsight import Hindsight
 from esper.tolaria.growth.insertion import Insertion
 from esper.tolaria.growth.judged import WORTH, Judged
 from esper.tolaria.growth.mishaps import Mishaps
 from esper.tolaria.growth.reach import Reach
+from esper.tolaria.growth.saturation import ENOUGH
 from esper.tolaria.growth.seeds import Decision, Seeds
 from esper.tolaria.growth.streamed import Streamed
 from esper.tolaria.growth.takeback import Before
@@ -55,18 +57,17 @@ class Early:
     def __init__(self, growth: Any) -> None:
         self.growth, self.parts = growth, growth.parts
         self.settings = growth.config.early
-        self.insertion = Insertion(self.parts.committer)
+        self.insertion, self.seeds = Insertion(self.parts.committer), Seeds(growth)
         self.evidence = Streamed(growth) if self.parts.example is not None else Evidence(growth)
         self.doubts = self.evidence.doubts()
         self.timetable = Timetable(growth)
         self.reach = Reach(growth, self.timetable)
         self.mishaps = Mishaps(growth)
-        self.seeds = Seeds(growth)
+        self.hindsight = Hindsight(growth, self.evidence, self.mishaps)
         self.spending = Spending(self.settings.false_keep, self.settings.further)
         self.open: Judged | None = None
         self.waiting: str | None = None  # why an event waits for growth.rewrap()
-        self.records: list[EventRecord] = []
-        self.points: list[Point] = []
+        self.records, self.points = list[EventRecord](), list[Point]()
 
     @property
     def growing(self) -> bool:
@@ -173,8 +174,10 @@ class Early:
             record.looked.append(Looked(name, growth.morphable.places[name].site.width, reason=reason))
         if not units and self.reach.waits_for_depth(room):
             return
+        self.doubts += self.evidence.trained_on() if units else []
         if not units or (self.doubts and only is None):
             self.timetable.clear()
+            self.evidence.abandon()
             self.records.append(record)
             self.decline(record, free, {}, self.doubts[0] if units else SPENT if free else NONE_LEFT)
             return
@@ -223,6 +226,7 @@ class Early:
         """Insert what passed; whatever ends this in the middle, Ctrl-C too, takes all of it back."""
         growth = self.growth
         before, kept = self.insertion.remember(growth.steps), growth.events_kept
+        self.evidence.remember()
         decisions = list[Decision]()
         try:
             self.insert(record, found, units, before, decisions)
@@ -309,11 +313,12 @@ class Early:
 
     def reopen(self) -> How:
         """Re-open a saturated host."""
-        how = self.evidence.reopening(self.settings.reopen)
-        self.insertion.reopen(how, self.evidence.outputs)
+        saturation = self.evidence.saturation
+        how = saturation.reopening(self.settings.reopen)
+        self.insertion.reopen(how, saturation.outputs)
         if how != "no":
-            evidence = self.evidence
-            self.growth.tell("reopened", how=how, loss=evidence.training_loss, guess=evidence.guess)
+            loss = saturation.fitted or self.evidence.training_loss
+            self.growth.tell("reopened", how=how, loss=loss, guess=saturation.guess)
         return how
 
     # -- afterwards ------------------------------------------------------------------------------------------
@@ -321,24 +326,22 @@ class Early:
     def judge(self, early: bool = False) -> bool:
         """Keep an event whose held-out loss has fallen since, by what is worth it; take the others back.
 
+        Returns whether it is decided.
+
         Args:
             early: The time is not up, because the next event is due: only what has won already is decided.
-
-        Returns:
-            Whether it is decided.
         """
         growth, judged = self.growth, self.open
         assert judged is not None
         with self.parts.wrapping.whole():
-            now = self.evidence.held_out()
-        growth.cost.grow(growth.morphable.flops * judged.record.examples)
+            then, now = self.hindsight.losses(judged)
         self.note_point(now)
-        kept = judged.won(now, partly=not early and growth.steps < judged.until)
+        kept = judged.won(now, not early and growth.steps < judged.until, than=then)
         if not kept and (early or not judged.extended):
             if not early:
                 judged.extended, judged.until = True, growth.steps + judged.until - judged.before.step
             return False
-        reason = f"held-out loss {judged.held_out:.4g} → {now:.4g}"
+        reason = judged.told(then, now)
         replaced = next(iter(self.reach.gone([one.site for one in judged.decisions]).values()), "")
         self.spending.paid = self.spending.paid or kept
         if kept or replaced:  # to take it back would overwrite the user's own new layer
@@ -354,7 +357,7 @@ class Early:
         growth.events_kept -= 1
         growth.topology_changed()
         sizes = {"parameters": growth.morphable.parameter_count()}
-        growth.tell("taken_back", to=judged.before.step, lost=lost, before=judged.held_out, now=now, **sizes)
+        growth.tell("taken_back", to=judged.before.step, lost=lost, before=then, now=now, **sizes)
         for decision in judged.decisions:
             self.seeds.end(decision, False, reason)
         return True

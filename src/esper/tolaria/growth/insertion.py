@@ -37,6 +37,11 @@ class Insertion:
         """The host, then its averages."""
         return [self.model.host, *self.committer.averages]
 
+    @property
+    def flops_before(self) -> int:
+        """Of the model as it was remembered; as it is where an earlier process did that."""
+        return self.model.flops if self.flops is None else self.flops
+
     def remember(self, step: int) -> Before:
         """Copy the run as it is."""
         self.flops = self.model.flops

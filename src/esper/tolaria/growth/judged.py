@@ -33,14 +33,26 @@ class Judged:
     record: EventRecord
     extended: bool = False
 
-    def won(self, now: float, partly: bool) -> bool:
+    def won(self, now: float, partly: bool, than: float | None = None) -> bool:
         """Tell whether the held-out loss has fallen by what is worth it.
 
         Args:
             now: Mean held-out loss.
             partly: The run ends before the time is up: then the evidence stands unless the loss has risen.
+            than: What the weights from before the event lose now; None: what they lost then.
         """
-        return now < self.held_out - (0.0 if partly else WORTH * abs(self.held_out))
+        before = self.held_out if than is None else than
+        return now < before - (0.0 if partly else WORTH * abs(before))
+
+    def told(self, then: float, now: float) -> str:
+        """Say what was compared.
+
+        Args:
+            then: What the weights from before the event lose now.
+            now: Mean held-out loss.
+        """
+        changed = "" if then == self.held_out else f" ({self.held_out:.4g} as the loss was at the event)"
+        return f"held-out loss {then:.4g} → {now:.4g}{changed}"
 
     def state_dict(self, records: Sequence[EventRecord]) -> dict[str, Any]:
         """Return what a checkpoint keeps."""

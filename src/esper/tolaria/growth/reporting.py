@@ -17,7 +17,7 @@ OUTPUT = "the output layer: its width is the task's"
 
 def refusals(growth: Any) -> list[tuple[str, str]]:
     """List the places where nothing can grow, each with the reason in the user's words."""
-    outputs: list[nn.Module] = [] if growth.early is None else growth.early.evidence.outputs
+    outputs: list[nn.Module] = [] if growth.early is None else growth.early.evidence.saturation.outputs
     last = {path for path, module in growth.morphable.host.named_modules() if module in outputs}
     return [
         (refusal.place or "the model", OUTPUT if refusal.place in last else refusal.reason)

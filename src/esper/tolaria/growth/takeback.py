@@ -82,19 +82,10 @@ class Before:
             optimizers: By name.
             plans: All of the run; those since are undone.
         """
-        deeper = [plan for plan in reversed(plans[self.plans :]) if isinstance(plan, DeepenPlan)]
-        for index, (model, tensors) in enumerate(zip(models, self.tensors, strict=True)):
-            copy = model
-            for plan in deeper:
-                copy = model if index == 0 else copy_of(model, {plan.donor})
-                block = remove(copy, plan)
+        for index, model in enumerate(models):
+            for block in self.put_back(model, plans, index):
                 if index == 0:
                     let_go(optimizers, block)
-            if index and self.attributes:
-                copy = copy_of(model, {path for path, _, _ in self.attributes})
-            for path, attribute, value in reversed(self.attributes):
-                setattr(at(copy, path), attribute, value)
-            put_in_place(model, tensors)
             model.zero_grad(set_to_none=True)
         parameters = dict(models[0].named_parameters())
         for optimizer, states in zip(optimizers.values(), self.states, strict=True):
@@ -104,6 +95,32 @@ class Before:
                     write(optimizer.state[parameter], states[name])
                 else:
                     optimizer.state.pop(parameter, None)
+
+    def deeper(self, plans: Sequence[Plan]) -> list[DeepenPlan]:
+        """List the blocks that have come since, the newest first."""
+        return [plan for plan in reversed(plans[self.plans :]) if isinstance(plan, DeepenPlan)]
+
+    def put_back(self, model: nn.Module, plans: Sequence[Plan], index: int = 0) -> list[nn.Module]:
+        """Give one model the blocks, counts, weights and buffers it had; optimizers are left alone.
+
+        Args:
+            model: The host, or an average.
+            plans: All of the run; those since are undone.
+            index: 0 for the host, from 1 on for the averages.
+
+        Returns:
+            The blocks that were taken out.
+        """
+        blocks, copy = list[nn.Module](), model
+        for plan in self.deeper(plans):
+            copy = model if index == 0 else copy_of(model, {plan.donor})
+            blocks.append(remove(copy, plan))
+        if index and self.attributes:
+            copy = copy_of(model, {path for path, _, _ in self.attributes})
+        for path, attribute, value in reversed(self.attributes):
+            setattr(at(copy, path), attribute, value)
+        put_in_place(model, self.tensors[index])
+        return blocks
 
     def state_dict(self) -> State:
         """Return what a checkpoint keeps."""
