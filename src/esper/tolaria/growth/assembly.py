@@ -21,6 +21,7 @@ from esper.kasmina.evidence import LossFunction, count_examples, smaller
 from esper.kasmina.flops import Ledger
 from esper.kasmina.gate import Gate
 from esper.kasmina.isolation import evaluating, same_randomness, untouched
+from esper.kasmina.joins import Joins
 from esper.kasmina.morphable import MorphableModel
 from esper.kasmina.orchestrator import SeedOrchestrator
 from esper.kasmina.peers import Peers, digest
@@ -57,6 +58,7 @@ class Parts:
     gate: Gate
     forging: Forging
     streams: Streams
+    joins: Joins
     config: Config
     budget: Budget
     limits: Limits
@@ -122,7 +124,7 @@ def assemble(
     merged = merged_budget(budget, config.budget, model.parameter_count(), model.flops)
     config = config.model_copy(update={"budget": merged})
     model.pool.enabled = config.kernels.streams
-    streams, ledger = Streams(seed), Ledger(peers.world)
+    streams, ledger, joins = Streams(seed), Ledger(peers.world), Joins()
     forging = Forging(config.kernels, observe)
 
     def fallback(what: str, why: str) -> None:
@@ -162,6 +164,7 @@ def assemble(
         scale=(lambda: float(scaler.get_scale())) if scaler is not None else (lambda: 1.0),
         peers=peers,
         whole=wrapping.whole,
+        join=joins,
         deferred=wrapping.deferred,
     )
     orchestrator = SeedOrchestrator(model, config, Timing.of(config, steps, settling), given)
@@ -188,6 +191,7 @@ def assemble(
         gate=gate,
         forging=forging,
         streams=streams,
+        joins=joins,
         config=config,
         budget=merged,
         limits=limits(merged, model.parameter_count(), model.flops),

@@ -32,6 +32,7 @@ from esper.tolaria.growth.early import Early
 from esper.tolaria.growth.entrance import check_finite, check_loss
 from esper.tolaria.growth.incubation import Incubation
 from esper.tolaria.growth.memory import capture, restore
+from esper.tolaria.growth.mishaps import Mishaps
 from esper.tolaria.growth.recipe import Recipe, recipe_of
 from esper.tolaria.growth.redo import Redo
 from esper.tolaria.growth.reporting import report
@@ -74,6 +75,7 @@ class Growth:
         self.hooks = [before_closures(o, self._begin_evaluation) for o in parts.optimizers.values()]
         self.metrics: dict[str, float] = {}  # of the latest epoch
         self.recipe: Recipe = recipe_of(self.config.growth, self.morphable)
+        self.mishaps = Mishaps(self)
         self.incubation = Incubation(self)
         self.early: Early | None = None
         try:
@@ -295,12 +297,16 @@ class Growth:
 
     def _open(self, change: Callable[[], Outcome | None]) -> None:
         """Carry out what may change the layers' shapes."""
-        trial, wrapping = self.orchestrator.trial, self.parts.wrapping
-        if trial is not None:
-            with self.morphable.policy.uncompiled(), wrapping.opened(self.parts.optimizers):
+        wrapping = self.parts.wrapping
+        if self.orchestrator.trial is not None:
+            with (
+                self.morphable.policy.uncompiled(),
+                wrapping.opened(self.parts.optimizers),
+                self.mishaps.contained("a last look at what grows", self.incubation.skip),
+            ):
                 outcome = change()
-            if outcome is not None:
-                self.incubation.conclude(outcome)
+                if outcome is not None:
+                    self.incubation.conclude(outcome)
 
     def finish(self) -> nn.Module:
         """End growth: a live seed gets a last gate and is folded in or removed.

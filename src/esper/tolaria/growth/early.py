@@ -49,7 +49,8 @@ class Early:
     """Grows one run early.
 
     Args:
-        growth: The conductor: ``parts``, ``morphable``, ``steps``, ``batches``, ``tell``, ``asked``.
+        growth: The conductor: ``parts``, ``morphable``, ``steps``, ``batches``, ``tell``, ``asked``,
+            ``mishaps``.
     """
 
     def __init__(self, growth: Any) -> None:
@@ -60,7 +61,7 @@ class Early:
         self.doubts = self.evidence.doubts()
         self.timetable = Timetable(growth)
         self.reach = Reach(growth, self.timetable)
-        self.mishaps = Mishaps(growth)
+        self.mishaps: Mishaps = growth.mishaps
         self.seeds = Seeds(growth)
         self.spending = Spending(self.settings.false_keep, self.settings.further)
         self.open: Judged | None = None
