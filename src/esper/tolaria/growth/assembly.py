@@ -31,8 +31,9 @@ from esper.tamiyo.controller import Tamiyo
 from esper.tolaria.distributed.wrapping import Wrapping
 from esper.tolaria.growth.budget import Limits, limits, merged_budget
 from esper.tolaria.growth.commit import Committer
-from esper.tolaria.growth.entrance import as_needed, first_probe, held_out, named_optimizers, refuse_uneven
+from esper.tolaria.growth.entrance import as_needed, first_probe, held_out, refuse_uneven
 from esper.tolaria.growth.forging import Forging
+from esper.tolaria.growth.optimizers import named_optimizers
 from esper.tolaria.growth.recipe import is_raced
 from esper.tolaria.growth.streams import Streams
 from esper.tolaria.surgery.adoption import refuse_homeless

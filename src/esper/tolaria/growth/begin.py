@@ -18,9 +18,10 @@ from esper.kasmina.sites import Sites
 from esper.nissa.journal import RunJournal
 from esper.tolaria.distributed.wrapping import wrapping_of
 from esper.tolaria.governor import Settings, Watch
+from esper.tolaria.growth.arguments import listed, refuse_numbers
 from esper.tolaria.growth.assembly import PerExample, assemble
 from esper.tolaria.growth.conductor import Growth
-from esper.tolaria.growth.entrance import listed, refuse_host, refuse_numbers
+from esper.tolaria.growth.entrance import refuse_host
 from esper.tolaria.growth.recipe import with_growth
 
 

@@ -38,8 +38,8 @@ from esper.tolaria.growth.redo import Redo
 from esper.tolaria.growth.reporting import report
 from esper.tolaria.growth.telling import size_and_cost, started
 from esper.tolaria.saving import save
+from esper.tolaria.surgery.clock import Clock
 from esper.tolaria.surgery.closures import before_closures
-from esper.tolaria.surgery.steps import Steps
 
 
 class Growth:
@@ -61,7 +61,7 @@ class Growth:
         self.tamiyo: Tamiyo = parts.tamiyo
         self.config: Config = parts.config
         self.batches: deque[Any] = deque(maxlen=parts.config.race.batches)
-        self.taken = Steps(next(iter(parts.optimizers.values())))
+        self.taken = Clock(parts.optimizers)
         self.steps = 0  # acted on
         self.events_kept = 0
         self.begun = time.perf_counter()
@@ -136,6 +136,8 @@ class Growth:
         self.cost.train(3 * self.morphable.flops * examples)  # backward costs twice the forward
         self.orchestrator.examples += examples
         if self.taken.settled() == self.steps:
+            if complaint := self.taken.complaint():
+                self.mishaps.say(complaint, "no step")
             return
         self.steps = self.taken.count
         if self.peers.world > 1:

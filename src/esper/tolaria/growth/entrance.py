@@ -3,67 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.optim import Optimizer
 
-from esper.errors import ConfigError, LossError, OptimizerError, ProbeError, SiteError
+from esper.errors import LossError, ProbeError, SiteError
 from esper.kasmina.evidence import count_examples
 from esper.kasmina.gate import check_probe
 from esper.kasmina.isolation import evaluating, same_generators, untouched
-
-MOST_STEPS = 10**8  # of a run; the schedule is laid out step by step
-
-
-def named_optimizers(
-    optimizer: Optimizer | Mapping[str, Optimizer], model: nn.Module
-) -> dict[str, Optimizer]:
-    """Return the optimizers by name.
-
-    Raises:
-        OptimizerError: Not an optimizer, one that raises the loss, or none owns a trainable parameter.
-    """
-    given = dict(optimizer) if isinstance(optimizer, Mapping) else {"optimizer": optimizer}
-    for name, one in given.items():
-        if not isinstance(one, Optimizer):
-            raise OptimizerError(
-                f"{name!r} is a {type(one).__name__}; a torch.optim.Optimizer or a mapping of them is needed"
-            )
-    owned = {id(p) for one in given.values() for group in one.param_groups for p in group["params"]}
-    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    missing = [n for n, p in trainable.items() if id(p) not in owned]
-    if missing and len(missing) == len(trainable):
-        raise OptimizerError(
-            "the optimizer owns none of the model's parameters; "
-            "build it from model.parameters() of this model"
-        )
-    if missing:
-        listed = ", ".join(missing[:4]) + (" …" if len(missing) > 4 else "")
-        raise OptimizerError(
-            f"the optimizer lacks {listed}; add them, or freeze them with requires_grad_(False)"
-        )
-    refuse_ascent(given)
-    return given
-
-
-def refuse_ascent(optimizers: Mapping[str, Optimizer]) -> None:
-    """Refuse to grow a model that is trained to raise what growth would lower.
-
-    A group that maximizes beside others that do not, as that of a multiplier, is the user's business.
-
-    Raises:
-        OptimizerError: Every group maximizes.
-    """
-    groups = [group for one in optimizers.values() for group in one.param_groups]
-    if all(group.get("maximize", False) for group in groups):
-        raise OptimizerError(
-            f"{', '.join(map(repr, optimizers))} would raise the loss (maximize=True), which growth lowers; "
-            "let loss_fn return the negative and leave maximize out"
-        )
 
 
 def refuse_host(model: nn.Module) -> None:
@@ -88,35 +37,6 @@ def refuse_host(model: nn.Module) -> None:
             )
     if not any(p.requires_grad for p in model.parameters()):
         raise SiteError("the model has no trainable parameter; growth has nothing to learn with")
-
-
-def listed(schedulers: object) -> list[Any]:
-    """Return the schedulers in a list; one that is given alone is meant.
-
-    Raises:
-        ConfigError: What is given has no ``step``.
-    """
-    given = list(schedulers) if isinstance(schedulers, Sequence) else [schedulers]
-    for one in given:
-        if not callable(getattr(one, "step", None)):
-            raise ConfigError(
-                f"schedulers={schedulers!r}: a {type(one).__name__} has no step(); give schedulers in a "
-                "list, or leave it out"
-            )
-    return given
-
-
-def refuse_numbers(steps: object, seed: object) -> None:
-    """Refuse a number of steps that no run has, and a seed that is none.
-
-    Raises:
-        ConfigError: With what was given.
-    """
-    whole = isinstance(steps, int) and not isinstance(steps, bool)
-    if steps is not None and not (whole and 1 <= steps <= MOST_STEPS):
-        raise ConfigError(f"steps={steps!r}; give the optimizer steps of the run, a count from 1 on, or None")
-    if not isinstance(seed, int) or seed < 0:
-        raise ConfigError(f"seed={seed!r}; give a whole number that is not negative")
 
 
 class Differentiating:

@@ -48,12 +48,12 @@ def forecast(schedulers: Sequence[Any], optimizer: Optimizer, steps: int, done: 
     known = [s for s in schedulers if isinstance(s, LRScheduler)]
     if any(isinstance(s, ReduceLROnPlateau) for s in schedulers) or len(known) < len(schedulers):
         return None
-    known = [s for s in known if s.optimizer is optimizer]
+    known = [s for s in known if shares_groups(s.optimizer, optimizer)]
     if not known:
         return None if "initial_lr" in optimizer.param_groups[0] else [1.0] * steps
     stand_in = StandIn(optimizer)
     try:
-        twins = [copy.deepcopy(s, {id(optimizer): stand_in}) for s in known]
+        twins = [copy.deepcopy(s, {id(s.optimizer): stand_in}) for s in known]
     except (TypeError, RuntimeError, AttributeError, copy.Error):  # it holds what cannot be copied
         return None
     paces = [pace(s, steps, done) for s in known]
@@ -72,6 +72,11 @@ def forecast(schedulers: Sequence[Any], optimizer: Optimizer, steps: int, done: 
             break
     past = rates[:1] * done
     return past + rates + rates[-1:] * (steps - done - len(rates))
+
+
+def shares_groups(one: Optimizer, other: Optimizer) -> bool:
+    """Tell an optimizer from any but itself, and what wraps it or is wrapped by it."""
+    return one is other or one.param_groups[0] is other.param_groups[0]
 
 
 def pace(scheduler: LRScheduler, steps: int, done: int) -> int | None:
