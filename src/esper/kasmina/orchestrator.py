@@ -19,6 +19,7 @@ from esper.config import Config
 from esper.contracts import Decision, Event, Outcome, Stage
 from esper.kasmina.finals import ask, decide, told
 from esper.kasmina.health import Measured, vitals
+from esper.kasmina.holding import weakly
 from esper.kasmina.isolation import same_randomness, untouched
 from esper.kasmina.lessons import FIELD, Lessons, Step, first
 from esper.kasmina.morphable import MorphableModel
@@ -66,7 +67,7 @@ class SeedOrchestrator:
         seed = next(
             s for s in self.model.seeds(decision.site) if self.model.layout.stage_of(s) is Stage.DORMANT
         )
-        layer = self.model.layer(decision.site, lambda error: self.fault(error))
+        layer = self.model.layer(decision.site, weakly(self.fault))
         size = self.model.parameter_count(), self.model.flops
         self.trial = trial = Trial(
             decision, seed, layer, step, spent=self.given.ledger.growth_flops, size=size

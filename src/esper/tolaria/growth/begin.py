@@ -13,6 +13,7 @@ from esper.config import ConfigLike, load_config
 from esper.contracts import Event, Observer, ignore
 from esper.errors import ConfigError
 from esper.kasmina.evidence import LossFunction
+from esper.kasmina.holding import weakly
 from esper.kasmina.isolation import same_randomness
 from esper.kasmina.sites import Sites
 from esper.nissa.journal import RunJournal
@@ -22,6 +23,7 @@ from esper.tolaria.growth.arguments import listed, refuse_numbers
 from esper.tolaria.growth.assembly import PerExample, assemble
 from esper.tolaria.growth.conductor import Growth
 from esper.tolaria.growth.entrance import refuse_host
+from esper.tolaria.growth.presence import refuse_growing
 from esper.tolaria.growth.recipe import with_growth
 
 
@@ -98,6 +100,7 @@ def grow(
         for watcher in watchers:
             watcher(event)
 
+    refuse_growing(wrapping.host)
     with same_randomness():  # a run that grows nothing differs in nothing
         parts = assemble(
             model,
@@ -123,5 +126,6 @@ def grow(
         chosen = Settings(**settings.governor.model_dump(exclude={"enabled"}))
         stateful = [*schedulers, *([scaler] if scaler is not None else [])]
         made.watch = Watch(made, chosen, averages=ema, stateful=stateful)
-        watchers.append(made.watch.told)
+        made.presence.closers.append(made.watch.watcher.close)
+        watchers.append(weakly(made.watch.told))
     return made

@@ -33,13 +33,12 @@ from esper.tolaria.growth.entrance import check_finite, check_loss
 from esper.tolaria.growth.incubation import Incubation
 from esper.tolaria.growth.memory import capture, restore
 from esper.tolaria.growth.mishaps import Mishaps
+from esper.tolaria.growth.presence import Presence, begin
 from esper.tolaria.growth.recipe import Recipe, recipe_of
 from esper.tolaria.growth.redo import Redo
 from esper.tolaria.growth.reporting import report
 from esper.tolaria.growth.telling import size_and_cost, started
 from esper.tolaria.saving import save
-from esper.tolaria.surgery.clock import Clock
-from esper.tolaria.surgery.closures import before_closures
 
 
 class Growth:
@@ -61,7 +60,9 @@ class Growth:
         self.tamiyo: Tamiyo = parts.tamiyo
         self.config: Config = parts.config
         self.batches: deque[Any] = deque(maxlen=parts.config.race.batches)
-        self.taken = Clock(parts.optimizers)
+        self.presence = Presence(parts.optimizers, self.orchestrator)
+        self.taken = self.presence.clock
+        self.leave = begin(self, self.morphable.host, self.presence)
         self.steps = 0  # acted on
         self.events_kept = 0
         self.begun = time.perf_counter()
@@ -71,8 +72,6 @@ class Growth:
         self.topology = 0  # digest of the plans
         self.redo = Redo(self)  # what a process before decided
         self.watch: Watch | None = None  # the governor, where the settings want one
-        self.evaluations = 0  # of closures, since the last step
-        self.hooks = [before_closures(o, self._begin_evaluation) for o in parts.optimizers.values()]
         self.metrics: dict[str, float] = {}  # of the latest epoch
         self.recipe: Recipe = recipe_of(self.config.growth, self.morphable)
         self.mishaps = Mishaps(self)
@@ -85,14 +84,8 @@ class Growth:
                 parts.warnings.extend(self.early.doubts)
             self._tell_start()
         except BaseException:  # nothing is left behind by a run that does not begin
-            self._close_hooks()
+            self.leave()
             raise
-
-    def _close_hooks(self) -> None:
-        """Take every hook out of the user's optimizers."""
-        self.taken.close()
-        for hook in self.hooks:
-            hook.remove()
 
     @property
     def peers(self) -> Peers:
@@ -103,13 +96,6 @@ class Growth:
     def plans(self) -> list[Plan]:
         """Everything that grew and changed the model's shape, in order."""
         return self.parts.committer.plans
-
-    def _begin_evaluation(self) -> None:
-        """Clear an exposed kernel's gradients: a closure clears the host's and knows of no other."""
-        self.evaluations += 1
-        trial = self.orchestrator.trial
-        if trial is not None and trial.kernel is not None:
-            trial.kernel.zero_grad()
 
     # -- the loop --------------------------------------------------------------------------------------------
 
@@ -131,8 +117,8 @@ class Growth:
         if self.watch is None and self.peers.world == 1:
             check_finite(value, self.steps)
         self.batches.append(batch)
-        examples = count_examples(batch) * max(self.evaluations, 1)
-        self.evaluations = 0
+        examples = count_examples(batch) * max(self.presence.evaluations, 1)
+        self.presence.evaluations = 0
         self.cost.train(3 * self.morphable.flops * examples)  # backward costs twice the forward
         self.orchestrator.examples += examples
         if self.taken.settled() == self.steps:
@@ -326,7 +312,7 @@ class Growth:
             self._examined()
             self._open(self.orchestrator.settle)
         self.cost.seconds += time.perf_counter() - begun
-        self._close_hooks()
+        self.leave()
         if self.watch is not None:
             self.watch.close()
         self.parts.forging.close()

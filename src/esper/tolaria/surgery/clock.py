@@ -21,7 +21,6 @@ class Clock:
         optimizers: By name, the one that is to count first.
 
     Attributes:
-        count: Steps so far, as of the last question.
         idle: Questions since the last step.
         longest: The most questions from one step to the next; accumulated gradients make it more than 1.
     """
@@ -30,18 +29,28 @@ class Clock:
         self.kinds = [f"{name!r} ({type(one).__name__})" for name, one in optimizers.items()]
         self.each = [Steps(one) for one in optimizers.values()]
         self.seen = [0] * len(self.each)
-        self.count = self.idle = 0
+        self.before = self.idle = 0  # steps as of the last question
         self.longest = 1
 
     def settled(self) -> int:
         """Return the count, asked where no step can be under way."""
-        now = [one.settled() for one in self.each]
-        moved = next((new - old for new, old in zip(now, self.seen, strict=True) if new != old), 0)
-        self.seen, self.idle = now, self.idle + 1
-        if moved:
+        for one in self.each:
+            one.settled()
+        count, self.idle = self.count, self.idle + 1
+        if count != self.before:
             self.longest, self.idle = max(self.longest, self.idle), 0
-        self.count += moved
-        return self.count
+        self.count = count
+        return count
+
+    @property
+    def count(self) -> int:
+        """Steps so far."""
+        pairs = zip(self.each, self.seen, strict=True)
+        return self.before + next((one.count - seen for one, seen in pairs if one.count != seen), 0)
+
+    @count.setter
+    def count(self, steps: int) -> None:
+        self.before, self.seen = steps, [one.count for one in self.each]
 
     @property
     def silent(self) -> bool:
