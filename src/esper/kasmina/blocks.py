@@ -29,7 +29,7 @@ Port = Literal["parallel", "serial"]
 WIDEST = 4  # hidden width over channels up to which a price that is not linear is drawn as a line
 GRANULES = (1, 2, 4, 8, 16)  # smallest hidden widths tried: attention needs a multiple of its heads
 SILENT = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase, GrownBranches)
-NEVER = (*SILENT, nn.ModuleList, nn.ModuleDict, GraphKernel)
+NEVER = (*SILENT, nn.ModuleList, nn.ModuleDict, GraphKernel, torch.jit.ScriptModule)
 
 
 @dataclass(frozen=True)

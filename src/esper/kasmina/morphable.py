@@ -14,7 +14,7 @@ from esper.kasmina.choice import chosen
 from esper.kasmina.compiling import CompilePolicy, detect
 from esper.kasmina.evidence import smaller
 from esper.kasmina.flops import FlopMeter
-from esper.kasmina.isolation import evaluating, untouched
+from esper.kasmina.isolation import examining, untouched
 from esper.kasmina.layer import KasminaLayer
 from esper.kasmina.places import Place, WidenPlace
 from esper.kasmina.proving import Pass, Proof
@@ -118,7 +118,7 @@ class MorphableModel(nn.Module):
 
     def meter(self, run: Callable[[], Any]) -> None:
         """Count the host's forward FLOPs per example."""
-        with evaluating(self.host), untouched(self.host, seed=0), FlopMeter() as meter:
+        with examining(self.host, seed=0), FlopMeter() as meter:
             run()
         self.flops = meter.total // max(self.examples, 1)
 

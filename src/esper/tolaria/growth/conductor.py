@@ -29,7 +29,7 @@ from esper.tolaria.growth.account import Report
 from esper.tolaria.growth.assembly import Parts
 from esper.tolaria.growth.boundary import Word, bits, meet, realign, topology
 from esper.tolaria.growth.early import Early
-from esper.tolaria.growth.entrance import check_finite, check_loss
+from esper.tolaria.growth.entrance import check_finite, check_loss, failing
 from esper.tolaria.growth.incubation import Incubation
 from esper.tolaria.growth.memory import capture, restore
 from esper.tolaria.growth.mishaps import Mishaps
@@ -79,7 +79,8 @@ class Growth:
         self.early: Early | None = None
         try:
             if self.recipe == "early":
-                with self.morphable.policy.uncompiled(), parts.wrapping.whole():
+                run = failing("the model or loss, run on the first held-out examples, raised")
+                with run, self.morphable.policy.uncompiled(), parts.wrapping.whole():
                     self.early = Early(self)
                 parts.warnings.extend(self.early.doubts)
             self._tell_start()

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from esper.errors import LossError, ProbeError, SiteError
+from esper.errors import EsperError, LossError, ProbeError, SiteError
 from esper.kasmina.evidence import count_examples
 from esper.kasmina.gate import check_probe
-from esper.kasmina.isolation import evaluating, same_generators, untouched
+from esper.kasmina.isolation import examining, same_generators
 
 
 def refuse_host(model: nn.Module) -> None:
@@ -56,7 +58,7 @@ class Differentiating:
 def as_needed(loss_fn: Any, model: nn.Module, probe: Any) -> Any:
     """Return the loss, so that it runs under ``no_grad`` too if it takes gradients inside itself."""
     check_probe(probe)
-    with untouched(model), same_generators(probe), evaluating(model):
+    with same_generators(probe), examining(model):
         batch = next(iter(probe), None)
         try:
             loss_fn(model, batch)
@@ -71,6 +73,21 @@ def as_needed(loss_fn: Any, model: nn.Module, probe: Any) -> Any:
     return loss_fn
 
 
+@contextmanager
+def failing(what: str, hint: str = "") -> Iterator[None]:
+    """Tell an error of the user's model, loss or probe as one; Esper's own pass.
+
+    Raises:
+        ProbeError: With what raised, and the error.
+    """
+    try:
+        yield
+    except EsperError:
+        raise
+    except Exception as error:  # it is the user's code that runs here: it raises what it likes
+        raise ProbeError(f"{what}: {type(error).__name__}: {error}{hint}") from error
+
+
 def first_probe(probe: Any, model: nn.Module, loss_fn: Any) -> Any:
     """Return the probe's first batch after a trial run.
 
@@ -79,22 +96,44 @@ def first_probe(probe: Any, model: nn.Module, loss_fn: Any) -> Any:
         LossError: The loss is not a scalar.
     """
     check_probe(probe)
-    with untouched(model), same_generators(probe):
+    with same_generators(probe), examining(model):
         batch = next(iter(probe), None)  # iterating a DataLoader moves the global random stream
         if batch is None:
             raise ProbeError("the probe can be read only once; give a list of batches or a DataLoader")
-        try:
-            with evaluating(model):
-                loss = loss_fn(model, batch)
-        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:
-            raise ProbeError(
-                f"loss_fn(model, batch) does not run on the first probe batch: "
-                f"{type(error).__name__}: {error}"
-            ) from error
+        with failing("loss_fn(model, batch) does not run on the first probe batch", as_one(probe)):
+            loss = loss_fn(model, batch)
     check_loss(loss)
+    if loss.dim():
+        raise LossError(
+            f"the loss has shape {tuple(loss.shape)}; a scalar without axes is needed: return its mean()"
+        )
     if count_examples(batch) == 0:
         raise ProbeError("the first probe batch has no examples; growth needs held-out examples as evidence")
     return batch
+
+
+def refuse_one_batch(probe: Any) -> None:
+    """Refuse a probe that is one batch where batches are meant: its parts would be read as batches.
+
+    Raises:
+        ProbeError: With what to give.
+    """
+    parts = [part for part in probe if isinstance(part, Tensor)] if isinstance(probe, (tuple, list)) else []
+    kinds = {(part.dtype, part.shape[1:]) for part in parts}
+    whole = len(parts) == len(probe) if parts else False
+    if isinstance(probe, Mapping) or (whole and len(kinds) > 1):
+        raise ProbeError(
+            f"the probe is a {type(probe).__name__} that looks like one batch: its parts would be read as "
+            "batches; give a list of batches, [batch] where there is one"
+        )
+
+
+def as_one(probe: Any) -> str:
+    """Say, as the end of an error message, that a probe may be one batch where batches are meant."""
+    tensors = isinstance(probe, Tensor) or (
+        isinstance(probe, (tuple, list)) and any(isinstance(part, Tensor) for part in probe)
+    )
+    return "; is the probe one batch? give a list of batches, [batch] where there is one" if tensors else ""
 
 
 def held_out(probe: Any, example: Any) -> Any:
@@ -119,10 +158,11 @@ def refuse_uneven(per_example: Any, model: nn.Module, batch: Any) -> None:
 
     Raises:
         LossError: With what it gave.
+        ProbeError: It does not run.
     """
     if per_example is None:
         return
-    with untouched(model), evaluating(model):
+    with failing("per_example(model, batch) does not run on the first probe batch"), examining(model):
         losses = per_example(model, batch)
     wanted = count_examples(batch)
     if not isinstance(losses, Tensor) or losses.shape != (wanted,) or not losses.is_floating_point():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from esper.errors import ProbeError
 from esper.kasmina.coupling import followed, independent
 from esper.kasmina.evidence import count_examples, join
-from esper.kasmina.isolation import evaluating, same_generators, untouched
+from esper.kasmina.isolation import evaluating, examining, same_generators, untouched
 from esper.kasmina.lessons import first
 from esper.kasmina.places import Place
 from esper.kasmina.reopen import SATURATED, TEMPER, How, guess, multipliable, output_layers, tempered
@@ -101,7 +101,7 @@ class Evidence:
     def probe(self) -> list[Any]:
         """Return the held-out examples that an event reads, batch by batch."""
         batches, count = list[Any](), 0
-        with untouched(self.host), same_generators(self.parts.probe):
+        with untouched(self.host, gather=True), same_generators(self.parts.probe):
             for batch in self.parts.probe:
                 batches.append(batch)
                 count += count_examples(batch)
@@ -133,7 +133,7 @@ class Evidence:
                 self.independent = followed(self.host, self.run, places, few)
         with evaluating(self.host):
             self.inner = differentiates(self.host, places, lambda: self.run(few))
-        with evaluating(self.host), untouched(self.host, 0):
+        with examining(self.host, 0):
             self.outputs = output_layers(self.host, lambda: self.parts.run(few))
             self.guess = guess(self.outputs, lambda: self.parts.run(few))
 
@@ -182,7 +182,7 @@ class Evidence:
         """Return the mean held-out loss in eval mode; rank 0's counts."""
         total = examples = 0.0
         batches = self.probe() if held is None else held
-        with evaluating(self.host), untouched(self.host, 0):
+        with examining(self.host, 0):
             for batch in join(batches) if self.independent else batches:
                 count = count_examples(batch)
                 total += float(self.parts.run(batch)) * count

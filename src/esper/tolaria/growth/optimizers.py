@@ -21,6 +21,10 @@ def named_optimizers(
             owns a trainable parameter.
     """
     given = dict(optimizer) if isinstance(optimizer, Mapping) else {"optimizer": optimizer}
+    if not given:
+        raise OptimizerError(
+            "optimizer={} names none; give the optimizer that trains the model, or several by name"
+        )
     for name, one in given.items():
         if not isinstance(one, Optimizer):
             raise OptimizerError(
