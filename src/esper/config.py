@@ -279,8 +279,13 @@ def load_config(source: ConfigLike = None, **overrides: Any) -> Config:
         data = {}
     elif isinstance(source, Mapping):
         data = dict(source)
-    else:
+    elif isinstance(source, (str, Path)):
         data = read_yaml(Path(source))
+    else:
+        raise ConfigError(
+            f"config={source!r}: a {type(source).__name__} holds no settings; give a mapping of sections, a "
+            "Config, or the path of a YAML file"
+        )
     try:
         return Config(**{**data, **overrides})
     except ValidationError as error:

@@ -29,7 +29,7 @@ Port = Literal["parallel", "serial"]
 WIDEST = 4  # hidden width over channels up to which a price that is not linear is drawn as a line
 GRANULES = (1, 2, 4, 8, 16)  # smallest hidden widths tried: attention needs a multiple of its heads
 SILENT = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase, GrownBranches)
-NEVER = (*SILENT, nn.ModuleList, nn.ModuleDict, GraphKernel)
+NEVER = (*SILENT, nn.ModuleList, nn.ModuleDict, GraphKernel, torch.jit.ScriptModule)
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def find_blocks(
     found: list[Block] = []
     refusals: list[Refusal] = []
     for name, two in ends.items():
-        reason = refused(train[name], evaluation[name])
+        reason = refused(train[name], evaluation[name]) or refused_numbers(two)
         if reason is None:
             offered, reason = offers(name, two, train[name], examples, graphs, ahead)
             found.extend(offered)
@@ -176,10 +176,20 @@ def refused(train: Passage, evaluation: Passage) -> str | None:
             return f"called {calls} times in one pass in {mode}"
         if passage.order != "<>" or passage.y is None:
             return f"returns no floating-point tensor in {mode}"
+        if passage.y.is_complex():
+            return f"returns complex numbers in {mode}, which blueprints do not know"
+        if not passage.y.is_floating_point():
+            return f"returns no floating-point tensor in {mode}"
     assert train.y is not None and evaluation.y is not None
     if train.y.shape[1:] != evaluation.y.shape[1:]:
         return "its output has another shape in evaluation"
     return None
+
+
+def refused_numbers(ends: Ends) -> str | None:
+    """Return why no kernel could compute as a place does; a kernel takes its first parameter's type."""
+    own = [parameter for end in reversed(ends) for parameter in end.parameters()]
+    return "it computes with complex numbers, which blueprints do not know" if own[0].is_complex() else None
 
 
 def offers(

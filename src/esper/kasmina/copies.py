@@ -25,11 +25,12 @@ def on_copies(model: nn.Module) -> Iterator[Callable[[], list[str]]]:
     """Let a model run, and be changed, on copies of its parameters, buffers and other attributes.
 
     What is no tensor, number, container or random generator is shared, and so are scripted modules: they
-    hold their state elsewhere.
+    hold their state elsewhere, and get their mode back.
 
     Yields:
         What lists the parameters that are not what they were.
     """
+    scripted = [(one, one.training) for one in model.modules() if isinstance(one, torch.jit.ScriptModule)]
     modules = [one for one in modules_of(model) if not isinstance(one, torch.jit.ScriptModule)]
     modules += [core_of(one) for one in modules if is_open(one)]  # its calls run behind the seam
     before = [(module, module.__dict__) for module in modules]
@@ -54,6 +55,8 @@ def on_copies(model: nn.Module) -> Iterator[Callable[[], list[str]]]:
     finally:
         for module, held in before:
             module.__dict__ = held
+        for module, mode in scripted:
+            module.training = mode
 
 
 def copied(held: dict[str, Any], memo: Memo) -> dict[str, Any]:

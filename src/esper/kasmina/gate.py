@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset
 from esper.config import Gate as GateSettings
 from esper.errors import ProbeError
 from esper.kasmina.evidence import LossFunction, example_losses, weight_of_evidence
-from esper.kasmina.isolation import evaluating, same_generators, same_randomness, untouched
+from esper.kasmina.isolation import examining, same_generators, same_randomness, untouched
 from esper.kasmina.layer import KasminaLayer
 from esper.kasmina.peers import ALONE, Peers
 
@@ -106,7 +106,7 @@ class Gate:
         """Return, per example, the loss without minus with the kernel, and the loss without."""
         found: list[np.ndarray] = []
         without: list[np.ndarray] = []
-        with evaluating(self.model), untouched(self.model):
+        with examining(self.model):
             for batch in batches:
                 off = self.losses(layer, None, batch, seed)
                 found.append(off - self.losses(layer, kernel, batch, seed))
@@ -150,6 +150,9 @@ def check_probe(probe: Any) -> None:
             "each time; return a new one, or give a list of batches"
         )
     with same_randomness(), same_generators(probe):  # a DataLoader draws from both
-        found = next(iter(probe), None)
+        try:
+            found = next(iter(probe), None)
+        except Exception as error:  # the user's data set is read here
+            raise ProbeError(f"the probe cannot be read: {type(error).__name__}: {error}") from error
     if found is None:
         raise ProbeError("the probe is empty; growth needs held-out batches as evidence")

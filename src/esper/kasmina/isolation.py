@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from esper.kasmina.attributes import lent_tables, modules_of, same_attributes
 from esper.kasmina.draws import own_draws
@@ -84,30 +84,51 @@ def same_generators(loader: object) -> Iterator[None]:
 def borrowed_buffers(model: nn.Module, gather: bool = False) -> Iterator[None]:
     """Let passes run on copies of the buffers, put back by reference.
 
-    Copying back would bump tensor versions and break a backward pass that is still due. Unless ``gather``,
-    norms in training mode lose their running statistics for the while: they normalise by the batch anyway,
-    and vmap refuses to write them.
+    Copying back would bump tensor versions and break a backward pass that is still due; TorchScript's, which
+    cannot be exchanged, are copied back all the same. Unless ``gather``, norms in training mode do not write
+    their running statistics for the while: they normalise by the batch anyway, and vmap refuses to write
+    them. They can still be read, but for those of an InstanceNorm.
     """
     kept: list[tuple[nn.Module, dict[str, Tensor | None]]] = []
+    tracking: list[nn.Module] = []
+    scripted: list[tuple[Tensor, Tensor]] = []
     for module in modules_of(model):
-        if module._buffers:
+        if isinstance(module, torch.jit.ScriptModule):
+            scripted += [(own, own.clone()) for own in module.buffers(recurse=False)]
+        elif module._buffers:
             kept.append((module, module._buffers))
             silent = isinstance(module, _NormBase) and module.training and not gather
+            without = silent and not isinstance(module, _BatchNorm)
             module._buffers = {
-                k: None if silent or v is None else v.clone() for k, v in module._buffers.items()
+                k: None if without or v is None else v.clone() for k, v in module._buffers.items()
             }
+            if silent and not without and module.track_running_stats:
+                tracking.append(module)
+                module.__dict__["track_running_stats"] = False
     try:
         yield
     finally:
         for module, buffers in kept:
             module._buffers = buffers
+        for module in tracking:
+            module.__dict__["track_running_stats"] = True
+        put_back(scripted)
+
+
+def put_back(changed: list[tuple[Tensor, Tensor]]) -> None:
+    """Write tensors' earlier values where they have changed."""
+    with torch.no_grad():
+        for own, before in changed:
+            if not torch.equal(own, before):
+                own.copy_(before)
 
 
 @contextmanager
 def untouched(model: nn.Module, seed: int | None = None, gather: bool = False) -> Iterator[None]:
     """Run passes that leave random streams, buffers and plain attributes as they were.
 
-    Enter it inside :func:`evaluating`: which norms lose their statistics depends on the mode they are in.
+    Enter it inside :func:`evaluating`, or take :func:`examining` for both: which norms lose their statistics
+    depends on the mode they are in.
     """
     with ExitStack() as stack:
         stack.enter_context(same_randomness(seed))
@@ -143,6 +164,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def examining(model: nn.Module, seed: int | None = None) -> Iterator[None]:
+    """Run passes in eval mode, without gradients, that leave nothing as it was not."""
+    with evaluating(model), untouched(model, seed):
+        yield
 
 
 @contextmanager

@@ -19,9 +19,10 @@ CONVOLUTIONS = (*PLAIN, *TRANSPOSED)
 
 def is_conv1d(layer: nn.Module) -> bool:
     """Tell Hugging Face's ``Conv1D``, a linear layer with its weight as (in, out), by what it has."""
+    if not any(kind.__name__ == "Conv1D" for kind in type(layer).__mro__):
+        return False
     weight = layer._parameters.get("weight")
-    named = any(kind.__name__ == "Conv1D" for kind in type(layer).__mro__)
-    return named and weight is not None and weight.dim() == 2 and getattr(layer, "nf", 0) == weight.shape[1]
+    return weight is not None and weight.dim() == 2 and getattr(layer, "nf", 0) == weight.shape[1]
 
 
 def is_linear(layer: nn.Module) -> bool:

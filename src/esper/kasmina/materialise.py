@@ -178,7 +178,7 @@ def put_in_place(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, tensor in tensors.items():
             module, leaf = owners[name]
-            own = module._parameters.get(leaf)
+            own = dict(module._parameters.items()).get(leaf)  # the table of a scripted module has no get
             if own is None:
                 buffer = module._buffers[leaf]
                 if buffer is not None and buffer.shape == tensor.shape:

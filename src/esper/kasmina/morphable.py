@@ -15,7 +15,7 @@ from esper.kasmina.compiling import CompilePolicy, detect
 from esper.kasmina.evidence import smaller
 from esper.kasmina.first import at_first
 from esper.kasmina.flops import FlopMeter
-from esper.kasmina.isolation import evaluating, untouched
+from esper.kasmina.isolation import examining, untouched
 from esper.kasmina.layer import KasminaLayer
 from esper.kasmina.places import Place, WidenPlace
 from esper.kasmina.proving import Pass, Proof
@@ -121,7 +121,7 @@ class MorphableModel(nn.Module):
 
     def meter(self, run: Callable[[], Any]) -> None:
         """Count the host's forward FLOPs per example."""
-        with evaluating(self.host), untouched(self.host, seed=0), FlopMeter() as meter:
+        with examining(self.host, seed=0), FlopMeter() as meter:
             run()
         self.flops = meter.total // max(self.examples, 1)
 

@@ -17,9 +17,9 @@ import torch
 from esper.blueprints.kernel import GraphKernel, LiveKernel
 from esper.config import Config
 from esper.contracts import Decision, Event, Outcome, Stage
-from esper.kasmina.evidence import join
 from esper.kasmina.finals import ask, decide, told
 from esper.kasmina.health import Measured, vitals
+from esper.kasmina.holding import weakly
 from esper.kasmina.isolation import same_randomness, untouched
 from esper.kasmina.lessons import FIELD, Lessons, Step, first
 from esper.kasmina.morphable import MorphableModel
@@ -67,7 +67,7 @@ class SeedOrchestrator:
         seed = next(
             s for s in self.model.seeds(decision.site) if self.model.layout.stage_of(s) is Stage.DORMANT
         )
-        layer = self.model.layer(decision.site, lambda error: self.fault(error))
+        layer = self.model.layer(decision.site, weakly(self.fault))
         size = self.model.parameter_count(), self.model.flops
         self.trial = trial = Trial(
             decision, seed, layer, step, spent=self.given.ledger.growth_flops, size=size
@@ -150,7 +150,7 @@ class SeedOrchestrator:
         """Pick a winner on training batches and let the gate look at it."""
         trial, race = self.current()
         few = None if self.lessons(trial).examples is None else self.examples
-        unseen = [first(batch, few) for batch in join(batches)]
+        unseen = [first(batch, few) for batch in self.given.join(batches)]
         with self.given.whole():
             final = decide(race, unseen, self.given, self.model.host, trial.decision.id, self.examples)
             verdict = None if final.kernel is None else ask(trial, final.kernel, batches[-1], self.given)
@@ -158,6 +158,9 @@ class SeedOrchestrator:
         self.tell("race", decision=decision, site=site, **final.facts)
         if not race.batched:
             why = "the model or loss does not run under vmap; candidates ran one by one"
+            self.tell("fallback", what="race", why=why)
+        if race.missed:
+            why = f"{race.missed} lessons were missed: the pass did not come by {site}"
             self.tell("fallback", what="race", why=why)
         if final.kernel is None or verdict is None:
             return self.cull("doing nothing won the race")

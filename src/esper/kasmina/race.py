@@ -66,6 +66,7 @@ class Race:
         self.optimizer = torch.optim.Adam(self.groups(learning_rate))
         self.scores = torch.zeros(len(starts))  # each candidate's own loss at its last lesson
         self.batched = True  # False once the model turned out not to run under vmap
+        self.missed = 0  # lessons in which the pass left this site out, as stochastic depth does
 
     def candidate(self, index: int, start: str, pool: Survey, x: Tensor) -> LiveKernel:
         """Build one candidate; the first "svd" one takes the best units, the others draw by score."""
@@ -151,23 +152,37 @@ class Race:
         own = list(self.parameters.values())
         losses = self.together(self.branch, run, self.stack)
         if losses is not None and (gradients := self.slopes(losses, own)) is not None:
-            self.descend(losses, gradients)
+            self.take(losses, gradients, bool(gradients))
             return
         found: list[Tensor] = []
         total: list[Tensor] = [torch.zeros_like(parameter) for parameter in own]
+        passed = False
         for row in self.rows():
             # The gradient is taken while the branch is shown: a checkpointed host runs it again for that.
             with self.layer.showing(lambda x, row=row: self.branch(row, x)):
                 loss = run()
-                gradients = torch.autograd.grad(loss, own)
+                gradients = reached(loss, own)
             found.append(loss)
-            total = [sum_ + gradient for sum_, gradient in zip(total, gradients, strict=True)]
-        self.descend(torch.stack(found), total)
+            total = [sum_ + gradient for sum_, gradient in zip(total, gradients or total, strict=True)]
+            passed = passed or bool(gradients)
+        self.take(torch.stack(found), total, passed)
+
+    def take(self, losses: Tensor, gradients: Sequence[Tensor], passed: bool) -> None:
+        """Take a lesson, or count it as missed where the pass has left the site out in every process."""
+        if self.peers.every(not passed):
+            self.missed += 1
+            return
+        gradients = gradients or [torch.zeros_like(parameter) for parameter in self.parameters.values()]
+        self.descend(losses, gradients)
 
     def slopes(self, losses: Tensor, own: list[Tensor]) -> tuple[Tensor, ...] | None:
-        """Return the gradients of a batched pass, or None where a checkpointed host refuses."""
+        """Return the gradients of a batched pass, none where it left the site out.
+
+        Returns:
+            None where a checkpointed host refuses.
+        """
         try:
-            return torch.autograd.grad(losses.sum(), own)
+            return reached(losses.sum(), own)
         except RuntimeError:
             self.batched = False
             return None
@@ -276,6 +291,7 @@ class Race:
             "units": self.units,
             "starts": list(self.starts),
             "batched": self.batched,
+            "missed": self.missed,
             "scores": self.scores.clone(),
             "parameters": {k: v.detach().clone() for k, v in self.parameters.items()},
             "buffers": {k: v.clone() for k, v in self.buffers.items()},
@@ -290,7 +306,19 @@ class Race:
             for name, tensor in state["buffers"].items():
                 self.buffers[name].copy_(tensor)
         self.batched, self.scores = state["batched"], state["scores"].clone()
+        self.missed = state.get("missed", 0)
         self.optimizer.load_state_dict(state["optimizer"])
+
+
+def reached(loss: Tensor, own: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return the gradients of candidates' tensors; none where the pass did not come by any of them."""
+    if not loss.requires_grad:
+        return ()
+    found = torch.autograd.grad(loss, own, allow_unused=True)
+    if all(gradient is None for gradient in found):
+        return ()
+    pairs = zip(found, own, strict=True)
+    return tuple(torch.zeros_like(tensor) if back is None else back for back, tensor in pairs)
 
 
 def rms(tensor: Tensor) -> Tensor:

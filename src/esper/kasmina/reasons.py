@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 CELLS = (
@@ -36,6 +37,8 @@ def why_not(module: nn.Module) -> str | None:
     matrices = [name for name, own in module._parameters.items() if own is not None and own.dim() > 1]
     if not matrices:
         return None
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is TorchScript, whose code cannot be followed; the eager module it was made from can grow"
     named = next((reason for kind, reason in REASONS if isinstance(module, kind)), None)
     if named is not None:
         return named

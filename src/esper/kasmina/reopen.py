@@ -26,6 +26,8 @@ How = Literal["output", "shrink", "no"]
 
 def output_layers(model: nn.Module, run: Callable[[], Tensor]) -> list[nn.Module]:
     """Return the layer behind which nothing has weights: the last that a pass calls, if it does so once."""
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        return []  # they take no hooks, so it is not known which layer is the last
     called: list[nn.Module] = []
 
     def note(module: nn.Module, given: object, made: object) -> None:
@@ -79,7 +81,7 @@ def multipliable(model: nn.Module, layers: Sequence[nn.Module]) -> bool:
     """
     for layer in layers:
         own = dict(layer.named_parameters(recurse=False))
-        if layer._parameters.get("weight") is None or not own.keys() <= {"weight", "bias"}:
+        if own.get("weight") is None or not own.keys() <= {"weight", "bias"}:
             return False
         if not all(parameter.requires_grad for parameter in own.values()):
             return False

@@ -110,6 +110,11 @@ def is_open(module: nn.Module) -> bool:
     return ATTRIBUTE in module.__dict__
 
 
+def gateways_of(module: nn.Module) -> tuple[tuple[str, Gateway], ...]:
+    """Return a module's gateways and their roles; none where it is plain."""
+    return module.__dict__[ATTRIBUTE][0] if is_open(module) else ()
+
+
 def core_of(module: nn.Module) -> nn.Module:
     """Return the plain object behind an open seam; they share one ``__dict__``."""
     core: nn.Module = module.__dict__[ATTRIBUTE][1]

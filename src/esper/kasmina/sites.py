@@ -28,6 +28,7 @@ from esper.kasmina.places import Place
 from esper.kasmina.reasons import why_not
 from esper.kasmina.recorder import record
 from esper.kasmina.seam import look_through
+from esper.kasmina.selectors import refuse_selectors
 
 Selector: TypeAlias = "str | re.Pattern[str] | type[nn.Module]"
 Sites: TypeAlias = "Selector | Sequence[Selector] | Mapping[str, Selector | Sequence[Selector]]"
@@ -287,8 +288,9 @@ def select(places: Iterable[Place], refusals: Sequence[Refusal], sites: Sites = 
             or either of its ends; a mapping with "include" and "exclude" for both directions.
 
     Raises:
-        SiteError: Nothing matches, or there is no place at all.
+        SiteError: Nothing matches, there is no place at all, or ``sites`` cannot be read.
     """
+    refuse_selectors(sites)
     found = list(places)
     if not found:
         listed = (

@@ -92,7 +92,11 @@ def innermost(rows: Sequence[tuple[str, list[str]]]) -> list[tuple[str, list[str
 def likeness(child: nn.Module) -> object:
     """Return what like blocks have in common; None for what is no block."""
     plain = type(child).__module__.startswith("torch.nn.modules") and not child._modules
-    if plain or isinstance(child, nn.ModuleList | nn.ModuleDict) or type(child) is nn.Sequential:
+    if (
+        plain
+        or isinstance(child, nn.ModuleList | nn.ModuleDict | torch.jit.ScriptModule)
+        or type(child) is nn.Sequential
+    ):
         return None
     if next(child.parameters(), None) is None:
         return None

@@ -15,6 +15,7 @@ from torch import Tensor
 from esper.blueprints.kernel import LiveKernel
 from esper.config import Config
 from esper.contracts import Decision, Observer, Outcome
+from esper.kasmina.evidence import join
 from esper.kasmina.flops import Ledger
 from esper.kasmina.gate import Gate, Verdict
 from esper.kasmina.layer import KasminaLayer, Tap
@@ -93,6 +94,7 @@ class Given:
     scale: Callable[[], float]  # of the gradients (AMP), 1.0 without
     peers: Peers = ALONE  # the other processes that train this model
     whole: Callable[[], AbstractContextManager[Any]] = nullcontext  # lets a sharded host run by itself
+    join: Callable[[Sequence[Any]], list[Any]] = join  # batches into one, where the model takes that
     deferred: bool = False  # a kernel that has passed waits for commit_waiting()
 
 

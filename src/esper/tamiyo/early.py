@@ -9,6 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from esper.contracts import Site
 from esper.tamiyo.controller import Room
 
+POINTS = (
+    10_000  # of a run at which its learning rate is looked at; the steps themselves where there are fewer
+)
 LATEST = 0.75  # of its share of the learning, in steps
 HALVINGS = 12  # of the interval in which the share lies that the budget allows
 
@@ -32,17 +35,20 @@ def placed(shares: Sequence[float], rates: Sequence[float] | None, steps: int) -
 
     Args:
         shares: Of the learning, in (0, 1).
-        rates: Of every step; None is not known, and taken for a cosine: too early costs less than too late.
+        rates: Of every step, or at points that lie evenly in the run; None is not known, and taken for a
+            cosine: too early costs less than too late.
         steps: Of the run.
     """
     if rates is None:
-        rates = [0.5 * (1 + math.cos(math.pi * (i + 0.5) / steps)) for i in range(steps)]
+        points = min(steps, POINTS)
+        rates = [0.5 * (1 + math.cos(math.pi * (i + 0.5) / points)) for i in range(points)]
     learned = list(itertools.accumulate(rates))
     found, at = dict[int, float](), 0
     for share in sorted(shares):
         while at < len(learned) - 1 and learned[at] < share * learned[-1]:
             at += 1
-        found[max(min(at + 1, round(LATEST * share * steps)), 1)] = share
+        there = at + 1 if len(rates) == steps else round((at + 1) * steps / len(rates))
+        found[max(min(there, round(LATEST * share * steps)), 1)] = share
     return found if learned[-1] > 0 else {}
 
 

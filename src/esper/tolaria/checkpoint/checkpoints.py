@@ -28,7 +28,8 @@ from esper.tolaria.checkpoint.run import Run, capture_run, genome_of, restore_ru
 from esper.tolaria.checkpoint.storage import Storage
 from esper.tolaria.checkpoint.writer import Writer
 from esper.tolaria.distributed.wrapping import SHARDS, Wrapping
-from esper.tolaria.surgery.steps import Steps
+from esper.tolaria.surgery.clock import Clock
+from esper.tolaria.surgery.inner import with_inner
 
 ASKED = 8  # steps between questions to the first process whether a checkpoint is due
 NONE, UNKNOWN = -1, -2  # no step
@@ -102,7 +103,7 @@ class CheckpointManager:
         self.messages: deque[str] = deque()  # from the writer, told on the caller's thread
         self.kept: deque[dict[str, Any]] = deque()  # likewise, of checkpoints verified
         self.closed = self.resumed = self.asked = False
-        self.taken = Steps(next(iter(run.named.values())))
+        self.taken = Clock(with_inner(run.named) or run.named)
         try:
             if self.peers.rank == 0:
                 self.storage.mend()
@@ -112,7 +113,7 @@ class CheckpointManager:
     @property
     def steps(self) -> int:
         """Optimizer steps of the run."""
-        return self.taken.count
+        return self.taken.settled()
 
     # -- saving ----------------------------------------------------------------------------------------------
 

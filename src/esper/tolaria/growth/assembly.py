@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -16,12 +17,12 @@ from esper.blueprints.kernel import LiveKernel
 from esper.config import Budget, Config
 from esper.contracts import Event, Observer
 from esper.errors import ProcessError
-from esper.kasmina.compiling import detect
+from esper.kasmina.compiling import CompilePolicy, detect
 from esper.kasmina.evidence import LossFunction, count_examples, smaller
-from esper.kasmina.first import at_first, companions_noted
 from esper.kasmina.flops import Ledger
 from esper.kasmina.gate import Gate
-from esper.kasmina.isolation import evaluating, same_randomness, untouched
+from esper.kasmina.isolation import examining, same_randomness
+from esper.kasmina.joins import Joins
 from esper.kasmina.morphable import MorphableModel
 from esper.kasmina.orchestrator import SeedOrchestrator
 from esper.kasmina.peers import Peers, digest
@@ -29,10 +30,13 @@ from esper.kasmina.sites import Sites
 from esper.kasmina.trial import Given, Timing
 from esper.tamiyo.controller import Tamiyo
 from esper.tolaria.distributed.wrapping import Wrapping
+from esper.tolaria.growth.arguments import averages
 from esper.tolaria.growth.budget import Limits, limits, merged_budget
 from esper.tolaria.growth.commit import Committer
-from esper.tolaria.growth.entrance import as_needed, first_probe, held_out, named_optimizers, refuse_uneven
+from esper.tolaria.growth.entrance import held_out
 from esper.tolaria.growth.forging import Forging
+from esper.tolaria.growth.opening import opened
+from esper.tolaria.growth.optimizers import named_optimizers
 from esper.tolaria.growth.recipe import is_raced, recipe_of
 from esper.tolaria.growth.streams import Streams
 from esper.tolaria.surgery.adoption import refuse_homeless
@@ -58,6 +62,7 @@ class Parts:
     gate: Gate
     forging: Forging
     streams: Streams
+    joins: Joins
     config: Config
     budget: Budget
     limits: Limits
@@ -90,7 +95,7 @@ def assemble(
     steps: int | None,
     schedulers: Sequence[Any],
     scaler: Any,
-    ema: Sequence[nn.Module],
+    ema: Sequence[nn.Module] | nn.Module,
     sites: Sites,
     budget: Mapping[str, Any] | None,
     config: Config,
@@ -101,31 +106,16 @@ def assemble(
     policy, peers = detect(wrapping.host, loss_fn), wrapping.peers
     host = policy.host
     optimizers = named_optimizers(optimizer, host)
+    ema = averages(ema, host)
     with policy.uncompiled(), wrapping.whole():
-        with at_first(host):
-            held = held_out(probe, example)
-            with companions_noted(host):
-                loss_fn = as_needed(loss_fn, host, held)
-                batch = first_probe(held, host, loss_fn)
-                refuse_uneven(per_example, host, batch)
-            model = MorphableModel(
-                host,
-                lambda model: loss_fn(model, batch),
-                count_examples(batch),
-                sites,
-                blueprints=config.blueprints,
-                policy=policy,
-                smoothing=config.telemetry.smoothing,
-                sampling=config.telemetry.sampling,
-                deepen=config.growth in ("auto", "early"),
-                raced=is_raced(config.growth, host),
-                smaller=[lambda model, less=less: loss_fn(model, less) for less in smaller(batch)],
-            )
+        find = partial(morphable, host, policy, sites, config)
+        opening = opened(host, loss_fn, per_example, held_out(probe, example), find)
+        model, loss_fn, held, batch = opening.model, opening.loss_fn, opening.held, opening.batch
         refuse_branches(model, optimizers)
     merged = merged_budget(budget, config.budget, model.parameter_count(), model.flops)
     config = config.model_copy(update={"budget": merged})
     model.pool.enabled = config.kernels.streams
-    streams, ledger = Streams(seed), Ledger(peers.world)
+    streams, ledger, joins = Streams(seed), Ledger(peers.world), Joins()
     forging = Forging(config.kernels, observe)
 
     def fallback(what: str, why: str) -> None:
@@ -165,6 +155,7 @@ def assemble(
         scale=(lambda: float(scaler.get_scale())) if scaler is not None else (lambda: 1.0),
         peers=peers,
         whole=wrapping.whole,
+        join=joins,
         deferred=wrapping.deferred,
     )
     orchestrator = SeedOrchestrator(model, config, Timing.of(config, steps, settling), given)
@@ -196,13 +187,14 @@ def assemble(
         gate=gate,
         forging=forging,
         streams=streams,
+        joins=joins,
         config=config,
         budget=merged,
         limits=limits(merged, model.parameter_count(), model.flops),
         observe=observe,
         loss_fn=loss_fn,
         probe=held,
-        example=example if isinstance(probe, str) else None,
+        example=batch if isinstance(probe, str) else None,
         per_example=per_example,
         averages=ema,
         schedulers=schedulers,
@@ -213,6 +205,25 @@ def assemble(
         steps=steps,
         seed=seed,
         warnings=warnings,
+    )
+
+
+def morphable(
+    host: nn.Module, policy: CompilePolicy, sites: Sites, config: Config, loss_fn: LossFunction, batch: Any
+) -> MorphableModel:
+    """Find the places of a host by a batch."""
+    return MorphableModel(
+        host,
+        lambda model: loss_fn(model, batch),
+        count_examples(batch),
+        sites,
+        blueprints=config.blueprints,
+        policy=policy,
+        smoothing=config.telemetry.smoothing,
+        sampling=config.telemetry.sampling,
+        deepen=config.growth in ("auto", "early"),
+        raced=is_raced(config.growth, host),
+        smaller=[lambda model, less=less: loss_fn(model, less) for less in smaller(batch)],
     )
 
 
@@ -259,7 +270,7 @@ def refuse_branches(model: MorphableModel, optimizers: Mapping[str, Optimizer]) 
 def latency(model: nn.Module, run: Callable[[], Any]) -> float:
     """Return the median of five passes over a probe batch, in milliseconds."""
     times = []
-    with evaluating(model), untouched(model):
+    with examining(model):
         for _ in range(5):
             begun = time.perf_counter()
             run()

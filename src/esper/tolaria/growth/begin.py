@@ -13,14 +13,23 @@ from esper.config import ConfigLike, load_config
 from esper.contracts import Event, Observer, ignore
 from esper.errors import ConfigError
 from esper.kasmina.evidence import LossFunction
-from esper.kasmina.isolation import same_randomness
+from esper.kasmina.holding import weakly
+from esper.kasmina.isolation import same_randomness, taught
 from esper.kasmina.sites import Sites
 from esper.nissa.journal import RunJournal
 from esper.tolaria.distributed.wrapping import wrapping_of
 from esper.tolaria.governor import Settings, Watch
+from esper.tolaria.growth.arguments import (
+    listed,
+    refuse_folder,
+    refuse_numbers,
+    refuse_scaler,
+    refuse_uncallable,
+)
 from esper.tolaria.growth.assembly import PerExample, assemble
 from esper.tolaria.growth.conductor import Growth
-from esper.tolaria.growth.entrance import listed, refuse_host, refuse_numbers
+from esper.tolaria.growth.entrance import refuse_host
+from esper.tolaria.growth.presence import refuse_growing
 from esper.tolaria.growth.recipe import with_growth
 
 
@@ -35,7 +44,7 @@ def grow(
     steps: int | None = None,
     schedulers: Any = (),
     scaler: Any = None,
-    ema: Sequence[nn.Module] = (),
+    ema: Sequence[nn.Module] | nn.Module = (),
     sites: Sites = "auto",
     budget: Mapping[str, Any] | None = None,
     growth: Literal["auto", "early", "incubate", "off"] | None = None,
@@ -63,7 +72,7 @@ def grow(
         schedulers: Learning-rate schedulers in a list, or one; widened parameters stay in their groups, so
             they need no change.
         scaler: A ``GradScaler`` where one is used.
-        ema: Averaged copies of the model, widened with it.
+        ema: Averaged copies of the model in a list, or one; they are widened with it.
         sites: Where to grow, see ``esper.wrap``.
         budget: Overrides of the settings' budget. How large the model may become: ``parameters``, a count,
             or ``growth_factor``, a multiple of its own; ``model_flops``, a count of forward FLOPs per
@@ -82,6 +91,11 @@ def grow(
     """
     refuse_host(model)
     refuse_numbers(steps, seed)
+    refuse_uncallable(loss_fn=loss_fn, on_event=on_event)
+    if per_example is not None:
+        refuse_uncallable(per_example=per_example)
+    refuse_scaler(scaler)
+    refuse_folder(run_dir)
     schedulers = listed(schedulers)
     settings = with_growth(load_config(config), growth)
     wrapping = wrapping_of(model, settings.distributed.mode, settings.distributed.deadline)
@@ -97,7 +111,8 @@ def grow(
         for watcher in watchers:
             watcher(event)
 
-    with same_randomness():  # a run that grows nothing differs in nothing
+    refuse_growing(wrapping.host)
+    with taught(), same_randomness():  # a run that grows nothing differs in nothing
         parts = assemble(
             model,
             wrapping,
@@ -121,6 +136,7 @@ def grow(
     if settings.governor.enabled:
         chosen = Settings(**settings.governor.model_dump(exclude={"enabled"}))
         stateful = [*schedulers, *([scaler] if scaler is not None else [])]
-        made.watch = Watch(made, chosen, averages=ema, stateful=stateful)
-        watchers.append(made.watch.told)
+        made.watch = Watch(made, chosen, averages=parts.averages, stateful=stateful)
+        made.presence.closers.append(made.watch.watcher.close)
+        watchers.append(weakly(made.watch.told))
     return made

@@ -29,16 +29,16 @@ from esper.tolaria.growth.account import Report
 from esper.tolaria.growth.assembly import Parts
 from esper.tolaria.growth.boundary import Word, bits, meet, realign, topology
 from esper.tolaria.growth.early import Early
-from esper.tolaria.growth.entrance import check_finite, check_loss
+from esper.tolaria.growth.entrance import check_finite, check_loss, failing
 from esper.tolaria.growth.incubation import Incubation
 from esper.tolaria.growth.memory import capture, restore
+from esper.tolaria.growth.mishaps import Mishaps
+from esper.tolaria.growth.presence import Presence, begin
 from esper.tolaria.growth.recipe import Recipe, recipe_of
 from esper.tolaria.growth.redo import Redo
 from esper.tolaria.growth.reporting import report
 from esper.tolaria.growth.telling import size_and_cost, started
 from esper.tolaria.saving import save
-from esper.tolaria.surgery.closures import before_closures
-from esper.tolaria.surgery.steps import Steps
 
 MOST_EVENTS = 100  # of early growth; its timetable ends long before
 
@@ -62,7 +62,9 @@ class Growth:
         self.tamiyo: Tamiyo = parts.tamiyo
         self.config: Config = parts.config
         self.batches: deque[Any] = deque(maxlen=parts.config.race.batches)
-        self.taken = Steps(next(iter(parts.optimizers.values())))
+        self.presence = Presence(parts.optimizers, self.orchestrator)
+        self.taken = self.presence.clock
+        self.leave = begin(self, self.morphable.host, self.presence)
         self.steps = 0  # acted on
         self.events_kept = 0
         self.begun = time.perf_counter()
@@ -72,27 +74,21 @@ class Growth:
         self.topology = 0  # digest of the plans
         self.redo = Redo(self)  # what a process before decided
         self.watch: Watch | None = None  # the governor, where the settings want one
-        self.evaluations = 0  # of closures, since the last step
-        self.hooks = [before_closures(o, self._begin_evaluation) for o in parts.optimizers.values()]
         self.metrics: dict[str, float] = {}  # of the latest epoch
         self.recipe: Recipe = recipe_of(self.config.growth, self.morphable)
+        self.mishaps = Mishaps(self)
         self.incubation = Incubation(self)
         self.early: Early | None = None
         try:
             if self.recipe == "early":
-                with self.morphable.policy.uncompiled(), parts.wrapping.whole():
+                run = failing("the model or loss, run on the first held-out examples, raised")
+                with run, self.morphable.policy.uncompiled(), parts.wrapping.whole():
                     self.early = Early(self)
                 parts.warnings.extend(self.early.doubts)
             self._tell_start()
         except BaseException:  # nothing is left behind by a run that does not begin
-            self._close_hooks()
+            self.leave()
             raise
-
-    def _close_hooks(self) -> None:
-        """Take every hook out of the user's optimizers."""
-        self.taken.close()
-        for hook in self.hooks:
-            hook.remove()
 
     @property
     def peers(self) -> Peers:
@@ -103,13 +99,6 @@ class Growth:
     def plans(self) -> list[Plan]:
         """Everything that grew and changed the model's shape, in order."""
         return self.parts.committer.plans
-
-    def _begin_evaluation(self) -> None:
-        """Clear an exposed kernel's gradients: a closure clears the host's and knows of no other."""
-        self.evaluations += 1
-        trial = self.orchestrator.trial
-        if trial is not None and trial.kernel is not None:
-            trial.kernel.zero_grad()
 
     # -- the loop --------------------------------------------------------------------------------------------
 
@@ -131,11 +120,13 @@ class Growth:
         if self.watch is None and self.peers.world == 1:
             check_finite(value, self.steps)
         self.batches.append(copied(batch) if self.recipe == "incubate" else batch)
-        examples = count_examples(batch) * max(self.evaluations, 1)
-        self.evaluations = 0
+        examples = count_examples(batch) * max(self.presence.evaluations, 1)
+        self.presence.evaluations = 0
         self.cost.train(3 * self.morphable.flops * examples)  # backward costs twice the forward
         self.orchestrator.examples += examples
         if self.taken.settled() == self.steps:
+            if complaint := self.taken.complaint():
+                self.mishaps.say(complaint, "no step")
             return
         self.steps = self.taken.count
         if self.peers.world > 1:
@@ -300,12 +291,16 @@ class Growth:
 
     def _open(self, change: Callable[[], Outcome | None]) -> None:
         """Carry out what may change the layers' shapes."""
-        trial, wrapping = self.orchestrator.trial, self.parts.wrapping
-        if trial is not None:
-            with self.morphable.policy.uncompiled(), wrapping.opened(self.parts.optimizers):
+        wrapping = self.parts.wrapping
+        if self.orchestrator.trial is not None:
+            with (
+                self.morphable.policy.uncompiled(),
+                wrapping.opened(self.parts.optimizers),
+                self.mishaps.contained("a last look at what grows", self.incubation.skip),
+            ):
                 outcome = change()
-            if outcome is not None:
-                self.incubation.conclude(outcome)
+                if outcome is not None:
+                    self.incubation.conclude(outcome)
 
     def finish(self) -> nn.Module:
         """End growth: a live seed gets a last gate and is folded in or removed.
@@ -323,7 +318,7 @@ class Growth:
             self._examined()
             self._open(self.orchestrator.settle)
         self.cost.seconds += time.perf_counter() - begun
-        self._close_hooks()
+        self.leave()
         if self.watch is not None:
             self.watch.close()
         self.parts.forging.close()

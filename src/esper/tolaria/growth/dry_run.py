@@ -12,7 +12,7 @@ from esper.config import ConfigLike, load_config
 from esper.kasmina.morphable import wrap
 from esper.kasmina.sites import Sites
 from esper.kasmina.summary import Summary, summary
-from esper.tamiyo.early import due
+from esper.tamiyo.early import POINTS, due
 from esper.tamiyo.triggers import Trigger
 from esper.tolaria.growth.assembly import widenings
 from esper.tolaria.growth.budget import limits, merged_budget
@@ -56,7 +56,7 @@ def plan(
             settings.schedule, steps, min(merged.raced_events, widenings(wrapped, merged))
         ).due
     elif made.growth == "early" and steps is not None:
-        made.decisions = due(settings.early.shares, [1.0] * steps, steps)
+        made.decisions = due(settings.early.shares, [1.0] * min(steps, POINTS), steps)
     most = limits(merged, made.parameters, made.flops)
     made.limits = asdict(most)
     for row in made.sites:

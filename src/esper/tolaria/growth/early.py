@@ -51,7 +51,8 @@ class Early:
     """Grows one run early.
 
     Args:
-        growth: The conductor: ``parts``, ``morphable``, ``steps``, ``batches``, ``tell``, ``asked``.
+        growth: The conductor: ``parts``, ``morphable``, ``steps``, ``batches``, ``tell``, ``asked``,
+            ``mishaps``.
     """
 
     def __init__(self, growth: Any) -> None:
@@ -62,8 +63,9 @@ class Early:
         self.doubts = self.evidence.doubts()
         self.timetable = Timetable(growth)
         self.reach = Reach(growth, self.timetable)
-        self.mishaps = Mishaps(growth)
+        self.mishaps: Mishaps = growth.mishaps
         self.hindsight = Hindsight(growth, self.evidence, self.mishaps)
+        self.seeds = Seeds(growth)
         self.spending = Spending(self.settings.false_keep, self.settings.further)
         self.open: Judged | None = None
         self.waiting: str | None = None  # why an event waits for growth.rewrap()

@@ -3,67 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.optim import Optimizer
 
-from esper.errors import ConfigError, LossError, OptimizerError, ProbeError, SiteError
+from esper.errors import EsperError, LossError, ProbeError, SiteError
 from esper.kasmina.evidence import count_examples
 from esper.kasmina.gate import check_probe
-from esper.kasmina.isolation import evaluating, same_generators, untouched
-
-MOST_STEPS = 10**8  # of a run; the schedule is laid out step by step
-
-
-def named_optimizers(
-    optimizer: Optimizer | Mapping[str, Optimizer], model: nn.Module
-) -> dict[str, Optimizer]:
-    """Return the optimizers by name.
-
-    Raises:
-        OptimizerError: Not an optimizer, one that raises the loss, or none owns a trainable parameter.
-    """
-    given = dict(optimizer) if isinstance(optimizer, Mapping) else {"optimizer": optimizer}
-    for name, one in given.items():
-        if not isinstance(one, Optimizer):
-            raise OptimizerError(
-                f"{name!r} is a {type(one).__name__}; a torch.optim.Optimizer or a mapping of them is needed"
-            )
-    owned = {id(p) for one in given.values() for group in one.param_groups for p in group["params"]}
-    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    missing = [n for n, p in trainable.items() if id(p) not in owned]
-    if missing and len(missing) == len(trainable):
-        raise OptimizerError(
-            "the optimizer owns none of the model's parameters; "
-            "build it from model.parameters() of this model"
-        )
-    if missing:
-        listed = ", ".join(missing[:4]) + (" …" if len(missing) > 4 else "")
-        raise OptimizerError(
-            f"the optimizer lacks {listed}; add them, or freeze them with requires_grad_(False)"
-        )
-    refuse_ascent(given)
-    return given
-
-
-def refuse_ascent(optimizers: Mapping[str, Optimizer]) -> None:
-    """Refuse to grow a model that is trained to raise what growth would lower.
-
-    A group that maximizes beside others that do not, as that of a multiplier, is the user's business.
-
-    Raises:
-        OptimizerError: Every group maximizes.
-    """
-    groups = [group for one in optimizers.values() for group in one.param_groups]
-    if all(group.get("maximize", False) for group in groups):
-        raise OptimizerError(
-            f"{', '.join(map(repr, optimizers))} would raise the loss (maximize=True), which growth lowers; "
-            "let loss_fn return the negative and leave maximize out"
-        )
+from esper.kasmina.isolation import examining, same_generators
 
 
 def refuse_host(model: nn.Module) -> None:
@@ -90,35 +41,6 @@ def refuse_host(model: nn.Module) -> None:
         raise SiteError("the model has no trainable parameter; growth has nothing to learn with")
 
 
-def listed(schedulers: object) -> list[Any]:
-    """Return the schedulers in a list; one that is given alone is meant.
-
-    Raises:
-        ConfigError: What is given has no ``step``.
-    """
-    given = list(schedulers) if isinstance(schedulers, Sequence) else [schedulers]
-    for one in given:
-        if not callable(getattr(one, "step", None)):
-            raise ConfigError(
-                f"schedulers={schedulers!r}: a {type(one).__name__} has no step(); give schedulers in a "
-                "list, or leave it out"
-            )
-    return given
-
-
-def refuse_numbers(steps: object, seed: object) -> None:
-    """Refuse a number of steps that no run has, and a seed that is none.
-
-    Raises:
-        ConfigError: With what was given.
-    """
-    whole = isinstance(steps, int) and not isinstance(steps, bool)
-    if steps is not None and not (whole and 1 <= steps <= MOST_STEPS):
-        raise ConfigError(f"steps={steps!r}; give the optimizer steps of the run, a count from 1 on, or None")
-    if not isinstance(seed, int) or seed < 0:
-        raise ConfigError(f"seed={seed!r}; give a whole number that is not negative")
-
-
 class Differentiating:
     """A loss that takes gradients inside itself, as physics-informed ones do: it has them everywhere."""
 
@@ -136,7 +58,7 @@ class Differentiating:
 def as_needed(loss_fn: Any, model: nn.Module, probe: Any) -> Any:
     """Return the loss, so that it runs under ``no_grad`` too if it takes gradients inside itself."""
     check_probe(probe)
-    with untouched(model), same_generators(probe), evaluating(model):
+    with same_generators(probe), examining(model):
         batch = next(iter(probe), None)
         try:
             loss_fn(model, batch)
@@ -151,6 +73,21 @@ def as_needed(loss_fn: Any, model: nn.Module, probe: Any) -> Any:
     return loss_fn
 
 
+@contextmanager
+def failing(what: str, hint: str = "") -> Iterator[None]:
+    """Tell an error of the user's model, loss or probe as one; Esper's own pass.
+
+    Raises:
+        ProbeError: With what raised, and the error.
+    """
+    try:
+        yield
+    except EsperError:
+        raise
+    except Exception as error:  # it is the user's code that runs here: it raises what it likes
+        raise ProbeError(f"{what}: {type(error).__name__}: {error}{hint}") from error
+
+
 def first_probe(probe: Any, model: nn.Module, loss_fn: Any) -> Any:
     """Return the probe's first batch after a trial run.
 
@@ -159,22 +96,44 @@ def first_probe(probe: Any, model: nn.Module, loss_fn: Any) -> Any:
         LossError: The loss is not a scalar.
     """
     check_probe(probe)
-    with untouched(model), same_generators(probe):
+    with same_generators(probe), examining(model):
         batch = next(iter(probe), None)  # iterating a DataLoader moves the global random stream
         if batch is None:
             raise ProbeError("the probe can be read only once; give a list of batches or a DataLoader")
-        try:
-            with evaluating(model):
-                loss = loss_fn(model, batch)
-        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError) as error:
-            raise ProbeError(
-                f"loss_fn(model, batch) does not run on the first probe batch: "
-                f"{type(error).__name__}: {error}"
-            ) from error
+        with failing("loss_fn(model, batch) does not run on the first probe batch", as_one(probe)):
+            loss = loss_fn(model, batch)
     check_loss(loss)
+    if loss.dim():
+        raise LossError(
+            f"the loss has shape {tuple(loss.shape)}; a scalar without axes is needed: return its mean()"
+        )
     if count_examples(batch) == 0:
         raise ProbeError("the first probe batch has no examples; growth needs held-out examples as evidence")
     return batch
+
+
+def refuse_one_batch(probe: Any) -> None:
+    """Refuse a probe that is one batch where batches are meant: its parts would be read as batches.
+
+    Raises:
+        ProbeError: With what to give.
+    """
+    parts = [part for part in probe if isinstance(part, Tensor)] if isinstance(probe, (tuple, list)) else []
+    kinds = {(part.dtype, part.shape[1:]) for part in parts}
+    whole = len(parts) == len(probe) if parts else False
+    if isinstance(probe, Mapping) or (whole and len(kinds) > 1):
+        raise ProbeError(
+            f"the probe is a {type(probe).__name__} that looks like one batch: its parts would be read as "
+            "batches; give a list of batches, [batch] where there is one"
+        )
+
+
+def as_one(probe: Any) -> str:
+    """Say, as the end of an error message, that a probe may be one batch where batches are meant."""
+    tensors = isinstance(probe, Tensor) or (
+        isinstance(probe, (tuple, list)) and any(isinstance(part, Tensor) for part in probe)
+    )
+    return "; is the probe one batch? give a list of batches, [batch] where there is one" if tensors else ""
 
 
 def held_out(probe: Any, example: Any) -> Any:
@@ -199,10 +158,11 @@ def refuse_uneven(per_example: Any, model: nn.Module, batch: Any) -> None:
 
     Raises:
         LossError: With what it gave.
+        ProbeError: It does not run.
     """
     if per_example is None:
         return
-    with untouched(model), evaluating(model):
+    with failing("per_example(model, batch) does not run on the first probe batch"), examining(model):
         losses = per_example(model, batch)
     wanted = count_examples(batch)
     if not isinstance(losses, Tensor) or losses.shape != (wanted,) or not losses.is_floating_point():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from esper.kasmina.coupling import followed, independent
 from esper.kasmina.evidence import copied, count_examples
-from esper.kasmina.isolation import evaluating, same_generators, untouched
+from esper.kasmina.isolation import evaluating, examining, same_generators, untouched
 from esper.kasmina.lessons import first
 from esper.kasmina.places import Place
 from esper.kasmina.reopen import tempered
@@ -224,7 +224,7 @@ class Evidence:
 
     def mean_loss(self, batches: Sequence[Any]) -> float:
         """Return the mean loss of examples in eval mode, in this process."""
-        with evaluating(self.host), untouched(self.host, 0):
+        with examining(self.host, 0):
             return self.mean_of(batches)
 
     def mean_of(self, batches: Iterable[Any]) -> float:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from esper.contracts import Outcome
-from esper.kasmina.evidence import count_examples, join
+from esper.errors import EsperError
+from esper.kasmina.evidence import count_examples
 from esper.kasmina.health import Measured, measure
 from esper.kasmina.lessons import Step, first
 from esper.tolaria.growth.boundary import same_decision
@@ -20,14 +21,26 @@ class Incubation:
     """Grows one run one place at a time.
 
     Args:
-        growth: The conductor: ``parts``, ``morphable``, ``orchestrator``, ``tamiyo``, ``redo``, ``batches``.
+        growth: The conductor: ``parts``, ``morphable``, ``orchestrator``, ``tamiyo``, ``redo``, ``batches``,
+            ``mishaps``.
     """
 
     def __init__(self, growth: Any) -> None:
         self.growth, self.parts = growth, growth.parts
 
     def step(self, loss: float) -> None:
-        """Do one step's work."""
+        """Do one step's work; what goes wrong in it ends the seed that is awake, not training."""
+        with self.growth.mishaps.contained("incubation", self.skip):
+            self.act(loss)
+
+    def skip(self, why: str) -> None:
+        """Leave everything in order where a decision or a seed met an error."""
+        self.growth.asked = None
+        if self.growth.orchestrator.trial is not None:
+            self.conclude(self.growth.orchestrator.cull(why))
+
+    def act(self, loss: float) -> None:
+        """Go on with the seed that is awake, or look whether a decision is due."""
         growth, orchestrator = self.growth, self.growth.orchestrator
         if self.parts.forging.orders:
             self.parts.forging.collect(growth.steps)
@@ -81,15 +94,30 @@ class Incubation:
             growth.orchestrator.germinate(decision, measured[decision.site], growth.steps, latest)
 
     def survey(self, free: Sequence[str]) -> dict[str, Measured]:
-        """Measure free sites on recent batches."""
+        """Measure free sites on recent batches: joined ones, unless the model runs on each of them only."""
         if not free:
             return {}
+        joins, seed = self.parts.joins, self.parts.streams.draw("evidence")
+        try:
+            return self.measured(free, seed)
+        except Exception as error:  # the user's model and loss run here: they raise what they like
+            alone = joins.apart or len(self.growth.batches) < 2 or self.growth.peers.world > 1
+            if alone or isinstance(error, EsperError):
+                raise
+            joins.apart = True
+            found = self.measured(free, seed)
+            reason = f"{type(error).__name__}: {error}"
+            why = f"batches were looked at one by one, for joined ones do not run: {reason}"
+            self.growth.tell("fallback", what="evidence", why=why)
+            return found
+
+    def measured(self, free: Sequence[str], seed: int) -> dict[str, Measured]:
+        """Measure free sites once."""
         growth, morphable, settings = self.growth, self.growth.morphable, self.growth.config.race
-        seed = self.parts.streams.draw("evidence")
         facts = tuple(place.site.width for place in morphable.places.values()), len(growth.plans)
         latest = count_examples(growth.batches[-1])
         few = SURVEYED if Step(morphable.flops, latest).large(settings) else None
-        batches = [first(batch, few) for batch in join(growth.batches)]
+        batches = [first(batch, few) for batch in self.parts.joins(growth.batches)]
         examples = tuple(count_examples(batch) for batch in batches)
         runs = [lambda b=batch: self.parts.run(b) for batch in batches]
         with growth.cost.growth("survey", facts, tuple(free), examples):

@@ -12,6 +12,7 @@ import torch
 from esper.contracts import Decision, Stage
 from esper.errors import StateError, nearest
 from esper.kasmina.gate import Verdict
+from esper.kasmina.holding import weakly
 from esper.kasmina.isolation import same_randomness
 from esper.kasmina.layers import weight_of
 from esper.kasmina.pairs import Pair
@@ -128,7 +129,7 @@ def restore_trial(growth: Any, state: Mapping[str, Any]) -> None:
     decision = Decision(**facts)
     orchestrator, morphable = growth.orchestrator, growth.morphable
     assert decision.site is not None
-    layer = morphable.layer(decision.site, orchestrator.fault)
+    layer = morphable.layer(decision.site, weakly(orchestrator.fault))
     trial = Trial(
         decision,
         state["seed"],

@@ -43,8 +43,8 @@ class Mishaps:
             skip(reason)
             self.say(f"{what} was skipped, training goes on: {reason}")
 
-    def say(self, message: str) -> None:
-        """Tell it, once."""
-        if message not in self.told:
-            self.told.add(message)
+    def say(self, message: str, topic: str = "") -> None:
+        """Tell it, once; once for all messages on a topic where one is named."""
+        if (topic or message) not in self.told:
+            self.told.add(topic or message)
             self.growth.tell("warning", message=message)

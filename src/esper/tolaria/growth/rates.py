@@ -11,6 +11,8 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, MultiStepLR, ReduceLROnPlateau, SequentialLR
 
+from esper.tamiyo.early import POINTS
+
 MOST = 20_000  # steps of a scheduler that are tried out; longer runs are read at a coarser pace
 HORIZONS = ("total_steps", "T_max", "total_iters")  # what torch's schedulers call their own length
 
@@ -39,6 +41,8 @@ _stepped._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # torch's ow
 def forecast(schedulers: Sequence[Any], optimizer: Optimizer, steps: int, done: int) -> list[float] | None:
     """Return the learning rate of every step of a run, or None where it cannot be known.
 
+    Of a long run it is that at ``POINTS`` steps at most, which lie evenly in it.
+
     Args:
         schedulers: The user's.
         optimizer: Whose first group is read.
@@ -48,30 +52,51 @@ def forecast(schedulers: Sequence[Any], optimizer: Optimizer, steps: int, done: 
     known = [s for s in schedulers if isinstance(s, LRScheduler)]
     if any(isinstance(s, ReduceLROnPlateau) for s in schedulers) or len(known) < len(schedulers):
         return None
-    known = [s for s in known if s.optimizer is optimizer]
+    known = [s for s in known if shares_groups(s.optimizer, optimizer)]
     if not known:
-        return None if "initial_lr" in optimizer.param_groups[0] else [1.0] * steps
+        return None if "initial_lr" in optimizer.param_groups[0] else [1.0] * min(steps, POINTS)
     stand_in = StandIn(optimizer)
     try:
-        twins = [copy.deepcopy(s, {id(optimizer): stand_in}) for s in known]
+        twins = [copy.deepcopy(s, {id(s.optimizer): stand_in}) for s in known]
     except (TypeError, RuntimeError, AttributeError, copy.Error):  # it holds what cannot be copied
         return None
     paces = [pace(s, steps, done) for s in known]
     every = max((one for one in paces if one is not None), default=1)
     if None in paces or steps / every > MOST:
         return None
+    return tried(twins, stand_in, every, steps, done)
+
+
+def tried(
+    schedulers: Sequence[LRScheduler], optimizer: Optimizer, every: int, steps: int, done: int
+) -> list[float]:
+    """Move schedulers on to the end of a run; returns the rate at each of its points.
+
+    Args:
+        schedulers: Copies, which are moved.
+        optimizer: Theirs.
+        every: Steps between two of their moves.
+        steps: Of the run.
+        done: Steps so far; what was before has the rate of now.
+    """
+    points, made = min(steps, POINTS), done // every
     rates: list[float] = []
-    for step in range(done, steps):
-        rates.append(float(stand_in.param_groups[0]["lr"]))
-        if (step + 1) % every:
-            continue
-        try:
-            for twin in twins:
-                twin.step()
-        except ValueError:  # OneCycleLR is over
-            break
-    past = rates[:1] * done
-    return past + rates + rates[-1:] * (steps - done - len(rates))
+    try:
+        for point in range(points):
+            due = max(point * steps // points, done) // every
+            while made < due:
+                made += 1
+                for one in schedulers:
+                    one.step()
+            rates.append(float(optimizer.param_groups[0]["lr"]))
+    except ValueError:  # OneCycleLR is over
+        rates += [float(optimizer.param_groups[0]["lr"])] * (points - len(rates))
+    return rates
+
+
+def shares_groups(one: Optimizer, other: Optimizer) -> bool:
+    """Tell an optimizer from any but itself, and what wraps it or is wrapped by it."""
+    return one is other or one.param_groups[0] is other.param_groups[0]
 
 
 def pace(scheduler: LRScheduler, steps: int, done: int) -> int | None:

@@ -30,7 +30,8 @@ def report(growth: Any) -> Report:
     parts, early = growth.parts, growth.early
     events: list[EventRecord] = [] if early is None else early.records
     due = [] if early is None or growth.finished else list(early.timetable.due)
-    training = growth.cost.training_flops
+    training, complaint = growth.cost.training_flops, growth.taken.complaint()
+    doubts = [complaint] if complaint else [] if early is None else early.doubts
     return Report(
         events=events,
         refused=refusals(growth),
@@ -38,7 +39,7 @@ def report(growth: Any) -> Report:
         flops=(parts.host_flops, growth.morphable.flops),
         cost=growth.cost.growth_flops / training if training else None,
         due=due,
-        advice=advise(events, due, early.doubts, parts.steps)
+        advice=advise(events, due, doubts, parts.steps)
         if early is not None
-        else OTHERWISE[growth.recipe],
+        else [*doubts, *OTHERWISE[growth.recipe]],
     )

@@ -172,7 +172,7 @@ def let_go(optimizers: Mapping[str, Optimizer], module: nn.Module) -> list[str]:
             for key in ("params", "param_names"):
                 if key in group:  # in place: LBFGS holds the list itself
                     group[key][:] = [one for one, kept in zip(group[key], stays, strict=True) if kept]
-        for parameter in held:
+        for parameter in module.parameters():  # a wrapper shares its groups: they may be without it by now
             optimizer.state.pop(parameter, None)
     return lines
 

@@ -39,7 +39,7 @@ def copy_of(average: nn.Module, names: Set[str]) -> nn.Module:
     Raises:
         SurgeryError: There is none.
     """
-    for copy in (average, *average.children()):
+    for copy in (average, *average.children(), *average.modules()):  # a compiled copy lies deeper
         known = {name for name, _ in (*copy.named_parameters(), *copy.named_buffers(), *copy.named_modules())}
         if names <= known:
             return copy
