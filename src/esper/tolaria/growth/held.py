@@ -74,8 +74,7 @@ def spread(probe: Iterable[Any], most: int, seed: int, alone: bool) -> Iterable[
     length = known_length(probe)
     if not length:
         return None
-    begun = probe[0] if isinstance(probe, Sequence) else next(iter(probe))
-    needed = math.ceil(most / max(count_examples(begun), 1))
+    needed = math.ceil(most / size_of_batches(probe))
     if needed >= length:
         return None
     count = min(length, most, SPREAD * needed) if alone else needed
@@ -85,6 +84,13 @@ def spread(probe: Iterable[Any], most: int, seed: int, alone: bool) -> Iterable[
         return enumerate(loader_of(probe, indices_of(probe.batch_sampler, most, count, seed, alone)))
     which = strata(min(length, FAR * needed), min(count, FAR * needed), seed)
     return read_through(probe, which)
+
+
+def size_of_batches(probe: Iterable[Any]) -> int:
+    """Return how many examples a batch of a probe has, by what its loader says, or by the first."""
+    if isinstance(probe, DataLoader) and probe.batch_size:
+        return probe.batch_size  # to begin a loader starts its workers
+    return max(count_examples(probe[0] if isinstance(probe, Sequence) else next(iter(probe))), 1)
 
 
 def read_through(probe: Iterable[Any], which: Sequence[int]) -> Iterator[Numbered]:
