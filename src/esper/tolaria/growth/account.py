@@ -11,7 +11,6 @@ Verdict = Literal["nothing", "open", "kept", "taken back"]
 
 CHANCE = 0.05  # p-values above it are none at all
 NO_EVIDENCE = "no evidence on held-out examples"
-PUT_BACK = "the grown model was put back"
 
 
 @dataclass
@@ -43,6 +42,12 @@ class Looked:
     grown: int = 0
     reason: str = ""
     together: float | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether something else than its evidence kept it from growing."""
+        passed = self.p_value is not None and self.threshold is not None and self.p_value <= self.threshold
+        return passed and not self.grown
 
 
 @dataclass
@@ -172,7 +177,7 @@ def advise(
     elif not events and not due:
         found.append("no event was due: the learning rate was gone, or steps= is far from what was run")
     looked = [one for event in events for one in event.looked]
-    tested = [one for one in looked if one.units and not one.reason.startswith(PUT_BACK)]
+    tested = [one for one in looked if one.units and not one.stopped]
     grown = any(one.grown for one in looked)
     wide = any(event.reason.startswith("already wide enough") for event in events)
     if wide:

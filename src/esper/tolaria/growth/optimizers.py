@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from esper.errors import OptimizerError
+from esper.tolaria.surgery.foreign import kept_outside
 from esper.tolaria.surgery.inner import with_inner
 
 
@@ -17,8 +18,8 @@ def named_optimizers(
     """Return the optimizers by name, and those that stand inside them.
 
     Raises:
-        OptimizerError: Not an optimizer, one that raises the loss, one whose steps cannot be seen, or none
-            owns a trainable parameter.
+        OptimizerError: Not an optimizer, one that raises the loss, one whose steps cannot be seen, one that
+            keeps state where it cannot follow, or none owns a trainable parameter.
     """
     given = dict(optimizer) if isinstance(optimizer, Mapping) else {"optimizer": optimizer}
     if not given:
@@ -39,6 +40,8 @@ def named_optimizers(
         )
     refuse_lacking(found, model)
     refuse_ascent(found)
+    if outside := kept_outside(found):
+        raise OptimizerError(outside)
     return found
 
 

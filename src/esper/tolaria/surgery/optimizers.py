@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from esper.contracts import WidenEdit
 from esper.errors import SurgeryError
 from esper.kasmina.materialise import Change, extend
+from esper.tolaria.surgery.foreign import follows_weights
 from esper.tolaria.surgery.history import cleared, forget, remembers
 from esper.tolaria.surgery.kinds import Kind, kind_of
 
@@ -100,10 +101,12 @@ def _larger(
         where = f"{type(optimizer).__name__} {name!r}: state {key!r} of {change.edit.name!r}"
         if not _is_elementwise(old, shape, where):
             continue
+        weights = _before(change)
+        copied = old.shape == weights.shape and follows_weights(key, old, weights)
         for number, edit in enumerate(change.edits):
             if reduced == edit.axis:  # a mean over the grown axis stays
                 continue
-            new = _new_units(old, change, edit, rule, kind, key, group)
+            new = _new_part(change, edit) if copied else _new_units(old, change, edit, rule, kind, key, group)
             if given is not None:
                 slot = edit.name if number == 0 else f"{edit.name}@{edit.axis}"
                 new = _from_seed(given.get(slot, {}).get(key), new, where, reasons)
@@ -146,6 +149,14 @@ def _new_units(
     shape = list(old.shape)
     shape[axis] = count
     return unit.expand(shape)
+
+
+def _before(change: Change) -> Tensor:
+    """Return a parameter without what its edits added."""
+    part = change.parameter.detach()
+    for edit in reversed(change.edits):
+        part = _halves(part, edit)[0]
+    return part
 
 
 def _new_part(change: Change, edit: WidenEdit) -> Tensor:
