@@ -14,8 +14,6 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from esper.kasmina.attributes import COMPANIONS, MOVERS, Memo
 from esper.kasmina.copies import copied, on_copies
 
-EMPTY = nn.Module().__dict__.keys()
-
 
 @contextmanager
 def at_first(model: nn.Module) -> Iterator[None]:
@@ -56,9 +54,8 @@ class Outside:
         if threading.get_ident() != self.thread or id(module) in self.inside:
             return
         self.inside.add(id(module))
-        if module._buffers or module.__dict__.keys() - EMPTY:
-            self.called.append((module, module.__dict__))
-            module.__dict__ = copied(module.__dict__, self.memo)
+        self.called.append((module, module.__dict__))
+        module.__dict__ = copied(module.__dict__, self.memo)
         module.training = self.model.training
 
     def leave(self) -> None:
