@@ -41,6 +41,7 @@ from esper.kasmina.regions import region
 from esper.kasmina.scalars import scalar
 from esper.kasmina.shaping import moved
 from esper.kasmina.tracks import Met, Parted, Track
+from esper.kasmina.uncalled import UNCALLED
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 FAST = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
@@ -180,7 +181,9 @@ class Finder:
                 )
             calls.update(self.uses(first))
         if not calls:
-            raise Refused(f"{name} was not called by the probe")  # see sites.UNCALLED
+            if any(f"{name}.{own}" in self.recording.dead for own in ("weight", "bias")):
+                raise Refused(f"nothing the probe recorded reads the output of {name}")
+            raise Refused(f"{name} {UNCALLED}")
         found = [self.recording.calls[c] for c in sorted(calls)]
         other = next((call for call in found if call.name not in OPERATORS), None)
         if other is not None and len(found) > 1:
@@ -357,8 +360,8 @@ class Finder:
             return BatchNorm(label, path, owned, module)
         if isinstance(module, NORMS) and module.momentum is None:
             raise Refused(
-                f"{label} averages over all batches (momentum=None), and new channels would come late: "
-                "give it one"
+                f"{label} stands between {name} and its consumer and averages over all batches "
+                "(momentum=None), where new channels would come late; give it a momentum"
             )
         if axis == 1 and isinstance(module, nn.GroupNorm) and call.name == "group_norm":
             return GroupNorm(label, path, owned, module)

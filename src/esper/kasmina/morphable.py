@@ -25,6 +25,7 @@ from esper.kasmina.stack import Stack
 from esper.kasmina.stacks import find_stacks
 from esper.kasmina.state import KasminaStateLayout
 from esper.kasmina.streams import StreamPool
+from esper.kasmina.uncalled import not_read_elsewhere
 
 PREFIX = "_esper."
 
@@ -75,6 +76,9 @@ class MorphableModel(nn.Module):
         found, self.refusals = self.proven(*self.find(run), [call, *smaller])
         found, codes = uncoded(found, sites)
         self.refusals = [*self.refusals, *codes]
+        if sites == "auto":
+            found, read = not_read_elsewhere(host, found, self.refusals)
+            self.refusals = [*self.refusals, *read]
         if deepen and {"auto", "deepen"} & set(self.blueprints):
             with untouched(host, seed=0, gather=True):
                 stacks, unfit = find_stacks(host, run, examples)

@@ -56,6 +56,7 @@ class Recording:
     outputs: frozenset[int] = frozenset()  # values the run returned
     makers: dict[int, int] = field(default_factory=dict)  # value -> the call that made it
     again: Callable[[], Any] | None = None  # the run itself
+    dead: frozenset[str] = frozenset()  # parameters that were read, and nothing the run returned depends on
 
     def settle(self, outputs: frozenset[int], run: Callable[[], Any]) -> Recording:
         """Note what the run returned, and who made what."""
@@ -74,7 +75,9 @@ class Recording:
                 live.add(index)
                 todo.extend(self.makers[value] for value in self.calls[index].reads if value in self.makers)
         self.readers = {value: [r for r in read if r in live] for value, read in self.readers.items()}
-        self.uses = {name: [u for u in used if u in live] for name, used in self.uses.items()}
+        used = {name: [u for u in used if u in live] for name, used in self.uses.items()}
+        self.dead = frozenset(name for name, calls in self.uses.items() if calls and not used[name])
+        self.uses = used
 
 
 class Recorder(TorchFunctionMode):

@@ -29,13 +29,13 @@ from esper.kasmina.reasons import why_not
 from esper.kasmina.recorder import record
 from esper.kasmina.seam import look_through
 from esper.kasmina.selectors import refuse_selectors
+from esper.kasmina.uncalled import UNCALLED
 
 Selector: TypeAlias = "str | re.Pattern[str] | type[nn.Module]"
 Sites: TypeAlias = "Selector | Sequence[Selector] | Mapping[str, Selector | Sequence[Selector]]"
 
 
 DRAWS = 8  # of training passes, where chance decides which layers run
-UNCALLED = "was not called by the probe"
 
 
 def find_pairs(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from esper.blueprints.kernel import LiveKernel
@@ -282,6 +283,7 @@ class Early:
         """
         kernels = {name: found.scored[name].kernel for name in units}
         widths = {name: count for name, count in units.items() if widens(kernels[name])}
+        self.insertion.trials = [partial(self.parts.run, batch) for batch in self.evidence.latest]
         with self.growth.watched_surgery():
             failures = self.insertion.widen_what_can(kernels, widths, before)
             self.reach.barred.update(failures)

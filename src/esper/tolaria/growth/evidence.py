@@ -26,6 +26,7 @@ from esper.tolaria.growth.portions import largest, portions
 from esper.tolaria.growth.saturation import Saturation
 
 SHARE = 0.008  # of the examples that a run trains on, which an event reads at most
+LATEST = 4  # training batches on which what has grown must run
 LEAST = 256  # examples it reads all the same: fewer are hardly evidence
 BLOCKS = 32  # batches it reads where the loss couples their examples
 ASKED = 8  # probe batches, until one tells whether the loss couples its examples
@@ -75,6 +76,7 @@ class Evidence:
         self.growth, self.parts = growth, growth.parts
         self.most: int = growth.config.early.examples  # examples of either kind that an event reads
         self.batches: deque[Any] = deque()
+        self.latest: list[Any] = []  # training batches of the event at hand
         self.size = 0  # examples in the loop's largest batch
         self.losses: deque[float] = deque(maxlen=RECENT)
         self.saturation = Saturation(self.host, growth.config.early.enough)
@@ -173,6 +175,7 @@ class Evidence:
         seen = sum(count_examples(batch) for batch in self.batches)
         often = 3 if saturation.fitted is None else 4
         flops = score.flops + self.growth.morphable.flops * (often * min(seen, self.most) + 4 * examples)
+        self.latest = [*self.batches][-LATEST:]
         self.batches.clear()
         values = examples if alone else len(held)
         return Found(score.chosen, self.held_out(held), values, alone, flops, score.failed)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from esper.blueprints.kernel import LiveKernel
-from esper.errors import ProcessError
+from esper.errors import ProcessError, SurgeryError
 from esper.kasmina.fitting import fitted
+from esper.kasmina.isolation import untouched
 from esper.kasmina.places import WidenPlace
 from esper.kasmina.reopen import TEMPER, How, multiply
 from esper.kasmina.stack import DepthKernel, Stack
@@ -31,6 +33,7 @@ class Insertion:
 
     def __init__(self, committer: Committer) -> None:
         self.committer, self.model = committer, committer.model
+        self.trials: Sequence[Callable[[], Any]] = ()  # passes over training batches that must go on running
         self.flops: int | None = None  # of the model when it was last remembered
 
     @property
@@ -87,6 +90,7 @@ class Insertion:
             exits |= dict(zip(place.site.exits, place.ends()[1:], strict=True))
         try:
             said = outputs(self.model, exits, committer.run)
+            trials = [run for run in self.trials if not broken(self.model.host, [run])]
             for name in names:
                 place = self.model.places[name]
                 assert isinstance(place, WidenPlace)
@@ -102,6 +106,8 @@ class Insertion:
                     for old, new in zip(said[path], now[path], strict=True):  # call by call
                         if old.shape == new.shape:  # an exit that is widened itself has more to say
                             deviation(old, new)
+                if error := broken(self.model.host, trials):  # a head that some batches use and others do not
+                    raise SurgeryError(f"it does not run on a batch of the loop: {error}") from error
         except ProcessError:
             raise
         except FAILURES as error:
@@ -165,3 +171,19 @@ class Insertion:
                     for value in state.values():
                         if isinstance(value, Tensor):
                             value.zero_()
+
+
+def broken(host: nn.Module, runs: Sequence[Callable[[], Any]]) -> Exception | None:
+    """Return what the first pass raises that does not run, in training mode and without a trace."""
+    modes = [(module, module.training) for module in host.modules()]
+    try:
+        host.train()
+        with torch.no_grad(), untouched(host, seed=0):
+            for run in runs:
+                run()
+    except FAILURES as error:
+        return error
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    return None
