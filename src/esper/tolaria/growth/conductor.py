@@ -144,6 +144,7 @@ class Growth:
                 elif self.recipe == "incubate":
                     self.incubation.step(value)
             self.cost.seconds += time.perf_counter() - begun
+            self.mishaps.warn_replaced()
         if self.steps % self.config.telemetry.progress_every == 0:
             self._tell_progress()
 
@@ -296,6 +297,7 @@ class Growth:
                 outcome = change()
                 if outcome is not None:
                     self.incubation.conclude(outcome)
+            self.mishaps.warn_replaced()
 
     def finish(self) -> nn.Module:
         """End growth: a live seed gets a last gate and is folded in or removed.
