@@ -140,7 +140,9 @@ class Budget(Section):
     growth_events: int = Field(
         4, ge=0, description="events that grow, or widenings kept where they are raced"
     )
-    growth_flops: float | None = Field(None, gt=0, description="training FLOPs all growth may cost")
+    growth_flops: float | None = Field(
+        None, gt=0, description="training FLOPs all growth may cost, asked before they are spent"
+    )
     wall_seconds: float | None = Field(None, gt=0, description="seconds all growth may take")
 
     @field_validator("parameters", "model_flops", mode="before")

@@ -12,14 +12,14 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from esper.blueprints.kernel import LiveKernel
 from esper.contracts import Stage
 from esper.kasmina.places import Place
 from esper.kasmina.reopen import How
 from esper.kasmina.score import Scored
 from esper.kasmina.significance import Spending
-from esper.kasmina.stack import DepthKernel
+from esper.kasmina.stack import widens
 from esper.tolaria.growth.account import NO_EVIDENCE, EventRecord, Looked, Point, record_from
+from esper.tolaria.growth.allowance import CHECKS, Allowance
 from esper.tolaria.growth.evidence import ENOUGH, Evidence, Found
 from esper.tolaria.growth.insertion import Insertion
 from esper.tolaria.growth.judged import WORTH, Judged
@@ -32,17 +32,11 @@ from esper.tolaria.growth.telling import widened
 from esper.tolaria.growth.timetable import Timetable
 from esper.tolaria.growth.verdicts import looked_at
 
-CHECKS = 4  # passes over a probe batch that prove an insertion and count its cost
 INSERTED = "inserted: the output is unchanged"
 SPENT = "the budget is spent"
 NONE_LEFT = "no place is left"
 REOPENED = 2  # times as long until a re-opened host is judged: its loss has been lifted first
 PROMISING = 0.3  # p-value below which an event that grew nothing is asked again before the next
-
-
-def widens(kernel: LiveKernel) -> bool:
-    """Tell whether a kernel adds units to layers that stand, instead of a whole block."""
-    return not isinstance(kernel, DepthKernel)
 
 
 class Early:
@@ -63,6 +57,7 @@ class Early:
         self.reach = Reach(growth, self.timetable)
         self.mishaps: Mishaps = growth.mishaps
         self.seeds = Seeds(growth)
+        self.allowance = Allowance(growth)
         self.spending = Spending(self.settings.false_keep, self.settings.further)
         self.open: Judged | None = None
         self.waiting: str | None = None  # why an event waits for growth.rewrap()
@@ -174,10 +169,12 @@ class Early:
             record.looked.append(Looked(name, growth.morphable.places[name].site.width, reason=barred))
         if not units and self.reach.waits_for_depth(room):
             return
-        if not units or (self.doubts and only is None):
+        doubt = self.doubts[0] if self.doubts and only is None else ""
+        doubt = doubt or self.allowance.dear(self.evidence, free, units)
+        if not units or doubt:
             self.timetable.clear()
             self.records.append(record)
-            self.decline(record, free, {}, self.doubts[0] if units else SPENT if free else NONE_LEFT)
+            self.decline(record, free, {}, doubt if units else SPENT if free else NONE_LEFT)
             return
         self.records.append(record)
         with self.parts.wrapping.whole():
@@ -330,6 +327,10 @@ class Early:
         """
         growth, judged = self.growth, self.open
         assert judged is not None
+        if dear := self.allowance.judged(judged.record.examples, early):
+            if not early:
+                self.keep(f"not judged: {dear}")
+            return not early
         with self.parts.wrapping.whole():
             now = self.evidence.held_out()
         growth.cost.grow(growth.morphable.flops * judged.record.examples)

@@ -17,6 +17,7 @@ from esper.kasmina.evidence import count_examples, join
 from esper.kasmina.isolation import evaluating, examining, same_generators, untouched
 from esper.kasmina.lessons import first
 from esper.kasmina.places import Place
+from esper.kasmina.price import look_price
 from esper.kasmina.reopen import SATURATED, TEMPER, How, guess, multipliable, output_layers, tempered
 from esper.kasmina.score import Score, Scored
 from esper.kasmina.sight import Run, differentiates
@@ -157,6 +158,13 @@ class Evidence:
         self.batches.clear()
         values = examples if alone else len(held)
         return Found(score.chosen, self.held_out(held), values, alone, flops, score.failed)
+
+    def price(self, places: Mapping[str, Place], units: Mapping[str, int]) -> tuple[int, int]:
+        """Return what :meth:`look` will cost at most, and how many held-out examples it reads."""
+        held = sum(count_examples(batch) for batch in self.probe())
+        seen = min(sum(count_examples(batch) for batch in self.batches), self.most)
+        own = self.growth.morphable.flops * (3 * seen + 4 * held)
+        return own + look_price(places, units, seen, held, self.inner), held
 
     def runs(self, batches: Sequence[Any], alone: bool) -> list[Run]:
         """Return passes over batches: joined where examples count alone, as they came where they do not."""
