@@ -119,6 +119,7 @@ class Widths(Section):
     min_units: int = Field(1, ge=1, description="smallest widening")
 
 
+EARLY = 100  # events
 RACED = 4  # widenings a race keeps at most, where a budget does not say
 
 
@@ -143,13 +144,20 @@ class Budget(Section):
     growth_events: int | None = Field(
         None, ge=0, description="events that grow; where they are raced, widenings kept (4 if left out)"
     )
-    growth_flops: float | None = Field(None, gt=0, description="training FLOPs all growth may cost")
+    growth_flops: float | None = Field(
+        None, gt=0, description="training FLOPs all growth may cost, asked before they are spent"
+    )
     wall_seconds: float | None = Field(None, gt=0, description="seconds all growth may take")
 
     @property
     def raced_events(self) -> int:
         """Widenings that a race may keep."""
         return RACED if self.growth_events is None else self.growth_events
+
+    @property
+    def early_events(self) -> int:
+        """Events of early growth that may grow; its timetable ends long before the number left out."""
+        return EARLY if self.growth_events is None else self.growth_events
 
     @field_validator("parameters", "model_flops", mode="before")
     @classmethod

@@ -9,6 +9,7 @@ the result says so.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -223,7 +224,7 @@ def _exchange(
     old, gradient = parameter.detach(), parameter.grad  # the alias keeps the old storage for undo
     larger = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
     try:
-        _swap(parameter, larger)
+        _swap_at_last(parameter, larger)
     except RuntimeError as blocked:  # torch's own words for a weak reference or a live graph
         larger.__dict__.update(parameter.__dict__)
         _arm_hooks(larger, parameter)
@@ -244,6 +245,15 @@ def _hold_weights(recurrent: list[nn.RNNBase]) -> None:
     # The list a recurrent layer runs on, and one piece of memory for all of it on CUDA.
     for module in recurrent:
         module._init_flat_weights()
+
+
+def _swap_at_last(parameter: nn.Parameter, content: nn.Parameter) -> None:
+    """Swap, once more without garbage where torch refuses: a graph that nobody holds may lie in a cycle."""
+    try:
+        _swap(parameter, content)
+    except RuntimeError:
+        gc.collect()
+        _swap(parameter, content)
 
 
 def _swap(parameter: nn.Parameter, content: nn.Parameter) -> None:

@@ -128,3 +128,8 @@ def named(children: Sequence[str], index: int, sequential: bool) -> str:
         )
     before = children[index - 1].partition("_")[0]
     return next(name for n in range(1, len(children) + 2) if (name := f"{before}_{n}") not in children)
+
+
+def widens(kernel: LiveKernel) -> bool:
+    """Tell whether a kernel adds units to layers that stand, instead of a whole block."""
+    return not isinstance(kernel, DepthKernel)

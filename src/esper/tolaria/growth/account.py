@@ -183,7 +183,9 @@ def advise(
     if wide:
         found.append("the model has room for what it learns; early.enough sets what that means")
     if looked and not wide and not grown:
-        if any(one.reason == "the budget is spent" for one in looked):
+        if any("budget.growth_flops" in one.reason for one in looked):
+            found.append("an event costs more than the budget leaves: raise budget={'growth_flops': …}")
+        elif any(one.reason == "the budget is spent" for one in looked):
             found.append("the budget leaves no room: raise budget={'parameters': …} or 'growth_factor'")
         elif not tested:
             pass  # every place says for itself why it was not asked

@@ -64,6 +64,7 @@ class Committer:
         self.model, self.optimizers, self.averages = model, optimizers, averages
         self.run, self.rule, self.observe, self.peers = run, rule, observe, peers
         self.plans: list[Plan] = []
+        self.replaced: list[str] = []  # parameters that are other objects since they grew
 
     def commit(self, kernel: LiveKernel, optimizer: Optimizer, decision: Decision, step: int) -> str:
         """Make a kernel part of the model it stands beside.
@@ -278,6 +279,7 @@ class Committer:
             reasons = widen_state(self.optimizers, widened.changes, self.rule, donor)  # all of them or none
             back.pop_all()
         for change in widened.replaced:
+            self.replaced += [change.edit.name] if change.edit.name not in self.replaced else []
             lost = f"{change.edit.name} could not keep its identity ({change.why})"
             self.observe(
                 Event(

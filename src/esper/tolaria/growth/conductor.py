@@ -40,8 +40,6 @@ from esper.tolaria.growth.reporting import report
 from esper.tolaria.growth.telling import size_and_cost, started
 from esper.tolaria.saving import save
 
-MOST_EVENTS = 100  # of early growth; its timetable ends long before
-
 
 class Growth:
     """Grows one model during one run; made by ``esper.grow``.
@@ -146,6 +144,7 @@ class Growth:
                 elif self.recipe == "incubate":
                     self.incubation.step(value)
             self.cost.seconds += time.perf_counter() - begun
+            self.mishaps.warn_replaced()
         if self.steps % self.config.telemetry.progress_every == 0:
             self._tell_progress()
 
@@ -174,9 +173,7 @@ class Growth:
             or (budget.wall_seconds is not None and self.cost.seconds >= budget.wall_seconds)
             or (budget.latency_ms is not None and self.parts.latency_ms() >= budget.latency_ms)
         )
-        most = budget.growth_events
-        if most is None:  # early growth has its timetable
-            most = budget.raced_events if self.early is None else MOST_EVENTS
+        most = budget.raced_events if self.early is None else budget.early_events
         events = 0 if spent else most - self.events_kept
         size = self.morphable.parameter_count()
         flops = None if limits.flops is None else limits.flops - self.morphable.flops
@@ -301,6 +298,7 @@ class Growth:
                 outcome = change()
                 if outcome is not None:
                     self.incubation.conclude(outcome)
+            self.mishaps.warn_replaced()
 
     def finish(self) -> nn.Module:
         """End growth: a live seed gets a last gate and is folded in or removed.

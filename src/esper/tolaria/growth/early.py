@@ -13,14 +13,14 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from esper.blueprints.kernel import LiveKernel
 from esper.contracts import Stage
 from esper.kasmina.places import Place
 from esper.kasmina.reopen import How
 from esper.kasmina.score import Scored
 from esper.kasmina.significance import Spending
-from esper.kasmina.stack import DepthKernel
+from esper.kasmina.stack import widens
 from esper.tolaria.growth.account import NO_EVIDENCE, EventRecord, Looked, Point, record_from
+from esper.tolaria.growth.allowance import CHECKS, Allowance
 from esper.tolaria.growth.evidence import Evidence, Found
 from esper.tolaria.growth.hindsight import Hindsight
 from esper.tolaria.growth.insertion import Insertion
@@ -35,17 +35,11 @@ from esper.tolaria.growth.telling import widened
 from esper.tolaria.growth.timetable import Timetable
 from esper.tolaria.growth.verdicts import looked_at
 
-CHECKS = 4  # passes over a probe batch that prove an insertion and count its cost
 INSERTED = "inserted: the output is unchanged"
 SPENT = "the budget is spent"
 NONE_LEFT = "no place is left"
 REOPENED = 2  # times as long until a re-opened host is judged: its loss has been lifted first
 PROMISING = 0.3  # p-value below which an event that grew nothing is asked again before the next
-
-
-def widens(kernel: LiveKernel) -> bool:
-    """Tell whether a kernel adds units to layers that stand, instead of a whole block."""
-    return not isinstance(kernel, DepthKernel)
 
 
 class Early:
@@ -59,7 +53,7 @@ class Early:
     def __init__(self, growth: Any) -> None:
         self.growth, self.parts = growth, growth.parts
         self.settings = growth.config.early
-        self.insertion, self.seeds = Insertion(self.parts.committer), Seeds(growth)
+        self.insertion, self.seeds = Insertion(self.parts.committer, self.parts.streams.draw), Seeds(growth)
         self.evidence = Streamed(growth) if self.parts.example is not None else Evidence(growth)
         self.doubts = self.evidence.doubts()
         self.timetable = Timetable(growth)
@@ -67,6 +61,7 @@ class Early:
         self.mishaps: Mishaps = growth.mishaps
         self.hindsight = Hindsight(growth, self.evidence, self.mishaps)
         self.seeds = Seeds(growth)
+        self.allowance = Allowance(growth)
         self.spending = Spending(self.settings.false_keep, self.settings.further)
         self.open: Judged | None = None
         self.waiting: str | None = None  # why an event waits for growth.rewrap()
@@ -178,11 +173,13 @@ class Early:
         if not units and self.reach.waits_for_depth(room):
             return
         self.doubts += self.evidence.trained_on() if units else []
-        if not units or (self.doubts and only is None):
+        doubt = self.doubts[0] if self.doubts and only is None else ""
+        doubt = doubt or self.allowance.dear(self.evidence, free, units)
+        if not units or doubt:
             self.timetable.clear()
             self.evidence.abandon()
             self.records.append(record)
-            self.decline(record, free, {}, self.doubts[0] if units else SPENT if free else NONE_LEFT)
+            self.decline(record, free, {}, doubt if units else SPENT if free else NONE_LEFT)
             return
         self.records.append(record)
         with self.parts.wrapping.whole():
@@ -282,16 +279,10 @@ class Early:
             Why, for each place that was not changed.
         """
         kernels = {name: found.scored[name].kernel for name in units}
-        widths = {name: count for name, count in units.items() if widens(kernels[name])}
         self.insertion.trials = [partial(self.parts.run, batch) for batch in self.evidence.latest]
         with self.growth.watched_surgery():
-            failures = self.insertion.widen_what_can(kernels, widths, before)
-            self.reach.barred.update(failures)
-            for name in [n for n in units if n not in widths]:
-                seed = self.parts.streams.draw("initialisation")
-                if failed := self.insertion.deepen(name, kernels[name], units[name], seed, before):
-                    failures.update(dict.fromkeys(units, failed))  # everything was put back
-                    break
+            widened, failures = self.insertion.carry_out(kernels, units, before)
+        self.reach.barred.update(widened)
         return failures
 
     def await_judgement(
@@ -337,6 +328,10 @@ class Early:
         """
         growth, judged = self.growth, self.open
         assert judged is not None
+        if dear := self.allowance.judged(judged.record.examples, early):
+            if not early:
+                self.keep(f"not judged: {dear}")
+            return not early
         with self.parts.wrapping.whole():
             then, now = self.hindsight.losses(judged)
         self.note_point(now)

@@ -16,6 +16,7 @@ from esper.kasmina.evidence import copied, count_examples
 from esper.kasmina.isolation import evaluating, examining, same_generators, untouched
 from esper.kasmina.lessons import first
 from esper.kasmina.places import Place
+from esper.kasmina.price import look_price
 from esper.kasmina.reopen import tempered
 from esper.kasmina.score import Score, Scored
 from esper.kasmina.sight import Run, differentiates, judging
@@ -190,6 +191,13 @@ class Evidence:
             return None
         with judging(self.host), torch.no_grad(), untouched(self.host, 0):
             return self.mean_of(batches)
+
+    def price(self, places: Mapping[str, Place], units: Mapping[str, int]) -> tuple[int, int]:
+        """Return what :meth:`look` will cost at most, and how many held-out examples it reads."""
+        held = sum(count_examples(batch) for batch in self.probe())
+        seen = min(sum(count_examples(batch) for batch in self.batches), self.most)
+        own = self.growth.morphable.flops * (3 * seen + 4 * held)
+        return own + look_price(places, units, seen, held, self.inner), held
 
     def runs(self, batches: Sequence[Any], alone: bool) -> list[Run]:
         """Return passes over batches: in portions where examples count alone, else as they came."""

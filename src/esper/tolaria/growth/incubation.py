@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from esper.contracts import Outcome
 from esper.errors import EsperError
 from esper.kasmina.evidence import count_examples
 from esper.kasmina.health import Measured, measure
-from esper.kasmina.lessons import Step, first
+from esper.kasmina.lessons import SHARE, Step, first
+from esper.kasmina.orchestrator import UNSEEN
+from esper.kasmina.race import AMPLITUDES
+from esper.tamiyo.controller import Room
+from esper.tolaria.growth.allowance import Allowance
 from esper.tolaria.growth.boundary import same_decision
 from esper.tolaria.growth.telling import decided, surveyed
 
 POOL = 32  # directions a survey compares
+HALVED = 1.75  # passes of a race per step of it: eight candidates, four, two, then one
 SURVEYED = 32  # examples, on a host whose steps are dear
 
 
@@ -27,6 +33,7 @@ class Incubation:
 
     def __init__(self, growth: Any) -> None:
         self.growth, self.parts = growth, growth.parts
+        self.dear = ""  # why a decision could not be paid for
 
     def step(self, loss: float) -> None:
         """Do one step's work; what goes wrong in it ends the seed that is awake, not training."""
@@ -78,11 +85,12 @@ class Incubation:
         growth, places = self.growth, self.growth.morphable.places
         only, growth.asked = growth.asked, None
         free = [n for n in places if not growth.orchestrator.embargoed(n) and only in (None, n)]
+        self.dear = Allowance(growth).declined(self.price())
         measured = self.survey(free)
         sites = [places[n].site for n in free]
         reports = {name: m.report for name, m in measured.items()}
         rng = self.parts.streams.generators["policy"]
-        own = growth.tamiyo.decide(growth.steps, why, sites, reports, growth.room(), rng, only)
+        own = growth.tamiyo.decide(growth.steps, why, sites, reports, self.room(), rng, only)
         decision = growth.redo.instead(own, measured)
         decision = same_decision(growth.peers, decision, list(places))
         if decision is not own:
@@ -93,9 +101,17 @@ class Incubation:
             latest = count_examples(growth.batches[-1])
             growth.orchestrator.germinate(decision, measured[decision.site], growth.steps, latest)
 
+    def room(self) -> Room:
+        """Return what the budget allows; no event that could not be paid for."""
+        room = self.growth.room()
+        return replace(room, events=0) if self.dear else room
+
     def survey(self, free: Sequence[str]) -> dict[str, Measured]:
         """Measure free sites on recent batches: joined ones, unless the model runs on each of them only."""
         if not free:
+            return {}
+        if self.dear:
+            self.growth.mishaps.say(f"a decision was declined: {self.dear}", "growth_flops")
             return {}
         joins, seed = self.parts.joins, self.parts.streams.draw("evidence")
         try:
@@ -110,6 +126,17 @@ class Incubation:
             why = f"batches were looked at one by one, for joined ones do not run: {reason}"
             self.growth.tell("fallback", what="evidence", why=why)
             return found
+
+    def price(self) -> int:
+        """Return about what a decision costs: a survey, a race, its final, and the gate's look."""
+        growth, race = self.growth, self.growth.config.race
+        latest = count_examples(growth.batches[-1])
+        seen = sum(count_examples(batch) for batch in growth.batches)
+        lessons = 3 * HALVED * growth.orchestrator.timing.incubate * latest
+        if Step(growth.morphable.flops, latest).large(race):
+            lessons = int(3 * SHARE * growth.orchestrator.timing.incubate * latest)
+        final = (race.candidates + len(AMPLITUDES)) * UNSEEN * latest
+        return int(growth.morphable.flops * (3 * seen + lessons + final + 2 * latest))
 
     def measured(self, free: Sequence[str], seed: int) -> dict[str, Measured]:
         """Measure free sites once."""

@@ -14,7 +14,7 @@ from esper.kasmina.fitting import fitted
 from esper.kasmina.isolation import untouched
 from esper.kasmina.places import WidenPlace
 from esper.kasmina.reopen import TEMPER, How, multiply
-from esper.kasmina.stack import DepthKernel, Stack
+from esper.kasmina.stack import DepthKernel, Stack, widens
 from esper.tolaria.growth.check import deviation, outputs
 from esper.tolaria.growth.commit import FAILURES, Committer
 from esper.tolaria.growth.takeback import Before
@@ -29,10 +29,11 @@ class Insertion:
 
     Args:
         committer: Carries out one widening.
+        draw: Gives a seed for a purpose.
     """
 
-    def __init__(self, committer: Committer) -> None:
-        self.committer, self.model = committer, committer.model
+    def __init__(self, committer: Committer, draw: Callable[[str], int]) -> None:
+        self.committer, self.model, self.draw = committer, committer.model, draw
         self.trials: Sequence[Callable[[], Any]] = ()  # passes over training batches that must go on running
         self.flops: int | None = None  # of the model when it was last remembered
 
@@ -50,6 +51,24 @@ class Insertion:
         """Copy the run as it is."""
         self.flops = self.model.flops
         return Before.of(self.models, self.committer.optimizers, step, len(self.committer.plans))
+
+    def carry_out(
+        self, kernels: Mapping[str, LiveKernel], units: Mapping[str, int], before: Before
+    ) -> tuple[dict[str, str], dict[str, str]]:
+        """Widen what can be widened, and deepen.
+
+        Returns:
+            Why, for each place that could not be widened, and for each that was not changed in the end.
+        """
+        widths = {name: count for name, count in units.items() if widens(kernels[name])}
+        unfit = self.widen_what_can(kernels, widths, before)
+        failures = dict(unfit)
+        for name in [one for one in units if one not in widths]:
+            seed = self.draw("initialisation")
+            if failed := self.deepen(name, kernels[name], units[name], seed, before):
+                failures.update(dict.fromkeys(units, failed))  # everything was put back
+                break
+        return unfit, failures
 
     def widen_what_can(
         self, kernels: Mapping[str, LiveKernel], units: Mapping[str, int], before: Before

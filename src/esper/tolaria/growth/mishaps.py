@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from esper.errors import ProcessError
 from esper.kasmina.isolation import taught
+
+
+def replaced(names: Sequence[str]) -> str:
+    """Say which parameters are other objects than before, why, and what to do; empty where none is."""
+    if not names:
+        return ""
+    listed = ", ".join(names[:4]) + (" …" if len(names) > 4 else "")
+    return (
+        f"{listed} grew into new objects, because a graph or a weak reference held the old ones: optimizers "
+        "follow, but lists of parameters made before, to clip gradients say, hold the old ones. Keep losses "
+        "as loss.item(), so that no graph lives on after its step, and make such lists anew from "
+        "model.parameters()"
+    )
 
 
 class Mishaps:
@@ -42,6 +56,13 @@ class Mishaps:
             reason = f"{type(error).__name__}: {error}"
             skip(reason)
             self.say(f"{what} was skipped, training goes on: {reason}")
+
+    def warn_replaced(self) -> None:
+        """Warn once where parameters became other objects: what else holds the old ones is wrong by now."""
+        if lost := replaced(self.growth.parts.committer.replaced):
+            if "replaced" not in self.told:
+                warnings.warn(lost, stacklevel=3)
+            self.say(lost, "replaced")
 
     def say(self, message: str, topic: str = "") -> None:
         """Tell it, once; once for all messages on a topic where one is named."""

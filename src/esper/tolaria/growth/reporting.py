@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from esper.tolaria.growth.account import EventRecord, Report, advise
+from esper.tolaria.growth.mishaps import replaced
 
 INCUBATED = (
     "candidates were raced at one place at a time (growth='incubate'): growth.plans and esper why say more"
@@ -32,6 +33,12 @@ def report(growth: Any) -> Report:
     due = [] if early is None or growth.finished else list(early.timetable.due)
     training, complaint = growth.cost.training_flops, growth.taken.complaint()
     doubts = [complaint] if complaint else [] if early is None else early.doubts
+    lost = replaced(parts.committer.replaced)
+    advice = (
+        advise(events, due, doubts, parts.steps)
+        if early is not None
+        else [*doubts, *OTHERWISE[growth.recipe]]
+    )
     return Report(
         events=events,
         refused=refusals(growth),
@@ -39,7 +46,5 @@ def report(growth: Any) -> Report:
         flops=(parts.host_flops, growth.morphable.flops),
         cost=growth.cost.growth_flops / training if training else None,
         due=due,
-        advice=advise(events, due, doubts, parts.steps)
-        if early is not None
-        else [*doubts, *OTHERWISE[growth.recipe]],
+        advice=[*([lost] if lost else []), *advice],
     )
