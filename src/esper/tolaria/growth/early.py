@@ -273,11 +273,7 @@ class Early:
         self.await_judgement(record, found, before, decisions)
 
     def change(self, found: Found, units: Mapping[str, int], before: Before) -> dict[str, str]:
-        """Widen and deepen the model.
-
-        Returns:
-            Why, for each place that was not changed.
-        """
+        """Widen and deepen the model; returns why, for each place that was not changed."""
         kernels = {name: found.scored[name].kernel for name in units}
         self.insertion.trials = [partial(self.parts.run, batch) for batch in self.evidence.latest]
         with self.growth.watched_surgery():
