@@ -13,6 +13,7 @@ from pathlib import Path
 
 from esper.errors import CheckpointError
 from esper.tolaria.checkpoint.storage import NAME, PART, Chunks, require
+from esper.tolaria.replacing import reason, sync, write_file
 
 _DRAFT = re.compile(r"\.([a-z0-9-]+)\.[0-9a-f]{16}\.(draft|ready|old)")
 
@@ -149,26 +150,7 @@ class FolderStorage:
             raise _refusal(f"cannot mend {self.folder}", error) from None
 
 
-def write_file(path: Path, chunks: Chunks) -> None:
-    """Write a new file and sync it."""
-    with open(path, "xb", buffering=0) as file:
-        for chunk in chunks:
-            rest = memoryview(chunk).cast("B")
-            while rest:  # a disk that runs full writes a part of it first
-                rest = rest[file.write(rest) :]
-        os.fsync(file.fileno())
-
-
-def sync(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _refusal(what: str, error: OSError) -> CheckpointError:
     if error.errno == errno.ELOOP:
         return CheckpointError(f"{what}: it is a link; a checkpoint holds files of its own")
-    return CheckpointError(f"{what}: {error.strerror}")
+    return CheckpointError(f"{what}: {reason(error)}")
