@@ -228,6 +228,7 @@ def test_latest_steps_back_past_damage_and_says_why(tmp_path: Path) -> None:
     for _ in range(4):
         run.train(1)
         run.manager.writer.flush()
+    run.manager.close()
     (tmp_path / "step-00000004" / "manifest.json").unlink()
     part = tmp_path / "step-00000003" / "tensors.safetensors"
     content = bytearray(part.read_bytes())
@@ -242,7 +243,7 @@ def test_latest_steps_back_past_damage_and_says_why(tmp_path: Path) -> None:
     assert "step-00000003: tensors.safetensors is damaged: its SHA-256 digest is another" in again.told[1]
     again.train(1)
     again.manager.save(wait=True)  # takes the damaged one's place, and what came later goes
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-0000000{n}" for n in (1, 2, 3)]
+    assert FolderStorage(tmp_path).names() == [f"step-0000000{n}" for n in (1, 2, 3)]
     assert sound(FolderStorage(tmp_path), "step-00000003").step == 3
     assert "step-00000004 was deleted: the run goes on from an earlier step" in again.told
 

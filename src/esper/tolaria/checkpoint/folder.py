@@ -11,7 +11,8 @@ import stat
 from collections.abc import Mapping
 from pathlib import Path
 
-from esper.errors import CheckpointError
+from esper.errors import CheckpointError, RunError, StateError
+from esper.nissa.lease import Lease
 from esper.tolaria.checkpoint.storage import NAME, PART, Chunks, require
 from esper.tolaria.replacing import reason, sync, write_file
 
@@ -53,6 +54,18 @@ class FolderStorage:
             raise _refusal(f"cannot keep {name} in {self.folder}", error) from None
         finally:
             shutil.rmtree(draft, ignore_errors=True)
+
+    def lease(self) -> Lease:
+        """Take the folder for one writer, until it is released or its process ends.
+
+        Raises:
+            StateError: Another one has it; the message says who.
+            OSError: It cannot be locked.
+        """
+        try:
+            return Lease(self.folder, "end it, close() its manager, or give another folder")
+        except RunError as error:
+            raise StateError(str(error)) from None
 
     def _make_folder(self) -> None:
         """Create the folder, and make its own name durable: what lies in it would be lost with it."""

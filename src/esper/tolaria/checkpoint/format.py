@@ -243,10 +243,23 @@ def decode_state(manifest: Manifest, parts: Mapping[str, bytes]) -> Any:
     return Unpacking(tensors).unpack(skeleton)
 
 
-def finite(metrics: Mapping[str, Any]) -> dict[str, float | None]:
-    """Return metrics as JSON numbers; what is not finite is not known."""
-    numbers = {n: float(v.detach() if isinstance(v, Tensor) else v) for n, v in metrics.items()}
-    return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+def numbers(metrics: Any) -> tuple[dict[str, float | None], list[str]]:
+    """Return metrics as JSON numbers, None for what is not finite or no number; the latter in words too."""
+    if not isinstance(metrics, Mapping):
+        return {}, [f"metrics are {metrics!r:.80}, no mapping of names to numbers; the checkpoint has none"]
+    found: dict[str, float | None] = {}
+    strange = []
+    for key, value in metrics.items():
+        name = str(key)
+        try:
+            number = float(value.detach() if isinstance(value, Tensor) else value)
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            strange.append(
+                f"the metric {name[:80]!r} is {value!r:.80}, no number: the checkpoint does not know it"
+            )
+            number = math.nan
+        found[name] = number if math.isfinite(number) else None
+    return found, strange
 
 
 def packed(state: Any, spare: Mapping[str, Tensor] | None = None) -> tuple[Any, dict[str, Tensor]]:

@@ -19,6 +19,7 @@ from esper.contracts import Stage
 from esper.errors import StateError, nearest
 from esper.tolaria import genome
 from esper.tolaria.checkpoint.batches import Batches
+from esper.tolaria.checkpoint.encoding import DTYPES
 from esper.tolaria.checkpoint.named import load_named_state, named_state
 from esper.tolaria.checkpoint.randomness import Generator, capture_randomness, restore_randomness
 from esper.tolaria.growth import Growth
@@ -124,8 +125,39 @@ def load_module_state(module: nn.Module, state: Mapping[str, Any], name: str) ->
         parameter.requires_grad_(key not in state["frozen"])
 
 
+def require_same_model(run: Run, recipe: bytes, name: str) -> None:
+    """Let a run take no checkpoint of another model; asked before anything is changed.
+
+    Raises:
+        StateError: It is of another one; the message names the first tensor.
+    """
+    growth = run.growth
+    if growth is not None and (growth.steps or growth.plans):
+        return  # growth itself refuses a run that has begun
+    otherwise = f"{name} is of another model, and this {type(run.host).__name__} does not fit it"
+    genome.require_fit(genome.decode(recipe)[0], genome.shapes_of(run.host), otherwise)
+
+
+def unkeepable(run: Run) -> list[str]:
+    """Name what no checkpoint can hold, before the first is due; it holds dense tensors of ordinary types."""
+    found = []
+    for prefix, module in run.trained.items():
+        for name, value in (*module.named_parameters(), *module.named_buffers()):
+            if value.layout is not torch.strided or value.is_meta or value.dtype not in DTYPES:
+                what = "on the meta device" if value.is_meta else f"{value.layout}, {value.dtype}"
+                path = ".".join(filter(None, (prefix, name)))
+                found.append(
+                    f"no checkpoint can be written as long as {path!r} is a tensor that is {what}: keep it "
+                    "dense, or out of the module's buffers"
+                )
+    return found
+
+
 def restore_run(
-    run: Run, state: Mapping[str, Any], bring: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+    run: Run,
+    state: Mapping[str, Any],
+    bring: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+    told: bool = True,
 ) -> list[str]:
     """Bring a fresh run to a state: topology first, then everything by name, then random streams.
 
@@ -133,12 +165,36 @@ def restore_run(
         run: Fresh.
         state: As it was saved.
         bring: Asked for the rest of the state once shapes fit.
+        told: Whether to name settings that differ.
 
     Returns:
         What is not as it was, in words.
 
     Raises:
         StateError: The state is of another run.
+    """
+    require_same_parts(run, state)
+    different = changed("config", state["config"], run.config) if told else []
+    try:
+        if run.growth is not None:
+            settings = run.growth.config.model_dump(mode="json")
+            different += changed("growth's config", state["growth_config"], settings) if told else []
+            run.growth.load_state_dict(state["growth"])
+        return different + _restored(run, bring(state))
+    except StateError:
+        raise
+    except Exception as error:  # what the user's own load_state_dict raises, or a state that lies
+        raise StateError(
+            f"the state does not fit this run: {type(error).__name__}: {error}; build the run anew before it "
+            "is used"
+        ) from error
+
+
+def require_same_parts(run: Run, state: Mapping[str, Any]) -> None:
+    """Compare which parts a run and a state have; nothing is changed.
+
+    Raises:
+        StateError: They have others.
     """
     if (state["growth"] is None) is not (run.growth is None):
         has, lacks = ("run", "checkpoint") if state["growth"] is None else ("checkpoint", "run")
@@ -148,12 +204,16 @@ def restore_run(
     _same_names("others", state["others"], run.others)
     if (state["batches"] is None) is not (run.batches is None):
         raise StateError("either the run or the checkpoint has no batches; give both the same parts")
-    different = changed("config", state["config"], run.config)
-    if run.growth is not None:
-        settings = run.growth.config.model_dump(mode="json")
-        different += changed("growth's config", state["growth_config"], settings)
-        run.growth.load_state_dict(state["growth"])
-    state = bring(state)
+    saved = state["randomness"]["generators"]
+    if saved.keys() != run.streams.keys():
+        raise StateError(
+            f"the state has the generators {sorted(saved)}, the run has {sorted(run.streams)}; give the run "
+            "those it had"
+        )
+
+
+def _restored(run: Run, state: Mapping[str, Any]) -> list[str]:
+    """Give every part its state; shapes fit by now."""
     for name, module in run.trained.items():
         load_module_state(module, state["modules"][name], name)
     for name, optimizer in run.named.items():
@@ -162,7 +222,7 @@ def restore_run(
         other.load_state_dict(state["others"][name])
     if run.batches is not None:
         run.batches.load_state_dict(state["batches"])
-    return different + restore_randomness(state["randomness"], run.streams)
+    return restore_randomness(state["randomness"], run.streams)
 
 
 def _same_names(what: str, saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
