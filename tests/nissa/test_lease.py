@@ -46,7 +46,7 @@ def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path: Path, h
 
 def test_a_second_one_in_the_same_process_is_refused_until_the_first_is_closed(tmp_path: Path) -> None:
     first = RunJournal(tmp_path)
-    with pytest.raises(RunError, match=r"in use by this process.*one of this process ends with finish"):
+    with pytest.raises(RunError, match=r"in use by this process, since 20.*; finish\(\) or close\(\)"):
         RunJournal(tmp_path)
     first.close()
     RunJournal(tmp_path).close()

@@ -10,14 +10,12 @@ from esper.errors import StateError
 from esper.tolaria.trainer import Trainer
 
 
-def save_model(trainer: Trainer, folder: Path) -> Path:
+def save_model(trainer: Trainer, folder: Path) -> Path | None:
     """Save the model in a run's folder; a second try and one among the temporary files come after a failure.
 
     Returns:
-        Where it is; another place than ``folder / "model"`` was told.
-
-    Raises:
-        StateError: It could not be saved anywhere; the message says which checkpoint holds it.
+        Where it is; another place than ``folder / "model"`` was told. None: nowhere, but in the checkpoint
+        that was told, if one is kept.
     """
     target, last = folder / "model", trainer.manager.last if trainer.manager is not None else None
     for _ in range(2):
@@ -30,8 +28,7 @@ def save_model(trainer: Trainer, folder: Path) -> Path:
     try:
         place = trainer.growth.save(Path(tempfile.mkdtemp(prefix="esper-model-")))
     except (StateError, OSError) as error:
-        raise StateError(
-            f"the model could be saved neither in {target} nor elsewhere: {error}{held or '; it is lost'}"
-        ) from None
+        print(f"esper: nor could it be saved elsewhere: {error}{held or '; it is lost'}", file=sys.stderr)
+        return None
     print(f"esper: the model is in {place} instead; move it before it is cleared away{held}", file=sys.stderr)
     return place

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from esper.errors import RunError
-from esper.nissa.journal import CURE, EVENTS_FILE
+from esper.nissa.journal import EVENTS_FILE, OTHER
 from esper.nissa.lease import LEASE_FILE, Lease
 
 CHECKPOINTS = "checkpoints"  # below a run's folder
@@ -36,7 +36,7 @@ def claim(folder: Path, *, resume: bool, fresh: bool) -> Path | None:
             "--fresh, which moves it aside; or give another --run-dir"
         )
     try:
-        lease = Lease(folder, CURE)
+        lease = Lease(folder, OTHER)
         try:
             place = folder.resolve()
             aside = beside(place)

@@ -97,7 +97,9 @@ def end(trainer: Any, folder: Path, view: Any, ended_by: int | None, *, json: bo
     elif view is not None:
         model = save_model(trainer, folder)
         if json:
-            print_json({**view.history.totals, "run": str(folder), "model": str(model)})
+            print_json(
+                {**view.history.totals, "run": str(folder), "model": None if model is None else str(model)}
+            )
         else:
             print("\n".join(growth_lines(view.history)))
             print(f"run folder: {folder} (esper report {folder} draws it, esper why {folder} explains it)")

@@ -37,7 +37,7 @@ DURABLE = frozenset(
 )
 
 
-CURE = "end it, or give each run its own run_dir; one of this process ends with finish() or close()"
+OTHER = "another run_dir"
 
 
 class RunJournal:
@@ -166,7 +166,7 @@ def _lease(folder: Path) -> Lease | None:
         RunError: Another journal is open there.
     """
     try:
-        return Lease(folder, CURE)
+        return Lease(folder, OTHER)
     except OSError as error:
         if folder.is_dir():  # or opening the journal says more
             warnings.warn(

@@ -25,14 +25,14 @@ class Lease:
 
     Args:
         folder: Created where it does not exist, and removed again if nothing was put into it.
-        cure: What to do where somebody else holds it, as the end of an error message.
+        other: What to give instead where somebody else holds it: "another run_dir".
 
     Raises:
         RunError: Somebody else holds it; the message says who.
         OSError: It cannot be written, or its file system has no locks.
     """
 
-    def __init__(self, folder: str | Path, cure: str) -> None:
+    def __init__(self, folder: str | Path, other: str) -> None:
         self.folder, self.path = Path(folder), Path(folder) / LEASE_FILE
         self.made = not self.folder.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -41,7 +41,7 @@ class Lease:
             gc.collect()  # a run of this process that was given up, in a cycle of references
             handle = self._locked()
         if handle is None:
-            raise RunError(f"{self.folder} is in use by {described(holder(self.path))}; {cure}")
+            raise RunError(f"{self.folder} is in use by {described(holder(self.path), other)}")
         self.handle = handle
         self.release = weakref.finalize(self, _release, handle, self.path, os.getpid(), self.made)
         _held.add(self)
@@ -74,14 +74,17 @@ def holder(path: Path) -> dict[str, Any]:
     return {}
 
 
-def described(facts: dict[str, Any]) -> str:
-    """Say who holds a lease, in words."""
+def described(facts: dict[str, Any], other: str) -> str:
+    """Say who holds a lease, and what to do."""
+    cure = f"wait for it, end it, or give {other}"
     pid, host, since = facts.get("pid"), facts.get("host"), facts.get("since")
     if not (isinstance(pid, int) and isinstance(host, str) and isinstance(since, int | float)):
-        return "another process, which does not say which"
+        return f"another process, which does not say which; {cure}"
     mine = pid == os.getpid() and host == socket.gethostname()
     begun = time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(min(max(since, 0), 1e11)))
-    return f"{'this' if mine else 'another'} process, {pid} on {host[:80]!r}, since {begun}"
+    if mine:
+        return f"this process, since {begun}; finish() or close() what holds it, or give {other}"
+    return f"another process, {pid} on {host[:80]!r}, since {begun}; {cure}"
 
 
 def _same(handle: int, path: Path) -> bool:

@@ -112,9 +112,12 @@ def load_into(model: Model, directory: str | Path) -> Model:
         for plan in plans:
             try:
                 undo.callback(_repeat(model, plan))
-            except (SurgeryError, AttributeError) as error:
+            except (SurgeryError, AttributeError, TypeError, ValueError, RuntimeError) as error:
                 raise SavedModelError(f"{folder} does not fit this {kind}: {error}") from error
-        model.load_state_dict(weights)
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError as error:
+            raise SavedModelError(f"{folder} does not fit this {kind}: {error}") from error
         undo.pop_all()
     return model
 

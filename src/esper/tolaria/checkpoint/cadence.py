@@ -18,7 +18,7 @@ GUESSED_RATE = (
     100e6  # bytes per second until a checkpoint was measured: copied, hashed twice, written, synced
 )
 GUESSED_START = 0.02  # seconds
-FIRST = 1.0  # seconds of training after which the first checkpoint comes: a run may be killed again soon
+FIRST = 0.25  # seconds of training after which the first checkpoint comes: a run may be killed again soon
 
 
 class Cadence:
@@ -28,7 +28,7 @@ class Cadence:
     √(2·C·M) (Young, 1974; Daly, 2006, refines it where C is not small). It is never shorter than what keeps
     all checkpoints together within 1.5 % of the run's time. C counts the stall of training and the processor
     time of the writing thread, which a busy machine takes from training too. Until then a checkpoint comes
-    after 1, 2, 4, 8, … seconds within that share, so that a run that is killed every few seconds gets on.
+    after ¼, ½, 1, 2, … seconds within that share, so that a run that is killed every few seconds gets on.
 
     Args:
         every: Optimizer steps; or a ``timedelta``; None: as above.

@@ -10,6 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from torch import Tensor
+
 from esper.contracts import Event, Observer, ignore
 from esper.errors import CheckpointError, ConfigError, FinishedError, StateError
 from esper.kasmina.peers import Peers
@@ -251,7 +253,8 @@ class CheckpointManager:
         self.resumed = True
 
     def _snapshot(self, metrics: Mapping[str, Any]) -> Snapshot:
-        spare, self.keeper.spare = self.keeper.spare, {}
+        spare: Mapping[str, Tensor] = self.keeper.spare
+        self.keeper.spare = {}
         known, unknown = numbers(metrics)
         self.messages.extend(unknown)
         return taken_of(self.run, self.steps, known, self.run_id, spare, self._state)

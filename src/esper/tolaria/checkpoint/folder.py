@@ -63,9 +63,11 @@ class FolderStorage:
             OSError: It cannot be locked.
         """
         try:
-            return Lease(self.folder, "end it, close() its manager, or give another folder")
-        except RunError as error:
-            raise StateError(str(error)) from None
+            return Lease(self.folder, "another folder")
+        except (RunError, ValueError) as error:  # ValueError: a path with a NUL in it
+            raise StateError(
+                f"{str(self.folder)!r}: {error}" if "null" in str(error) else str(error)
+            ) from None
 
     def _make_folder(self) -> None:
         """Create the folder, and make its own name durable: what lies in it would be lost with it."""

@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from esper.contracts import Stage
-from esper.errors import StateError, nearest
+from esper.errors import ConfigError, StateError, nearest
 from esper.tolaria import genome
 from esper.tolaria.checkpoint.batches import Batches
 from esper.tolaria.checkpoint.encoding import DTYPES
@@ -60,6 +60,16 @@ class Run:
     config: Any = None
 
     def __post_init__(self) -> None:
+        kinds: tuple[Any, ...] = (Optimizer, Mapping)
+        if not isinstance(self.model, nn.Module) or not isinstance(self.optimizers, kinds):
+            raise ConfigError(
+                f"a run is a module and its optimizers; given are a {type(self.model).__name__} and a "
+                f"{type(self.optimizers).__name__}"
+            )
+        if not self.optimizers:
+            raise ConfigError(
+                "a run without an optimizer has no steps to count; give one, or several by name"
+            )
         self.host: nn.Module = self.model if self.growth is None else self.growth.morphable.host
         given = {"optimizer": self.optimizers} if isinstance(self.optimizers, Optimizer) else self.optimizers
         self.named: dict[str, Optimizer] = dict(given)
