@@ -88,7 +88,8 @@ def shown(difference: Difference) -> str:
     name, old, new = difference
     if name.startswith("code."):
         name = f"the code of {name.removeprefix('code.')}"
-    return f"{name}: {old!r:.60} → {new!r:.60}"
+    was, now = ("not given" if one is None else f"{one!r:.60}" for one in (old, new))
+    return f"{name}: {was} → {now}"
 
 
 def apply(trainer: Trainer, found: Sequence[Difference], fresh: Fresh) -> set[str]:

@@ -157,8 +157,8 @@ def resize(shapes: Shapes, plan: Plan, names: Mapping[str, Sequence[str]], *, gr
             shape = shapes.get(name)
             if shape is None or not 0 <= edit.axis < len(shape) or shape[edit.axis] != source:
                 raise SavedModelError(
-                    f"the plan for {plan.site!r:.80} takes axis {edit.axis} of {name!r:.80} from {edit.old} to "
-                    f"{edit.new}, but its shape is {shape}: the plans do not belong to this model"
+                    f"the plan for {plan.site!r:.80} takes axis {edit.axis} of {name!r:.80} from {edit.old} "
+                    f"to {edit.new}, but its shape is {shape}: the plans do not belong to this model"
                 )
             shape[edit.axis] = result
 

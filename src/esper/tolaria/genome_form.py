@@ -38,7 +38,7 @@ def require_plans(plans: Any) -> list[Any]:
     Raises:
         SavedModelError: They are no list of mappings, or too many.
     """
-    if not isinstance(plans, list | tuple) or not all(isinstance(plan, dict) for plan in plans):
+    if not isinstance(plans, list) or not all(isinstance(plan, dict) for plan in plans):
         raise SavedModelError("the genome's plans are no list of mappings")
     if len(plans) > MAX_PLANS:
         raise SavedModelError(f"the genome has {len(plans)} plans; {MAX_PLANS} are the most")

@@ -17,20 +17,14 @@ from esper.errors import CheckpointError, ConfigError, FinishedError, StateError
 from esper.kasmina.peers import Peers
 from esper.tolaria.checkpoint.cadence import Cadence, Every
 from esper.tolaria.checkpoint.choosing import newest_of_all, require_none
+from esper.tolaria.checkpoint.fitting import require_own_shapes, require_same_model, unkeepable
 from esper.tolaria.checkpoint.format import Manifest, name_of, numbers
 from esper.tolaria.checkpoint.keeping import Keeper
 from esper.tolaria.checkpoint.loading import Checkpoint, newest
 from esper.tolaria.checkpoint.places import storage_at
 from esper.tolaria.checkpoint.processes import adapted, joined, own_part, to_bytes
 from esper.tolaria.checkpoint.retention import Best, Retention
-from esper.tolaria.checkpoint.run import (
-    Run,
-    capture_run,
-    require_same_model,
-    restore_run,
-    unkeepable,
-    versions,
-)
+from esper.tolaria.checkpoint.run import Run, capture_run, restore_run, versions
 from esper.tolaria.checkpoint.snapshots import Snapshot, State, taken_of
 from esper.tolaria.checkpoint.storage import Storage
 from esper.tolaria.checkpoint.writer import Writer
@@ -294,7 +288,7 @@ class CheckpointManager:
             StateError: The storage cannot be listed.
         """
         self.writer.flush()
-        found = newest(self.storage, self.messages.append)
+        found = newest(self.storage, self.messages.append, self._check)
         self._tell()
         return found
 
@@ -312,8 +306,11 @@ class CheckpointManager:
         if self.peers.world == 1:
             found = self.latest()
         else:
-            found = newest_of_all(self.storage, self.peers, self.wrapping, self.messages.append)
+            found = newest_of_all(self.storage, self.peers, self.wrapping, self.messages.append, self._check)
         return None if found is None else self._restore(found, judge)
+
+    def _check(self, checkpoint: Checkpoint) -> None:
+        require_own_shapes(self.run, checkpoint.genome, checkpoint.state, checkpoint.manifest.name)
 
     def restore(self, checkpoint: Checkpoint) -> Manifest:
         """Bring the run, which must be fresh, to a checkpoint; those of later steps are deleted.
@@ -333,9 +330,9 @@ class CheckpointManager:
 
     def _restore(self, checkpoint: Checkpoint, judge: Judge | None = None) -> Manifest:
         manifest = checkpoint.manifest
+        require_same_model(self.run, checkpoint.genome, manifest.name)
         if judge is not None:
             judge(checkpoint.state["config"])
-        require_same_model(self.run, checkpoint.genome, manifest.name)
         batches, peers = self.run.batches, self.peers
         length = None if batches is None else batches.length
         state, different = adapted(checkpoint.state, peers.rank, peers.world, length)

@@ -17,7 +17,11 @@ VERDICTS = ("sound", "damaged", "refused")
 
 
 def newest_of_all(
-    storage: Storage, peers: Peers, wrapping: Wrapping, tell: Callable[[str], None]
+    storage: Storage,
+    peers: Peers,
+    wrapping: Wrapping,
+    tell: Callable[[str], None],
+    check: Callable[[Checkpoint], None],
 ) -> Checkpoint | None:
     """Read the newest checkpoint that every process finds sound, stepping back together.
 
@@ -30,6 +34,7 @@ def newest_of_all(
         failure: StateError | None = None
         try:
             found = read(storage, name)
+            check(found)
         except StateError as error:
             failure = error
         verdicts = [VERDICTS[v] for (v,) in peers.exchange([VERDICTS.index(verdict_on(failure))])]

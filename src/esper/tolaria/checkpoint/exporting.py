@@ -72,7 +72,7 @@ def weights_of(state: Mapping[str, Any], storage: Storage) -> dict[str, Tensor]:
 def card(checkpoint: Checkpoint) -> str:
     """Say for people what the folder holds."""
     manifest = checkpoint.manifest
-    facts = {"model": manifest.summary["model"], "parameters": manifest.summary["parameters"]}
+    facts = {name: manifest.summary.get(name) for name in ("model", "parameters")}
     facts |= {"steps": manifest.step, "checkpoint": manifest.name, **manifest.metrics}
     lines = ["# A growing model, as a checkpoint held it", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {f'{v:.6g}' if isinstance(v, float) else v} |" for name, v in facts.items()]

@@ -16,10 +16,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from esper.contracts import Stage
-from esper.errors import ConfigError, StateError, nearest
+from esper.errors import ConfigError, StateError
 from esper.tolaria import genome
 from esper.tolaria.checkpoint.batches import Batches
-from esper.tolaria.checkpoint.encoding import DTYPES
+from esper.tolaria.checkpoint.fitting import require_same_parts
 from esper.tolaria.checkpoint.named import load_named_state, named_state
 from esper.tolaria.checkpoint.randomness import Generator, capture_randomness, restore_randomness
 from esper.tolaria.growth import Growth
@@ -135,34 +135,6 @@ def load_module_state(module: nn.Module, state: Mapping[str, Any], name: str) ->
         parameter.requires_grad_(key not in state["frozen"])
 
 
-def require_same_model(run: Run, recipe: bytes, name: str) -> None:
-    """Let a run take no checkpoint of another model; asked before anything is changed.
-
-    Raises:
-        StateError: It is of another one; the message names the first tensor.
-    """
-    growth = run.growth
-    if growth is not None and (growth.steps or growth.plans):
-        return  # growth itself refuses a run that has begun
-    otherwise = f"{name} is of another model, and this {type(run.host).__name__} does not fit it"
-    genome.require_fit(genome.decode(recipe)[0], genome.shapes_of(run.host), otherwise)
-
-
-def unkeepable(run: Run) -> list[str]:
-    """Name what no checkpoint can hold, before the first is due; it holds dense tensors of ordinary types."""
-    found = []
-    for prefix, module in run.trained.items():
-        for name, value in (*module.named_parameters(), *module.named_buffers()):
-            if value.layout is not torch.strided or value.is_meta or value.dtype not in DTYPES:
-                what = "on the meta device" if value.is_meta else f"{value.layout}, {value.dtype}"
-                path = ".".join(filter(None, (prefix, name)))
-                found.append(
-                    f"no checkpoint can be written as long as {path!r} is a tensor that is {what}: keep it "
-                    "dense, or out of the module's buffers"
-                )
-    return found
-
-
 def restore_run(
     run: Run,
     state: Mapping[str, Any],
@@ -200,28 +172,6 @@ def restore_run(
         ) from error
 
 
-def require_same_parts(run: Run, state: Mapping[str, Any]) -> None:
-    """Compare which parts a run and a state have; nothing is changed.
-
-    Raises:
-        StateError: They have others.
-    """
-    if (state["growth"] is None) is not (run.growth is None):
-        has, lacks = ("run", "checkpoint") if state["growth"] is None else ("checkpoint", "run")
-        raise StateError(f"the {has} has a growth, the {lacks} has none; give both the same parts")
-    _same_names("modules", state["modules"], run.trained)
-    _same_names("optimizers", state["optimizers"], run.named)
-    _same_names("others", state["others"], run.others)
-    if (state["batches"] is None) is not (run.batches is None):
-        raise StateError("either the run or the checkpoint has no batches; give both the same parts")
-    saved = state["randomness"]["generators"]
-    if saved.keys() != run.streams.keys():
-        raise StateError(
-            f"the state has the generators {sorted(saved)}, the run has {sorted(run.streams)}; give the run "
-            "those it had"
-        )
-
-
 def _restored(run: Run, state: Mapping[str, Any]) -> list[str]:
     """Give every part its state; shapes fit by now."""
     for name, module in run.trained.items():
@@ -233,16 +183,6 @@ def _restored(run: Run, state: Mapping[str, Any]) -> list[str]:
     if run.batches is not None:
         run.batches.load_state_dict(state["batches"])
     return restore_randomness(state["randomness"], run.streams)
-
-
-def _same_names(what: str, saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    for name in saved:
-        if name not in given:
-            raise StateError(f"the checkpoint has {what} {name!r}, the run does not; {nearest(name, given)}")
-    if extra := sorted(given.keys() - saved.keys()):
-        raise StateError(
-            f"the run has {what} {extra[0]!r}, the checkpoint does not; {nearest(extra[0], saved)}"
-        )
 
 
 def changed(where: str, saved: Any, given: Any) -> list[str]:
