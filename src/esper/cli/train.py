@@ -36,7 +36,8 @@ def train(
 ) -> None:
     """Train and grow the model a config describes; write a run folder with its events and the grown model.
 
-    Where checkpoints are kept, SIGTERM, SIGINT and SIGHUP end training after its step, with a checkpoint.
+    Where checkpoints are kept, SIGTERM, SIGINT and SIGHUP end training after its step, with a checkpoint;
+    under torchrun they end it at once.
 
     Several processes train together under torchrun: torchrun --nproc-per-node 2 -m esper train CONFIG
     """
@@ -73,10 +74,11 @@ def run(trainer: Any, *, resume: bool, override: bool) -> int | None:
     """Train; return the signal that ended it, None at its end."""
     from esper.cli.going_on import go_on
     from esper.cli.stopping import stopped_by_signals
+    from esper.tolaria.distributed.launch import launched
 
     if resume:
         go_on(trainer, override=override)
-    if trainer.manager is None:
+    if trainer.manager is None or launched():  # torchrun ends those that wait for a lost one by SIGTERM
         trainer.fit()
         return None
     with stopped_by_signals(trainer) as asked:

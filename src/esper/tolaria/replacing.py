@@ -151,7 +151,7 @@ def _take_the_name(draft: Path, target: Path) -> None:
                 if error.errno not in _TAKEN:
                     raise
                 shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
+    except BaseException:  # Ctrl-C between two renames too
         if ready.exists():  # or it has the name already
             if old.exists() and not target.exists():
                 old.rename(target)

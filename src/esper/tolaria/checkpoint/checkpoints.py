@@ -233,7 +233,7 @@ class CheckpointManager:
                 name = self.save(metrics, wait=True)
             except ConfigError:
                 raise
-            except Exception as error:
+            except Exception as error:  # as in step()
                 self.keeper.failed(name_of(self.steps), error)
             else:
                 if self.failures == before:

@@ -85,7 +85,7 @@ class Keeper:
                 self.storage.delete(name)
                 self.sound.pop(name, None)
                 self.messages.append(f"{name} was deleted: the run goes on from an earlier step")
-        except Exception as error:
+        except Exception as error:  # as above
             self.messages.append(f"later checkpoints were not deleted: {reason(error)}")
 
     def prune(self) -> None:
@@ -101,7 +101,7 @@ class Keeper:
             for name in self.retention.superfluous(own, {n: m for n, m in known.items() if n in own}):
                 self.storage.delete(name)
                 self.sound.pop(name, None)
-        except Exception as error:
+        except Exception as error:  # as above
             self.messages.append(f"old checkpoints were not deleted: {reason(error)}")
 
     def _ours(self, name: str) -> bool:

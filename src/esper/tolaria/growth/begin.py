@@ -125,9 +125,9 @@ def grow(
                 observe=observe,
             )
             made = Growth(parts)
-    except BaseException:
+    except BaseException:  # whatever ends it, nothing began
         if journal is not None:
-            journal.take_back()  # nothing began
+            journal.take_back()
         raise
     made.redo.journal = journal
     if settings.governor.enabled:
