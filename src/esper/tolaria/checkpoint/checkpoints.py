@@ -322,6 +322,7 @@ class CheckpointManager:
         """
         self.writer.flush()
         self.resumed = True
+        self._check(checkpoint)
         manifest = self._restore(checkpoint)
         if self.peers.rank == 0:
             self.keeper.give_up(manifest.step)

@@ -51,6 +51,8 @@ def require_own_shapes(run: Run, recipe: bytes, state: Mapping[str, Any], name: 
     Raises:
         CheckpointError: They are not: it is no sound checkpoint of this model.
     """
+    if "rest" in state:
+        raise CheckpointError(f"{name} holds a model and its optimizers, and no run; load_sharded() loads it")
     shapes, plans = genome.decode(recipe)
     growth = run.growth
     if TABLE in state or (growth is not None and (growth.steps or growth.plans)):
