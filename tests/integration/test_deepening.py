@@ -263,6 +263,7 @@ def test_a_checkpoint_is_gone_on_from_and_exported(tmp_path: Path) -> None:
     deep.step()
     manager = run_of(deep.net, deep.optimizer, deep.growth)
     manager.save(wait=True)
+    manager.close()
     again = copy.deepcopy(deep.plain)
     optimizer = torch.optim.AdamW(again.parameters(), 1e-2)
     growth = esper.grow(

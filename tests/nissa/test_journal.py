@@ -134,16 +134,6 @@ def test_a_killed_process_loses_at_most_the_line_it_was_writing(tmp_path: Path) 
     assert steps[-1] >= last_told
 
 
-def test_two_writers_of_one_folder_do_not_tear_lines(tmp_path: Path) -> None:
-    first, second = RunJournal(tmp_path), RunJournal(tmp_path)
-    for step in range(100):
-        first(Event("warning", step, {"message": "a" * 9000}))
-        second(Event("warning", step, {"message": "b" * 9000}))
-    first.close()
-    second.close()
-    assert len(read_events(tmp_path)) == 200
-
-
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [

@@ -30,7 +30,7 @@ def loss_fn(model: nn.Module, batch: Any) -> Tensor:
 
 
 class Process:
-    """One process of a run; given up without a word, it is a killed one."""
+    """One process of a run; killed, it says no word, and its folders are free."""
 
     def __init__(self, folder: Path, **options: Any) -> None:
         torch.manual_seed(0)
@@ -67,6 +67,10 @@ class Process:
                 self.manager.save(wait=True)
         self.begun = until
 
+    def kill(self) -> None:
+        for lease in (self.manager.lease, self.growth.redo.journal._lease):
+            lease.release()
+
     def told(self, kind: str) -> list[Event]:
         return [event for event in self.events if event.kind == kind]
 
@@ -81,6 +85,7 @@ def killed(tmp_path: Path) -> tuple[Path, Process]:
     while not first.told("decision"):
         first.train(first.begun + 1)
     assert first.begun > SAVED
+    first.kill()
     return tmp_path, first
 
 

@@ -184,9 +184,15 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
             lines.append(f"{row['name']:<14} damaged: {row['damaged']}")
             continue
         when = datetime.datetime.fromtimestamp(row["time"], datetime.UTC).strftime("%Y-%m-%d %H:%M:%SZ")
-        more = [*row["awake"], *(f"{name} {short(value)}" for name, value in row["metrics"].items())]
+        more = [*row.get("awake", []), *(f"{name} {short(value)}" for name, value in row["metrics"].items())]
+        parameters, grown = shown(row.get("parameters")), shown(row.get("grown"))
         lines.append(
-            f"{row['name']:<14} {when:<20} {row['bytes']:>12,} {row['parameters']:>12,} {row['grown']:>5}  "
+            f"{row['name']:<14} {when:<20} {row['bytes']:>12,} {parameters:>12} {grown:>5}  "
             f"{', '.join(more)}".rstrip()
         )
     return ["".join(c if c.isprintable() else "?" for c in line) for line in lines]
+
+
+def shown(count: int | None) -> str:
+    """Write a count that a checkpoint may not say."""
+    return "–" if count is None else f"{count:,}"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from esper.config import Config, explain, load_config, read_yaml
 from esper.errors import ConfigError, nearest
@@ -35,6 +35,25 @@ def _as_call(value: Any) -> Any:
 CallLike = Annotated[Call, BeforeValidator(_as_call)]
 
 
+class Checkpoints(BaseModel):
+    """When to keep checkpoints in the run folder, and how many."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    every_seconds: float | None = Field(None, gt=0, allow_inf_nan=False)
+    every_steps: int | None = Field(None, ge=1)
+    keep: int | None = Field(3, ge=1)  # of the newest; None: all
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Checkpoints:
+        if self.every_seconds is not None and self.every_steps is not None:
+            raise ConfigError(
+                "checkpoints: every_seconds and every_steps are both given; give one of them, or none: then "
+                "their measured cost says how often"
+            )
+        return self
+
+
 class Recipe(BaseModel):
     """A training run as data."""
 
@@ -51,7 +70,8 @@ class Recipe(BaseModel):
         str, CallLike
     ] = {}  # accuracy, mse, or functions (model, batch) -> float, by the name to report
     epochs: int = Field(ge=1)
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32, strict=True)  # of torch, NumPy, Python and growth
+    checkpoints: Checkpoints | None = None  # given, they are kept; None: only with --resume
     growth: dict[str, Any] = {}  # sections of esper.Config
     run_dir: str | None = None
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import secrets
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from esper.cli import resolve
-from esper.cli.recipe import growth_settings, read_recipe
+from esper.cli.recipe import Recipe, growth_settings, read_recipe
+from esper.cli.run_folder import CHECKPOINTS
+from esper.cli.seeding import seed_all
+from esper.cli.settings import settings_of
 from esper.contracts import Observer, ignore
+from esper.nissa.journal import RunJournal
 from esper.tolaria.checkpoint import FolderStorage, Storage
 from esper.tolaria.distributed.launch import join, launched, replicated
 from esper.tolaria.distributed.share import Share
@@ -58,13 +65,14 @@ def open_session(
     )
     settings = growth_settings(config, recipe)
     resolve.see_folder(config)
-    torch.manual_seed(recipe.seed)
+    seed_all(recipe.seed)
     model = resolve.call(recipe.model)
     data = resolve.batches_of(resolve.call(recipe.data), recipe.data)
     if launched():
         rank, world = join()
         model, data["train"] = replicated(model), Share(data["train"], rank, world)
     optimizer = resolve.call(recipe.optimizer, model.parameters())
+    asked = settings_of(config, recipe, settings, data)
     return Trainer(
         model,
         optimizer,
@@ -73,10 +81,35 @@ def open_session(
         scheduler=resolve.call(recipe.scheduler, optimizer) if recipe.scheduler else None,
         metrics={name: resolve.metric_of(spec) for name, spec in recipe.metrics.items()},
         config=settings,
-        run_dir=run_dir,
+        run_dir=journal_of(run_dir, asked),
         epochs=recipe.epochs,
         seed=recipe.seed,
         on_event=on_event,
-        checkpoints=wrap(FolderStorage(run_dir / "checkpoints")) if keep else None,
-        every=every,
+        checkpoints=wrap(FolderStorage(run_dir / CHECKPOINTS)) if keep else None,
+        every=every or cadence_of(recipe),
+        keep=3 if recipe.checkpoints is None else recipe.checkpoints.keep,
+        milestones=every is None,
+        settings=asked,
+    )
+
+
+def journal_of(run_dir: Path, asked: Mapping[str, Any]) -> RunJournal | Path:
+    """Open the run's journal, with an id and a digest of what it is asked to do; the first process does.
+
+    Raises:
+        RunError: Another run is in the folder, or it cannot be written.
+    """
+    if launched() and os.environ.get("RANK", "0") != "0":
+        return run_dir
+    digest = hashlib.sha256(json.dumps(asked, sort_keys=True, default=repr).encode()).hexdigest()[:16]
+    return RunJournal(run_dir, run=secrets.token_hex(8), config=digest)
+
+
+def cadence_of(recipe: Recipe) -> int | timedelta | None:
+    """Return how often the config wants checkpoints; None: from their measured cost."""
+    wanted = recipe.checkpoints
+    if wanted is None:
+        return None
+    return wanted.every_steps or (
+        None if wanted.every_seconds is None else timedelta(seconds=wanted.every_seconds)
     )

@@ -9,13 +9,15 @@ import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
 from esper.contracts import EVENTS_VERSION, Event
 from esper.errors import RunError
-from esper.nissa.standing import decided_after
+from esper.nissa.lease import Lease
+from esper.nissa.standing import BEGINS, decided_after
 
 EVENTS_FILE = "events.jsonl"
 PATIENCE = 64 * 2**20  # bytes of events that may wait for room on the disk
@@ -35,30 +37,42 @@ DURABLE = frozenset(
 )
 
 
+OTHER = "another run_dir"
+
+
 class RunJournal:
     """Writes every event it is called with to a run folder; an existing folder is appended to.
+
+    It has the folder for itself until it is closed: another process, or another journal of this one, is
+    refused. Where the folder's file system has no locks, a warning says so.
 
     Each event is one ``write`` of one line on an unbuffered file, so a killed process loses at most the line
     it was writing; what growth decided is on the disk, not only with the system, when the call returns.
     Strict JSON has no NaN: non-finite numbers are written as the strings ``"NaN"``, ``"Infinity"`` and
     ``"-Infinity"``; ``number`` reads them back.
+
+    Attributes:
+        run: The run's id, told with every beginning; a run that goes on keeps the one it had. None: untold.
+        config: Digest of what the run was asked to do, told with it.
     """
 
-    def __init__(self, run_dir: str | Path) -> None:
+    def __init__(self, run_dir: str | Path, *, run: str | None = None, config: str | None = None) -> None:
         """Open the folder, and create it where it does not exist.
 
         Raises:
-            RunError: The folder cannot be written.
+            RunError: The folder cannot be written, or another journal is open there.
         """
-        self.path = Path(run_dir) / EVENTS_FILE
+        self.path, self.run, self.config = Path(run_dir) / EVENTS_FILE, run, config
+        self._lease = _lease(Path(run_dir))
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             cut, last = _mend(self.path)
             self._file: BinaryIO = open(self.path, "ab", buffering=0)  # noqa: SIM115 (closed by close)
         except OSError as error:
             raise RunError(
-                f"cannot write the run folder {run_dir}: {error.strerror}; choose another run_dir"
+                f"cannot write the run folder {run_dir}: {error.strerror or error}; choose another run_dir"
             ) from None
+        self._begun = self._file.tell()
         self._waiting = bytearray()  # what did not fit on the disk yet
         self._told = False
         weakref.finalize(
@@ -78,6 +92,8 @@ class RunJournal:
             raise RunError(
                 f"{self.path} is closed, so the event {event.kind!r} was not written; open a new RunJournal"
             )
+        if event.kind in BEGINS and self.run is not None:
+            event = replace(event, data={**event.data, "run": self.run, "config": self.config})
         self._waiting += encode(event)
         try:
             while self._waiting:
@@ -88,6 +104,8 @@ class RunJournal:
             self._keep(error)
         else:
             self._told = False
+        if event.kind == "run_finished" and self._lease is not None:
+            self._lease.release()  # another run may have the folder, while this one's objects live on
 
     def _keep(self, error: OSError) -> None:
         """Let training go on where the disk is full: events wait in memory, and one warning says so."""
@@ -113,12 +131,24 @@ class RunJournal:
         """
         return decided_after(read_events(self.path.parent), step)
 
+    def take_back(self) -> None:
+        """Forget every event since this journal was opened, and close it: what they tell of did not begin."""
+        self._waiting.clear()
+        with suppress(OSError):
+            if self._begun:
+                self._file.truncate(self._begun)
+            else:
+                self.path.unlink()
+        self.close()
+
     def close(self) -> None:
         """Close the file; the folder can be opened again."""
         if self._waiting and not self._file.closed:
             with suppress(OSError):
                 self._file.write(self._waiting)
         self._file.close()
+        if self._lease is not None:
+            self._lease.release()
 
     def __enter__(self) -> RunJournal:
         return self
@@ -127,6 +157,25 @@ class RunJournal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _lease(folder: Path) -> Lease | None:
+    """Take the folder; None where it cannot be locked, which is told.
+
+    Raises:
+        RunError: Another journal is open there.
+    """
+    try:
+        return Lease(folder, OTHER)
+    except OSError as error:
+        if folder.is_dir():  # or opening the journal says more
+            warnings.warn(
+                f"cannot lock the run folder {folder}: {error.strerror or error}; a second run in it would "
+                "not be noticed, and both would be spoiled",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        return None
 
 
 def read_events(run_dir: str | Path) -> list[Event]:

@@ -14,6 +14,7 @@ from esper.blueprints.program import Program
 from esper.contracts import DeepenPlan, Signature, WidenEdit, WidenPlan
 from esper.errors import BlueprintError, SavedModelError, nearest
 from esper.kasmina.grown import CHILD
+from esper.tolaria.genome_form import require_plan, require_plans, require_shapes
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,7 @@ class GraftPlan:
 FORMAT = 2
 DEEP = 3  # with blocks, which readers of 2 do not know
 READABLE = (1, 2, 3)  # 1 knew widenings only
+SHOWN = 40  # names of tensors that an error lists
 Plan: TypeAlias = "WidenPlan | GraftPlan | DeepenPlan"
 Shapes: TypeAlias = dict[str, list[int]]  # of a state_dict
 
@@ -86,17 +88,30 @@ def decode(genome: bytes) -> tuple[Shapes, list[Plan]]:
     """
     try:
         recipe = json.loads(genome)
-        if recipe["format"] in READABLE:
-            return dict(recipe["base"]), [plan_from(plan) for plan in recipe["plans"]]
-    except (ValueError, LookupError, TypeError) as error:
-        raise SavedModelError(f"the genome is not of format {FORMAT}: {error!r}") from error
-    raise SavedModelError(
-        f"the genome has format {recipe['format']!r}, this Esper reads {DEEP}: update esper-morph"
-    )
+        form = recipe["format"]
+        if type(form) is int and form in READABLE:
+            return require_shapes(recipe["base"]), [
+                plan_from(plan) for plan in require_plans(recipe["plans"])
+            ]
+    except SavedModelError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise SavedModelError(f"the genome is not of format {FORMAT}: {error!r:.200}") from error
+    raise SavedModelError(f"the genome has format {form!r:.80}, this Esper reads {DEEP}: update esper-morph")
 
 
 def plan_from(data: Mapping[str, Any]) -> Plan:
-    """Rebuild a plan from what ``dataclasses.asdict`` made of it, through JSON or not."""
+    """Rebuild a plan from what ``dataclasses.asdict`` made of it, through JSON or not.
+
+    Raises:
+        SavedModelError: A field is not of its kind.
+    """
+    plan = _plan_from(data)
+    require_plan(plan)
+    return plan
+
+
+def _plan_from(data: Mapping[str, Any]) -> Plan:
     if "graph" in data:
         facts: dict[str, Any] = {f.name: data[f.name] for f in fields(GraftPlan)}
         facts["signature"] = Signature.from_dict(data["signature"])
@@ -142,8 +157,8 @@ def resize(shapes: Shapes, plan: Plan, names: Mapping[str, Sequence[str]], *, gr
             shape = shapes.get(name)
             if shape is None or not 0 <= edit.axis < len(shape) or shape[edit.axis] != source:
                 raise SavedModelError(
-                    f"the plan for {plan.site!r} takes axis {edit.axis} of {name!r} from {edit.old} to "
-                    f"{edit.new}, but its shape is {shape}: the plans do not belong to this model"
+                    f"the plan for {plan.site!r:.80} takes axis {edit.axis} of {name!r:.80} from {edit.old} "
+                    f"to {edit.new}, but its shape is {shape}: the plans do not belong to this model"
                 )
             shape[edit.axis] = result
 
@@ -185,8 +200,10 @@ def require_fit(wanted: Shapes, given: Shapes, otherwise: str) -> None:
     """
     for name, shape in wanted.items():
         if name not in given:
-            raise SavedModelError(f"{otherwise}: it has no {name!r}; {nearest(name, given)}")
+            few = [one[:80] if one.isprintable() else repr(one)[:80] for one in sorted(given)[:SHOWN]]
+            more = f" and {len(given) - SHOWN} more" if len(given) > SHOWN else ""
+            raise SavedModelError(f"{otherwise}: it has no {name!r:.80}; {nearest(name[:80], few)}{more}")
         if shape != given[name]:
-            raise SavedModelError(f"{otherwise}: its {name!r} is {given[name]}, and {shape} is needed")
+            raise SavedModelError(f"{otherwise}: its {name!r:.80} is {given[name]}, and {shape} is needed")
     if extra := sorted(given.keys() - wanted.keys()):
-        raise SavedModelError(f"{otherwise}: its {extra[0]!r} is not in the folder")
+        raise SavedModelError(f"{otherwise}: its {extra[0]!r:.80} is not in the folder")

@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-import secrets
-import shutil
+import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,6 +30,7 @@ from esper.kasmina.deepen import duplicate, insert
 from esper.kasmina.grown import attach, detach
 from esper.kasmina.materialise import empty_slices, widen
 from esper.tolaria import genome, rebuild_template
+from esper.tolaria.replacing import mend, publish, reason, standing, write_file
 
 GENOME, TENSORS, SUMS = "genome.json", "model.safetensors", "SHA256SUMS"
 LISTED = ("card.md", GENOME, TENSORS, "rebuild.py")  # in SUMS, in this order
@@ -62,14 +62,22 @@ def save(
         TENSORS: safetensors.torch.save(_portable(model.state_dict())),
     }
     files["card.md"] = _card(model, plans, card).encode()
-    files["rebuild.py"] = Path(rebuild_template.__file__).read_bytes()
-    files[SUMS] = sums({name: _digest(content) for name, content in files.items()})
-    target = Path(directory)
+    target = Path(os.path.abspath(directory))  # "." has no name to put hidden ones beside
+
+    def write(draft: Path) -> None:
+        for name, content in files.items():
+            write_file(draft / name, [content])
+
     try:
-        _publish(files, target)
-    except OSError as error:
-        raise StateError(f"cannot save to {target}: {error.strerror}; nothing was changed there") from error
-    return target
+        files["rebuild.py"] = Path(rebuild_template.__file__).read_bytes()
+        files[SUMS] = sums({name: _digest(content) for name, content in files.items()})
+        _refuse_others(target)
+        publish(target, write)
+    except (OSError, ValueError) as error:  # ValueError: a path with a NUL in it
+        if isinstance(error, StateError):
+            raise
+        raise StateError(f"cannot save to {target}: {reason(error)}; nothing was changed there") from error
+    return Path(directory)
 
 
 def load_into(model: Model, directory: str | Path) -> Model:
@@ -87,7 +95,7 @@ def load_into(model: Model, directory: str | Path) -> Model:
             ``model`` is as it was.
     """
     folder, kind = Path(directory), type(model).__name__
-    recipe, tensors = _read(folder)
+    recipe, tensors = _last_complete(Path(os.path.abspath(directory)), folder)
     shapes, plans = genome.decode(recipe)
     needed = f"{folder} needs the model as it was before it grew, and this {kind} is not"
     genome.require_fit(shapes, genome.shapes_of(model), needed)
@@ -104,9 +112,12 @@ def load_into(model: Model, directory: str | Path) -> Model:
         for plan in plans:
             try:
                 undo.callback(_repeat(model, plan))
-            except (SurgeryError, AttributeError) as error:
+            except (SurgeryError, AttributeError, TypeError, ValueError, RuntimeError) as error:
                 raise SavedModelError(f"{folder} does not fit this {kind}: {error}") from error
-        model.load_state_dict(weights)
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError as error:
+            raise SavedModelError(f"{folder} does not fit this {kind}: {error}") from error
         undo.pop_all()
     return model
 
@@ -126,13 +137,25 @@ def _repeat(model: nn.Module, plan: genome.Plan) -> Callable[[], None]:
 def _portable(state: Mapping[str, Any]) -> dict[str, Tensor]:
     tensors = {}
     for name, value in state.items():
-        if not isinstance(value, Tensor) or value.dtype not in rebuild_template.DTYPES.values():
-            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise StateError(f"cannot save {name!r}, a {kind}: a folder holds tensors of ordinary types only")
+        if (unfit := _unfit(value)) is not None:
+            raise StateError(
+                f"cannot save {name!r}, a {unfit}: a folder holds dense tensors of ordinary types"
+            )
         tensors[name] = (
             value.detach().cpu().clone(memory_format=torch.contiguous_format)
         )  # tied ones: each its own
     return tensors
+
+
+def _unfit(value: Any) -> str | None:
+    """Say what a value is that no folder can hold; None: it can."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    if value.layout is not torch.strided:
+        return f"{value.layout} tensor; to_dense() makes it one that can be saved"
+    if value.is_meta:
+        return "tensor on the meta device, which has no values"
+    return None if value.dtype in rebuild_template.DTYPES.values() else str(value.dtype)
 
 
 def _digest(content: bytes) -> str:
@@ -161,6 +184,19 @@ def _read(folder: Path) -> tuple[bytes, bytes]:
     return found[GENOME], found[TENSORS]
 
 
+def _last_complete(target: Path, asked: Path) -> tuple[bytes, bytes]:
+    """Read what stands under the name, or was to, where a writer was killed or is between two renames."""
+    with suppress(OSError, ValueError):  # a folder that may only be read is read as it is
+        mend(target)
+    for _ in range(9):
+        place = standing(target)
+        if place == target:
+            return _read(asked)
+        with suppress(SavedModelError):  # it was given its name while it was read
+            return _read(place)
+    return _read(asked)
+
+
 def _contents(folder: Path, names: Sequence[str]) -> list[bytes]:
     if missing := [name for name in names if not (folder / name).is_file()]:
         raise SavedModelError(
@@ -169,48 +205,27 @@ def _contents(folder: Path, names: Sequence[str]) -> list[bytes]:
     try:
         return [(folder / name).read_bytes() for name in names]
     except OSError as error:
-        raise SavedModelError(f"cannot read {folder}: {error.strerror}") from error
+        raise SavedModelError(f"cannot read {folder}: {reason(error)}") from error
 
 
-def _publish(files: Mapping[str, bytes], target: Path) -> None:
-    if target.exists() and not (target.is_dir() and {entry.name for entry in target.iterdir()} <= FILES):
-        raise StateError(f"{target} exists and is not just an earlier save; choose another folder")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+def _refuse_others(target: Path) -> None:
+    """Let nothing be replaced but an earlier save, all of which are plain files of ours, or an empty folder.
+
+    Raises:
+        StateError: Something else is there.
+    """
     try:
-        staging.mkdir()
-        for name, content in files.items():
-            (staging / name).write_bytes(content)
-        _sync(*(staging / name for name in files), staging)
-        _replace(target, staging)
-        _sync(target.parent)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _replace(target: Path, staging: Path) -> None:
-    if not target.exists():
-        staging.rename(target)
+        kind = os.lstat(target).st_mode
+    except FileNotFoundError:
         return
-    retired = staging.with_suffix(
-        ".old"
-    )  # no call swaps two folders: for an instant there are hidden ones only
-    target.rename(retired)
-    try:
-        staging.rename(target)
-    except OSError:
-        retired.rename(target)
-        raise
-    shutil.rmtree(retired)
-
-
-def _sync(*paths: Path) -> None:
-    for path in paths:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    if stat.S_ISLNK(kind):
+        raise StateError(f"{target} is a link; give the folder it leads to, {os.path.realpath(target)}")
+    if not stat.S_ISDIR(kind):
+        raise StateError(f"{target} exists and is no folder; choose another one")
+    with os.scandir(target) as entries:
+        found = {entry.name: entry.is_file(follow_symlinks=False) for entry in entries}
+    if found and not (found.keys() <= FILES and all(found.values()) and GENOME in found):
+        raise StateError(f"{target} exists and is not just an earlier save; choose another folder")
 
 
 def _card(model: nn.Module, plans: Iterable[genome.Plan], facts: Mapping[str, object]) -> str:

@@ -15,8 +15,10 @@ from torch.utils.data import DistributedSampler
 from esper.config import ConfigLike
 from esper.contracts import Observer, ignore
 from esper.errors import ConfigError, FinishedError, StateError
+from esper.nissa.journal import RunJournal
 from esper.tolaria.checkpoint import Batches, CheckpointManager, Run, Storage
 from esper.tolaria.checkpoint.cadence import Every
+from esper.tolaria.checkpoint.checkpoints import ASKED, Judge
 from esper.tolaria.checkpoint.format import Manifest
 from esper.tolaria.checkpoint.retention import Best
 from esper.tolaria.growth import grow
@@ -42,17 +44,21 @@ class Trainer:
         sites: Where the model may grow, as for ``esper.grow``.
         growth: How, in place of what the settings say, as for ``esper.grow``.
         config: Settings, a mapping, or a path to a YAML file.
-        run_dir: Folder of the run's events.
+        run_dir: Folder of the run's events, or an open journal.
         seed: Of all choices growth makes; the model and the data have their own.
         on_event: Called with every event.
         checkpoints: A folder or another storage of checkpoints; None keeps none.
         every: Optimizer steps, or a ``timedelta``, between checkpoints; None: from their measured cost.
         keep: How many of the newest checkpoints stay.
         best: A metric and ``"min"`` or ``"max"``: the best checkpoint stays besides.
+        milestones: Whether checkpoints also come soon after the beginning and whenever the model has grown;
+            None: only where ``every`` is None. One at the end always does.
+        settings: What describes the run, any plain values; kept in checkpoints and compared on resume.
 
     Attributes:
         growth: The ``esper.Growth`` at work: what has grown, what it cost, ``save``.
         history: One mapping per epoch: ``epoch``, ``train_loss`` and the metrics.
+        stopped: Whether ``fit`` came back early, because of ``stop``.
     """
 
     def __init__(
@@ -71,19 +77,21 @@ class Trainer:
         sites: Any = "auto",
         growth: Literal["auto", "early", "incubate", "off"] | None = None,
         config: ConfigLike = None,
-        run_dir: str | Path | None = None,
+        run_dir: str | Path | RunJournal | None = None,
         seed: int = 0,
         on_event: Observer = ignore,
         checkpoints: Storage | str | Path | None = None,
         every: Every = None,
         keep: int | None = 3,
         best: Best | None = None,
+        milestones: bool | None = None,
+        settings: Any = None,
     ) -> None:
         self.model, self.loss_fn, self.train, self.val, self.epochs = model, loss_fn, train, val, epochs
         self.scheduler, self.scheduler_interval = scheduler, scheduler_interval
         self.metrics: dict[str, Metric] = {"loss": loss_fn, **(metrics or {})}
         self.history: list[dict[str, float]] = []
-        self._optimizers = list(optimizer.values()) if isinstance(optimizer, Mapping) else [optimizer]
+        self.optimizers = list(optimizer.values()) if isinstance(optimizer, Mapping) else [optimizer]
         try:
             steps = epochs * len(train) if isinstance(train, Sized) else None
         except TypeError:  # a DataLoader over an iterable dataset has a __len__ that raises
@@ -102,7 +110,7 @@ class Trainer:
             seed=seed,
             on_event=on_event,
         )
-        self._done = False
+        self._done = self.stopped = self._asked_to_stop = False
         self._sums: list[Any] = [torch.zeros(()), 0]  # of the present epoch: loss times examples, examples
         self.manager: CheckpointManager | None = None
         self.batches: Batches | None = None
@@ -111,18 +119,23 @@ class Trainer:
             others: dict[str, Any] = {"trainer": self}
             others |= {} if scheduler is None else {"scheduler": scheduler}
             named = optimizer if isinstance(optimizer, Mapping) else {"optimizer": optimizer}
-            run = Run(model, named, growth=self.growth, others=others, batches=self.batches)
-            self.manager = CheckpointManager(checkpoints, run, every=every, keep=keep, best=best)
+            run = Run(model, named, growth=self.growth, others=others, batches=self.batches, config=settings)
+            self.manager = CheckpointManager(
+                checkpoints, run, every=every, keep=keep, best=best, milestones=milestones
+            )
 
-    def resume(self) -> Manifest | None:
+    def resume(self, judge: Judge | None = None) -> Manifest | None:
         """Go on from the newest checkpoint that verifies, at the next :meth:`fit`; None where there is none.
+
+        Args:
+            judge: As for ``CheckpointManager.resume``.
 
         Raises:
             StateError: There are no checkpoints to look for, or they are of another run.
         """
         if self.manager is None:
             raise StateError("this Trainer keeps no checkpoints; give it checkpoints=")
-        return self.manager.resume()
+        return self.manager.resume(judge)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the trainer itself knows: past epochs, and the sums of the present one."""
@@ -131,6 +144,13 @@ class Trainer:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take it back."""
         self.history, self._sums = list(state["history"]), list(state["sums"])
+
+    def stop(self) -> None:
+        """Let ``fit`` come back after the present step, with a checkpoint; for signal handlers and threads.
+
+        Growth is not finished then: ``resume`` in another process goes on with it.
+        """
+        self._asked_to_stop = True
 
     def fit(self) -> nn.Module:
         """Train for all epochs and return the model: the same object, wider.
@@ -144,7 +164,10 @@ class Trainer:
         self._done = True
         done = 0 if self.batches is None else self.batches.epoch
         for epoch in range(done + 1, self.epochs + 1):
-            row = {"epoch": epoch, "train_loss": self._train_epoch(epoch)}
+            mean = self._train_epoch(epoch)
+            if mean is None:
+                return self._left_early()
+            row = {"epoch": epoch, "train_loss": mean}
             if self.val is not None:
                 row |= self.evaluate(self.val)
             if self.scheduler_interval == "epoch" and isinstance(self.scheduler, ReduceLROnPlateau):
@@ -155,8 +178,27 @@ class Trainer:
             self.growth.rewrap()
             self.growth.epoch({name: value for name, value in row.items() if name != "epoch"})
         if self.manager is not None:
+            last = self.history[-1] if self.history else {}
+            self.manager.save_last({name: value for name, value in last.items() if name != "epoch"})
             self.manager.close()
         return self.growth.finish()
+
+    def _left_early(self) -> nn.Module:
+        """End in the middle of a run."""
+        self.stopped = True
+        if self.manager is not None:
+            self.manager.save_last()
+            self.manager.close()
+        return self.model
+
+    def _to_stop(self) -> bool:
+        """Tell whether somebody has asked; several processes stop at the same step."""
+        peers = self.growth.peers
+        if peers.world == 1:
+            return self._asked_to_stop
+        return self.growth.steps % ASKED == 0 and any(
+            asked for (asked,) in peers.exchange([int(self._asked_to_stop)])
+        )
 
     def evaluate(self, batches: Iterable[Any]) -> dict[str, float]:
         """Average the loss and every metric over the examples of ``batches``, in eval mode."""
@@ -173,17 +215,18 @@ class Trainer:
             raise ConfigError("the batches to evaluate are empty; pass some that can be iterated again")
         return {name: total / examples for name, total in totals.items()}
 
-    def _train_epoch(self, epoch: int) -> float:
+    def _train_epoch(self, epoch: int) -> float | None:
+        """Return the mean loss; None where the run is to stop before the epoch's end."""
         self.model.train()
         sampler = getattr(self.train, "sampler", None)
         if isinstance(sampler, DistributedSampler):
             sampler.set_epoch(epoch)  # without it every epoch has the first one's order
         for batch in self.train if self.batches is None else self.batches:
             loss = self.loss_fn(self.model, batch)
-            for optimizer in self._optimizers:
+            for optimizer in self.optimizers:
                 optimizer.zero_grad()
             loss.backward()
-            for optimizer in self._optimizers:
+            for optimizer in self.optimizers:
                 optimizer.step()
             if self.scheduler is not None and self.scheduler_interval == "step":
                 self.scheduler.step()
@@ -193,6 +236,8 @@ class Trainer:
             self._sums = [total.to(loss.device) + count * loss.detach(), examples + count]  # no sync per step
             if self.manager is not None:
                 self.manager.step({"train_loss": loss})
+            if self._to_stop():
+                return None
         (total, examples), self._sums = self._sums, [torch.zeros(()), 0]
         if not examples:
             raise ConfigError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -62,6 +63,27 @@ def test_steps_and_seconds_are_kept_to() -> None:
     for every in (0, -1, timedelta(0)):
         with pytest.raises(ConfigError, match="must be positive"):
             Cadence(every, 1, 0)
+
+
+def test_a_run_that_is_killed_soon_has_a_checkpoint_by_then() -> None:
+    clock = Clock()
+    cadence = Cadence(None, 3600, size=0, clock=clock)
+    saved = []
+    for number in range(1, 2000):
+        clock.now = 100 + number * 0.01  # the model took a while to build
+        if cadence.due(number):
+            saved.append(clock.now - 100.01)
+            cadence.saved(number)
+            cadence.measured(0.001)
+    assert saved[0] == pytest.approx(0.25, abs=0.02)
+    assert all(second <= 2 * first + 0.05 or second - first < 3 for first, second in pairwise(saved))
+
+
+def test_growth_is_a_milestone_where_no_number_of_steps_is_given() -> None:
+    free, fixed = Cadence(None, 1, 0), Cadence(5, 1, 0)
+    assert [free.grown(size) for size in (0, 1, 1, 0)] == [False, True, False, True]
+    assert not fixed.grown(1)
+    assert Cadence(5, 1, 0, milestones=True).grown(1)
 
 
 def manifests(**losses: float | None) -> dict[str, Manifest]:

@@ -228,6 +228,7 @@ def test_latest_steps_back_past_damage_and_says_why(tmp_path: Path) -> None:
     for _ in range(4):
         run.train(1)
         run.manager.writer.flush()
+    run.manager.close()
     (tmp_path / "step-00000004" / "manifest.json").unlink()
     part = tmp_path / "step-00000003" / "tensors.safetensors"
     content = bytearray(part.read_bytes())
@@ -242,7 +243,7 @@ def test_latest_steps_back_past_damage_and_says_why(tmp_path: Path) -> None:
     assert "step-00000003: tensors.safetensors is damaged: its SHA-256 digest is another" in again.told[1]
     again.train(1)
     again.manager.save(wait=True)  # takes the damaged one's place, and what came later goes
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"step-0000000{n}" for n in (1, 2, 3)]
+    assert FolderStorage(tmp_path).names() == [f"step-0000000{n}" for n in (1, 2, 3)]
     assert sound(FolderStorage(tmp_path), "step-00000003").step == 3
     assert "step-00000004 was deleted: the run goes on from an earlier step" in again.told
 
@@ -357,3 +358,84 @@ def test_moments_keep_their_own_precision() -> None:
     net, optimizer = build()
     CheckpointManager(storage, Run(net, optimizer)).resume()
     assert torch.equal(optimizer.state[net.weight]["momentum_buffer"], moment)
+
+
+class Raises(MemoryStorage):
+    """Raises what no storage should."""
+
+    def put(self, name: str, parts: Mapping[str, Chunks]) -> None:
+        raise KeyError("odd")
+
+
+def test_whatever_a_storage_raises_is_told_and_counted() -> None:
+    run = Plain(Raises(), every=1)
+    for _ in range(2):
+        run.train(1)
+        run.manager.writer.flush()
+    run.manager.close()
+    assert (run.manager.written, run.manager.failures) == (0, 2)
+    assert any("not written, training goes on: KeyError: 'odd'" in line for line in run.told)
+
+
+def test_a_state_that_cannot_be_asked_for_is_told_and_counted() -> None:
+    run = Plain(MemoryStorage(), every=1)
+    run.manager.run.others = {"odd": 3}  # type: ignore[assignment]
+    run.train(2)
+    assert run.manager.failures == 2
+    assert any("AttributeError" in line for line in run.told)
+
+
+@pytest.mark.parametrize("value", ["text", None, torch.zeros(3), {}])
+def test_a_metric_that_is_no_number_is_told_and_not_known(value: Any) -> None:
+    run = Plain(MemoryStorage())
+    run.manager.save({"good": 1, "odd": value}, wait=True)
+    assert sound(run.manager.storage, "step-00000000").metrics == {"good": 1.0, "odd": None}
+    assert any("the metric 'odd' is" in line for line in run.told)
+
+
+def test_sparse_and_meta_buffers_are_named_before_the_first_checkpoint() -> None:
+    net = nn.Linear(2, 1)
+    net.register_buffer("mask", torch.eye(3).to_sparse())
+    net.register_buffer("later", torch.empty(3, device="meta"), persistent=False)
+    told: list[str] = []
+    run = Run(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    manager = CheckpointManager(
+        MemoryStorage(), run, observe=lambda event: told.append(event.data["message"])
+    )
+    manager.step()
+    assert [("'mask'" in line, "'later'" in line) for line in told] == [(True, False), (False, True)]
+    assert "keep it dense, or out of the module's buffers" in told[0]
+
+
+def test_a_second_manager_is_refused_until_the_first_is_closed(tmp_path: Path) -> None:
+    first = Plain(tmp_path / "kept", every=1)
+    first.train(1)
+    with pytest.raises(StateError, match=r"kept is in use by this process, since 20.*close"):
+        Plain(tmp_path / "kept")
+    first.manager.close()
+    assert Plain(tmp_path / "kept").manager.resume() is not None
+
+
+def test_a_last_save_is_tried_twice() -> None:
+    storage = Broken()
+    run = Plain(storage)
+    run.train(1)
+
+    def mend(event: Event) -> None:
+        storage.failing = False
+
+    assert run.manager.save_last() is None
+    assert run.manager.failures == 2
+    run.manager.observe = mend
+    assert run.manager.save_last() == "step-00000001" == run.manager.last
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"every": "3"}, {"every": True}, {"keep": 2.5}, {"keep": "x"}, {"best": "loss"}, {"failure_every": "x"}],
+)
+def test_options_of_another_kind_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        Plain(MemoryStorage(), **options)
+    with pytest.raises(ConfigError, match="a folder, a URL or a Storage, not to 3"):
+        Plain(3)

@@ -229,10 +229,12 @@ def a_sharded_checkpoint_fits_a_replicated_run(rank: int, world: int, folder: Pa
     manager = cut.kept(folder / "from-shards")
     cut.run(60)
     manager.save(wait=True)
+    manager.close()
     dist.barrier()
     for wrap in ("ddp", "fsdp"):
         other = Together(rank, world, wrap)
-        assert other.kept(folder / "from-shards").resume() is not None
+        with other.kept(folder / "from-shards") as kept:
+            assert kept.resume() is not None
         assert torch.equal(other.same_everywhere(), cut.same_everywhere()), wrap
         other.run(10)
         other.same_everywhere()

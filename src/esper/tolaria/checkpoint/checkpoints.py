@@ -2,49 +2,39 @@
 
 from __future__ import annotations
 
-import json
-import time
+import secrets
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from esper.contracts import Event, Observer, ignore
 from esper.errors import CheckpointError, ConfigError, FinishedError, StateError
 from esper.kasmina.peers import Peers
 from esper.tolaria.checkpoint.cadence import Cadence, Every
-from esper.tolaria.checkpoint.format import Manifest, finite, name_of, packed, parts_of, step_of
-from esper.tolaria.checkpoint.loading import Checkpoint, newest, read, sound, sound_among, steps_kept
+from esper.tolaria.checkpoint.choosing import newest_of_all, require_none
+from esper.tolaria.checkpoint.fitting import require_own_shapes, require_same_model, unkeepable
+from esper.tolaria.checkpoint.format import Manifest, name_of, numbers
+from esper.tolaria.checkpoint.keeping import Keeper
+from esper.tolaria.checkpoint.loading import Checkpoint, newest
 from esper.tolaria.checkpoint.places import storage_at
 from esper.tolaria.checkpoint.processes import adapted, joined, own_part, to_bytes
 from esper.tolaria.checkpoint.retention import Best, Retention
-from esper.tolaria.checkpoint.run import Run, capture_run, genome_of, restore_run, summary_of, versions
+from esper.tolaria.checkpoint.run import Run, capture_run, restore_run, versions
+from esper.tolaria.checkpoint.snapshots import Snapshot, State, taken_of
 from esper.tolaria.checkpoint.storage import Storage
 from esper.tolaria.checkpoint.writer import Writer
-from esper.tolaria.distributed.wrapping import SHARDS, Wrapping
+from esper.tolaria.distributed.wrapping import Wrapping
+from esper.tolaria.replacing import reason
 from esper.tolaria.surgery.clock import Clock
 from esper.tolaria.surgery.inner import with_inner
 
 ASKED = 8  # steps between questions to the first process whether a checkpoint is due
-NONE, UNKNOWN = -1, -2  # no step
-VERDICTS = ("sound", "damaged", "refused")
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """A run's state, copied."""
-
-    manifest: Manifest
-    genome: bytes
-    skeleton: Any
-    tensors: Mapping[str, Tensor]
-    stall: float  # seconds training stood still for it
+Judge = Callable[[Any], None]  # of the config in a checkpoint: raises to refuse it
 
 
 class CheckpointManager:
@@ -53,6 +43,8 @@ class CheckpointManager:
     A snapshot is a copy made on the calling thread; one thread of its own writes, verifies and prunes. While
     one snapshot is written at most one more waits, and a newer one takes its place. Whatever goes wrong there
     (a full disk, a folder that became read-only) is told as an event and never ends training.
+
+    A folder belongs to one manager until that is closed, or its process ends: a second one is refused.
 
     Gradients are not part of a checkpoint: it is taken right after an optimizer step, never between the
     micro-batches of one.
@@ -66,13 +58,17 @@ class CheckpointManager:
         keep: How many of the newest are kept; None keeps all.
         best: A metric and its better direction, ``("loss", "min")``; the best checkpoint is kept besides.
         failure_every: Seconds between failures that ``every=None`` reckons with.
+        milestones: Whether a checkpoint also comes within seconds of the beginning, and whenever the run has
+            grown; None: only where ``every`` is None.
         observe: Called with every event, on the thread that calls the manager; None: as growth's events are.
 
     Attributes:
         cadence: When the next one is due, and ``told()``, what that costs and loses.
-        written: Checkpoints kept and verified.
-        failures: Checkpoints that could not be.
+        run_id: Of the run: random, or that of the checkpoint it went on from.
         stalls: Seconds training stood still, per snapshot, the last thousand.
+
+    Raises:
+        StateError: Another manager has the folder; the message says whose.
     """
 
     def __init__(
@@ -84,6 +80,7 @@ class CheckpointManager:
         keep: int | None = 3,
         best: Best | None = None,
         failure_every: float = 3600.0,
+        milestones: bool | None = None,
         observe: Observer | None = None,
     ) -> None:
         self.storage: Storage = storage_at(storage)
@@ -91,29 +88,68 @@ class CheckpointManager:
         self.observe = observe or (ignore if run.growth is None else run.growth.parts.observe)
         self.wrapping = Wrapping(run.model) if run.growth is None else run.growth.parts.wrapping
         self.peers: Peers = self.wrapping.peers
-        self.retention = Retention(keep, best)
         weights = sum(p.nbytes for module in run.trained.values() for p in module.parameters())
-        self.cadence = Cadence(every, failure_every, 3 * weights)  # Adam keeps two numbers per weight
+        # Adam keeps two numbers per weight
+        self.cadence = Cadence(every, failure_every, 3 * weights, milestones=milestones)
+        self.journal = None if run.growth is None else run.growth.redo.journal
+        own = None if self.journal is None else self.journal.run
+        self.keeper = Keeper(self.storage, Retention(keep, best), self.cadence, own or secrets.token_hex(8))
         self.writer = Writer()
-        self.spare: Mapping[str, Tensor] = {}  # of a snapshot that was written; the next one writes it over
-        self.sound: dict[str, Manifest] = {}  # verified by this process; the writer's own
-        self.written = self.failures = 0
         self.offered = 0  # the steps after which step() last asked
         self.stalls: deque[float] = deque(maxlen=1000)
-        self.messages: deque[str] = deque()  # from the writer, told on the caller's thread
-        self.kept: deque[dict[str, Any]] = deque()  # likewise, of checkpoints verified
         self.closed = self.resumed = self.asked = False
+        self.lease = self._leased()
         self.taken = Clock(with_inner(run.named) or run.named)
+        self.messages.extend(unkeepable(run))
+
+    def _leased(self) -> Any:
+        """Take the folder, and end there what a killed writer began; None where nothing is to be taken."""
+        if self.peers.rank:
+            return None
+        take = getattr(self.storage, "lease", None)  # places without one know a second writer by his commits
+        lease = None
         try:
-            if self.peers.rank == 0:
-                self.storage.mend()
+            lease = None if take is None else take()
+        except OSError as error:
+            self.messages.append(
+                f"{self.storage} cannot be locked: {reason(error)}; a second run that kept its checkpoints "
+                "there would not be noticed, and would delete this one's"
+            )
+        try:
+            self.storage.mend()
         except StateError as error:
             self.messages.append(f"the checkpoints could not be mended: {error}")
+        return lease
 
     @property
     def steps(self) -> int:
         """Optimizer steps of the run."""
         return self.taken.settled()
+
+    @property
+    def written(self) -> int:
+        """Checkpoints kept and verified."""
+        return self.keeper.written
+
+    @property
+    def failures(self) -> int:
+        """Checkpoints that could not be."""
+        return self.keeper.failures
+
+    @property
+    def last(self) -> str | None:
+        """Name of the newest checkpoint that this process has written, once it is; None before the first."""
+        return self.keeper.last
+
+    @property
+    def messages(self) -> deque[str]:
+        """What is still to be told."""
+        return self.keeper.messages
+
+    @property
+    def run_id(self) -> str:
+        """Tell one run's checkpoints from another's."""
+        return self.keeper.run
 
     # -- saving ----------------------------------------------------------------------------------------------
 
@@ -132,14 +168,16 @@ class CheckpointManager:
         if not self.resumed and not self.asked:
             self.asked = True
             with suppress(CheckpointError):  # save() asks again, and is told
-                self._refuse_strangers()
+                self._require_own()
         self.offered = self.steps
         if not self._due():
             return False
         try:
             self.save(metrics)
-        except StateError as error:
-            self._failed(name_of(self.steps), error)
+        except ConfigError:
+            raise
+        except Exception as error:  # a state_dict() of the user's may raise anything
+            self.keeper.failed(name_of(self.steps), error)
             self.cadence.saved(self.steps)
             self._tell()
             return False
@@ -147,7 +185,10 @@ class CheckpointManager:
 
     def _due(self) -> bool:
         """Ask the cadence; where it reads a clock, the first process's counts, and is asked now and then."""
-        if self.peers.world == 1 or isinstance(self.cadence.every, int):
+        growth = self.run.growth
+        if self.cadence.grown(0 if growth is None else len(growth.plans)):
+            return True
+        if self.peers.world == 1 or (isinstance(self.cadence.every, int) and not self.cadence.milestones):
             return self.cadence.due(self.steps)
         return self.steps % ASKED == 0 and bool(self.peers.agree([self.cadence.due(self.steps)])[0])
 
@@ -168,50 +209,52 @@ class CheckpointManager:
         if self.closed:
             raise FinishedError("save() after close(): make a new CheckpointManager")
         if not self.resumed:
-            self._refuse_strangers()
+            self._require_own()
         snapshot = self._snapshot(metrics or {})
         self.stalls.append(snapshot.stall)
         self.cadence.saved(self.steps)
         if self.peers.rank == 0:
-            self.writer.submit(lambda: self._write(snapshot))
+            self.writer.submit(lambda: self.keeper.write(snapshot))
         if wait:
             self.writer.flush()
         self._tell()
         return snapshot.manifest.name
 
-    def _refuse_strangers(self) -> None:
-        """Keep a fresh run from deleting an older one's checkpoints; asked before the first is saved."""
-        newest = NONE
-        if self.peers.rank == 0:
+    def save_last(self, metrics: Mapping[str, Any] | None = None) -> str | None:
+        """Save once more and wait for it, at the end of a run or before its process ends.
+
+        Alone, a process tries twice. What goes wrong is told, and the checkpoints before stay.
+
+        Returns:
+            The checkpoint's name; None where it could not be written.
+        """
+        for _ in range(2 if self.peers.world == 1 else 1):
+            before = self.failures
             try:
-                known = steps_kept(self.storage)
-                newest = step_of(known[-1]) or 0 if known else NONE
-            except StateError:
-                newest = UNKNOWN
-        (latest,) = self.peers.agree([newest])
-        if latest == UNKNOWN:
-            raise CheckpointError(
-                "the storage cannot be listed: whether it holds the checkpoints of another run, nobody knows"
-            )
-        if latest != NONE:
-            raise ConfigError(
-                f"the storage holds {name_of(int(latest))} of another run; call resume() to go on "
-                "from it, or give another folder"
-            )
+                name = self.save(metrics, wait=True)
+            except ConfigError:
+                raise
+            except Exception as error:  # as in step()
+                self.keeper.failed(name_of(self.steps), error)
+            else:
+                if self.failures == before:
+                    return name
+        self._tell()
+        return None
+
+    def _require_own(self) -> None:
+        """Keep a fresh run from deleting an older one's checkpoints; asked before the first is saved."""
+        require_none(self.storage, self.peers)
         self.resumed = True
 
     def _snapshot(self, metrics: Mapping[str, Any]) -> Snapshot:
-        begun = time.perf_counter()
-        spare = self.spare
-        self.spare = {}
-        with torch.no_grad():
-            state, shards = self._state()
-            skeleton, tensors = packed(state, spare)
-        summary = {**summary_of(self.run), **({SHARDS: shards} if shards else {})}
-        manifest = Manifest(self.steps, time.time(), versions(), finite(metrics), summary)
-        return Snapshot(manifest, genome_of(self.run), skeleton, tensors, time.perf_counter() - begun)
+        spare: Mapping[str, Tensor] = self.keeper.spare
+        self.keeper.spare = {}
+        known, unknown = numbers(metrics)
+        self.messages.extend(unknown)
+        return taken_of(self.run, self.steps, known, self.run_id, spare, self._state)
 
-    def _state(self) -> tuple[Mapping[str, Any], list[dict[str, Any]]]:
+    def _state(self) -> State:
         """Return the run's state, with every process's own part on the first one, and the shards it lists."""
         state = capture_run(self.run, self.steps)
         if self.peers.world == 1:
@@ -226,60 +269,12 @@ class CheckpointManager:
             raise failure
         self.writer.flush()  # nothing is being written while shards are counted
         left, shards = self.wrapping.stow(self.storage, name_of(self.steps), state)
-        return (joined(left, parts), shards) if self.peers.rank == 0 else ({}, [])
-
-    def _write(self, snapshot: Snapshot) -> None:
-        """Persist, validate, prune; on the writer's thread."""
-        begun, name = time.thread_time(), snapshot.manifest.name
-        self.sound.pop(name, None)
-        try:
-            parts = parts_of(snapshot.manifest, snapshot.genome, snapshot.skeleton, snapshot.tensors)
-            self.storage.put(name, parts)
-            found = sound(self.storage, name)
-        except (StateError, OSError, MemoryError) as error:
-            self._failed(name, error)
-        else:
-            self.written += 1
-            self.sound[name] = found
-            size = sum(facts["size"] for facts in found.parts.values())
-            self.kept.append({"name": name, "step": found.step, "bytes": size, "seconds": snapshot.stall})
-            self._give_up(snapshot.manifest.step)
-            self._prune()
-        self.spare = snapshot.tensors
-        self.cadence.measured(snapshot.stall + time.thread_time() - begun)
-
-    def _failed(self, name: str, error: BaseException) -> None:
-        self.failures += 1
-        self.messages.append(f"the checkpoint {name} was not written, training goes on: {error}")
-
-    def _give_up(self, step: int) -> None:
-        """Delete the checkpoints of later steps: the run went back, and goes another way from here."""
-        try:
-            for name in steps_kept(self.storage):
-                if (step_of(name) or 0) > step:
-                    self.storage.delete(name)
-                    self.sound.pop(name, None)
-                    self.messages.append(f"{name} was deleted: the run goes on from an earlier step")
-        except StateError as error:
-            self.messages.append(f"later checkpoints were not deleted: {error}")
-
-    def _prune(self) -> None:
-        if self.retention.keep is None:
-            return
-        try:
-            names = steps_kept(self.storage)
-            # those of an earlier process are verified once
-            self.sound |= sound_among(self.storage, [name for name in names if name not in self.sound])
-            known = {name: manifest for name, manifest in self.sound.items() if name in names}
-            for name in self.retention.superfluous(names, known):
-                self.storage.delete(name)
-                self.sound.pop(name, None)
-        except StateError as error:
-            self.messages.append(f"old checkpoints were not deleted: {error}")
+        whole: dict[str, Any] = {} if self.peers.rank else joined(left, parts)
+        return whole, shards
 
     def _tell(self) -> None:
-        while self.kept:
-            self.observe(Event("checkpoint", self.steps, self.kept.popleft()))
+        while self.keeper.kept:
+            self.observe(Event("checkpoint", self.steps, self.keeper.kept.popleft()))
         while self.messages:
             self.observe(Event("warning", self.steps, {"message": self.messages.popleft()}))
 
@@ -294,45 +289,29 @@ class CheckpointManager:
             StateError: The storage cannot be listed.
         """
         self.writer.flush()
-        found = newest(self.storage, self.messages.append)
+        found = newest(self.storage, self.messages.append, self._check)
         self._tell()
         return found
 
-    def resume(self) -> Manifest | None:
+    def resume(self, judge: Judge | None = None) -> Manifest | None:
         """Bring the run, which must be fresh, to the newest sound checkpoint; None where there is none.
 
+        Args:
+            judge: Called with the checkpoint's ``config`` before anything is changed; what it raises is
+                raised. None: differences are told.
+
         Raises:
-            StateError: The checkpoint is of another run; the run is not usable then.
+            StateError: The checkpoint is of another run.
         """
         self.resumed = True
-        found = self.latest() if self.peers.world == 1 else self._same_latest()
-        return None if found is None else self._restore(found)
+        if self.peers.world == 1:
+            found = self.latest()
+        else:
+            found = newest_of_all(self.storage, self.peers, self.wrapping, self.messages.append, self._check)
+        return None if found is None else self._restore(found, judge)
 
-    def _same_latest(self) -> Checkpoint | None:
-        """Read the newest checkpoint that every process finds sound, stepping back together."""
-        names = steps_kept(self.storage) if self.peers.rank == 0 else []
-        for name in reversed(json.loads(self.peers.hear(json.dumps(names).encode()))):
-            found: Checkpoint | None = None
-            failure: StateError | None = None
-            try:
-                found = read(self.storage, name)
-            except StateError as error:
-                failure = error
-            verdicts = [VERDICTS[v] for (v,) in self.peers.exchange([VERDICTS.index(verdict_on(failure))])]
-            if len(set(verdicts)) > 1:  # who stepped back would delete what the others find sound
-                raise StateError(
-                    f"to the processes, in the order of ranks, {name} is {', '.join(verdicts)}; do all of "
-                    f"them see the same storage?{'' if failure is None else f' {failure}'}"
-                )
-            try:
-                if found is None:
-                    raise failure or CheckpointError(f"{name} holds nothing")
-                self.wrapping.verify(self.storage, found.manifest)
-            except CheckpointError as error:
-                self.messages.append(f"a damaged checkpoint was passed over: {error}")
-                continue
-            return found
-        return None
+    def _check(self, checkpoint: Checkpoint) -> None:
+        require_own_shapes(self.run, checkpoint.genome, checkpoint.state, checkpoint.manifest.name)
 
     def restore(self, checkpoint: Checkpoint) -> Manifest:
         """Bring the run, which must be fresh, to a checkpoint; those of later steps are deleted.
@@ -344,27 +323,40 @@ class CheckpointManager:
         """
         self.writer.flush()
         self.resumed = True
+        self._check(checkpoint)
         manifest = self._restore(checkpoint)
         if self.peers.rank == 0:
-            self._give_up(manifest.step)
+            self.keeper.give_up(manifest.step)
         self._tell()
         return manifest
 
-    def _restore(self, checkpoint: Checkpoint) -> Manifest:
+    def _restore(self, checkpoint: Checkpoint, judge: Judge | None = None) -> Manifest:
         manifest = checkpoint.manifest
+        require_same_model(self.run, checkpoint.genome, manifest.name)
+        if judge is not None:
+            judge(checkpoint.state["config"])
         batches, peers = self.run.batches, self.peers
         length = None if batches is None else batches.length
         state, different = adapted(checkpoint.state, peers.rank, peers.world, length)
-        different += restore_run(self.run, state, self._bring)
+        self._adopt(manifest)
+        different += restore_run(self.run, state, self._bring, told=judge is None)
         now = versions()
         different += [f"{k} was {v} and is {now.get(k)}" for k, v in manifest.code.items() if now.get(k) != v]
         self.taken.count = self.offered = checkpoint.state["steps"]
-        self.cadence.saved(self.steps)
+        self.cadence.last_step = self.steps
+        self.cadence.grown(0 if self.run.growth is None else len(self.run.growth.plans))
         if different:
             self.messages.append(f"the run goes on from {manifest.name}, but {'; '.join(different)}")
         self.observe(Event("resumed", self.steps, {"step": self.steps, "name": manifest.name}))
         self._tell()
         return manifest
+
+    def _adopt(self, manifest: Manifest) -> None:
+        """Be the run whose checkpoint this is; one of before there were ids keeps having none."""
+        self.keeper.adopted = manifest.summary.get("run")
+        self.keeper.run = self.keeper.adopted or self.keeper.run
+        if self.journal is not None and self.journal.run is not None:
+            self.journal.run = self.keeper.run
 
     def _bring(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
         return self.wrapping.bring(self.storage, state, self.run.named)
@@ -375,6 +367,8 @@ class CheckpointManager:
         self.taken.close()
         self.writer.flush()
         self._tell()
+        if self.lease is not None:
+            self.lease.release()
 
     def __enter__(self) -> CheckpointManager:
         return self
@@ -383,10 +377,3 @@ class CheckpointManager:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def verdict_on(failure: StateError | None) -> str:
-    """Say what became of reading a checkpoint."""
-    if failure is None:
-        return "sound"
-    return "damaged" if isinstance(failure, CheckpointError) else "refused"

@@ -143,33 +143,35 @@ class Unpacking:
         self.tensors = tensors
         self.given: set[str] = set()
 
-    def unpack(self, value: Any) -> Any:
+    def unpack(self, value: Any, depth: int = 0) -> Any:
         """Decode one value.
 
         Raises:
             CheckpointError: It was not encoded by this format.
         """
+        if depth > MAX_DEPTH + 2:
+            raise CheckpointError(f"the state is nested deeper than {MAX_DEPTH}")
         if isinstance(value, list):
-            return [self.unpack(item) for item in value]
+            return [self.unpack(item, depth + 1) for item in value]
         if not isinstance(value, dict):
             return value
         try:
-            return self._tagged(value)
+            return self._tagged(value, depth + 1)
         except CheckpointError:
             raise  # of a value inside this one; it is a ValueError too
-        except (LookupError, ValueError, TypeError, AttributeError, StopIteration) as error:
-            raise CheckpointError(f"the state is not in a checkpoint's format: {error!r}") from error
+        except (LookupError, ValueError, TypeError, AttributeError, StopIteration, RuntimeError) as error:
+            raise CheckpointError(f"the state is not in a checkpoint's format: {error!r:.200}") from error
 
-    def _tagged(self, value: dict[str, Any]) -> Any:
+    def _tagged(self, value: dict[str, Any], depth: int) -> Any:
         tag, content = next(iter(value.items()))
         if tag == "dict":
-            return {key: self.unpack(item) for key, item in content.items()}
+            return {key: self.unpack(item, depth) for key, item in content.items()}
         if tag == "tuple":
-            return tuple(self.unpack(item) for item in content)
+            return tuple(self.unpack(item, depth) for item in content)
         if tag == "tensor":
             return self._tensor(content, value.get("device", "cpu"))
         if tag in ("pairs", "counter"):
-            pairs = {self.unpack(key): self.unpack(item) for key, item in content}
+            pairs = {self.unpack(key, depth): self.unpack(item, depth) for key, item in content}
             return pairs if tag == "pairs" else Counter(pairs)
         if tag in ("array", "scalar"):
             kind, shape, text = content

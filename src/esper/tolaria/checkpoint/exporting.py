@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,12 @@ from torch import Tensor
 from esper.contracts import DeepenPlan, WidenPlan
 from esper.errors import StateError
 from esper.tolaria import rebuild_template, saving
-from esper.tolaria.checkpoint.folder import sync, write_file
 from esper.tolaria.checkpoint.format import digest, safetensors_chunks
 from esper.tolaria.checkpoint.loading import Checkpoint
 from esper.tolaria.checkpoint.storage import Chunks, Storage
 from esper.tolaria.distributed.wrapping import TABLE, WRAPPINGS
 from esper.tolaria.genome import decode
+from esper.tolaria.replacing import publish, reason, write_file
 
 
 def export_model(checkpoint: Checkpoint, directory: str | Path, storage: Storage) -> Path:
@@ -31,27 +31,24 @@ def export_model(checkpoint: Checkpoint, directory: str | Path, storage: Storage
     Raises:
         StateError: The model's state is not all plain tensors, or the folder exists or cannot be written.
     """
-    target = Path(directory)
+    target = Path(os.path.abspath(directory))
     tensors = safetensors_chunks(weights_of(checkpoint.state, storage))
     files: dict[str, Chunks] = {saving.GENOME: [checkpoint.genome], saving.TENSORS: tensors}
     files["card.md"] = [card(checkpoint).encode()]
-    files["rebuild.py"] = [Path(rebuild_template.__file__).read_bytes()]
-    files[saving.SUMS] = [saving.sums({name: digest(chunks) for name, chunks in files.items()})]
-    draft = target.with_name(f".{target.name}.draft")
-    try:
-        if target.exists():
-            raise StateError(f"{target} exists; choose another folder")
-        draft.mkdir(parents=True)
+
+    def write(draft: Path) -> None:
         for name, chunks in files.items():
             write_file(draft / name, chunks)
-        sync(draft)
-        draft.rename(target)
-        sync(target.parent)
+
+    try:
+        files["rebuild.py"] = [Path(rebuild_template.__file__).read_bytes()]
+        files[saving.SUMS] = [saving.sums({name: digest(chunks) for name, chunks in files.items()})]
+        if os.path.lexists(target):
+            raise StateError(f"{target} exists; choose another folder")
+        publish(target, write)
     except OSError as error:
-        raise StateError(f"cannot export to {target}: {error.strerror}") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    return target
+        raise StateError(f"cannot export to {target}: {reason(error)}") from error
+    return Path(directory)
 
 
 def weights_of(state: Mapping[str, Any], storage: Storage) -> dict[str, Tensor]:
@@ -75,7 +72,7 @@ def weights_of(state: Mapping[str, Any], storage: Storage) -> dict[str, Tensor]:
 def card(checkpoint: Checkpoint) -> str:
     """Say for people what the folder holds."""
     manifest = checkpoint.manifest
-    facts = {"model": manifest.summary["model"], "parameters": manifest.summary["parameters"]}
+    facts = {name: manifest.summary.get(name) for name in ("model", "parameters")}
     facts |= {"steps": manifest.step, "checkpoint": manifest.name, **manifest.metrics}
     lines = ["# A growing model, as a checkpoint held it", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {f'{v:.6g}' if isinstance(v, float) else v} |" for name, v in facts.items()]

@@ -11,8 +11,10 @@ import stat
 from collections.abc import Mapping
 from pathlib import Path
 
-from esper.errors import CheckpointError
+from esper.errors import CheckpointError, RunError, StateError
+from esper.nissa.lease import Lease
 from esper.tolaria.checkpoint.storage import NAME, PART, Chunks, require
+from esper.tolaria.replacing import reason, sync, write_file
 
 _DRAFT = re.compile(r"\.([a-z0-9-]+)\.[0-9a-f]{16}\.(draft|ready|old)")
 
@@ -52,6 +54,20 @@ class FolderStorage:
             raise _refusal(f"cannot keep {name} in {self.folder}", error) from None
         finally:
             shutil.rmtree(draft, ignore_errors=True)
+
+    def lease(self) -> Lease:
+        """Take the folder for one writer, until it is released or its process ends.
+
+        Raises:
+            StateError: Another one has it; the message says who.
+            OSError: It cannot be locked.
+        """
+        try:
+            return Lease(self.folder, "another folder")
+        except (RunError, ValueError) as error:  # ValueError: a path with a NUL in it
+            raise StateError(
+                f"{str(self.folder)!r}: {error}" if "null" in str(error) else str(error)
+            ) from None
 
     def _make_folder(self) -> None:
         """Create the folder, and make its own name durable: what lies in it would be lost with it."""
@@ -149,26 +165,7 @@ class FolderStorage:
             raise _refusal(f"cannot mend {self.folder}", error) from None
 
 
-def write_file(path: Path, chunks: Chunks) -> None:
-    """Write a new file and sync it."""
-    with open(path, "xb", buffering=0) as file:
-        for chunk in chunks:
-            rest = memoryview(chunk).cast("B")
-            while rest:  # a disk that runs full writes a part of it first
-                rest = rest[file.write(rest) :]
-        os.fsync(file.fileno())
-
-
-def sync(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _refusal(what: str, error: OSError) -> CheckpointError:
     if error.errno == errno.ELOOP:
         return CheckpointError(f"{what}: it is a link; a checkpoint holds files of its own")
-    return CheckpointError(f"{what}: {error.strerror}")
+    return CheckpointError(f"{what}: {reason(error)}")

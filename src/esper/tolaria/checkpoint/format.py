@@ -25,13 +25,17 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from esper.errors import CheckpointError, StateError
+from esper.tolaria.checkpoint.checking import require_facts, require_genome, require_state
 from esper.tolaria.checkpoint.encoding import DTYPES, Packing, Unpacking
 from esper.tolaria.checkpoint.storage import Chunks, Storage
+from esper.tolaria.genome_form import count
 
 FORMAT = 1
 MANIFEST, GENOME, STATE, TENSORS = "manifest.json", "genome.json", "state.json.zlib", "tensors.safetensors"
 PARTS = (GENOME, STATE, TENSORS)
-MAX_STATE = 1 << 30  # bytes of JSON; a growing run of 10 M parameters has 200 kB
+MAX_STATE = 1 << 28  # bytes of JSON; a growing run of 10 M parameters has 200 kB
+INFLATED = 1 << 20, 32  # bytes of JSON that a small part may become, and times its size a large one; usual: 3
+MAX_VALUES = 1 << 24  # of a state's JSON; a container takes 100 bytes of memory
 _NAME = re.compile(r"step-(\d{8,})")
 _SHA = re.compile(r"[0-9a-f]{64}")
 _FIELDS = {"format", "step", "time", "code", "metrics", "summary", "parts", "digest"}
@@ -156,16 +160,19 @@ def read_manifest(storage: Storage, name: str) -> Manifest:
         whole = False
     if not whole:
         raise CheckpointError(f"{name}: {MANIFEST} is damaged: its SHA-256 digest is another")
-    if facts.get("format") != FORMAT:  # not damage: every version seals its manifest in this way
+    if (
+        type(facts.get("format")) is not int or facts["format"] != FORMAT
+    ):  # not damage: every version seals its manifest in this way
         raise StateError(
-            f"{name} has format version {str(facts.get('format'))[:20]}, this Esper reads version {FORMAT}: "
+            f"{name} has format version {facts.get('format')!r:.20}, this Esper reads version {FORMAT}: "
             "update esper-morph, or move that checkpoint away"
         )
     parts = facts.get("parts")
-    if facts.keys() | {"digest"} != _FIELDS or not isinstance(parts, dict) or type(facts["step"]) is not int:
+    if facts.keys() | {"digest"} != _FIELDS or not isinstance(parts, dict):
         raise CheckpointError(f"{name}: {MANIFEST} has other fields than this format")
     if list(parts) != sorted(PARTS) or not all(map(_is_part, parts.values())):
         raise CheckpointError(f"{name}: {MANIFEST} lists other parts than {', '.join(PARTS)}")
+    require_facts(facts, name)
     if name_of(facts["step"]) != name:
         raise CheckpointError(f"{name} holds the checkpoint of step {facts['step']}: it was moved or swapped")
     del facts["format"]
@@ -176,7 +183,7 @@ def _is_part(part: Any) -> bool:
     return (
         isinstance(part, dict)
         and part.keys() == {"size", "sha256"}
-        and type(part["size"]) is int
+        and count(part["size"])
         and isinstance(part["sha256"], str)
         and bool(_SHA.fullmatch(part["sha256"]))
     )
@@ -228,25 +235,56 @@ def decode_state(manifest: Manifest, parts: Mapping[str, bytes]) -> Any:
     Raises:
         CheckpointError: It is not in this format.
     """
+    text = inflated(parts[STATE], manifest.name)
+    try:
+        skeleton, tensors = json.loads(text), safetensors.torch.load(parts[TENSORS])
+    except (ValueError, RecursionError, SafetensorError) as error:
+        raise CheckpointError(f"{manifest.name} is not in the format it claims: {error!s:.200}") from error
+    state = Unpacking(tensors).unpack(skeleton)
+    require_state(state, manifest.step, manifest.name)
+    require_genome(parts[GENOME], state, manifest.name)
+    return state
+
+
+def inflated(content: bytes, name: str) -> bytes:
+    """Return the JSON of a state, of which a few bytes cannot make more than memory should hold.
+
+    Raises:
+        CheckpointError: It would, or is not compressed as we do.
+    """
+    least, times = INFLATED
+    most = min(max(least, times * len(content)), MAX_STATE)
     try:
         inflate = zlib.decompressobj()
-        text = inflate.decompress(parts[STATE], MAX_STATE)
-        if not inflate.eof or inflate.unused_data:
-            raise CheckpointError(
-                f"{manifest.name}: {STATE} is over {MAX_STATE} bytes, or something follows it"
+        text = inflate.decompress(content, most)
+    except zlib.error as error:
+        raise CheckpointError(f"{name} is not in the format it claims: {error}") from error
+    if not inflate.eof or inflate.unused_data:
+        raise CheckpointError(
+            f"{name}: {STATE} is cut short, becomes over {most} bytes, or something follows it"
+        )
+    if text.count(b",") + text.count(b"[") + text.count(b"{") > MAX_VALUES:
+        raise CheckpointError(f"{name}: {STATE} holds over {MAX_VALUES} values")
+    return text
+
+
+def numbers(metrics: Any) -> tuple[dict[str, float | None], list[str]]:
+    """Return metrics as JSON numbers, None for what is not finite or no number; the latter in words too."""
+    if not isinstance(metrics, Mapping):
+        return {}, [f"metrics are {metrics!r:.80}, no mapping of names to numbers; the checkpoint has none"]
+    found: dict[str, float | None] = {}
+    strange = []
+    for key, value in metrics.items():
+        name = str(key)
+        try:
+            number = float(value.detach() if isinstance(value, Tensor) else value)
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            strange.append(
+                f"the metric {name[:80]!r} is {value!r:.80}, no number: the checkpoint does not know it"
             )
-        skeleton, tensors = json.loads(text), safetensors.torch.load(parts[TENSORS])
-    except CheckpointError:
-        raise
-    except (zlib.error, ValueError, RecursionError, SafetensorError) as error:
-        raise CheckpointError(f"{manifest.name} is not in the format it claims: {error}") from error
-    return Unpacking(tensors).unpack(skeleton)
-
-
-def finite(metrics: Mapping[str, Any]) -> dict[str, float | None]:
-    """Return metrics as JSON numbers; what is not finite is not known."""
-    numbers = {n: float(v.detach() if isinstance(v, Tensor) else v) for n, v in metrics.items()}
-    return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+            number = math.nan
+        found[name] = number if math.isfinite(number) else None
+    return found, strange
 
 
 def packed(state: Any, spare: Mapping[str, Tensor] | None = None) -> tuple[Any, dict[str, Tensor]]:

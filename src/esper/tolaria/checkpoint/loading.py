@@ -81,8 +81,15 @@ def read(storage: Storage, name: str) -> Checkpoint:
     return Checkpoint(manifest, parts[GENOME], decode_state(manifest, parts))
 
 
-def newest(storage: Storage, tell: Callable[[str], None]) -> Checkpoint | None:
+def newest(
+    storage: Storage, tell: Callable[[str], None], check: Callable[[Checkpoint], None] | None = None
+) -> Checkpoint | None:
     """Read the newest checkpoint that verifies, and tell which were passed over and why.
+
+    Args:
+        storage: Where they are.
+        tell: Told in words.
+        check: Asked besides whether it is sound; raises ``CheckpointError`` where it is not.
 
     Raises:
         StateError: The storage cannot be listed, does not answer, or holds a checkpoint of a version to come.
@@ -90,7 +97,10 @@ def newest(storage: Storage, tell: Callable[[str], None]) -> Checkpoint | None:
     """
     for name in reversed(steps_kept(storage)):
         try:
-            return read(storage, name)
+            found = read(storage, name)
+            if check is not None:
+                check(found)
+            return found
         except CheckpointError as error:
             tell(f"a damaged checkpoint was passed over: {error}")
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from esper.errors import ConfigError
 from esper.registry import Registry
 from esper.tolaria.checkpoint.blobs import BlobStorage
 from esper.tolaria.checkpoint.folder import FolderStorage
@@ -27,6 +28,8 @@ def storage_at(place: Storage | str | Path) -> Storage:
         ConfigError: It is not a URL of its kind.
     """
     if not isinstance(place, str | Path):
+        if not hasattr(place, "put"):
+            raise ConfigError(f"checkpoints go to a folder, a URL or a Storage, not to {place!r:.80}")
         return place
     url = _URL.fullmatch(place) if isinstance(place, str) else None
     if url is None:

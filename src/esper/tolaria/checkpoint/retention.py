@@ -23,6 +23,10 @@ class Retention:
     """
 
     def __init__(self, keep: int | None, best: Best | None = None) -> None:
+        if keep is not None and (not isinstance(keep, int) or isinstance(keep, bool)):
+            raise ConfigError(f"keep {keep!r} checkpoints: a whole number is needed, or None for all of them")
+        if best is not None and (isinstance(best, str) or len(best) != 2):
+            raise ConfigError(f"best {best!r}: a metric and 'min' or 'max' are needed, as in ('loss', 'min')")
         if keep is not None and keep < 1:
             raise ConfigError(f"keep {keep} checkpoints: at least 1, the newest sound one, is always kept")
         if best is not None and best[1] not in ("min", "max"):

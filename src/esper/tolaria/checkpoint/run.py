@@ -16,9 +16,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from esper.contracts import Stage
-from esper.errors import StateError, nearest
+from esper.errors import ConfigError, StateError
 from esper.tolaria import genome
 from esper.tolaria.checkpoint.batches import Batches
+from esper.tolaria.checkpoint.fitting import require_same_parts
 from esper.tolaria.checkpoint.named import load_named_state, named_state
 from esper.tolaria.checkpoint.randomness import Generator, capture_randomness, restore_randomness
 from esper.tolaria.growth import Growth
@@ -59,6 +60,16 @@ class Run:
     config: Any = None
 
     def __post_init__(self) -> None:
+        kinds: tuple[Any, ...] = (Optimizer, Mapping)
+        if not isinstance(self.model, nn.Module) or not isinstance(self.optimizers, kinds):
+            raise ConfigError(
+                f"a run is a module and its optimizers; given are a {type(self.model).__name__} and a "
+                f"{type(self.optimizers).__name__}"
+            )
+        if not self.optimizers:
+            raise ConfigError(
+                "a run without an optimizer has no steps to count; give one, or several by name"
+            )
         self.host: nn.Module = self.model if self.growth is None else self.growth.morphable.host
         given = {"optimizer": self.optimizers} if isinstance(self.optimizers, Optimizer) else self.optimizers
         self.named: dict[str, Optimizer] = dict(given)
@@ -125,7 +136,10 @@ def load_module_state(module: nn.Module, state: Mapping[str, Any], name: str) ->
 
 
 def restore_run(
-    run: Run, state: Mapping[str, Any], bring: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+    run: Run,
+    state: Mapping[str, Any],
+    bring: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+    told: bool = True,
 ) -> list[str]:
     """Bring a fresh run to a state: topology first, then everything by name, then random streams.
 
@@ -133,6 +147,7 @@ def restore_run(
         run: Fresh.
         state: As it was saved.
         bring: Asked for the rest of the state once shapes fit.
+        told: Whether to name settings that differ.
 
     Returns:
         What is not as it was, in words.
@@ -140,20 +155,25 @@ def restore_run(
     Raises:
         StateError: The state is of another run.
     """
-    if (state["growth"] is None) is not (run.growth is None):
-        has, lacks = ("run", "checkpoint") if state["growth"] is None else ("checkpoint", "run")
-        raise StateError(f"the {has} has a growth, the {lacks} has none; give both the same parts")
-    _same_names("modules", state["modules"], run.trained)
-    _same_names("optimizers", state["optimizers"], run.named)
-    _same_names("others", state["others"], run.others)
-    if (state["batches"] is None) is not (run.batches is None):
-        raise StateError("either the run or the checkpoint has no batches; give both the same parts")
-    different = changed("config", state["config"], run.config)
-    if run.growth is not None:
-        settings = run.growth.config.model_dump(mode="json")
-        different += changed("growth's config", state["growth_config"], settings)
-        run.growth.load_state_dict(state["growth"])
-    state = bring(state)
+    require_same_parts(run, state)
+    different = changed("config", state["config"], run.config) if told else []
+    try:
+        if run.growth is not None:
+            settings = run.growth.config.model_dump(mode="json")
+            different += changed("growth's config", state["growth_config"], settings) if told else []
+            run.growth.load_state_dict(state["growth"])
+        return different + _restored(run, bring(state))
+    except StateError:
+        raise
+    except Exception as error:  # what the user's own load_state_dict raises, or a state that lies
+        raise StateError(
+            f"the state does not fit this run: {type(error).__name__}: {error}; build the run anew before it "
+            "is used"
+        ) from error
+
+
+def _restored(run: Run, state: Mapping[str, Any]) -> list[str]:
+    """Give every part its state; shapes fit by now."""
     for name, module in run.trained.items():
         load_module_state(module, state["modules"][name], name)
     for name, optimizer in run.named.items():
@@ -162,17 +182,7 @@ def restore_run(
         other.load_state_dict(state["others"][name])
     if run.batches is not None:
         run.batches.load_state_dict(state["batches"])
-    return different + restore_randomness(state["randomness"], run.streams)
-
-
-def _same_names(what: str, saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
-    for name in saved:
-        if name not in given:
-            raise StateError(f"the checkpoint has {what} {name!r}, the run does not; {nearest(name, given)}")
-    if extra := sorted(given.keys() - saved.keys()):
-        raise StateError(
-            f"the run has {what} {extra[0]!r}, the checkpoint does not; {nearest(extra[0], saved)}"
-        )
+    return restore_randomness(state["randomness"], run.streams)
 
 
 def changed(where: str, saved: Any, given: Any) -> list[str]:

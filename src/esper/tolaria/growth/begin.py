@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -9,7 +12,7 @@ from typing import Any, Literal
 from torch import nn
 from torch.optim import Optimizer
 
-from esper.config import ConfigLike, load_config
+from esper.config import Config, ConfigLike, load_config
 from esper.contracts import Event, Observer, ignore
 from esper.errors import ConfigError
 from esper.kasmina.evidence import LossFunction
@@ -49,7 +52,7 @@ def grow(
     budget: Mapping[str, Any] | None = None,
     growth: Literal["auto", "early", "incubate", "off"] | None = None,
     config: ConfigLike = None,
-    run_dir: str | Path | None = None,
+    run_dir: str | Path | RunJournal | None = None,
     seed: int = 0,
     on_event: Observer = ignore,
 ) -> Growth:
@@ -82,7 +85,7 @@ def grow(
             ``"incubate"``, by racing candidates at one place at a time; ``"off"``; ``"auto"``, whichever
             suits the model.
         config: Settings: a ``Config``, a mapping, or a path to a YAML file.
-        run_dir: Folder for ``events.jsonl``; of several processes the first writes it.
+        run_dir: Folder for ``events.jsonl``, or an open journal; of several processes the first writes it.
         seed: Of growth's own random streams.
         on_event: Called with every event.
 
@@ -104,34 +107,43 @@ def grow(
             "governor.enabled watches whole gradients, and each process of a sharded model has a part of "
             "them; leave it off, or wrap the model in DistributedDataParallel"
         )
-    journal = RunJournal(run_dir) if run_dir is not None and wrapping.peers.rank == 0 else None
+    journal: RunJournal | None = None
+    if isinstance(run_dir, RunJournal):
+        journal = run_dir
+    elif run_dir is not None and wrapping.peers.rank == 0:
+        journal = RunJournal(run_dir, run=secrets.token_hex(8), config=digest_of(settings))
     watchers: list[Callable[[Event], None]] = [on_event] if journal is None else [journal, on_event]
 
     def observe(event: Event) -> None:
         for watcher in watchers:
             watcher(event)
 
-    refuse_growing(wrapping.host)
-    with taught(), same_randomness():  # a run that grows nothing differs in nothing
-        parts = assemble(
-            model,
-            wrapping,
-            optimizer,
-            loss_fn,
-            probe,
-            example=example,
-            per_example=per_example,
-            steps=steps,
-            schedulers=schedulers,
-            scaler=scaler,
-            ema=ema,
-            sites=sites,
-            budget=budget,
-            config=settings,
-            seed=seed,
-            observe=observe,
-        )
-        made = Growth(parts)
+    try:
+        refuse_growing(wrapping.host)
+        with taught(), same_randomness():  # a run that grows nothing differs in nothing
+            parts = assemble(
+                model,
+                wrapping,
+                optimizer,
+                loss_fn,
+                probe,
+                example=example,
+                per_example=per_example,
+                steps=steps,
+                schedulers=schedulers,
+                scaler=scaler,
+                ema=ema,
+                sites=sites,
+                budget=budget,
+                config=settings,
+                seed=seed,
+                observe=observe,
+            )
+            made = Growth(parts)
+    except BaseException:  # whatever ends it, nothing began
+        if journal is not None:
+            journal.take_back()
+        raise
     made.redo.journal = journal
     if settings.governor.enabled:
         chosen = Settings(**settings.governor.model_dump(exclude={"enabled"}))
@@ -140,3 +152,9 @@ def grow(
         made.presence.closers.append(made.watch.watcher.close)
         watchers.append(weakly(made.watch.told))
     return made
+
+
+def digest_of(settings: Config) -> str:
+    """Return what tells one set of settings from another."""
+    text = json.dumps(settings.model_dump(mode="json"), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
