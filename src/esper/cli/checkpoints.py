@@ -12,6 +12,7 @@ from esper.cli.application import FAILED
 from esper.cli.output import print_json
 from esper.errors import StateError, nearest
 from esper.nissa.wording import short
+from esper.printable import quoted
 
 checkpoints = typer.Typer(
     help="List, verify, prune and export checkpoints in PLACE: a run's folder, its checkpoints', or a URL.",
@@ -20,6 +21,7 @@ checkpoints = typer.Typer(
 Place = Annotated[str, typer.Argument(help="A folder, or a URL like s3://bucket/prefix.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Names = Annotated[list[str] | None, typer.Argument(help="Checkpoints by name or step; all by default.")]
+MOST_DIGITS = 18  # of a step
 INSIDE = "checkpoints"  # of a run's folder
 
 
@@ -149,9 +151,9 @@ def find(known: list[str], asked: str) -> str:
     Raises:
         StateError: There is none.
     """
-    name = f"step-{int(asked):08d}" if asked.isdecimal() else asked
+    name = f"step-{int(asked):08d}" if asked.isdecimal() and len(asked) <= MOST_DIGITS else asked
     if name not in known:
-        raise StateError(f"no checkpoint {asked[:80]!r}; {nearest(name, known)}")
+        raise StateError(f"no checkpoint {quoted(asked)}; {nearest(name, known)}")
     return name
 
 

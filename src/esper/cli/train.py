@@ -27,6 +27,8 @@ def train(
 ) -> None:
     """Train and grow the model a config describes; write a run folder with its events and the grown model.
 
+    A config is code: it imports and calls what it names. Train none that you would not run.
+
     Several processes train together under torchrun: torchrun --nproc-per-node 2 -m esper train CONFIG
     """
     from esper.cli import resolve
@@ -36,7 +38,7 @@ def train(
         raise typer.BadParameter(f"--resume {resume!r}: auto is all there is")
     recipe = read_recipe(config)
     growth_settings(config, recipe)
-    resolve.see_folder(config)
+    resolve.see_folder(config, recipe)
 
     from esper.cli.session import open_session  # torch takes seconds: a mistake is told before
     from esper.nissa.journal import known_events
