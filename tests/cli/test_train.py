@@ -266,7 +266,7 @@ def test_a_learning_rate_is_a_number_or_the_optimizer_key_is_named(
         ("seed: yes", "seed: Input should be a valid integer (got 'yes')"),
         ("seed: -3", "seed: Input should be greater than or equal to 0"),
         ("seed: 18446744073709551616", "seed: Input should be less than or equal to"),
-        ("run_dir: ''", "run_dir: String should have at least 1 character"),
+        ("run_dir: ''", "run_dir: String should match pattern"),
         ("run_dir: 3", "run_dir: Input should be a valid string (got 3)"),
         ("model: {call: 'host:build', arguments: {hidden: no}}", "arguments.'hidden': 'no' is text in one"),
         ("model: {call: 'host:build', arguments: {hidden: 2, hidden: 3}}", "the key 'hidden' stands twice"),

@@ -9,10 +9,10 @@ from typing import Annotated, Any
 import typer
 
 from esper.cli.application import FAILED
-from esper.cli.output import print_json
+from esper.cli.output import print_json, say
 from esper.errors import StateError, nearest
 from esper.nissa.wording import short
-from esper.printable import quoted
+from esper.printable import printable, quoted
 
 checkpoints = typer.Typer(
     help="List, verify, prune and export checkpoints in PLACE: a run's folder, its checkpoints', or a URL.",
@@ -44,9 +44,9 @@ def list_checkpoints(place: Place, json: Json = False) -> None:
     if json:
         print_json(rows)
     elif rows:
-        print("\n".join(table(rows)))
+        say("\n".join(table(rows)))
     else:
-        print(f"no checkpoints in {storage}")
+        say(f"no checkpoints in {storage}")
 
 
 @checkpoints.command()
@@ -61,10 +61,10 @@ def verify(place: Place, names: Names = None, json: Json = False) -> None:
     if json:
         print_json({"verified": [name for name in wanted if name not in damaged], "damaged": damaged})
     elif wanted:
-        print("\n".join(verdicts(found)))
-        print(f"{len(wanted) - len(damaged)} of {len(wanted)} checkpoints in {storage} are sound")
+        say("\n".join(verdicts(found)))
+        say(f"{len(wanted) - len(damaged)} of {len(wanted)} checkpoints in {storage} are sound")
     else:
-        print(f"no checkpoints in {storage}")
+        say(f"no checkpoints in {storage}")
     if damaged:
         raise typer.Exit(FAILED)
 
@@ -97,8 +97,8 @@ def prune(
     done = "would be deleted" if dry_run else "deleted"
     for name in names:
         why = "damaged" if name in damaged else "the best" if name == rule.best_of(sound) else ""
-        print(f"{name:<14} {done if name in deleted else 'kept':<16} {why}".rstrip())
-    print(f"{len(deleted)} of {len(names)} checkpoints in {storage} {'would go' if dry_run else 'are gone'}")
+        say(f"{name:<14} {done if name in deleted else 'kept':<16} {why}".rstrip())
+    say(f"{len(deleted)} of {len(names)} checkpoints in {storage} {'would go' if dry_run else 'are gone'}")
 
 
 @checkpoints.command()
@@ -124,8 +124,8 @@ def export(
         print_json({"checkpoint": found.manifest.name, "model": str(to), "passed_over": told})
         return
     for line in told:
-        print(line)
-    print(f"{to}: the model of {found.manifest.name}; seeds that were awake are not part of it")
+        say(line)
+    say(f"{to}: the model of {found.manifest.name}; seeds that were awake are not part of it")
 
 
 def opened(place: str) -> tuple[Any, list[str]]:
@@ -191,4 +191,4 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
             f"{row['name']:<14} {when:<20} {row['bytes']:>12,} {row['parameters']:>12,} {row['grown']:>5}  "
             f"{', '.join(more)}".rstrip()
         )
-    return ["".join(c if c.isprintable() else "?" for c in line) for line in lines]
+    return [printable(line, keep="") for line in lines]

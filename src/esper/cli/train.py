@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from esper.cli.output import growth_lines, print_json
+from esper.cli.output import growth_lines, print_json, say
 from esper.contracts import ignore
 
 
@@ -58,7 +58,7 @@ def train(
         if json:
             print_json({**view.history.totals, "run": str(folder), "model": str(folder / "model")})
         else:
-            print("\n".join(growth_lines(view.history)))
-            print(f"run folder: {folder} (esper report {folder} draws it, esper why {folder} explains it)")
+            say("\n".join(growth_lines(view.history)))
+            say(f"run folder: {folder} (esper report {folder} draws it, esper why {folder} explains it)")
     if together:
         leave()

@@ -14,6 +14,7 @@ from esper.blueprints.program import Program
 from esper.contracts import DeepenPlan, Signature, WidenEdit, WidenPlan
 from esper.errors import BlueprintError, SavedModelError, nearest
 from esper.kasmina.grown import CHILD
+from esper.printable import quoted
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +89,10 @@ def decode(genome: bytes) -> tuple[Shapes, list[Plan]]:
         recipe = json.loads(genome)
         if recipe["format"] in READABLE:
             return dict(recipe["base"]), [plan_from(plan) for plan in recipe["plans"]]
-    except (ValueError, LookupError, TypeError) as error:
-        raise SavedModelError(f"the genome is not of format {FORMAT}: {error!r}") from error
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise SavedModelError(f"the genome is not of format {FORMAT}: {quoted(error)}") from error
     raise SavedModelError(
-        f"the genome has format {recipe['format']!r}, this Esper reads {DEEP}: update esper-morph"
+        f"the genome has format {quoted(recipe['format'])}, this Esper reads {DEEP}: update esper-morph"
     )
 
 
