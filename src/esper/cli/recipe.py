@@ -74,7 +74,7 @@ class Recipe(BaseModel):
     epochs: int = Field(ge=1, le=MOST_EPOCHS)
     seed: int = Field(0, ge=0, le=MOST_SEED)
     growth: dict[str, Any] = {}  # sections of esper.Config
-    run_dir: str | None = Field(None, pattern=r"^[^\0]+$")
+    run_dir: str | None = Field(None, pattern=r"^[^\x00]+$")
 
     def calls(self) -> dict[str, Call]:
         """Return everything the config calls, by the key that says so."""
