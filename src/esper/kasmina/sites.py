@@ -10,7 +10,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +27,8 @@ from esper.kasmina.places import Place
 from esper.kasmina.reasons import why_not
 from esper.kasmina.recorder import record
 from esper.kasmina.seam import open_seam
-
-Selector: TypeAlias = "str | re.Pattern[str] | type[nn.Module]"
-Sites: TypeAlias = "Selector | Sequence[Selector] | Mapping[str, Selector | Sequence[Selector]]"
+from esper.kasmina.selecting import Selector, Sites, refuse_selectors
+from esper.printable import quoted
 
 
 def find_pairs(
@@ -205,6 +204,7 @@ def select(places: Iterable[Place], refusals: Sequence[Refusal], sites: Sites = 
     Raises:
         SiteError: Nothing matches, or there is no place at all.
     """
+    refuse_selectors(sites)
     found = list(places)
     if not found:
         listed = (
@@ -223,8 +223,8 @@ def select(places: Iterable[Place], refusals: Sequence[Refusal], sites: Sites = 
     chosen = [p for p in found if matches(p, include) and not (exclude != () and matches(p, exclude))]
     if not chosen:
         raise SiteError(
-            f"sites={sites!r} matches none of the places found; "
-            f"{nearest(str(include), [p.site.name for p in found])}"
+            f"sites={quoted(sites)} matches none of the places found; "
+            f"{nearest(str(include)[:80], [p.site.name for p in found])}"
         )
     return chosen
 

@@ -18,8 +18,10 @@ from esper.errors import ConfigError, FinishedError, StateError
 from esper.tolaria.checkpoint import Batches, CheckpointManager, Run, Storage
 from esper.tolaria.checkpoint.cadence import Every
 from esper.tolaria.checkpoint.format import Manifest
+from esper.tolaria.checkpoint.places import storage_at
 from esper.tolaria.checkpoint.retention import Best
 from esper.tolaria.growth import grow
+from esper.tolaria.training import KEPT, refuse_keeping, refuse_training
 
 Metric = Callable[[nn.Module, Any], float | Tensor]
 
@@ -48,11 +50,14 @@ class Trainer:
         checkpoints: A folder or another storage of checkpoints; None keeps none.
         every: Optimizer steps, or a ``timedelta``, between checkpoints; None: from their measured cost.
         keep: How many of the newest checkpoints stay.
-        best: A metric and ``"min"`` or ``"max"``: the best checkpoint stays besides.
+        best: ``("train_loss", "min")``: the best checkpoint stays besides.
 
     Attributes:
         growth: The ``esper.Growth`` at work: what has grown, what it cost, ``save``.
         history: One mapping per epoch: ``epoch``, ``train_loss`` and the metrics.
+
+    Raises:
+        EsperError: Whatever is given does not fit; nothing was changed then.
     """
 
     def __init__(
@@ -76,9 +81,20 @@ class Trainer:
         on_event: Observer = ignore,
         checkpoints: Storage | str | Path | None = None,
         every: Every = None,
-        keep: int | None = 3,
+        keep: int | None = KEPT,
         best: Best | None = None,
     ) -> None:
+        refuse_training(
+            train=train,
+            val=val,
+            epochs=epochs,
+            scheduler=scheduler,
+            scheduler_interval=scheduler_interval,
+            metrics=metrics,
+        )
+        refuse_keeping(checkpoints=checkpoints, every=every, keep=keep, best=best)
+        storage = None if checkpoints is None else storage_at(checkpoints)
+        self.batches: Batches | None = None if storage is None else Batches(train)
         self.model, self.loss_fn, self.train, self.val, self.epochs = model, loss_fn, train, val, epochs
         self.scheduler, self.scheduler_interval = scheduler, scheduler_interval
         self.metrics: dict[str, Metric] = {"loss": loss_fn, **(metrics or {})}
@@ -105,14 +121,12 @@ class Trainer:
         self._done = False
         self._sums: list[Any] = [torch.zeros(()), 0]  # of the present epoch: loss times examples, examples
         self.manager: CheckpointManager | None = None
-        self.batches: Batches | None = None
-        if checkpoints is not None:
-            self.batches = Batches(train)
+        if storage is not None and self.batches is not None:
             others: dict[str, Any] = {"trainer": self}
             others |= {} if scheduler is None else {"scheduler": scheduler}
             named = optimizer if isinstance(optimizer, Mapping) else {"optimizer": optimizer}
             run = Run(model, named, growth=self.growth, others=others, batches=self.batches)
-            self.manager = CheckpointManager(checkpoints, run, every=every, keep=keep, best=best)
+            self.manager = CheckpointManager(storage, run, every=every, keep=keep, best=best)
 
     def resume(self) -> Manifest | None:
         """Go on from the newest checkpoint that verifies, at the next :meth:`fit`; None where there is none.
