@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +23,7 @@ Place = Annotated[str, typer.Argument(help="A folder, or a URL like s3://bucket/
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Names = Annotated[list[str] | None, typer.Argument(help="Checkpoints by name or step; all by default.")]
 MOST_DIGITS = 18  # of a step
+MOST_PLACE = 1000  # characters of a path that a message repeats
 INSIDE = "checkpoints"  # of a run's folder
 
 
@@ -138,8 +140,9 @@ def opened(place: str) -> tuple[Any, list[str]]:
     from esper.tolaria.checkpoint.places import storage_at
 
     folder = Path(place)
-    if "://" not in place and not folder.is_dir():
-        raise StateError(f"no folder {folder}; give a run's folder, or the one CheckpointManager was given")
+    if "://" not in place and not os.path.isdir(folder):  # Path's own raises where a name is too long
+        said = folder if len(place) <= MOST_PLACE else quoted(place)
+        raise StateError(f"no folder {said}; give a run's folder, or the one CheckpointManager was given")
     inside = "://" not in place and (folder / INSIDE).is_dir()
     storage = storage_at(str(folder / INSIDE) if inside else place)
     return storage, steps_kept(storage)

@@ -31,7 +31,7 @@ from esper.files import read_regular
 from esper.kasmina.deepen import duplicate, insert
 from esper.kasmina.grown import attach, detach
 from esper.kasmina.materialise import empty_slices, widen
-from esper.printable import shortened
+from esper.printable import quoted, shortened
 from esper.tolaria import genome, rebuild_template
 
 GENOME, TENSORS, SUMS = "genome.json", "model.safetensors", "SHA256SUMS"
@@ -90,6 +90,10 @@ def load_into(model: Model, directory: str | Path) -> Model:
         SavedModelError: The folder is missing, damaged, of an unknown format or grown from another model;
             ``model`` is as it was.
     """
+    if not isinstance(model, nn.Module):
+        raise SavedModelError(f"a {type(model).__name__} cannot be loaded into; build the nn.Module anew")
+    if not isinstance(directory, str | Path):
+        raise SavedModelError(f"directory={quoted(directory)} is no path; growth.save(...) returns one")
     folder, kind = Path(directory), type(model).__name__
     recipe, tensors = _read(folder)
     shapes, plans = genome.decode(recipe)
