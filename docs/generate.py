@@ -39,8 +39,12 @@ bandit: ucb
 ```
 
 Environment variables fill in what is not given there: `ESPER_` and the name, sections joined by two
-underscores, as in `ESPER_RACE__CANDIDATES=4`. An unknown key is an error that names the nearest one. None is
-`null` in YAML.
+underscores, as in `ESPER_RACE__CANDIDATES=4`. An unknown key or variable is an error that names the nearest
+one. None is `null` in YAML.
+
+A file is read as YAML 1.2: `1e-2` is a number, `off` is text. Numbers and truth values are not taken from
+text, `true` is no number, and nothing is infinite. A key that stands twice, a tag, a file above 1 MB, 32
+levels or 20,000 values (aliases counted for what they repeat) are errors.
 """
 
 ERRORS = """# Errors

@@ -1,5 +1,7 @@
 """Settings: defaults, sources, their order, and messages that say what is wrong and what was meant."""
 
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -105,12 +107,43 @@ def test_no_unknown_key_is_ever_accepted(key: str) -> None:
         load_config({key: 1})
 
 
+BOMB = "race: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{chr(97 + i)}: &{chr(97 + i)} [{','.join('*' + chr(96 + i) for _ in range(9))}]\n" for i in range(1, 9)
+)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ("- race\n- gate\n", "holds a list at its top level"),
         ("race: [1, 2\n", "is not valid YAML"),
-        ("race: !!python/object/apply:os.system ['true']\n", "is not valid YAML"),
+        ("race: !!python/object/apply:os.system ['true']\n", "python/object.*stands for no value"),
+        ("race: {steps: 4}\nrace: {steps: 5}\n", "line 2: the key 'race' stands twice"),
+        ("race: {steps: 4, steps: 5}\n", "line 1: the key 'steps' stands twice"),
+        ("3: 4\n", "line 1: the key '3' is no text"),
+        (".nan: 4\n", "the key '.nan' is no text"),
+        ("null: 4\n", "the key 'null' is no text"),
+        ("? [a]\n: 4\n", "the key a sequence is no text"),
+        ("[" * 20_000, "nested more than 32 deep"),
+        ("{a: " * 20_000, "nested more than 32 deep"),
+        ("- " * 5_000, "nested more than 32 deep"),
+        ("race: &a [*a]\n", "an alias stands within what it names"),
+        (BOMB, "more than 20,000 values, aliases counted"),
+        ("race: " + "x" * (1 << 20), "it has more than 1,048,576 bytes"),
+        ("race: 2001-99-99\n", r"race: .*\(got '2001-99-99'\)"),
+        ("race: !!timestamp 2001-99-99\n", "stands for no value a config holds"),
+        ("race: !!int x\n", "is not valid YAML"),
+        ("budget: {growth_factor: .inf}\n", r"growth_factor: .*finite number \(got inf\)"),
+        ("early: {shares: [.nan]}\n", r"early\.shares\.0: .*finite number"),
+        ("early: {shares: [-1.0]}\n", "within 0 and 1"),
+        ("widths: {shares: [.nan]}\n", r"widths\.shares\.0: .*finite number"),
+        ("widths: {shares: [.inf]}\n", r"widths\.shares\.0: .*finite number"),
+        ("widths: {shares: [0.0]}\n", "positive multiple"),
+        ("race: {candidates: 1000000}\n", r"race\.candidates: .*less than or equal to 256"),
+        ("race: {candidates: true}\n", r"race\.candidates: .*valid integer \(got True\)"),
+        ("race: {candidates: '8'}\n", r"race\.candidates: .*valid integer \(got '8'\)"),
+        ("kernels: {streams: yes}\n", r"kernels\.streams: .*valid boolean \(got 'yes'\)"),
+        ("_env_file: /etc/passwd\n", "unknown key '_env_file'"),
     ],
 )
 def test_broken_files_are_refused(tmp_path: Path, text: str, said: str) -> None:
@@ -118,6 +151,80 @@ def test_broken_files_are_refused(tmp_path: Path, text: str, said: str) -> None:
     path.write_text(text)
     with pytest.raises(ConfigError, match=said):
         load_config(path)
+
+
+def test_plain_words_are_read_as_yaml_1_2_does(tmp_path: Path) -> None:
+    path = tmp_path / "plain.yaml"
+    path.write_text("growth: off\nrace: {learning_rate: 1e-2}\nbudget: {parameters: 1e6}\n")
+    config = load_config(path)
+    assert (config.growth, config.race.learning_rate, config.budget.parameters) == ("off", 0.01, 1_000_000)
+
+
+@pytest.mark.parametrize("place", ["/dev/zero", "/dev/null", "/tmp", "pipe", "\0", "x" * 5000, "loop"])
+def test_only_a_regular_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    os.symlink("loop", "loop")
+    with pytest.raises(ConfigError, match="cannot read the config ") as raised:
+        load_config(place)
+    assert len(str(raised.value)) < 300
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("ESPER_RASE__STEPS", "4", "unknown variable 'ESPER_RASE__STEPS'; did you mean 'ESPER_RACE'"),
+        ("ESPER_RACE__STEP", "4", "unknown variable 'ESPER_RACE__STEP'; did you mean 'ESPER_RACE__STEPS'"),
+        ("ESPER_RACE", "{", "ESPER_RACE='{': it is not valid YAML"),
+        ("ESPER_RACE", "4", "ESPER_RACE='4' is no section"),
+        ("ESPER_EARLY__SHARES", "nan", "early.shares: Input should be a valid tuple"),
+        ("ESPER_BUDGET__GROWTH_FACTOR", ".inf", "finite number"),
+        ("ESPER_KERNELS__STREAMS", "yes", "valid boolean"),
+    ],
+)
+def test_a_variable_is_checked(monkeypatch: pytest.MonkeyPatch, name: str, value: str, said: str) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        load_config()
+
+
+def test_variables_give_lists_sections_and_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ESPER_EARLY__SHARES", "[.1, 0.2]")
+    monkeypatch.setenv("ESPER_RACE", '{"candidates": 3}')
+    monkeypatch.setenv("ESPER_RACE__STEPS", "5")
+    monkeypatch.setenv("ESPER_GROWTH", "off")
+    monkeypatch.setenv("ESPER_KERNELS__STORE", "/tmp/a: b")
+    monkeypatch.setenv("ESPER_KERNEL_KEY", "of the kernel store")
+    config = load_config({"race": {"steps": 7}})
+    assert (config.early.shares, config.growth, config.kernels.store) == (
+        (0.1, 0.2),
+        "off",
+        Path("/tmp/a: b"),
+    )
+    assert (config.race.candidates, config.race.steps) == (3, 7)
+
+
+@pytest.mark.parametrize(
+    "source", [3, 2.5, True, b"x", [], (), object(), {1: 2}, {None: 1}, {"race": None}, {"race": {1: 2}}]
+)
+def test_a_source_of_another_kind_is_refused(source: Any) -> None:
+    with pytest.raises(ConfigError):
+        load_config(source)
+
+
+@pytest.mark.parametrize("values", [{"race": 3}, {"rase": {}}, {"blueprints": "widen"}, {"bandit": 3}])
+def test_the_class_itself_raises_of_our_tree(values: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        Config(**values)
+
+
+def test_a_message_repeats_80_characters_of_an_input() -> None:
+    with pytest.raises(ConfigError) as raised:
+        load_config({"race": {"steps": "x" * 10**6}, "x" * 10**6: 1})
+    assert len(str(raised.value)) < 500
+    with pytest.raises(ConfigError) as raised:
+        load_config({"race": {"steps": "x" * 10**6, "y" * 10**6: 1}})
+    assert len(str(raised.value)) < 600
 
 
 def test_binary_file_is_refused(tmp_path: Path) -> None:

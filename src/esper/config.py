@@ -6,229 +6,36 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BaseModel, Field, ValidationError
+from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
+from esper.environment import from_environment
 from esper.errors import ConfigError, nearest
+from esper.files import read_regular
+from esper.printable import QUOTE, quoted
+from esper.sections import (
+    Blend,
+    Budget,
+    Distributed,
+    Early,
+    Gate,
+    Governor,
+    Kernels,
+    Race,
+    Schedule,
+    Telemetry,
+    Widths,
+)
+from esper.yaml_text import MAX_TEXT, parse
 
-Rung = Literal["notify", "hold", "rollback", "stop"]  # what a governor may do, by severity
-
-
-class Section(BaseModel):
-    """A frozen group of settings."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Early(Section):
-    """The early recipe: a few events, all places at once, inserted without a race and judged afterwards."""
-
-    shares: tuple[float, ...] = Field(
-        (0.03, 0.08, 0.15, 0.25, 0.4, 0.6),
-        min_length=1,
-        description="of the learning (the sum of learning rates) at which events fall; under a cosine "
-        "they are .02, .04, .08, .13, .21 and .33 of the steps; the last two are in reserve, and for blocks",
-    )
-    factor: float = Field(2.0, gt=1, description="by which an event multiplies a width")
-    examples: int = Field(1024, ge=32, description="examples an event reads at most, of either kind")
-    reopen: Literal["auto", "output", "shrink", "no"] = Field(
-        "auto", description="what an event does to a saturated host, see docs/how-it-grows.md"
-    )
-    false_keep: float = Field(
-        0.05, gt=0, lt=1, description="probability that a run keeps anything where nothing helps"
-    )
-    further: float = Field(
-        0.2, gt=0, lt=1, description="the same for each event after one that has paid: the run needs to grow"
-    )
-    enough: float = Field(
-        0.08,
-        ge=0,
-        lt=1,
-        description="of a guess's loss: a host that is below it without having grown is wide enough",
-    )
-    judge: float = Field(
-        0.1,
-        gt=0,
-        le=1,
-        description="share of the steps after which an event must have lowered the held-out loss",
-    )
+MOST_FAULTS = 8  # told of one config
 
 
-class Schedule(Section):
-    """When to look for growth, where growth is incubated."""
+class Variables(InitSettingsSource):
+    """The settings that ``ESPER_*`` variables give."""
 
-    warmup: float = Field(0.1, ge=0, le=1, description="share of the steps before the first decision")
-    stop: float = Field(0.9, gt=0, le=1, description="share of the steps after which no decision is due")
-    plateau: bool = Field(True, description="bring a decision forward when the loss stalls")
-    plateau_window: int = Field(50, ge=4, description="steps over which a stall is judged")
-    patience: int = Field(5, ge=1, description="refused gates in a row after which growth rests")
-    embargo: float = Field(0.03, ge=0, le=1, description="share of the steps a culled site cools down")
-
-
-class Race(Section):
-    """How candidates compete before one of them may touch the model."""
-
-    candidates: int = Field(8, ge=1, description="competitors in a race")
-    steps: int | None = Field(
-        None, ge=1, description="incubation steps; None: 1/16 of the run, within 8 to 200"
-    )
-    shadow_every: int | None = Field(
-        None,
-        ge=1,
-        description="every k-th incubation step learns from the real loss, the others from the tapped "
-        "gradient; None: every step, and a sample of steps and examples where a step takes over 5e8 FLOPs",
-    )
-    learning_rate: float | None = Field(
-        None, gt=0, description="of the candidates; None: chosen from the host's"
-    )
-    batches: int = Field(
-        4, ge=4, description="recent training batches kept for surveys and for judging the race"
-    )
-    examples: int = Field(512, ge=8, description="examples a survey reads at most")
-
-
-class Gate(Section):
-    """Held-out evidence before exposure."""
-
-    false_keep: float = Field(
-        0.05, gt=0, lt=1, description="false-keep budget of a whole run, over all looks"
-    )
-    looks: int | None = Field(
-        None, ge=1, description="looks the budget is shared by; None: 1.5 per planned widening"
-    )
-    min_gain: float = Field(
-        0.0, ge=0, description="smallest relative decrease of the held-out loss worth keeping"
-    )
-
-
-class Blend(Section):
-    """How a winner is let in."""
-
-    ramp: int | None = Field(None, ge=1, description="steps from alpha 0 to 1; None: from the run's length")
-    stabilise: int | None = Field(None, ge=0, description="steps at alpha 1 before judging")
-    evaluate: int | None = Field(None, ge=1, description="steps over which the loss must hold its trend")
-
-
-class Widths(Section):
-    """How much to add at a time."""
-
-    shares: tuple[float, ...] = Field(
-        (0.5, 1.0, 2.0), description="arms: multiples of the even share per event"
-    )
-    min_units: int = Field(1, ge=1, description="smallest widening")
-
-
-EARLY = 100  # events
-RACED = 4  # widenings a race keeps at most, where a budget does not say
-
-
-class Budget(Section):
-    """What growth may spend; None is unlimited. Where a count and its multiple are given, the count holds."""
-
-    parameters: int | None = Field(
-        None, ge=1, description="most parameters of the grown model, a count; None: growth_factor's"
-    )
-    growth_factor: float = Field(
-        16.0, gt=1, description="most parameters of the grown model, a multiple of the host's"
-    )
-    model_flops: int | None = Field(
-        None, ge=1, description="most forward FLOPs per example of the grown model, a count"
-    )
-    flops_factor: float | None = Field(
-        None, gt=1, description="most forward FLOPs of the grown model, a multiple of the host's"
-    )
-    latency_ms: float | None = Field(
-        None, gt=0, description="forward latency on a probe batch at which nothing more grows"
-    )
-    growth_events: int | None = Field(
-        None, ge=0, description="events that grow; where they are raced, widenings kept (4 if left out)"
-    )
-    growth_flops: float | None = Field(
-        None, gt=0, description="training FLOPs all growth may cost, asked before they are spent"
-    )
-    wall_seconds: float | None = Field(None, gt=0, description="seconds all growth may take")
-
-    @property
-    def raced_events(self) -> int:
-        """Widenings that a race may keep."""
-        return RACED if self.growth_events is None else self.growth_events
-
-    @property
-    def early_events(self) -> int:
-        """Events of early growth that may grow; its timetable ends long before the number left out."""
-        return EARLY if self.growth_events is None else self.growth_events
-
-    @field_validator("parameters", "model_flops", mode="before")
-    @classmethod
-    def _whole(cls, value: Any) -> Any:
-        """Refuse a fraction where a count is meant."""
-        if isinstance(value, float) and not value.is_integer():
-            raise ConfigError(
-                "a count is a whole number; growth_factor and flops_factor are multiples of the host's"
-            )
-        return value
-
-
-class Kernels(Section):
-    """How the kernels of blueprints run while they grow; widened layers are the host's own."""
-
-    pipeline: str = Field(
-        "eager", description="eager, torchscript, export, inductor, or auto: the fastest right one, if any"
-    )
-    store: Path | None = Field(
-        None, description="folder compiled kernels are kept in; None: $ESPER_KERNEL_STORE or the user's own"
-    )
-    budget_seconds: float = Field(
-        1.0, gt=0, description="for what auto compiles and times, in the background"
-    )
-    deterministic: bool = Field(False, description="no clock decides: auto is eager")
-    streams: bool = Field(
-        False, description="CUDA: run parallel kernels on streams of their own; not measured"
-    )
-
-
-class Telemetry(Section):
-    """What is told to Nissa, and how often."""
-
-    progress_every: int = Field(20, ge=1, description="steps between progress events")
-    sampling: int = Field(10, ge=1, description="steps between measurements of an exposed kernel's vitals")
-    smoothing: float = Field(0.1, gt=0, le=1, description="weight of a new measurement in a smoothed one")
-
-
-class Governor(Section):
-    """What is done about a fault; each ladder's last rung is repeated."""
-
-    enabled: bool = Field(
-        False, description="watch every step and act on faults; off, a loss that is not finite raises"
-    )
-    nonfinite: tuple[Rung, ...] = Field(
-        ("rollback",), min_length=1, description="at the first, second, … value that is not finite"
-    )
-    spike: tuple[Rung, ...] = Field(
-        ("notify", "hold", "rollback"), min_length=1, description="at spikes of loss or gradient norm"
-    )
-    divergence: tuple[Rung, ...] = Field(("notify", "hold"), min_length=1, description="at a slow rise")
-    rate: tuple[Rung, ...] = Field(
-        ("notify",), min_length=1, description="at a learning rate 10 × any before"
-    )
-    exposed: Rung = Field("rollback", description="least action at a spike while a seed is exposed")
-    memory: int = Field(256, ge=1, description="steps within which alarms of a kind count together")
-    rollbacks: int = Field(3, ge=0, description="near each other; one more is a stop")
-    calm: int = Field(64, ge=1, description="steps without an alarm until held growth goes on")
-    every: int = Field(100, ge=1, description="steps from one snapshot to the next")
-    grace: int = Field(24, ge=1, description="steps an expected discontinuity may show")
-
-
-class Distributed(Section):
-    """How the processes of one run keep together."""
-
-    mode: Literal["auto", "alone"] = Field(
-        "auto", description="auto: as the model is wrapped; alone: a model of its own in each process"
-    )
-    deadline: float = Field(
-        30.0, gt=0, description="seconds growth waits for another process, and a silent one is given up after"
-    )
+    def __init__(self, settings: type[BaseSettings]) -> None:
+        super().__init__(settings, from_environment(settings))
 
 
 class Config(BaseSettings):
@@ -257,6 +64,7 @@ class Config(BaseSettings):
     blueprints: tuple[str, ...] = Field(
         ("auto",),
         min_length=1,
+        max_length=256,
         description="what may grow: widen, names of the catalogue, paths of JSON files; auto widens, and "
         "offers the catalogue to a model in which nothing can be widened",
     )
@@ -264,6 +72,34 @@ class Config(BaseSettings):
     new_slot_state: Literal["zeros", "seed", "mean"] = Field(
         "zeros", description="optimizer state of new units; zeros measured best, see docs/decisions.md"
     )
+
+    def __init__(self, **values: Any) -> None:
+        """Check what is given.
+
+        Raises:
+            ConfigError: A key is unknown (the nearest is named), or a value out of kind or range.
+        """
+        known = type(self).model_fields
+        unknown = [name for name in values if name not in known]  # pydantic-settings' own too: _env_file …
+        if unknown:
+            said = (f"unknown key {quoted(name)}; {nearest(name, known)}" for name in unknown[:MOST_FAULTS])
+            raise ConfigError("; ".join(said))
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(explain(error, Config)) from None
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Read variables as files are read; nothing else is looked for."""
+        return init_settings, Variables(settings_cls)
 
 
 ConfigLike: TypeAlias = Config | Mapping[str, Any] | str | Path | None
@@ -287,17 +123,16 @@ def load_config(source: ConfigLike = None, **overrides: Any) -> Config:
         data = {}
     elif isinstance(source, Mapping):
         data = dict(source)
-    elif isinstance(source, (str, Path)):
+    elif isinstance(source, str | Path):
         data = read_yaml(Path(source))
     else:
         raise ConfigError(
-            f"config={source!r}: a {type(source).__name__} holds no settings; give a mapping of sections, a "
-            "Config, or the path of a YAML file"
+            f"config={quoted(source)}; give a Config, a mapping of sections, or the path of a YAML file"
         )
-    try:
-        return Config(**{**data, **overrides})
-    except ValidationError as error:
-        raise ConfigError(explain(error, Config)) from None
+    for key in data:
+        if not isinstance(key, str):
+            raise ConfigError(f"the key {quoted(key)} is no text; known: {', '.join(Config.model_fields)}")
+    return Config(**{**data, **overrides})
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -306,12 +141,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: The file is missing, is not YAML or is not a mapping.
     """
+    content = read_regular(path, limit=MAX_TEXT, what="the config", error=ConfigError)
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read the config {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        data = parse(content.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     if data is None:
         return {}
     if not isinstance(data, dict):
@@ -324,12 +160,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """Turn pydantic's report into one line per fault, naming the nearest key where one is unknown."""
     lines = []
-    for fault in error.errors():
-        path = [str(part) for part in fault["loc"]]
+    faults = error.errors(include_url=False)
+    for fault in faults[:MOST_FAULTS]:
+        path = [str(part)[:QUOTE] for part in fault["loc"]]
         if fault["type"] == "extra_forbidden":
             lines.append(f"unknown key {'.'.join(path)!r}; {nearest(path[-1], keys_at(model, path[:-1]))}")
         else:
-            lines.append(f"{'.'.join(path)}: {fault['msg']} (got {fault.get('input')!r})")
+            lines.append(f"{'.'.join(path)}: {fault['msg']} (got {quoted(fault.get('input'))})")
+    if len(faults) > MOST_FAULTS:
+        lines.append(f"and {len(faults) - MOST_FAULTS} more")
     return "; ".join(lines)
 
 

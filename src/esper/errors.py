@@ -28,9 +28,18 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from esper.printable import printable, quoted, shortened
+
+MOST_SAID = 20_000  # characters of a message; a damaged file can hold more names than anybody reads
+MOST_KNOWN = 100  # names listed as what exists
+
 
 class EsperError(Exception):
     """Root of the tree; its message says what was asked, what exists and what to do."""
+
+    def __str__(self) -> str:
+        """Return the message; what it quotes may come from anywhere, so nothing in it moves a terminal."""
+        return printable(shortened(super().__str__(), MOST_SAID))
 
 
 class ConfigError(EsperError, ValueError):
@@ -125,5 +134,6 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Say which of ``known`` was probably meant, as the end of an error message."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"{hint}known: {', '.join(names) or 'none'}"
+    hint = f"did you mean {quoted(close[0])}? " if close else ""
+    more = f" and {len(names) - MOST_KNOWN} more" if len(names) > MOST_KNOWN else ""
+    return f"{hint}known: {', '.join(names[:MOST_KNOWN]) or 'none'}{more}"

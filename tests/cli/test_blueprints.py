@@ -78,7 +78,7 @@ def test_a_file_that_is_no_blueprint_is_bad_input(esper: Command, tmp_path: Path
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [(b"\xff\xfe", "cannot be read as a blueprint"), (b" " * 5_000_000, "at most 262144 are allowed")],
+    [(b"\xff\xfe", "cannot read the blueprint"), (b" " * 5_000_000, "more than 1,048,576 bytes")],
     ids=["bytes", "giant"],
 )
 def test_a_file_is_read_with_care(tmp_path: Path, content: bytes, reason: str) -> None:

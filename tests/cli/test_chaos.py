@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 from collections.abc import Callable
@@ -109,6 +110,13 @@ def test_a_run_that_fails_by_itself_is_not_rehearsed(esper: Command, config: Pat
     ran = esper("chaos", config, "--faults", "kill")
     assert ran.returncode == 2
     assert "does not run even undisturbed" in ran.stderr
+
+
+def test_runs_are_kept_in_a_folder(config: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    ran = CliRunner().invoke(app, ["chaos", str(config), "--run-dir", str(tmp_path / "pipe")])
+    assert ran.exit_code == 2, ran.output
+    assert "cannot keep runs in" in ran.stderr
 
 
 def test_the_list_and_mistakes() -> None:

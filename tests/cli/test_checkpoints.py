@@ -114,6 +114,15 @@ def test_what_is_not_there_is_bad_input(folder: Path, run, tmp_path: Path) -> No
     assert "'nowhere'" in ran.stderr
 
 
+@pytest.mark.parametrize("name", ["9" * 5000, "²", "٣", "-1", "", "..", "x" * 5000])
+def test_a_name_that_is_none_is_bad_input(folder: Path, run, tmp_path: Path, name: str) -> None:
+    for line in (("export", folder, tmp_path / "out", f"--name={name}"), ("verify", folder, "--", name)):
+        ran = run("checkpoints", *line)
+        assert ran.returncode == 2, ran.stderr
+        assert "no checkpoint " in ran.stderr
+        assert len(ran.stderr) < 300
+
+
 def test_prune_keeps_the_newest_sound_and_the_best(folder: Path, run) -> None:
     copy_as(folder, 50, 0.1)
     copy_as(folder, 70, 0.3)

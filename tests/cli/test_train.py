@@ -192,10 +192,107 @@ def test_a_missing_key_is_said(tmp_path: Path) -> None:
         read_recipe(tmp_path / "recipe.yaml")
 
 
-def test_an_error_of_the_user_s_own_code_is_not_caught(inside, recipe, tmp_path: Path) -> None:
-    path = recipe(data="broken:data")
-    (tmp_path / "broken.py").write_text("def data():\n    return 1 / 0\n")
-    assert isinstance(inside("train", path).exception, ZeroDivisionError)
+BROKEN = """
+import torch
+
+def data():
+    return 1 / 0
+
+def leave():
+    raise SystemExit("done")
+
+def one(batch):
+    return 1.0
+
+def text(model, batch):
+    return "high"
+"""
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"data": "broken:data"}, "data: broken:data raised ZeroDivisionError: division by zero ("),
+        ({"data": "broken:leave"}, "data: broken:leave raised SystemExit: done ("),
+        ({"model": "builtins:dict"}, "model: builtins:dict gave a dict; an nn.Module is needed"),
+        ({"model": ".host:build"}, "model: '.host:build' is not a module:callable"),
+        ({"optimizer": "broken:one"}, "optimizer: broken:one gave a float; a torch.optim.Optimizer is"),
+        ({"scheduler": "builtins:list"}, "scheduler: builtins:list raised TypeError"),
+        (
+            {"scheduler": {"call": "torch.optim.lr_scheduler:StepLR", "arguments": {"step_size": 0}}},
+            "scheduler: torch.optim.lr_scheduler:StepLR raised ZeroDivisionError",
+        ),
+        ({"scheduler": "broken:one"}, "scheduler: broken:one gave a float; a torch.optim.lr_scheduler."),
+        ({"metrics": {"a": "broken:one"}}, "metrics.a: broken:one: too many positional arguments; it takes"),
+        ({"metrics": {"a": "broken:text"}, "epochs": 1}, "metrics.a: broken:text raised ValueError"),
+        ({"loss": "broken:one"}, "loss: broken:one: too many positional arguments; it takes"),
+        ({"model": "wrong:build"}, "model: 'wrong' cannot be imported: SyntaxError"),
+    ],
+)
+def test_what_a_config_calls_may_raise_and_the_key_is_named(
+    inside, recipe, tmp_path: Path, changes: dict, complaint: str
+) -> None:
+    (tmp_path / "broken.py").write_text(BROKEN)
+    (tmp_path / "wrong.py").write_text("def build(:\n")
+    ran = inside("train", recipe(**changes))
+    assert ran.exit_code == 2, ran.output
+    assert complaint in ran.stderr
+
+
+RATES = {"1e-2": None, "-1": "ValueError", ".nan": "ValueError", "fast": "TypeError", "null": "", "[1]": ""}
+
+
+@pytest.mark.parametrize("rate", RATES)
+def test_a_learning_rate_is_a_number_or_the_optimizer_key_is_named(
+    inside, recipe, tmp_path: Path, rate: str
+) -> None:
+    path = recipe(epochs=1)
+    path.write_text(path.read_text().replace("lr: 0.01", f"lr: {rate}"))
+    ran = inside("train", path, "--plain")
+    if RATES[rate] is None:
+        assert ran.exit_code == 0, ran.output
+    else:
+        assert ran.exit_code == 2, ran.output
+        assert f"optimizer: torch.optim:Adam raised {RATES[rate]}" in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("epochs: true", "epochs: Input should be a valid integer (got True)"),
+        ("epochs: 1:30", "epochs: Input should be a valid integer (got '1:30')"),
+        ("epochs: 010", "epochs: Input should be a valid integer (got '010')"),
+        ("epochs: 2.0", "epochs: Input should be a valid integer (got 2.0)"),
+        ("seed: yes", "seed: Input should be a valid integer (got 'yes')"),
+        ("seed: -3", "seed: Input should be greater than or equal to 0"),
+        ("seed: 18446744073709551616", "seed: Input should be less than or equal to"),
+        ("run_dir: ''", "run_dir: String should match pattern"),
+        ("run_dir: 3", "run_dir: Input should be a valid string (got 3)"),
+        ("model: {call: 'host:build', arguments: {hidden: no}}", "arguments.'hidden': 'no' is text in one"),
+        ("model: {call: 'host:build', arguments: {hidden: 2, hidden: 3}}", "the key 'hidden' stands twice"),
+        ("model: {call: 'host:build', arguments: {1: 2}}", "the key '1' is no text"),
+    ],
+)
+def test_a_value_is_of_its_kind(inside, recipe, line: str, complaint: str) -> None:
+    path = recipe()
+    key = line.partition(":")[0]
+    kept = {name: value for name, value in yaml.safe_load(path.read_text()).items() if name != key}
+    path.write_text(yaml.safe_dump(kept) + line + "\n")
+    ran = inside("train", path)
+    assert ran.exit_code == 2, ran.output
+    assert complaint in ran.stderr
+
+
+def test_modules_beside_a_config_never_shadow_what_is_installed(esper, recipe, tmp_path: Path) -> None:
+    path = recipe(epochs=1)
+    for name in ("numpy", "rich"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('shadowed')\n")
+    away = tmp_path / "away"
+    away.mkdir()
+    assert esper("train", path, "--plain", cwd=away).returncode == 0
+    ran = esper("train", recipe(model="numpy:build"), cwd=away)
+    assert ran.returncode == 2
+    assert f"model: there are two modules 'numpy': {tmp_path}/numpy.py, beside the config, and " in ran.stderr
 
 
 def test_a_module_that_lacks_another_names_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

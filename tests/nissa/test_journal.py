@@ -277,8 +277,56 @@ def test_a_line_that_reached_the_disk_in_part_is_ended_later(tmp_path: Path) -> 
 
 def test_a_journal_that_cannot_be_read_says_why(tmp_path: Path) -> None:
     (tmp_path / EVENTS_FILE).mkdir()
-    with pytest.raises(RunError, match=r"cannot read .*: Is a directory"):
+    with pytest.raises(RunError, match=r"cannot read the journal .*: it is a folder"):
         read_events(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "spoilt", [b"\0" * 40 + b"\n", b"{\n[1\n\0\0", b"[" * 50_000 + b"\n", b"\xff\n\xfe\n\xfd"]
+)
+def test_damaged_last_lines_are_stepped_over_and_told(tmp_path: Path, spoilt: bytes) -> None:
+    events = [Event("warning", step, {"message": "fine"}) for step in range(3)]
+    whole = b"".join(map(encode, events))
+    (tmp_path / EVENTS_FILE).write_bytes(whole + spoilt)
+    *sound, told = read_events(tmp_path)
+    assert sound == events
+    assert "left out" in told.data["message"]
+    with RunJournal(tmp_path) as journal:
+        journal(Event("warning", 3, {"message": "on"}))
+    *sound, told, last = read_events(tmp_path)
+    assert (sound, last.data["message"]) == (events, "on")
+    assert f"({len(spoilt)} bytes) and left out" in told.data["message"]
+
+
+def test_a_file_without_a_whole_line_is_not_touched(tmp_path: Path) -> None:
+    (tmp_path / EVENTS_FILE).write_bytes(b"mine\nand only mine")
+    for opened in (read_events, RunJournal):
+        with pytest.raises(RunError, match="line 1 is damaged"):
+            opened(tmp_path)
+    assert (tmp_path / EVENTS_FILE).read_bytes() == b"mine\nand only mine"
+
+
+@pytest.mark.parametrize("place", ["pipe", "/dev/full", "/dev/zero", "/dev/null", "loop", "linked"])
+def test_only_a_file_of_the_folder_itself_is_a_journal(tmp_path: Path, place: str) -> None:
+    (tmp_path / "linked").write_bytes(b"precious")
+    path = tmp_path / EVENTS_FILE
+    if place == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(EVENTS_FILE if place == "loop" else place)
+    for opened in (read_events, RunJournal):
+        with pytest.raises(RunError, match=r"cannot read the journal .*: it is a (pipe|link)"):
+            opened(tmp_path)
+    assert (tmp_path / "linked").read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize(
+    "change", [{"step": "1"}, {"step": True}, {"step": -1}, {"time": "now"}, {"data": [1]}, {"kind": ["a"]}]
+)
+def test_an_event_has_its_types(change: dict) -> None:
+    record = {"v": 1, "kind": "warning", "step": 0, "time": 0, "data": {"message": ""}, **change}
+    with pytest.raises(RunError, match=f"its {next(iter(change))} is "):
+        decode(json.dumps(record).encode(), "it")
 
 
 def test_what_growth_decided_is_on_the_disk_when_the_call_returns(

@@ -1,4 +1,6 @@
+import contextlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,8 +11,11 @@ import pytest
 
 from esper.contracts import Event
 from esper.errors import RunError
-from esper.nissa.journal import EVENTS_FILE, RunJournal
+from esper.nissa.damage import fitting
+from esper.nissa.history import fold
+from esper.nissa.journal import EVENTS_FILE, RunJournal, decode
 from esper.nissa.report import write_report
+from esper.nissa.why import as_text
 
 ROW = {"name": "grown", "accuracy": 0.9721, "parameters": 1138, "flops": 4.19e9, "seconds": 9.2}
 VOID = {"meta", "link", "br", "img", "input", "hr"}
@@ -161,3 +166,62 @@ def test_without_jinja_the_error_is_its_pip_line() -> None:
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "pip install 'esper-morph[report]'" in ran.stdout
+
+
+@pytest.mark.parametrize("elsewhere", ["../secret", "/etc", "", 3, ["a"], "a\0b", "linked"])
+def test_a_comparison_names_runs_below_it_only(run: Path, elsewhere: object) -> None:
+    (run / "linked").symlink_to(run.parent)
+    (run / "comparison.json").write_text(json.dumps([{**ROW, "run": elsewhere}]))
+    with pytest.raises(RunError, match="give a folder below"):
+        write_report(run)
+
+
+@pytest.mark.parametrize("text", ["[" * 50_000, "[1", '[{"name": ["a"]}]', "x" * (1 << 20) + "x"])
+def test_a_damaged_comparison_is_one_error(run: Path, text: str) -> None:
+    (run / "comparison.json").write_text(text)
+    with pytest.raises(RunError, match=r"comparison\.json") as raised:
+        write_report(run)
+    assert len(str(raised.value)) < 500
+
+
+@pytest.mark.parametrize("change", [{"name": 3}, {"accuracy": "high"}, {"flops": True}, {"seconds": [1]}])
+def test_a_row_has_its_types(run: Path, change: dict) -> None:
+    (run / "comparison.json").write_text(json.dumps([{**ROW, **change}]))
+    with pytest.raises(RunError, match="comparison"):
+        write_report(run)
+
+
+@pytest.mark.parametrize("place", ["pipe", "/dev/zero", "linked"])
+def test_a_comparison_is_a_file_of_the_folder_itself(run: Path, place: str) -> None:
+    (run / "linked").write_text("[]")
+    if place == "pipe":
+        os.mkfifo(run / "comparison.json")
+    else:
+        (run / "comparison.json").symlink_to(place)
+    with pytest.raises(RunError, match="cannot read the comparison"):
+        write_report(run)
+
+
+def test_a_report_is_not_written_to_a_pipe(run: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(RunError, match="no regular file"):
+        write_report(run, tmp_path / "pipe")
+
+
+def test_events_that_do_not_fit_together_are_one_error(run: Path) -> None:
+    """Every value of one event of each kind is replaced by others; they are read, or a RunError says why."""
+    lines = [json.loads(line) for line in (run / EVENTS_FILE).read_text().splitlines()]
+    for number in {line["kind"]: number for number, line in enumerate(lines)}.values():
+        for key in lines[number]["data"]:
+            for odd in (None, "x", [1], {"a": 1}, -1, 1e308, True):
+                spoilt = [*lines]
+                spoilt[number] = {**lines[number], "data": {**lines[number]["data"], key: odd}}
+                told_of(spoilt, run)
+
+
+def told_of(lines: list[dict], run: Path) -> None:
+    events = [decode(json.dumps(line).encode(), "it") for line in lines]
+    with contextlib.suppress(RunError), fitting(run):
+        history = fold(events)
+        assert as_text(history) is not None
+        assert history.totals

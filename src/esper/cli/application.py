@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from esper.errors import EsperError, MissingExtraError
+from esper.printable import printable
 
 OK, FAILED, BAD_INPUT, MISSING_EXTRA = 0, 1, 2, 3
 EXIT_CODES = (
@@ -25,8 +26,25 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except EsperError as error:
-            print(f"esper: {error}", file=sys.stderr)
+            print(f"esper: {error}", file=sys.stderr)  # an EsperError is printable
             raise typer.Exit(exit_code(error)) from None
+        except Exception as error:  # only to make the words of a wrong argument printable
+            raise shown(error) from None
+
+    def make_context(self, *given: Any, **more: Any) -> Any:
+        """Read the arguments before the subcommand's name."""
+        try:
+            return super().make_context(*given, **more)
+        except Exception as error:  # likewise
+            raise shown(error) from None
+
+
+def shown(error: Exception) -> Exception:
+    """Return an error; a usage error of typer's quotes what was typed, and is drawn in its own box."""
+    message = getattr(error, "message", None)
+    if hasattr(error, "format_message") and isinstance(message, str):
+        vars(error)["message"] = printable(message)
+    return error
 
 
 def exit_code(error: EsperError) -> int:

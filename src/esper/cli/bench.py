@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from esper.cli.output import print_json
+from esper.cli.output import print_json, say
 from esper.errors import RegistryError, nearest
 
 FOLDER = "benchmarks"
@@ -31,7 +31,7 @@ def bench(
         if wanted:
             print_json(known)
         else:
-            print("\n".join(f"{item:<20} {line}" for item, line in known.items()))
+            say("\n".join(f"{item:<20} {line}" for item, line in known.items()))
         return
     if wanted[0] not in known:
         raise RegistryError(f"no benchmark {wanted[0]!r} in {folder}; {nearest(wanted[0], known)}")

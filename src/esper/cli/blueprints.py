@@ -10,8 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from esper.cli.application import FAILED
-from esper.cli.output import print_json
-from esper.errors import BlueprintError
+from esper.cli.output import print_json, say
 
 blueprints = typer.Typer(
     help="List, show and check blueprints: the small networks that may grow, as data.", no_args_is_help=True
@@ -30,10 +29,10 @@ def list_blueprints(json: Json = False) -> None:
     if json:
         print_json(rows)
         return
-    print(f"{'name':<20} {'layouts':<16} {'ports':<16} {'parameters':>10}  summary")
+    say(f"{'name':<20} {'layouts':<16} {'ports':<16} {'parameters':>10}  summary")
     for row in rows:
         note = " (experimental)" * row["experimental"]
-        print(
+        say(
             f"{row['name']:<20} {','.join(row['layouts']):<16} {','.join(row['ports']):<16} "
             f"{row['parameters']:>10}  {row['summary']}{note}"
         )
@@ -60,15 +59,15 @@ def show(
         print_json({**text.loads(graph.to_json()), **facts, "costs": costs})
         return
     note = ", experimental" * graph.experimental
-    print(f"{graph.name}: {graph.summary}{note}")
-    print(f"source: {graph.source}")
-    print(f"for {', '.join(graph.layouts)}; ports {', '.join(graph.ports)}; digest {graph.digest()[:12]}")
+    say(f"{graph.name}: {graph.summary}{note}")
+    say(f"source: {graph.source}")
+    say(f"for {', '.join(graph.layouts)}; ports {', '.join(graph.ports)}; digest {graph.digest()[:12]}")
     merge = "affine: can be merged into a layer" if graph.affine else "not affine: stays a branch"
-    print(f"{merge}; mixes positions: {graph.mixes}")
+    say(f"{merge}; mixes positions: {graph.mixes}")
     for line in _lines(graph):
-        print(f"  {line}")
+        say(f"  {line}")
     for cost in costs:
-        print(f"{cost['place']}: {cost['parameters']} parameters, {cost['flops']} FLOPs for {cost['input']}")
+        say(f"{cost['place']}: {cost['parameters']} parameters, {cost['flops']} FLOPs for {cost['input']}")
 
 
 @blueprints.command()
@@ -98,7 +97,7 @@ def check(
     else:
         failures = sum(result.passed is False for result in results)
         spent = time.monotonic() - started
-        print(f"{graph.name}: {len(results)} checks, {failures} failed, {spent:.1f} s")
+        say(f"{graph.name}: {len(results)} checks, {failures} failed, {spent:.1f} s")
     if not passed:
         raise typer.Exit(FAILED)
 
@@ -111,18 +110,11 @@ def find(name: str) -> Any:
         RegistryError: There is neither such a file nor such a name.
     """
     from esper.blueprints import CATALOGUE
-    from esper.blueprints.graph import Graph
-    from esper.blueprints.reading import MAX_TEXT
+    from esper.kasmina.choice import read_graph
 
-    path = Path(name)
-    if path.suffix != ".json" and not path.is_file():
+    if not name.endswith(".json") and not Path(name).is_file():
         return CATALOGUE.get(name)
-    try:
-        with path.open("rb") as file:
-            content = file.read(4 * MAX_TEXT + 1)  # a character has at most four bytes
-        return Graph.from_json(content.decode())
-    except (OSError, UnicodeDecodeError) as error:
-        raise BlueprintError(f"{path} cannot be read as a blueprint: {error}") from None
+    return read_graph(name)
 
 
 def _row(graph: Any) -> dict[str, Any]:
@@ -180,4 +172,4 @@ def _lines(graph: Any) -> list[str]:
 
 
 def _print_check(result: Any) -> None:
-    print(f"{WORDS[result.passed]}  {result.name:<13} {result.place}: {result.detail}", flush=True)
+    say(f"{WORDS[result.passed]}  {result.name:<13} {result.place}: {result.detail}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from esper.cli.application import FAILED
-from esper.cli.output import print_json
-from esper.errors import RegistryError, nearest
+from esper.cli.output import print_json, say
+from esper.errors import RegistryError, RunError, nearest
+from esper.printable import printable, quoted
 
 MAKER = "esper.cli.session:open_session"
 DASH = "–"
@@ -38,7 +38,7 @@ def chaos(
         if json:
             print_json(about)
         else:
-            print("\n".join(f"{name:<22} {line}" for name, line in about.items()))
+            say("\n".join(f"{name:<22} {line}" for name, line in about.items()))
         return
     if config is None:
         raise typer.BadParameter("name the config to rehearse, or give --list")
@@ -46,7 +46,7 @@ def chaos(
     if json:
         print_json(found)
     else:
-        print("\n".join(lines(found)))
+        say("\n".join(lines(found)))
     if not found["survived"]:
         raise typer.Exit(FAILED)
 
@@ -60,7 +60,7 @@ def chosen(faults: str | None, known: list[str]) -> list[str]:
     names = known if faults is None else [name.strip().replace("-", "_") for name in faults.split(",")]
     for name in names:
         if name not in known:
-            raise RegistryError(f"no fault {name!r}; {nearest(name, known)}")
+            raise RegistryError(f"no fault {quoted(name)}; {nearest(name, known)}")
     return names
 
 
@@ -73,6 +73,10 @@ def rehearse(
 
     growth_settings(config, read_recipe(config))  # a mistake is told before anything runs
     folder = Path(tempfile.mkdtemp(prefix="esper-chaos-")) if run_dir is None else run_dir
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"cannot keep runs in {folder}: {error.strerror}; give a folder") from None
     rehearsal = Rehearsal(MAKER, config, folder, seed=seed, epochs=epochs, tell=progress)
     try:
         whole = rehearsal.undisturbed()
@@ -92,7 +96,7 @@ def rehearse(
 
 def progress(line: str) -> None:
     """Tell what is being done, beside the result."""
-    print(f"chaos: {line}", file=sys.stderr, flush=True)
+    say(f"chaos: {line}", error=True)
 
 
 def lines(found: dict[str, Any]) -> list[str]:
@@ -109,7 +113,7 @@ def lines(found: dict[str, Any]) -> list[str]:
     survived, skipped = (sum(row["survived"] is value for row in rows) for value in (True, None))
     drawn.append(f"{survived} of {len(rows) - skipped} survived, {skipped} skipped")
     drawn.append(f"a run has {found['steps']} steps and took {found['seconds']:.1f} s undisturbed")
-    return ["".join(c if c.isprintable() else "?" for c in line) for line in drawn]
+    return [printable(line, keep="") for line in drawn]
 
 
 def told(value: bool | None) -> str:

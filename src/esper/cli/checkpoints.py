@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import datetime
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from esper.cli.application import FAILED
-from esper.cli.output import print_json
+from esper.cli.output import print_json, say
 from esper.errors import StateError, nearest
 from esper.nissa.wording import short
+from esper.printable import printable, quoted
 
 checkpoints = typer.Typer(
     help="List, verify, prune and export checkpoints in PLACE: a run's folder, its checkpoints', or a URL.",
@@ -20,6 +22,8 @@ checkpoints = typer.Typer(
 Place = Annotated[str, typer.Argument(help="A folder, or a URL like s3://bucket/prefix.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Names = Annotated[list[str] | None, typer.Argument(help="Checkpoints by name or step; all by default.")]
+MOST_DIGITS = 18  # of a step
+MOST_PLACE = 1000  # characters of a path that a message repeats
 INSIDE = "checkpoints"  # of a run's folder
 
 
@@ -42,9 +46,9 @@ def list_checkpoints(place: Place, json: Json = False) -> None:
     if json:
         print_json(rows)
     elif rows:
-        print("\n".join(table(rows)))
+        say("\n".join(table(rows)))
     else:
-        print(f"no checkpoints in {storage}")
+        say(f"no checkpoints in {storage}")
 
 
 @checkpoints.command()
@@ -59,10 +63,10 @@ def verify(place: Place, names: Names = None, json: Json = False) -> None:
     if json:
         print_json({"verified": [name for name in wanted if name not in damaged], "damaged": damaged})
     elif wanted:
-        print("\n".join(verdicts(found)))
-        print(f"{len(wanted) - len(damaged)} of {len(wanted)} checkpoints in {storage} are sound")
+        say("\n".join(verdicts(found)))
+        say(f"{len(wanted) - len(damaged)} of {len(wanted)} checkpoints in {storage} are sound")
     else:
-        print(f"no checkpoints in {storage}")
+        say(f"no checkpoints in {storage}")
     if damaged:
         raise typer.Exit(FAILED)
 
@@ -95,8 +99,8 @@ def prune(
     done = "would be deleted" if dry_run else "deleted"
     for name in names:
         why = "damaged" if name in damaged else "the best" if name == rule.best_of(sound) else ""
-        print(f"{name:<14} {done if name in deleted else 'kept':<16} {why}".rstrip())
-    print(f"{len(deleted)} of {len(names)} checkpoints in {storage} {'would go' if dry_run else 'are gone'}")
+        say(f"{name:<14} {done if name in deleted else 'kept':<16} {why}".rstrip())
+    say(f"{len(deleted)} of {len(names)} checkpoints in {storage} {'would go' if dry_run else 'are gone'}")
 
 
 @checkpoints.command()
@@ -122,8 +126,8 @@ def export(
         print_json({"checkpoint": found.manifest.name, "model": str(to), "passed_over": told})
         return
     for line in told:
-        print(line)
-    print(f"{to}: the model of {found.manifest.name}; seeds that were awake are not part of it")
+        say(line)
+    say(f"{to}: the model of {found.manifest.name}; seeds that were awake are not part of it")
 
 
 def opened(place: str) -> tuple[Any, list[str]]:
@@ -136,8 +140,9 @@ def opened(place: str) -> tuple[Any, list[str]]:
     from esper.tolaria.checkpoint.places import storage_at
 
     folder = Path(place)
-    if "://" not in place and not folder.is_dir():
-        raise StateError(f"no folder {folder}; give a run's folder, or the one CheckpointManager was given")
+    if "://" not in place and not os.path.isdir(folder):  # Path's own raises where a name is too long
+        said = folder if len(place) <= MOST_PLACE else quoted(place)
+        raise StateError(f"no folder {said}; give a run's folder, or the one CheckpointManager was given")
     inside = "://" not in place and (folder / INSIDE).is_dir()
     storage = storage_at(str(folder / INSIDE) if inside else place)
     return storage, steps_kept(storage)
@@ -149,9 +154,9 @@ def find(known: list[str], asked: str) -> str:
     Raises:
         StateError: There is none.
     """
-    name = f"step-{int(asked):08d}" if asked.isdecimal() else asked
+    name = f"step-{int(asked):08d}" if asked.isdecimal() and len(asked) <= MOST_DIGITS else asked
     if name not in known:
-        raise StateError(f"no checkpoint {asked[:80]!r}; {nearest(name, known)}")
+        raise StateError(f"no checkpoint {quoted(asked)}; {nearest(name, known)}")
     return name
 
 
@@ -190,7 +195,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
             f"{row['name']:<14} {when:<20} {row['bytes']:>12,} {parameters:>12} {grown:>5}  "
             f"{', '.join(more)}".rstrip()
         )
-    return ["".join(c if c.isprintable() else "?" for c in line) for line in lines]
+    return [printable(line, keep="") for line in lines]
 
 
 def shown(count: int | None) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from esper.cli.output import growth_lines, print_json
+from esper.cli.output import growth_lines, print_json, say
 from esper.nissa.wording import count
 
 
@@ -38,9 +38,9 @@ def demo(
         report = write_report(run_dir / task.name)
         result["report"] = str(report)
         if not json:
-            print("\n".join([f"\n{task.title} on handwritten digits", *result.pop("story")]))
-            print("\n".join(table(result["rows"])))
-            print(f"  report: {report}")
+            say("\n".join([f"\n{task.title} on handwritten digits", *result.pop("story")]))
+            say("\n".join(table(result["rows"])))
+            say(f"  report: {report}")
     if json:
         print_json(results)
 

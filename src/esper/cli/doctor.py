@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from esper.cli.application import FAILED
-from esper.cli.output import print_json
+from esper.cli.output import print_json, say
 
 DISTRIBUTION = "esper-morph"
 _REQUIREMENT = re.compile(r"^([A-Za-z0-9._-]+)(?:\[([^\]]*)\])?")
@@ -105,16 +105,16 @@ def torch_facts() -> dict[str, Any]:
 
 def print_examination(found: dict[str, Any]) -> None:
     """Print what ``examine`` found, one fact per line."""
-    print(f"esper-morph {found['esper'] or 'is not installed, only its source is on the path'}")
-    print(f"Python {found['python']} on {found['system']}, {found['cores']} cores")
+    say(f"esper-morph {found['esper'] or 'is not installed, only its source is on the path'}")
+    say(f"Python {found['python']} on {found['system']}, {found['cores']} cores")
     if found["torch"]:
         devices = ", ".join(found["torch"]["cuda"]) or "no CUDA device"
-        print(f"torch {found['torch']['version']}: {found['torch']['threads']} threads, {devices}")
+        say(f"torch {found['torch']['version']}: {found['torch']['threads']} threads, {devices}")
     for name, installed in found["core"].items():
-        print(f"  {name:<20} {installed or f'MISSING: pip install {name}'}")
+        say(f"  {name:<20} {installed or f'MISSING: pip install {name}'}")
     for extra, facts in found["extras"].items():
-        print(
+        say(
             f"extra {extra}: {'present' if facts['present'] else 'missing, get it with: ' + facts['install']}"
         )
         for name, installed in facts["packages"].items():
-            print(f"  {name:<20} {installed or 'missing'}")
+            say(f"  {name:<20} {installed or 'missing'}")

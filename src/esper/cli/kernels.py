@@ -9,9 +9,10 @@ from typing import Annotated, Any
 import typer
 
 from esper.cli.application import FAILED
-from esper.cli.output import print_json
+from esper.cli.output import print_json, say
 from esper.contracts import Kernel
 from esper.errors import KernelError
+from esper.printable import printable
 from esper.tezzeret.container import is_published, open_sealed
 from esper.tezzeret.contents import tensor_table
 from esper.tezzeret.signing import load_key
@@ -42,7 +43,7 @@ def list_kernels(store: Store = None, json: Json = False) -> None:
     elif rows:
         print_table(rows)
     else:
-        print(f"no kernels in {shelf.folder}")
+        say(f"no kernels in {shelf.folder}")
 
 
 @kernels.command()
@@ -68,7 +69,7 @@ def show(
         return
     for name, value in facts.items():
         line = value if isinstance(value, str) else text.dumps(value, ensure_ascii=False)
-        print(f"{name:<12} {''.join(c if c.isprintable() else '?' for c in line)}")
+        say(f"{name:<12} {printable(line, keep='')}")
 
 
 @kernels.command()
@@ -90,8 +91,8 @@ def verify(
         print_json({"verified": [one for one in wanted if one not in refused], "refused": refused})
     else:
         for one, reason in refused.items():
-            print(f"{one}: {reason}")
-        print(f"{len(wanted) - len(refused)} of {len(wanted)} kernels in {shelf.folder} are sound")
+            say(f"{one}: {reason}")
+        say(f"{len(wanted) - len(refused)} of {len(wanted)} kernels in {shelf.folder} are sound")
     if refused:
         raise typer.Exit(FAILED)
 
@@ -172,8 +173,8 @@ def print_table(rows: list[dict[str, Any]]) -> None:
             row["pipeline"],
         ]
         # Text, not markup: names come from the graph.
-        table.add_row(*(Text("".join(c if c.isprintable() else "?" for c in cell)) for cell in cells))
+        table.add_row(*(Text(printable(cell, keep="")) for cell in cells))
     if table.row_count:
         Console().print(table)
     for row in (row for row in rows if row["refused"] is not None):
-        print(f"refused {row['id'][:SHORT]}: {row['refused']}")
+        say(f"refused {row['id'][:SHORT]}: {row['refused']}")

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 from esper.nissa.history import RunHistory
 from esper.nissa.journal import plain
 from esper.nissa.wording import count, duration, short
+from esper.printable import printable
 
 
 def print_json(value: Any) -> None:
-    """Print a value as strict JSON; non-finite numbers become the strings of the journal."""
-    print(json.dumps(plain(value, "the result"), indent=2, allow_nan=False))
+    """Print a value as strict JSON in ASCII; non-finite numbers become the strings of the journal."""
+    text = json.dumps(plain(value, "the result"), indent=2, allow_nan=False)
+    print(text.replace("\x7f", "\\u007f"))  # DEL is the one control character that JSON leaves as it is
+
+
+def say(text: str, *, error: bool = False) -> None:
+    """Print text for people; what it quotes from files, paths and names moves no terminal."""
+    print(printable(text), file=sys.stderr if error else sys.stdout, flush=True)
 
 
 def growth_lines(history: RunHistory) -> Iterator[str]:

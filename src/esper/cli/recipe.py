@@ -10,12 +10,17 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from esper.config import Config, explain, load_config, read_yaml
 from esper.errors import ConfigError, nearest
+from esper.printable import quoted
+from esper.yaml_text import Unclear
+
+MOST_EPOCHS = 10**9
+MOST_SEED = 2**64 - 1  # that torch takes
 
 
 class Call(BaseModel):
     """``module:callable`` with keyword arguments; a bare string stands for a call without any."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, strict=True)
 
     call: str
     arguments: dict[str, Any] = {}
@@ -28,8 +33,24 @@ def _as_call(value: Any) -> Any:
     if isinstance(value, Mapping):
         for key in value:
             if key not in Call.model_fields:
-                raise ConfigError(f"unknown key {str(key)!r}; {nearest(str(key), Call.model_fields)}")
+                raise ConfigError(f"unknown key {quoted(key)}; {nearest(str(key), Call.model_fields)}")
+        _refuse_unclear(value.get("arguments"), "arguments")
     return value
+
+
+def _refuse_unclear(value: Any, where: str) -> None:
+    """Refuse a word that may mean a truth value or a number: no type says here which is meant."""
+    if isinstance(value, Unclear):
+        raise ConfigError(
+            f"{where}: {quoted(str(value))} is text in one YAML and a truth value or number in another; "
+            "write true, false or a decimal number, or put it in quotes"
+        )
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _refuse_unclear(item, f"{where}.{quoted(key)}")
+    elif isinstance(value, list):
+        for item in value:
+            _refuse_unclear(item, where)
 
 
 CallLike = Annotated[Call, BeforeValidator(_as_call)]
@@ -57,7 +78,7 @@ class Checkpoints(BaseModel):
 class Recipe(BaseModel):
     """A training run as data."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     model: CallLike  # returns an nn.Module
     data: (
@@ -69,11 +90,17 @@ class Recipe(BaseModel):
     metrics: dict[
         str, CallLike
     ] = {}  # accuracy, mse, or functions (model, batch) -> float, by the name to report
-    epochs: int = Field(ge=1)
-    seed: int = Field(0, ge=0, lt=2**32, strict=True)  # of torch, NumPy, Python and growth
+    epochs: int = Field(ge=1, le=MOST_EPOCHS)
+    seed: int = Field(0, ge=0, le=MOST_SEED, strict=True)  # of torch, NumPy, Python and growth
     checkpoints: Checkpoints | None = None  # given, they are kept; None: only with --resume
     growth: dict[str, Any] = {}  # sections of esper.Config
-    run_dir: str | None = None
+    run_dir: str | None = Field(None, pattern=r"^[^\x00]+$")
+
+    def calls(self) -> dict[str, Call]:
+        """Return everything the config calls, by the key that says so."""
+        found = {"model": self.model, "data": self.data, "loss": self.loss, "optimizer": self.optimizer}
+        found |= {} if self.scheduler is None else {"scheduler": self.scheduler}
+        return found | {f"metrics.{name}": spec for name, spec in self.metrics.items()}
 
 
 def read_recipe(path: Path) -> Recipe:

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from esper.cli.output import print_json
+from esper.cli.output import print_json, say
+from esper.nissa.damage import fitting
 
 
 def report(
@@ -24,6 +25,7 @@ def report(
 
     path = write_report(run, out)
     if json:
-        print_json({**fold(read_events(run)).totals, "report": str(path)})
+        with fitting(run):
+            print_json({**fold(read_events(run)).totals, "report": str(path)})
     else:
-        print(path)
+        say(str(path))

@@ -11,12 +11,18 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
 from esper.cli import resolve
-from esper.cli.recipe import Recipe, growth_settings, read_recipe
+from esper.cli.recipe import Call, Recipe, growth_settings, read_recipe
 from esper.cli.run_folder import CHECKPOINTS
 from esper.cli.seeding import seed_all
 from esper.cli.settings import settings_of
 from esper.contracts import Observer, ignore
+from esper.errors import ConfigError
 from esper.nissa.journal import RunJournal
 from esper.tolaria.checkpoint import FolderStorage, Storage
 from esper.tolaria.distributed.launch import join, launched, replicated
@@ -64,22 +70,22 @@ def open_session(
         update={"growth": {**recipe.growth, **sections}, "epochs": epochs or recipe.epochs}
     )
     settings = growth_settings(config, recipe)
-    resolve.see_folder(config)
+    resolve.see_folder(config, recipe)
     seed_all(recipe.seed)
-    model = resolve.call(recipe.model)
-    data = resolve.batches_of(resolve.call(recipe.data), recipe.data)
+    model = resolve.called("model", recipe.model, nn.Module, "an nn.Module")
+    data = resolve.batches_of(resolve.call(recipe.data, key="data"), recipe.data)
     if launched():
         rank, world = join()
         model, data["train"] = replicated(model), Share(data["train"], rank, world)
-    optimizer = resolve.call(recipe.optimizer, model.parameters())
+    optimizer = optimizer_of(recipe.optimizer, model)
     asked = settings_of(config, recipe, settings, data)
     return Trainer(
         model,
         optimizer,
         resolve.loss_of(recipe.loss),
         **data,
-        scheduler=resolve.call(recipe.scheduler, optimizer) if recipe.scheduler else None,
-        metrics={name: resolve.metric_of(spec) for name, spec in recipe.metrics.items()},
+        scheduler=scheduler_of(recipe.scheduler, optimizer),
+        metrics={name: resolve.metric_of(spec, f"metrics.{name}") for name, spec in recipe.metrics.items()},
         config=settings,
         run_dir=journal_of(run_dir, asked),
         epochs=recipe.epochs,
@@ -113,3 +119,40 @@ def cadence_of(recipe: Recipe) -> int | timedelta | None:
     return wanted.every_steps or (
         None if wanted.every_seconds is None else timedelta(seconds=wanted.every_seconds)
     )
+
+
+def optimizer_of(spec: Call, model: nn.Module) -> Optimizer:
+    """Make a recipe's optimizer of a model's parameters."""
+    needed = "a torch.optim.Optimizer"
+    made: Optimizer = resolve.called("optimizer", spec, Optimizer, needed, model.parameters())
+    return made
+
+
+def scheduler_of(spec: Call | None, optimizer: Optimizer) -> LRScheduler | None:
+    """Make a recipe's scheduler."""
+    if spec is None:
+        return None
+    needed = "a torch.optim.lr_scheduler.LRScheduler"
+    made: LRScheduler = resolve.called("scheduler", spec, LRScheduler, needed, optimizer)
+    if type(made).__module__ == LRScheduler.__module__:  # one of the user's own may count its calls
+        rehearse(spec, optimizer)
+    return made
+
+
+def rehearse(spec: Call, optimizer: Optimizer) -> None:
+    """Take a scheduler's first steps on an optimizer that stands in: step_size=0 divides only then.
+
+    Raises:
+        ConfigError: It raises.
+    """
+    params = [{**group, "params": [torch.zeros(1, requires_grad=True)]} for group in optimizer.param_groups]
+    for group in params:
+        group.pop("initial_lr", None)
+    stand_in = SGD(params, lr=1.0)
+    trial = resolve.call(spec, stand_in, key="scheduler")
+    given = [0.0] if isinstance(trial, ReduceLROnPlateau) else []
+    try:
+        stand_in.step()
+        trial.step(*given)
+    except Exception as error:  # whatever its arithmetic raises
+        raise ConfigError(f"scheduler: {spec.call} raised {resolve.told(error)} at its first step") from error

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from esper.cli.application import FAILED
-from esper.cli.output import growth_lines, print_json
+from esper.cli.output import growth_lines, print_json, say
 from esper.contracts import ignore
 
 
@@ -36,6 +36,8 @@ def train(
 ) -> None:
     """Train and grow the model a config describes; write a run folder with its events and the grown model.
 
+    A config is code: it imports and calls what it names. Train none that you would not run.
+
     Where checkpoints are kept, SIGTERM, SIGINT and SIGHUP end training after its step, with a checkpoint;
     under torchrun they end it at once.
 
@@ -51,7 +53,7 @@ def train(
         raise typer.BadParameter("--override says how to go on with a run; give --resume auto too")
     recipe = read_recipe(config)
     growth_settings(config, recipe)
-    resolve.see_folder(config)
+    resolve.see_folder(config, recipe)
     folder = run_dir or Path(recipe.run_dir or Path("runs") / config.stem)
     first = os.environ.get("RANK", "0") == "0"
     aside = claim(folder, resume=resume is not None, fresh=fresh) if first else None
@@ -103,8 +105,8 @@ def end(trainer: Any, folder: Path, view: Any, ended_by: int | None, *, json: bo
                 {**view.history.totals, "run": str(folder), "model": None if model is None else str(model)}
             )
         else:
-            print("\n".join(growth_lines(view.history)))
-            print(f"run folder: {folder} (esper report {folder} draws it, esper why {folder} explains it)")
+            say("\n".join(growth_lines(view.history)))
+            say(f"run folder: {folder} (esper report {folder} draws it, esper why {folder} explains it)")
         if model != folder / "model":
             raise typer.Exit(FAILED)
     if launched():

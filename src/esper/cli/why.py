@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from esper.cli.output import print_json
+from esper.cli.output import print_json, say
+from esper.nissa.damage import fitting
 from esper.nissa.history import fold
 from esper.nissa.journal import read_events
 from esper.nissa.why import as_text
@@ -24,8 +25,9 @@ def why(
     ] = False,
 ) -> None:
     """Explain a run's decisions: inputs, arms, propensity, race, gate, predicted against realised gain."""
-    history = fold(read_events(run))
-    if json:
-        print_json(explained(history, decision))
-    else:
-        print(as_text(history, decision) or "The run took no decision.")
+    with fitting(run):
+        history = fold(read_events(run))
+        if json:
+            print_json(explained(history, decision))
+        else:
+            say(as_text(history, decision) or "The run took no decision.")

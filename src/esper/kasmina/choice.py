@@ -7,7 +7,9 @@ from pathlib import Path
 
 from esper.blueprints import CATALOGUE
 from esper.blueprints.graph import Graph
+from esper.blueprints.reading import MAX_TEXT
 from esper.errors import BlueprintError
+from esper.files import read_regular
 
 
 def chosen(names: Sequence[str]) -> list[Graph]:
@@ -32,14 +34,14 @@ def chosen(names: Sequence[str]) -> list[Graph]:
     return graphs
 
 
-def read_graph(path: str) -> Graph:
+def read_graph(path: str | Path) -> Graph:
     """Read a blueprint of the user's own.
 
     Raises:
         BlueprintError: The file cannot be read or is not a valid graph.
     """
+    content = read_regular(path, limit=4 * MAX_TEXT, what="the blueprint", error=BlueprintError)
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return Graph.from_json(content.decode())
+    except UnicodeDecodeError as error:
         raise BlueprintError(f"cannot read the blueprint {path}: {error}") from None
-    return Graph.from_json(text)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from esper.arguments import flag, texts, whole
 from esper.contracts import Refusal, Stage
 from esper.errors import EsperError, ProbeError, SiteError
 from esper.kasmina.blocks import find_blocks
@@ -20,14 +21,28 @@ from esper.kasmina.layer import KasminaLayer
 from esper.kasmina.places import Place, WidenPlace
 from esper.kasmina.proving import Pass, Proof
 from esper.kasmina.recorder import tensors
-from esper.kasmina.sites import Sites, find_pairs, racing, reachable, select, uncoded
+from esper.kasmina.selecting import Sites, refuse_selectors
+from esper.kasmina.sites import find_pairs, racing, reachable, select, uncoded
 from esper.kasmina.stack import Stack
 from esper.kasmina.stacks import find_stacks
 from esper.kasmina.state import KasminaStateLayout
 from esper.kasmina.streams import StreamPool
 from esper.kasmina.uncalled import not_read_elsewhere
+from esper.printable import shortened
 
 PREFIX = "_esper."
+MOST_SEEDS = 1024  # per site: every one has a row of the layout
+MOST_SAID = 2000  # characters of what the user's model raises
+# What a model raises that does not fit its inputs; an exception of another kind is the user's own affair.
+MISTAKES = (
+    RuntimeError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    ArithmeticError,
+)
 
 
 class MorphableModel(nn.Module):
@@ -269,10 +284,11 @@ def wrap(
 
     Raises:
         SiteError: The model has no place to grow, or none of those asked for.
+        ConfigError: An argument is of another kind or out of range.
         ProbeError: The model does not run on the example inputs.
     """
-    if isinstance(model, MorphableModel):
-        raise SiteError("this model is wrapped already; esper.unwrap(m) gives the host back")
+    refuse_arguments(model, seeds_per_site, blueprints, raced, deepen)
+    refuse_selectors(sites)
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = {}
     if isinstance(example_inputs, Mapping):
@@ -282,6 +298,8 @@ def wrap(
     given = tensors((args, kwargs))
     if not given:
         raise ProbeError("example_inputs holds no tensor; give what the model is called with")
+    if not given[0].dim():
+        raise ProbeError("the first tensor of example_inputs is a number; examples lie along its axis 0")
     try:
         policy = detect(model)
         host = policy.host
@@ -300,8 +318,26 @@ def wrap(
             )
     except EsperError:
         raise
-    except (RuntimeError, TypeError, IndexError) as error:
-        raise ProbeError(f"the model does not run on example_inputs: {error}") from error
+    except MISTAKES as error:
+        said = shortened(f"{type(error).__name__}: {error}", MOST_SAID)
+        raise ProbeError(f"the model does not run on example_inputs: {said}") from error
+
+
+def refuse_arguments(model: Any, seeds_per_site: Any, blueprints: Any, raced: Any, deepen: Any) -> None:
+    """Refuse what is of another kind than ``wrap`` takes.
+
+    Raises:
+        SiteError: The model is none that can be wrapped.
+        ConfigError: Another argument.
+    """
+    if isinstance(model, MorphableModel):
+        raise SiteError("this model is wrapped already; esper.unwrap(m) gives the host back")
+    if not isinstance(model, nn.Module):
+        raise SiteError(f"a {type(model).__name__} cannot grow; an nn.Module is needed")
+    whole("seeds_per_site", seeds_per_site, least=1, most=MOST_SEEDS)
+    texts("blueprints", blueprints, "names, or paths of JSON files: 'auto', 'widen', 'residual_mlp' …")
+    flag("raced", raced)
+    flag("deepen", deepen)
 
 
 def called(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Pass:

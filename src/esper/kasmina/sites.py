@@ -10,7 +10,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,12 +28,9 @@ from esper.kasmina.places import Place
 from esper.kasmina.reasons import why_not
 from esper.kasmina.recorder import record
 from esper.kasmina.seam import look_through
-from esper.kasmina.selectors import refuse_selectors
+from esper.kasmina.selecting import Selector, Sites, refuse_selectors
 from esper.kasmina.uncalled import UNCALLED
-
-Selector: TypeAlias = "str | re.Pattern[str] | type[nn.Module]"
-Sites: TypeAlias = "Selector | Sequence[Selector] | Mapping[str, Selector | Sequence[Selector]]"
-
+from esper.printable import quoted
 
 DRAWS = 8  # of training passes, where chance decides which layers run
 
@@ -309,8 +306,8 @@ def select(places: Iterable[Place], refusals: Sequence[Refusal], sites: Sites = 
     chosen = [p for p in found if matches(p, include) and not (exclude != () and matches(p, exclude))]
     if not chosen:
         raise SiteError(
-            f"sites={sites!r} matches none of the places found; "
-            f"{nearest(str(include), [p.site.name for p in found])}"
+            f"sites={quoted(sites)} matches none of the places found; "
+            f"{nearest(str(include)[:80], [p.site.name for p in found])}"
         )
     return chosen
 

@@ -10,7 +10,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from esper.errors import SiteError
 from esper.kasmina.morphable import MorphableModel
+from esper.printable import printable
 
 
 @dataclass
@@ -48,7 +50,7 @@ class Summary:
     def __str__(self) -> str:
         """Draw the table."""
         out = io.StringIO()
-        console = Console(file=out, width=118)
+        console = Console(file=out, width=118, markup=False, emoji=False)  # a name is no markup
         console.print(
             f"{self.model}: {self.parameters:,} parameters, {self.flops:,} FLOPs per example and forward pass"
         )
@@ -80,11 +82,20 @@ class Summary:
             console.print("growth is off")
         if self.decisions:
             console.print(f"decisions due at steps {', '.join(map(str, self.decisions))}")
-        return out.getvalue().rstrip()
+        return printable(out.getvalue().rstrip())
 
 
 def summary(model: MorphableModel) -> Summary:
-    """Describe a wrapped model: sites, seeds, parameters, FLOPs, and refused places with the reason."""
+    """Describe a wrapped model: sites, seeds, parameters, FLOPs, and refused places with the reason.
+
+    Raises:
+        SiteError: ``model`` is not wrapped.
+    """
+    if not isinstance(model, MorphableModel):
+        raise SiteError(
+            f"a {type(model).__name__} is not wrapped; summary takes what esper.wrap returned, and "
+            "esper.plan any model"
+        )
     rows = []
     for name, place in model.places.items():
         stages = Counter(model.layout.stage_of(seed).name.lower() for seed in model.seeds(name))

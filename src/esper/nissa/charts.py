@@ -18,6 +18,7 @@ from esper.nissa.history import RunHistory
 from esper.nissa.palette import BLUE, GREEN, GREY, ORANGE, PURPLE, STAGE_COLOURS, VERMILION
 from esper.nissa.records import DecisionHistory, SeedHistory, Series, Span
 from esper.nissa.survival import notes
+from esper.printable import printable
 
 try:
     import matplotlib as mpl
@@ -85,17 +86,17 @@ def learning(history: RunHistory, others: Mapping[str, RunHistory] | None = None
         figure = Figure(figsize=(8.6, 5.2 if metric else 3.0), layout="constrained")
         axes = figure.subplots(2 if metric else 1, 1, sharex=True, squeeze=False)[:, 0]
         for (label, run), (colour, dash) in zip(runs.items(), LINES * len(runs), strict=False):
-            _line(axes[0], run.loss, label, colour, dash)
+            _line(axes[0], run.loss, _label(label), colour, dash)
             if metric:
                 points = Series(
                     [epoch.step for epoch in run.epochs], [epoch.metrics.get(metric) for epoch in run.epochs]
                 )
-                _line(axes[1], points, label, colour, dash)
+                _line(axes[1], points, _label(label), colour, dash)
         axes[0].set(title="Training loss", yscale="log" if _wants_log(runs.values()) else "linear")
         axes[0].yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes[0].yaxis.set_minor_formatter(_two_or_five)
         if metric:
-            axes[1].set(title=f"Held-out {metric}")
+            axes[1].set(title=_label(f"Held-out {metric}"))
         _steps_below(axes[-1])
         for axis in axes:
             _mark_growth(axis, history, label=axis is axes[0])
@@ -116,7 +117,7 @@ def parameters(
         figure = Figure(figsize=(8.6, 2.6), layout="constrained")
         axis = figure.subplots()
         for (label, run), (colour, dash) in zip(runs.items(), LINES * len(runs), strict=False):
-            _line(axis, run.parameters, label, colour, dash, drawstyle="steps-post")
+            _line(axis, run.parameters, _label(label), colour, dash, drawstyle="steps-post")
         axis.set(title="Parameters", ylim=(0, None))
         axis.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         _steps_below(axis)
@@ -136,7 +137,9 @@ def lives(history: RunHistory) -> str:
         axis = figure.subplots()
         for row, (seed, life) in enumerate(rows):
             _life(axis, seed, life, row, history.step)
-        axis.set_yticks(range(len(rows)), [f"{seed.site} at {life[0].start:,}" for seed, life in rows])
+        axis.set_yticks(
+            range(len(rows)), [_label(f"{seed.site} at {life[0].start:,}") for seed, life in rows]
+        )
         axis.tick_params(axis="y", length=0)
         axis.set(xlim=(0, None), ylim=(max(len(rows), 1) - 0.4, -0.6))
         _steps_below(axis, "steps since germination")
@@ -188,7 +191,7 @@ def _mark_growth(axis: Axes, history: RunHistory, *, label: bool) -> None:
         axis.axvline(step, color=GREY if lost else GREEN, linewidth=1.2, alpha=0.8, zorder=0)
         if label:
             axis.annotate(
-                _grown(grown),
+                _label(_grown(grown)),
                 (step, 0.0),
                 (3, 4),
                 xycoords=("data", "axes fraction"),
@@ -255,7 +258,12 @@ def _life(axis: Axes, seed: SeedHistory, life: list[Span], row: int, last_step: 
 
 
 def _words(stage: str) -> str:
-    return stage.lower().replace("_", " ")
+    return _label(stage.lower().replace("_", " "))
+
+
+def _label(text: str) -> str:
+    """Write a name without what no font has, for good reason."""
+    return printable(text, keep="")
 
 
 def _wants_log(runs: Iterable[RunHistory]) -> bool:

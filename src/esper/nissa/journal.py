@@ -16,8 +16,11 @@ from typing import Any, BinaryIO
 
 from esper.contracts import EVENTS_VERSION, Event
 from esper.errors import RunError
+from esper.files import read_regular
+from esper.nissa.damage import MOST_JOURNAL, is_object, left_out, require_types, spoiled
 from esper.nissa.lease import Lease
 from esper.nissa.standing import BEGINS, decided_after
+from esper.printable import quoted
 
 EVENTS_FILE = "events.jsonl"
 PATIENCE = 64 * 2**20  # bytes of events that may wait for room on the disk
@@ -79,7 +82,7 @@ class RunJournal:
             self, self._file.close
         )  # a run that is given up without finish() leaves no open file
         if cut:
-            self(_torn(self.path, cut, last))
+            self(left_out(self.path, cut, last))
 
     def __call__(self, event: Event) -> None:
         """Append one event.
@@ -181,28 +184,26 @@ def _lease(folder: Path) -> Lease | None:
 def read_events(run_dir: str | Path) -> list[Event]:
     """Read a run folder's events, oldest first.
 
-    A torn last line (the run was killed while writing it) is left out and reported as a last event of kind
-    ``warning``; any other damage is refused.
+    A torn last line (the run was killed while writing it), and damaged lines at the end, are left out and
+    reported as a last event of kind ``warning``; damage before a whole line is refused.
 
     Raises:
-        RunError: There is no journal, or a line of it is damaged or of an unknown version.
+        RunError: There is no journal, it is no regular file, or a line of it is damaged or of an unknown
+            version.
     """
     path = Path(run_dir) / EVENTS_FILE
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         raise RunError(
             f"no run in {run_dir}: {EVENTS_FILE} is missing; give the folder that esper demo, esper train or "
             f"run_dir= wrote{_runs_beside(Path(run_dir))}"
-        ) from None
-    except OSError as error:
-        raise RunError(f"cannot read {path}: {error.strerror}") from None
-    *lines, tail = content.split(b"\n")
+        )
+    *lines, tail = _content(path).split(b"\n")
+    if is_object(tail):  # only the line feed is missing
+        lines, tail = [*lines, tail], b""
+    lines, cut = _apart(lines, tail)
     events = [decode(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1)]
-    if _is_whole(tail):  # only the line feed is missing
-        events.append(decode(tail, f"{path}, line {len(lines) + 1}"))
-    elif tail:
-        events.append(_torn(path, tail, events[-1] if events else None))
+    if cut:
+        events.append(left_out(path, cut, events[-1] if events else None))
     return events
 
 
@@ -239,18 +240,22 @@ def decode(line: bytes, where: str) -> Event:
     """
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise RunError(f"{where} is damaged ({line[:40]!r}…); restore the file from a copy") from None
     if not isinstance(record, dict) or "v" not in record:
         raise RunError(f"{where} is not an event of Esper: it has no version; restore the file from a copy")
     if record["v"] != EVENTS_VERSION:
         raise RunError(
-            f"{where} has version {record['v']!r}, this Esper reads version {EVENTS_VERSION}; "
+            f"{where} has version {quoted(record['v'])}, this Esper reads version {EVENTS_VERSION}; "
             "read the run with the version of Esper that wrote it"
         )
     try:
-        return Event(kind=record["kind"], step=record["step"], data=record["data"], time=record["time"])
-    except (KeyError, TypeError, ValueError) as error:
+        kind, step, data, time = (record[name] for name in ("kind", "step", "data", "time"))
+        require_types(kind, step, time, data, where)
+        return Event(kind=kind, step=step, data=data, time=time)
+    except RunError:
+        raise
+    except (KeyError, ValueError) as error:
         raise RunError(f"{where} is not a whole event: {error}; restore the file from a copy") from None
 
 
@@ -283,36 +288,36 @@ def _non_finite(value: float) -> str:
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
-def _is_whole(tail: bytes) -> bool:
-    """Tell a line that lacks only its line feed from a torn one: no prefix of a JSON object is JSON."""
-    try:
-        return isinstance(json.loads(tail), dict)
-    except ValueError:
-        return False
+def _content(path: Path) -> bytes:
+    """Read a journal, which lies in its folder itself: what it links to is not written to, so not read."""
+    return read_regular(path, limit=MOST_JOURNAL, what="the journal", error=RunError, follow=False)
+
+
+def _apart(lines: list[bytes], tail: bytes) -> tuple[list[bytes], bytes]:
+    """Tell the whole lines from the damaged end."""
+    sound = len(lines) - spoiled(lines)
+    return lines[:sound], b"\n".join([*lines[sound:], tail] if tail or sound < len(lines) else [])
 
 
 def _mend(path: Path) -> tuple[bytes, Event | None]:
-    """Make the file end in a line feed, so that the next event starts a line.
+    """Make the file end in a whole line and a line feed, so that the next event starts a line.
 
     Returns:
         What had to be cut off, and the last whole event (reading it also refuses a file of another version).
     """
-    if not path.exists():
+    if not os.path.lexists(path):
         return b"", None
+    content = _content(path)
+    *lines, tail = content.split(b"\n")
+    ended = is_object(tail)
+    lines, cut = _apart([*lines, tail], b"") if ended else _apart(lines, tail)
+    last = decode(lines[-1], f"{path}, line {len(lines)}") if lines else None
     with open(path, "r+b") as file:
-        *lines, tail = file.read().split(b"\n")
-        if _is_whole(tail):
+        if ended:
+            file.seek(0, os.SEEK_END)
             file.write(b"\n")
-            lines, tail = [*lines, tail], b""
         file.truncate(sum(len(line) + 1 for line in lines))
-    return tail, decode(lines[-1], f"{path}, line {len(lines)}") if lines else None
-
-
-def _torn(path: Path, tail: bytes, last: Event | None) -> Event:
-    message = (
-        f"the last line of {path} was torn ({len(tail)} bytes) and left out: the run was killed writing it"
-    )
-    return Event("warning", last.step if last else 0, {"message": message})
+    return cut, last
 
 
 def _runs_beside(folder: Path) -> str:

@@ -20,6 +20,7 @@ from esper.nissa.records import DecisionHistory, SeedHistory
 from esper.nissa.survival import notes, of_ranks, reopened, rewrapped, took_back, went_on
 from esper.nissa.why import evidence, headline
 from esper.nissa.wording import UNKNOWN, count, duration, short
+from esper.printable import printable
 
 REFRESHES = (
     4  # a second, by a thread of its own: an event costs the training thread one fold, never a drawing
@@ -72,9 +73,8 @@ class LiveView:
             self.history.add(event)
         if self._plain:
             for line in self._lines(event):
-                self._console.print(
-                    f"[{event.step:>6}] {line}", markup=False, highlight=False, soft_wrap=True
-                )
+                told = printable(f"[{event.step:>6}] {line}", keep="")
+                self._console.print(told, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
     def __enter__(self) -> LiveView:
         if not self._plain:
@@ -170,7 +170,7 @@ def _header(history: RunHistory) -> Table:
     steps = history.started.get("steps")
     grid = Table.grid(padding=(0, 2))
     grid.add_row(
-        Text(str(history.started["model"]), style="bold"),
+        _text(history.started["model"], "bold"),
         Text(f"step {history.step:,}" + (f" of {steps:,}" if steps else "")),
         ProgressBar(total=steps or None, completed=history.step, width=30, pulse=not steps),
         Text(duration(history.seconds), style="dim"),
@@ -187,8 +187,8 @@ def _header(history: RunHistory) -> Table:
         size.append(f"checkpoint at step {history.checkpoints[-1].data['step']:,}")
     outer = Table.grid()
     outer.add_row(grid)
-    outer.add_row(Text("   ".join(learning)))
-    outer.add_row(Text("   ".join(size)))
+    outer.add_row(_text("   ".join(learning)))
+    outer.add_row(_text("   ".join(size)))
     return outer
 
 
@@ -204,11 +204,13 @@ def _sites(history: RunHistory) -> Table:
         seed = newest.get(site)
         units = f"{before} → {now}" if now != before else str(before)
         if seed is None:
-            table.add_row(site, units, UNKNOWN, Text("dormant", style="dim"), "")
+            table.add_row(_text(site), units, UNKNOWN, Text("dormant", style="dim"), "")
         else:
-            stage = Text(seed.stage.lower().replace("_", " "), style=STAGE_COLOURS.get(seed.stage, ""))
+            stage = _text(seed.stage.lower().replace("_", " "), STAGE_COLOURS.get(seed.stage, ""))
             exposed = seed.stage in ("GRAFTING", "STABILISING", "EVALUATING")
-            table.add_row(site, units, seed.seed, stage, short(seed.alpha.last, 2) if exposed else "")
+            table.add_row(
+                _text(site), units, _text(seed.seed), stage, short(seed.alpha.last, 2) if exposed else ""
+            )
     if len(ordered) > ROWS:
         table.add_row(f"and {len(ordered) - ROWS} more", "", "", "", "")
     return table
@@ -223,9 +225,9 @@ def _decisions(history: RunHistory) -> Table:
         colour = {"kept": "green", "refused": "red", "taken back": "red"}.get(decision.verdict, "yellow")
         table.add_row(
             Text(f"step {decision.step:,}", style="dim"),
-            Text(headline(decision), style="bold"),
+            _text(headline(decision), "bold"),
             Text(decision.verdict, style=colour),
-            Text(_reason(decision), style="dim"),
+            _text(_reason(decision), "dim"),
         )
     return table
 
@@ -241,18 +243,20 @@ def _trouble(history: RunHistory) -> Iterator[Text]:
     for note in notes(history)[-NOTES:]:
         yield Text.assemble(
             (f"{note.kind} at step {note.step:,}: ", NOTED.get(note.kind, "yellow")),
-            (note.text, "dim"),
+            _text(note.text, "dim"),
             no_wrap=True,
             overflow="ellipsis",
         )
     if history.warnings:
-        yield Text(
-            f"warning: {history.warnings[-1].data['message']}",
-            style="yellow",
-            no_wrap=True,
-            overflow="ellipsis",
-        )
+        warning = _text(f"warning: {history.warnings[-1].data['message']}", "yellow")
+        warning.no_wrap, warning.overflow = True, "ellipsis"
+        yield warning
     if history.faults:
         last = history.faults[-1].data
         many = "fault" if len(history.faults) == 1 else "faults"
-        yield Text(f"{len(history.faults)} {many}, last at {last['site']}: {last['error']}", style="red")
+        yield _text(f"{len(history.faults)} {many}, last at {last['site']}: {last['error']}", "red")
+
+
+def _text(value: object, style: str = "") -> Text:
+    """Return text of an event for the screen: no markup, and nothing that moves the terminal."""
+    return Text(printable(str(value), keep=""), style=style)

@@ -9,6 +9,7 @@ from typing import Any
 
 from esper.nissa.history import DecisionHistory, RunHistory
 from esper.nissa.palette import GREEN, GREY
+from esper.printable import printable
 
 WIDTH = 860
 BOX, GAP, LINE = (
@@ -127,4 +128,4 @@ def _bar(x: float, y: int, length: float, colour: str) -> str:
 
 def _text(x: float, y: int, text: str, *, weight: int = 400, faint: bool = False) -> str:
     dim = ' opacity="0.72" font-size="13"' if faint else ""
-    return f'<text x="{x:.1f}" y="{y}" font-weight="{weight}"{dim}>{escape(text)}</text>'
+    return f'<text x="{x:.1f}" y="{y}" font-weight="{weight}"{dim}>{escape(printable(text, keep=""))}</text>'

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from esper.errors import MissingExtraError, RunError
+from esper.files import read_regular
 from esper.nissa import charts
+from esper.nissa.damage import fitting
 from esper.nissa.history import RunHistory, fold
 from esper.nissa.journal import EVENTS_FILE, read_events
 from esper.nissa.map import model_map
 from esper.nissa.survival import notes, of_checkpoints, reopened
 from esper.nissa.why import headline, why
 from esper.nissa.wording import count, duration, short
+from esper.printable import quoted, shortened
 
 try:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -22,6 +27,7 @@ except ImportError:
     raise MissingExtraError("jinja2", "report", "writing a report") from None
 
 COMPARISON_FILE = "comparison.json"
+MOST_COMPARISON = 1 << 20  # bytes
 COMPARED = ("name", "accuracy", "parameters", "flops", "seconds")  # what each of its rows must hold
 
 
@@ -41,15 +47,18 @@ def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
         RunError: The run folder is missing or damaged, or the report cannot be written.
     """
     folder = Path(run_dir)
-    history = fold(read_events(folder))
-    if not history.started:
-        raise RunError(
-            f"the run in {folder} holds no run_started event; it ended before it began: train again"
-        )
-    rows = read_comparison(folder)
-    others = {row["name"]: fold(read_events(folder / row["run"])) for row in rows if row.get("run")}
     target = Path(out) if out is not None else folder / "report.html"
-    page = render(history, rows, others)
+    with fitting(folder):
+        history = fold(read_events(folder))
+        if not history.started:
+            raise RunError(
+                f"the run in {folder} holds no run_started event; it ended before it began: train again"
+            )
+        rows = read_comparison(folder)
+        others = {row["name"]: fold(read_events(folder / row["run"])) for row in rows if row.get("run")}
+        page = render(history, rows, others)
+    if target.exists() and not target.is_file():
+        raise RunError(f"cannot write the report {target}: it is no regular file; choose another place")
     try:
         target.write_text(page, encoding="utf-8")
     except OSError as error:
@@ -66,22 +75,47 @@ def read_comparison(folder: Path) -> list[dict[str, Any]]:
         RunError: The file is damaged, or a row lacks a column or names a run that is not there.
     """
     path = folder / COMPARISON_FILE
-    if not path.exists():
+    if not os.path.lexists(path):
         return []
+    content = read_regular(path, limit=MOST_COMPARISON, what="the comparison", error=RunError, follow=False)
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RunError(f"{path} is not JSON: {error}; write it again or remove it") from None
+        rows = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        said = shortened(str(error), 200)
+        raise RunError(f"{path} is not JSON: {said}; write it again or remove it") from None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise RunError(f"{path} must hold a list of rows with {', '.join(COMPARED)}")
     for row in rows:
-        if lacking := [column for column in COMPARED if column not in row]:
-            raise RunError(f"{path}: a row lacks {', '.join(lacking)}; every row has {', '.join(COMPARED)}")
-        if row.get("run") and not (folder / row["run"] / EVENTS_FILE).exists():
-            raise RunError(
-                f"{path}: row {row['name']!r} names the run {row['run']!r}, which is not in {folder}"
-            )
+        _check_row(path, row)
     return rows
+
+
+def _check_row(path: Path, row: dict[str, Any]) -> None:
+    if lacking := [column for column in COMPARED if column not in row]:
+        raise RunError(f"{path}: a row lacks {', '.join(lacking)}; every row has {', '.join(COMPARED)}")
+    if not isinstance(row["name"], str):
+        raise RunError(f"{path}: a row's name is {quoted(row['name'])}; give text")
+    for column in COMPARED[1:]:
+        if row[column] is not None and (isinstance(row[column], bool) or not isinstance(row[column], Real)):
+            raise RunError(
+                f"{path}: row {quoted(row['name'])} has the {column} {quoted(row[column])}, no number"
+            )
+    if (run := row.get("run")) is not None:
+        _check_run(path, row["name"], run)
+
+
+def _check_run(path: Path, name: str, run: Any) -> None:
+    """Refuse a run that is not below this one: a report shows nothing from elsewhere."""
+    place = Path(run) if isinstance(run, str) and run and "\0" not in run else None
+    folder = path.parent.resolve()
+    if place is None or place.is_absolute() or not (folder / place).resolve().is_relative_to(folder):
+        raise RunError(
+            f"{path}: row {quoted(name)} names the run {quoted(run)}; give a folder below {folder}"
+        )
+    if not (folder / place / EVENTS_FILE).exists():
+        raise RunError(
+            f"{path}: row {quoted(name)} names the run {quoted(run)}, which is not in {path.parent}"
+        )
 
 
 def render(history: RunHistory, rows: list[dict[str, Any]], others: dict[str, RunHistory]) -> str:

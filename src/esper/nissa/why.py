@@ -10,6 +10,7 @@ from esper.nissa.history import RunHistory
 from esper.nissa.records import DecisionHistory
 from esper.nissa.survival import notes, reopened
 from esper.nissa.wording import UNKNOWN, short
+from esper.printable import printable
 
 _JOIN = ("decision", "site")  # said once per decision already
 
@@ -110,7 +111,8 @@ def as_text(history: RunHistory, decision: int | None = None) -> str:
 
 
 def _lines(decision: DecisionHistory, story: Mapping[str, Any]) -> Iterator[str]:
-    yield f"Decision {decision.id} at step {decision.step}: {headline(decision)} — {decision.verdict}"
+    title = f"Decision {decision.id} at step {decision.step}: {headline(decision)} — {decision.verdict}"
+    yield printable(title, keep="")
     yield _row("why", story["reason"])
     for site in story["sites"]:
         measured = {
@@ -163,7 +165,7 @@ def _race_lines(race: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _row(label: str, text: str | None) -> str:
-    return f"  {label:<8} {text or UNKNOWN}"
+    return printable(f"  {label:<8} {text or UNKNOWN}", keep="")
 
 
 def _widened(decision: DecisionHistory) -> dict[str, Any] | None:

@@ -14,6 +14,7 @@ from esper.blueprints.program import Program
 from esper.contracts import DeepenPlan, Signature, WidenEdit, WidenPlan
 from esper.errors import BlueprintError, SavedModelError, nearest
 from esper.kasmina.grown import CHILD
+from esper.printable import quoted
 from esper.tolaria.genome_form import require_plan, require_plans, require_shapes
 
 
@@ -96,8 +97,10 @@ def decode(genome: bytes) -> tuple[Shapes, list[Plan]]:
     except SavedModelError:
         raise
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise SavedModelError(f"the genome is not of format {FORMAT}: {error!r:.200}") from error
-    raise SavedModelError(f"the genome has format {form!r:.80}, this Esper reads {DEEP}: update esper-morph")
+        raise SavedModelError(f"the genome is not of format {FORMAT}: {quoted(error)}") from error
+    raise SavedModelError(
+        f"the genome has format {quoted(form)}, this Esper reads {DEEP}: update esper-morph"
+    )
 
 
 def plan_from(data: Mapping[str, Any]) -> Plan:

@@ -26,9 +26,11 @@ from torch import Tensor, nn
 from esper.blueprints.kernel import GraphKernel
 from esper.contracts import DeepenPlan, WidenPlan
 from esper.errors import SavedModelError, StateError, SurgeryError
+from esper.files import read_regular
 from esper.kasmina.deepen import duplicate, insert
 from esper.kasmina.grown import attach, detach
 from esper.kasmina.materialise import empty_slices, widen
+from esper.printable import quoted, shortened
 from esper.tolaria import genome, rebuild_template
 from esper.tolaria.replacing import mend, publish, reason, standing, write_file
 
@@ -36,6 +38,8 @@ GENOME, TENSORS, SUMS = "genome.json", "model.safetensors", "SHA256SUMS"
 LISTED = ("card.md", GENOME, TENSORS, "rebuild.py")  # in SUMS, in this order
 LISTED_ONCE = (GENOME, TENSORS)  # by the saves of esper 0.1.0
 FILES = frozenset({*LISTED, SUMS})
+MOST_TEXT = 64 << 20  # bytes of any file but the weights
+MOST = {TENSORS: 1 << 42}
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -94,6 +98,10 @@ def load_into(model: Model, directory: str | Path) -> Model:
         SavedModelError: The folder is missing, damaged, of an unknown format or grown from another model;
             ``model`` is as it was.
     """
+    if not isinstance(model, nn.Module):
+        raise SavedModelError(f"a {type(model).__name__} cannot be loaded into; build the nn.Module anew")
+    if not isinstance(directory, str | Path):
+        raise SavedModelError(f"directory={quoted(directory)} is no path; growth.save(...) returns one")
     folder, kind = Path(directory), type(model).__name__
     recipe, tensors = _last_complete(Path(os.path.abspath(directory)), folder)
     shapes, plans = genome.decode(recipe)
@@ -102,7 +110,9 @@ def load_into(model: Model, directory: str | Path) -> Model:
     try:
         names, weights = genome.aliases(model), safetensors.torch.load(tensors)
     except SafetensorError as error:
-        raise SavedModelError(f"{folder / TENSORS} is not in the safetensors format: {error}") from error
+        raise SavedModelError(
+            f"{folder / TENSORS} is not in the safetensors format: {shortened(str(error), 300)}"
+        ) from error
     for plan in plans:
         genome.resize(shapes, plan, names, grow=True)
     genome.require_fit(
@@ -202,10 +212,10 @@ def _contents(folder: Path, names: Sequence[str]) -> list[bytes]:
         raise SavedModelError(
             f"{folder} is not a saved model: no {', '.join(missing)}; growth.save(...) writes one"
         )
-    try:
-        return [(folder / name).read_bytes() for name in names]
-    except OSError as error:
-        raise SavedModelError(f"cannot read {folder}: {reason(error)}") from error
+    return [
+        read_regular(folder / name, limit=MOST.get(name, MOST_TEXT), what="the saved", error=SavedModelError)
+        for name in names
+    ]
 
 
 def _refuse_others(target: Path) -> None:

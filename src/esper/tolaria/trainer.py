@@ -20,8 +20,10 @@ from esper.tolaria.checkpoint import Batches, CheckpointManager, Run, Storage
 from esper.tolaria.checkpoint.cadence import Every
 from esper.tolaria.checkpoint.checkpoints import ASKED, Judge
 from esper.tolaria.checkpoint.format import Manifest
+from esper.tolaria.checkpoint.places import storage_at
 from esper.tolaria.checkpoint.retention import Best
 from esper.tolaria.growth import grow
+from esper.tolaria.training import KEPT, refuse_keeping, refuse_training
 
 Metric = Callable[[nn.Module, Any], float | Tensor]
 
@@ -50,7 +52,7 @@ class Trainer:
         checkpoints: A folder or another storage of checkpoints; None keeps none.
         every: Optimizer steps, or a ``timedelta``, between checkpoints; None: from their measured cost.
         keep: How many of the newest checkpoints stay.
-        best: A metric and ``"min"`` or ``"max"``: the best checkpoint stays besides.
+        best: ``("train_loss", "min")``: the best checkpoint stays besides.
         milestones: Whether checkpoints also come soon after the beginning and whenever the model has grown;
             None: only where ``every`` is None. One at the end always does.
         settings: What describes the run, any plain values; kept in checkpoints and compared on resume.
@@ -59,6 +61,9 @@ class Trainer:
         growth: The ``esper.Growth`` at work: what has grown, what it cost, ``save``.
         history: One mapping per epoch: ``epoch``, ``train_loss`` and the metrics.
         stopped: Whether ``fit`` came back early, because of ``stop``.
+
+    Raises:
+        EsperError: Whatever is given does not fit; nothing was changed then.
     """
 
     def __init__(
@@ -82,11 +87,22 @@ class Trainer:
         on_event: Observer = ignore,
         checkpoints: Storage | str | Path | None = None,
         every: Every = None,
-        keep: int | None = 3,
+        keep: int | None = KEPT,
         best: Best | None = None,
         milestones: bool | None = None,
         settings: Any = None,
     ) -> None:
+        refuse_training(
+            train=train,
+            val=val,
+            epochs=epochs,
+            scheduler=scheduler,
+            scheduler_interval=scheduler_interval,
+            metrics=metrics,
+        )
+        refuse_keeping(checkpoints=checkpoints, every=every, keep=keep, best=best)
+        storage = None if checkpoints is None else storage_at(checkpoints)
+        self.batches: Batches | None = None if storage is None else Batches(train)
         self.model, self.loss_fn, self.train, self.val, self.epochs = model, loss_fn, train, val, epochs
         self.scheduler, self.scheduler_interval = scheduler, scheduler_interval
         self.metrics: dict[str, Metric] = {"loss": loss_fn, **(metrics or {})}
@@ -113,15 +129,13 @@ class Trainer:
         self._done = self.stopped = self._asked_to_stop = False
         self._sums: list[Any] = [torch.zeros(()), 0]  # of the present epoch: loss times examples, examples
         self.manager: CheckpointManager | None = None
-        self.batches: Batches | None = None
-        if checkpoints is not None:
-            self.batches = Batches(train)
+        if storage is not None and self.batches is not None:
             others: dict[str, Any] = {"trainer": self}
             others |= {} if scheduler is None else {"scheduler": scheduler}
             named = optimizer if isinstance(optimizer, Mapping) else {"optimizer": optimizer}
             run = Run(model, named, growth=self.growth, others=others, batches=self.batches, config=settings)
             self.manager = CheckpointManager(
-                checkpoints, run, every=every, keep=keep, best=best, milestones=milestones
+                storage, run, every=every, keep=keep, best=best, milestones=milestones
             )
 
     def resume(self, judge: Judge | None = None) -> Manifest | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from esper.config import Budget
 from esper.errors import ConfigError, nearest
+from esper.printable import quoted, shortened
 
 # Counts, the multiple that says the same of any host, and what is counted.
 COUNTS = {
@@ -38,18 +39,19 @@ def merged_budget(given: Mapping[str, Any] | None, budget: Budget, parameters: i
         ConfigError: No mapping, an unknown key, a value out of range, or a count below the host's own.
     """
     if given is not None and not isinstance(given, Mapping):
-        raise ConfigError(f"budget={given!r}; give a mapping, {{'parameters': {given!r}}} for example")
+        raise ConfigError(f"budget={quoted(given)}; give a mapping, {{'growth_factor': 4.0}} for example")
     given = given or {}
     host = {"parameters": parameters, "model_flops": flops}
     for key in given:
         if key not in Budget.model_fields:
-            raise ConfigError(f"unknown key 'budget.{key}'; {nearest(key, Budget.model_fields)}")
+            hint = nearest(str(key)[:80], Budget.model_fields)
+            raise ConfigError(f"unknown key 'budget.{str(key)[:80]}'; {hint}")
     for name, size in host.items():
         _refuse_fraction(name, given.get(name), size)
     try:
         merged = Budget(**{**budget.model_dump(), **given})
     except ValueError as error:
-        raise ConfigError(f"budget: {error}") from None
+        raise ConfigError(f"budget: {shortened(str(error), 500)}") from None
     for name, size in host.items():
         _refuse_small(name, getattr(merged, name), size)
     return merged

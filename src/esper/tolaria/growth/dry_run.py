@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from esper.arguments import whole
 from esper.config import ConfigLike, load_config
 from esper.kasmina.morphable import wrap
 from esper.kasmina.sites import Sites
@@ -18,6 +19,8 @@ from esper.tolaria.growth.assembly import widenings
 from esper.tolaria.growth.budget import limits, merged_budget
 from esper.tolaria.growth.entrance import refuse_host
 from esper.tolaria.growth.recipe import is_raced, recipe_of, with_growth
+
+MOST_STEPS = 10**8  # of a run
 
 
 def plan(
@@ -40,8 +43,12 @@ def plan(
         budget: Overrides of the settings' budget, see ``esper.grow``.
         growth: How, in place of what the settings say.
         config: Settings.
+
+    Raises:
+        EsperError: Whatever is given does not fit; the model is untouched.
     """
     refuse_host(model)
+    whole("steps", steps, least=1, most=MOST_STEPS, none=True)
     settings = with_growth(load_config(config), growth)
     raced = is_raced(settings.growth, model)
     deepen = settings.growth in ("auto", "early")

@@ -11,6 +11,7 @@ from esper.errors import ConfigError, nearest
 from esper.kasmina.morphable import MorphableModel
 from esper.kasmina.places import WidenPlace
 from esper.kasmina.stack import Stack
+from esper.printable import quoted
 
 Recipe = Literal["early", "incubate", "off"]
 Choice = Literal["auto", "early", "incubate", "off"]
@@ -25,8 +26,8 @@ def with_growth(settings: Config, growth: str | None) -> Config:
     """
     if growth is None:
         return settings
-    if growth not in get_args(Choice):
-        raise ConfigError(f"unknown growth {growth!r}; {nearest(str(growth), get_args(Choice))}")
+    if not isinstance(growth, str) or growth not in get_args(Choice):
+        raise ConfigError(f"unknown growth {quoted(growth)}; {nearest(str(growth)[:80], get_args(Choice))}")
     return settings.model_copy(update={"growth": growth})
 
 

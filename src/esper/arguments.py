@@ -1,0 +1,87 @@
+"""Checks of what a caller gives: what was asked, what would fit, before anything is touched."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from esper.errors import ConfigError, EsperError, nearest
+from esper.printable import quoted
+
+
+def whole(
+    name: str, value: Any, *, least: int, most: int, none: bool = False, error: type[EsperError] = ConfigError
+) -> None:
+    """Refuse what is no whole number within bounds.
+
+    Raises:
+        EsperError: ``error``, with what was given.
+    """
+    if none and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        end = ", or None" if none else ""
+        raise error(f"{name}={quoted(value)}; give a whole number from {least:,} to {most:,}{end}")
+
+
+def flag(name: str, value: Any, *, error: type[EsperError] = ConfigError) -> None:
+    """Refuse what is not True or False.
+
+    Raises:
+        EsperError: ``error``, with what was given.
+    """
+    if not isinstance(value, bool):
+        raise error(f"{name}={quoted(value)}; give True or False")
+
+
+def word(name: str, value: Any, known: Sequence[str], *, error: type[EsperError] = ConfigError) -> None:
+    """Refuse what is none of the known words.
+
+    Raises:
+        EsperError: ``error``, naming the nearest.
+    """
+    if not isinstance(value, str) or value not in known:
+        hint = nearest(value[:80], known) if isinstance(value, str) else f"known: {', '.join(known)}"
+        raise error(f"{name}={quoted(value)}; {hint}")
+
+
+def function(name: str, value: Any, takes: str, *, error: type[EsperError] = ConfigError) -> None:
+    """Refuse what cannot be called.
+
+    Raises:
+        EsperError: ``error``, with what would be called how.
+    """
+    if not callable(value):
+        raise error(f"{name}={quoted(value)} cannot be called; give a function {takes}")
+
+
+def texts(name: str, value: Any, needed: str, *, error: type[EsperError] = ConfigError) -> None:
+    """Refuse what is not a list of texts; a text alone is none, though it can be iterated.
+
+    Raises:
+        EsperError: ``error``, with what was given.
+    """
+    fits = isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray)
+    if not fits or not value or not all(isinstance(one, str) for one in value):
+        raise error(f"{name}={quoted(value)}; give a list of {needed}")
+
+
+def batches(name: str, value: Any, *, error: type[EsperError] = ConfigError) -> None:
+    """Refuse what cannot be iterated, or holds letters and not batches.
+
+    Raises:
+        EsperError: ``error``, with what was given.
+    """
+    if isinstance(value, str | bytes | bytearray) or not isinstance(value, Iterable):
+        raise error(f"{name}={quoted(value)}; give batches that can be iterated again, like a DataLoader")
+
+
+def positive(name: str, value: float, *, error: type[EsperError] = ConfigError) -> None:
+    """Refuse what is not a positive, finite number.
+
+    Raises:
+        EsperError: ``error``, with what was given.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise error(f"{name}={quoted(value)}; give a positive number")
