@@ -16,8 +16,12 @@ HOLD = """
 import os, sys, time
 from esper.nissa.journal import RunJournal
 journal = RunJournal(sys.argv[1])
-if sys.argv[2] == "fork" and os.fork() == 0:
-    time.sleep(60)
+reader, writer = os.pipe()
+if sys.argv[2] == "fork":
+    if os.fork() == 0:
+        os.write(writer, b".")
+        time.sleep(60)
+    os.read(reader, 1)  # the child runs by now
 print(os.getpid(), flush=True)
 time.sleep(60)
 """
