@@ -38,7 +38,9 @@ Kernels: TypeAlias = "dict[str, HostKernel[Any]]"
 Laid: TypeAlias = "dict[str, dict[str, Tensor]]"  # units in the order of the host's tensors
 
 SHARE = 8  # an eighth of the width is added, so that a number read from it shows
-FLOOR = 1e-3  # of all gradients together; a smaller one may be rounding (a bias before BatchNorm)
+FLOOR = (
+    0.05  # of all gradients together; what is left of a smaller one may be rounding (a bias before BatchNorm)
+)
 ROUNDING = 2e-3  # relative, in float32; 1e-6 to 1e-4 were seen
 COARSE = 0.15  # in half precision
 FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)
@@ -267,7 +269,12 @@ def derivatives(results: Sequence[Tensor], given: Sequence[Tensor]) -> list[Tens
         return [torch.zeros_like(one) for one in given]
     total = sum(scalars[1:], scalars[0])
     back = torch.autograd.grad(total, given, allow_unused=True)
-    return [torch.zeros_like(p) if g is None else g for p, g in zip(given, back, strict=True)]
+    return [torch.zeros_like(p) if g is None else dense(g) for p, g in zip(given, back, strict=True)]
+
+
+def dense(gradient: Tensor) -> Tensor:
+    """Write out what an embedding with sparse gradients gives."""
+    return gradient if gradient.layout == torch.strided else gradient.to_dense()
 
 
 def weights(result: Tensor) -> Tensor:
