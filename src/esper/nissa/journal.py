@@ -273,6 +273,6 @@ def _mend(path: Path) -> tuple[bytes, Event | None]:
 
 def _runs_beside(folder: Path) -> str:
     """Name the runs that do exist below a folder, or below the nearest existing folder above it."""
-    base = next((place for place in (folder, *folder.parents) if place.is_dir()), Path())
+    base = next((place for place in (folder, *folder.parents) if os.path.isdir(place)), Path())
     found = sorted(path.parent.as_posix() for path in base.glob(f"*/{EVENTS_FILE}"))[:5]
     return f"; runs in {base.as_posix()}: {', '.join(found)}" if found else ""
