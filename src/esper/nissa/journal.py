@@ -53,6 +53,8 @@ class RunJournal:
         Raises:
             RunError: The folder cannot be written.
         """
+        if not isinstance(run_dir, str | Path) or "\0" in str(run_dir):
+            raise RunError(f"run_dir={quoted(run_dir)} is no path; give the folder of the run")
         self.path = Path(run_dir) / EVENTS_FILE
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
