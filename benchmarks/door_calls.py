@@ -122,7 +122,7 @@ def config(case: Case) -> None:
 
 
 def save(case: Case) -> None:
-    grown().save(case.changes["directory"])
+    _GROWN[0].save(case.changes["directory"])
 
 
 def load_into(case: Case) -> None:
@@ -186,17 +186,10 @@ def command(line: list[str]) -> str:
     return f"exit {ran.exit_code}"
 
 
-def grown() -> Any:
-    """Return a run that is over, made once a process."""
-    if not _GROWN:
-        _GROWN.append(prepared())
-    return _GROWN[0]
+_GROWN: list[Any] = []  # the run of the present folder, for the door of save
 
 
-_GROWN: list[Any] = []
-
-
-def prepared() -> Any:
+def prepare() -> None:
     """Leave in the working folder what the doors read: a run, a saved model, a pipe, a module."""
     Path("door_host.py").write_text(HOST)
     sys.path.append(str(Path.cwd()))
@@ -215,7 +208,7 @@ def prepared() -> Any:
         growth.step(BATCH, loss)
     growth.finish()
     growth.save("saved")
-    return growth
+    _GROWN[:] = [growth]
 
 
 def some(

@@ -24,7 +24,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 
 from benchmarks import compare, harness
-from benchmarks.door_calls import DOORS, Case, grown
+from benchmarks.door_calls import DOORS, Case, prepare
 from benchmarks.door_values import net
 from benchmarks.promises import Promise
 from benchmarks.workers import workers
@@ -87,7 +87,7 @@ def run_seed(seed: int, calls: int) -> Tally:
     tally = Tally(seed)
     with own_folder(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        grown()
+        prepare()
         for door, (_, _, weight) in DOORS.items():
             explore(tally, door, max(calls * weight // 100, 1))
     return tally

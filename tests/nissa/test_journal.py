@@ -237,6 +237,12 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
         RunJournal(tmp_path / "file")
 
 
+@pytest.mark.parametrize("place", [None, 3, ["run"], b"run", "a\0b", object()])
+def test_a_run_folder_is_a_path(place: object) -> None:
+    with pytest.raises(RunError, match=r"run_dir=.* is no path"):
+        RunJournal(place)
+
+
 def test_the_time_of_an_event_is_kept(tmp_path: Path) -> None:
     before = time.time()
     with RunJournal(tmp_path) as journal:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -112,7 +112,7 @@ def find(name: str) -> Any:
     from esper.blueprints import CATALOGUE
     from esper.kasmina.choice import read_graph
 
-    if not name.endswith(".json") and not Path(name).is_file():
+    if not name.endswith(".json") and not os.path.isfile(name):
         return CATALOGUE.get(name)
     return read_graph(name)
 

@@ -29,7 +29,7 @@ def refuse_selectors(sites: Any) -> None:
         raise SiteError("sites={} selects nothing; give 'include', 'exclude' or both, or leave it out")
     for direction, wanted in sites.items():
         if direction not in DIRECTIONS:
-            hint = nearest(str(direction)[:80], DIRECTIONS)
+            hint = nearest(quoted(direction), DIRECTIONS)
             raise SiteError(f"sites has the unknown key {quoted(direction)}; {hint}")
         _refuse(wanted, f"sites[{direction!r}]", empty=direction == "exclude")
 

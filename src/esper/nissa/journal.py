@@ -65,6 +65,8 @@ class RunJournal:
         Raises:
             RunError: The folder cannot be written, or another journal is open there.
         """
+        if not isinstance(run_dir, str | Path) or "\0" in str(run_dir):
+            raise RunError(f"run_dir={quoted(run_dir)} is no path; give the folder of the run")
         self.path, self.run, self.config = Path(run_dir) / EVENTS_FILE, run, config
         self._lease = _lease(Path(run_dir))
         try:
@@ -322,6 +324,6 @@ def _mend(path: Path) -> tuple[bytes, Event | None]:
 
 def _runs_beside(folder: Path) -> str:
     """Name the runs that do exist below a folder, or below the nearest existing folder above it."""
-    base = next((place for place in (folder, *folder.parents) if place.is_dir()), Path())
+    base = next((place for place in (folder, *folder.parents) if os.path.isdir(place)), Path())
     found = sorted(path.parent.as_posix() for path in base.glob(f"*/{EVENTS_FILE}"))[:5]
     return f"; runs in {base.as_posix()}: {', '.join(found)}" if found else ""

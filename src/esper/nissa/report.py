@@ -57,7 +57,7 @@ def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
         rows = read_comparison(folder)
         others = {row["name"]: fold(read_events(folder / row["run"])) for row in rows if row.get("run")}
         page = render(history, rows, others)
-    if target.exists() and not target.is_file():
+    if os.path.exists(target) and not os.path.isfile(target):
         raise RunError(f"cannot write the report {target}: it is no regular file; choose another place")
     try:
         target.write_text(page, encoding="utf-8")
@@ -112,7 +112,7 @@ def _check_run(path: Path, name: str, run: Any) -> None:
         raise RunError(
             f"{path}: row {quoted(name)} names the run {quoted(run)}; give a folder below {folder}"
         )
-    if not (folder / place / EVENTS_FILE).exists():
+    if not os.path.exists(folder / place / EVENTS_FILE):
         raise RunError(
             f"{path}: row {quoted(name)} names the run {quoted(run)}, which is not in {path.parent}"
         )

@@ -208,7 +208,7 @@ def _last_complete(target: Path, asked: Path) -> tuple[bytes, bytes]:
 
 
 def _contents(folder: Path, names: Sequence[str]) -> list[bytes]:
-    if missing := [name for name in names if not (folder / name).is_file()]:
+    if missing := [name for name in names if not os.path.isfile(folder / name)]:
         raise SavedModelError(
             f"{folder} is not a saved model: no {', '.join(missing)}; growth.save(...) writes one"
         )

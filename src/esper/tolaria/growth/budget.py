@@ -8,7 +8,7 @@ from typing import Any
 
 from esper.config import Budget
 from esper.errors import ConfigError, nearest
-from esper.printable import quoted, shortened
+from esper.printable import QUOTE, quoted, shortened
 
 # Counts, the multiple that says the same of any host, and what is counted.
 COUNTS = {
@@ -44,8 +44,8 @@ def merged_budget(given: Mapping[str, Any] | None, budget: Budget, parameters: i
     host = {"parameters": parameters, "model_flops": flops}
     for key in given:
         if key not in Budget.model_fields:
-            hint = nearest(str(key)[:80], Budget.model_fields)
-            raise ConfigError(f"unknown key 'budget.{str(key)[:80]}'; {hint}")
+            said = key if isinstance(key, str) and len(key) <= QUOTE else quoted(key)
+            raise ConfigError(f"unknown key 'budget.{said}'; {nearest(said, Budget.model_fields)}")
     for name, size in host.items():
         _refuse_fraction(name, given.get(name), size)
     try:

@@ -27,7 +27,7 @@ def with_growth(settings: Config, growth: str | None) -> Config:
     if growth is None:
         return settings
     if not isinstance(growth, str) or growth not in get_args(Choice):
-        raise ConfigError(f"unknown growth {quoted(growth)}; {nearest(str(growth)[:80], get_args(Choice))}")
+        raise ConfigError(f"unknown growth {quoted(growth)}; {nearest(quoted(growth), get_args(Choice))}")
     return settings.model_copy(update={"growth": growth})
 
 
