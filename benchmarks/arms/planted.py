@@ -62,7 +62,9 @@ class Planted(Fixed):
         layer.alpha, layer.exposed = torch.ones(()), True
         own = type(self.optimizer)(kernel.parameters())
         decision = Decision(1, 0, "graft", self.site, units, "random", "planted", 1.0, None)
-        committer = Committer(model, {"optimizer": self.optimizer}, (), run, "zeros", ignore)
+        committer = Committer(
+            model, {"optimizer": self.optimizer}, (), lambda: run(self.net), "zeros", ignore
+        )
         why = committer.commit(kernel, own, decision, 0)
         if why:
             self.fail(why)

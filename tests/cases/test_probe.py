@@ -87,7 +87,6 @@ def sequences(n: int = 40) -> tuple[list[Tensor], Tensor]:
 UNKNOWN: dict[str, tuple[Any, Any, Any]] = {
     "routed": (Routed, cross_entropy, lambda: batches(4)),
     "ragged": (Padded, cross_entropy, lambda: [sequences() for _ in range(4)]),
-    "detached": (narrow, lambda m, b: cross_entropy(m, b).detach(), lambda: batches(4)),
     "one by one": (narrow, cross_entropy, lambda: batches(4, 1)),
 }
 

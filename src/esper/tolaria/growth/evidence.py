@@ -196,7 +196,8 @@ class Evidence:
         """Return what :meth:`look` will cost at most, and how many held-out examples it reads."""
         held = sum(count_examples(batch) for batch in self.probe())
         seen = min(sum(count_examples(batch) for batch in self.batches), self.most)
-        own = self.growth.morphable.flops * (3 * seen + 4 * held)
+        often = 3 if self.saturation.guess is None else 4
+        own = self.growth.morphable.flops * (often * seen + 4 * held)
         return own + look_price(places, units, seen, held, self.inner), held
 
     def runs(self, batches: Sequence[Any], alone: bool) -> list[Run]:
