@@ -61,6 +61,8 @@ def save(
         StateError: The plans do not lead to this model, its state is not all plain tensors, or the folder
             cannot be written or holds something else.
     """
+    if not isinstance(directory, str | Path) or not str(directory):
+        raise StateError(f"directory={quoted(directory)} is no path; give the folder to write")
     files = {
         GENOME: genome.encode(model, plans),
         TENSORS: safetensors.torch.save(_portable(model.state_dict())),

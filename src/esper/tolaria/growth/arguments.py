@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from esper.errors import ConfigError, LossError, SurgeryError
+from esper.printable import quoted
 from esper.tolaria.surgery.averages import copy_of
 
 MOST_STEPS = 10**8  # of a run
@@ -24,7 +25,7 @@ def listed(schedulers: object) -> list[Any]:
     for one in given:
         if not callable(getattr(one, "step", None)):
             raise ConfigError(
-                f"schedulers={schedulers!r}: a {type(one).__name__} has no step(); give schedulers in a "
+                f"schedulers={quoted(schedulers)}: a {type(one).__name__} has no step(); give them in a "
                 "list, or leave it out"
             )
     return given
@@ -38,9 +39,11 @@ def refuse_numbers(steps: object, seed: object) -> None:
     """
     whole = isinstance(steps, int) and not isinstance(steps, bool)
     if steps is not None and not (whole and 1 <= steps <= MOST_STEPS):
-        raise ConfigError(f"steps={steps!r}; give the optimizer steps of the run, a count from 1 on, or None")
+        raise ConfigError(
+            f"steps={quoted(steps)}; give the optimizer steps of the run, a count from 1 on, or None"
+        )
     if not isinstance(seed, int) or seed < 0:
-        raise ConfigError(f"seed={seed!r}; give a whole number that is not negative")
+        raise ConfigError(f"seed={quoted(seed)}; give a whole number that is not negative")
 
 
 def refuse_uncallable(**given: object) -> None:
@@ -53,7 +56,7 @@ def refuse_uncallable(**given: object) -> None:
     for name, one in given.items():
         if callable(one):
             continue
-        said = f"{name}={one!r}: a {type(one).__name__} cannot be called; "
+        said = f"{name}={quoted(one)}: a {type(one).__name__} cannot be called; "
         if name == "loss_fn":
             raise LossError(f"{said}give a function of model and batch that returns the loss")
         raise ConfigError(f"{said}give a function, or leave it out")
@@ -67,7 +70,7 @@ def refuse_scaler(scaler: object) -> None:
     """
     if scaler is not None and not callable(getattr(scaler, "get_scale", None)):
         raise ConfigError(
-            f"scaler={scaler!r}: a {type(scaler).__name__} has no get_scale(); give the GradScaler, or "
+            f"scaler={quoted(scaler)}: a {type(scaler).__name__} has no get_scale(); give the GradScaler, or "
             "leave it out"
         )
 
@@ -80,7 +83,7 @@ def refuse_folder(run_dir: object) -> None:
     """
     if run_dir is not None and not isinstance(run_dir, (str, Path)):
         raise ConfigError(
-            f"run_dir={run_dir!r}: a {type(run_dir).__name__} is no path; give one, or leave it out"
+            f"run_dir={quoted(run_dir)}: a {type(run_dir).__name__} is no path; give one, or leave it out"
         )
 
 
@@ -95,8 +98,8 @@ def averages(ema: object, model: nn.Module) -> list[nn.Module]:
     for one in given:
         if not isinstance(one, nn.Module):
             raise ConfigError(
-                f"ema={ema!r}: a {type(one).__name__} is no module; give averaged copies of the model in "
-                "a list, AveragedModel(model) say, or leave it out"
+                f"ema={quoted(ema)}: a {type(one).__name__} is no module; give averaged copies "
+                "in a list, AveragedModel(model) say, or leave it out"
             )
         if difference := differs(one, model):
             raise ConfigError(

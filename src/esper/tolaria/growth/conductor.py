@@ -37,7 +37,7 @@ from esper.tolaria.growth.presence import Presence, begin
 from esper.tolaria.growth.recipe import Recipe, recipe_of
 from esper.tolaria.growth.redo import Redo
 from esper.tolaria.growth.reporting import report
-from esper.tolaria.growth.telling import size_and_cost, started
+from esper.tolaria.growth.telling import size_and_cost, started, warn_of_branch
 from esper.tolaria.saving import save
 
 
@@ -349,7 +349,8 @@ class Growth:
         with self.parts.wrapping.plain(self.parts.optimizers):
             if self.parts.wrapping.sharded and self.peers.rank:
                 return Path(directory)
-            return save(self.morphable.host, self.plans, Path(directory), card=card)
+            warn_of_branch(self)
+            return save(self.morphable.host, self.plans, directory, card=card)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything but the model's and the optimizers' own state, which the user saves as always."""

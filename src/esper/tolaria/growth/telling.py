@@ -129,3 +129,11 @@ def widened(plans: Sequence[Plan], decision: int, site: str, parameters: int) ->
         "difference": 0.0,
         "milliseconds": None,
     }
+
+
+def warn_of_branch(growth: Any) -> None:
+    """Say that a model is saved without a branch that takes part in its output, and is not decided yet."""
+    trial = growth.orchestrator.trial
+    if trial is not None and trial.layer.exposed:
+        site = trial.decision.site
+        growth.mishaps.say(f"saved without the branch that is tried at {site}; growth.finish() decides it")
