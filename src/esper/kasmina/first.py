@@ -13,12 +13,13 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from esper.kasmina.attributes import COMPANIONS, MOVERS, Memo
 from esper.kasmina.copies import copied, on_copies
+from esper.kasmina.global_draws import draws_noted
 
 
 @contextmanager
 def at_first(model: nn.Module) -> Iterator[None]:
     """Run the first passes; note whether the model changes frozen parameters, as a moving average does."""
-    with on_copies(model) as changed:
+    with draws_noted(model), on_copies(model) as changed:
         yield
         frozen = {name for name, one in model.named_parameters() if not one.requires_grad}
         if frozen and frozen.intersection(changed()):

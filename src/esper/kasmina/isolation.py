@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from esper.kasmina.attributes import lent_tables, modules_of, same_attributes
 from esper.kasmina.draws import own_draws
+from esper.kasmina.global_draws import global_streams_restored
 
 START = np.random.MT19937(0).state
 SPARE: list[np.random.MT19937] = []
@@ -24,16 +25,16 @@ def same_randomness(seed: int | None = None) -> Iterator[None]:
     """Leave every random stream where it is; torch's numbers come from ``seed`` where one is given.
 
     Where other threads may draw meanwhile, torch's come from generators of this thread's own, and the streams
-    of numpy and Python are not touched: putting those back would repeat what another thread has drawn.
+    of numpy and Python are not touched, see `global_draws.py`.
     """
-    with restored(seed) if alone() else own_draws(seed):
+    with global_streams_restored(), restored(seed) if alone() else own_draws(seed):
         yield
 
 
 def alone() -> bool:
     """Tell whether no other thread can draw random numbers."""
     others = [one for one in threading.enumerate() if one is not threading.current_thread()]
-    return all(type(one).__module__.startswith(("tqdm.", "esper.")) for one in others)
+    return all(type(one).__module__.startswith(("tqdm.", "rich.", "esper.")) for one in others)
 
 
 @contextmanager

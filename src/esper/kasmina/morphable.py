@@ -16,6 +16,7 @@ from esper.kasmina.compiling import CompilePolicy, detect
 from esper.kasmina.evidence import smaller
 from esper.kasmina.first import at_first
 from esper.kasmina.flops import FlopMeter
+from esper.kasmina.global_draws import forgetting
 from esper.kasmina.isolation import examining, untouched
 from esper.kasmina.layer import KasminaLayer
 from esper.kasmina.places import Place, WidenPlace
@@ -321,6 +322,8 @@ def wrap(
     except MISTAKES as error:
         said = shortened(f"{type(error).__name__}: {error}", MOST_SAID)
         raise ProbeError(f"the model does not run on example_inputs: {said}") from error
+    finally:
+        forgetting(model)()  # no more passes are made
 
 
 def refuse_arguments(model: Any, seeds_per_site: Any, blueprints: Any, raced: Any, deepen: Any) -> None:

@@ -16,6 +16,7 @@ from esper.config import Config, ConfigLike, load_config
 from esper.contracts import Event, Observer, ignore
 from esper.errors import ConfigError
 from esper.kasmina.evidence import LossFunction
+from esper.kasmina.global_draws import forgetting
 from esper.kasmina.holding import weakly
 from esper.kasmina.isolation import same_randomness, taught
 from esper.kasmina.sites import Sites
@@ -141,10 +142,12 @@ def grow(
             )
             made = Growth(parts)
     except BaseException:  # whatever ends it, nothing began
+        forgetting(wrapping.host)()
         if journal is not None:
             journal.take_back()
         raise
     made.redo.journal = journal
+    made.presence.closers.append(forgetting(made.morphable.host))
     if settings.governor.enabled:
         chosen = Settings(**settings.governor.model_dump(exclude={"enabled"}))
         stateful = [*schedulers, *([scaler] if scaler is not None else [])]
