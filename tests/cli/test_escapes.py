@@ -169,6 +169,7 @@ def test_the_words_of_a_blueprint(says, tmp_path: Path) -> None:
 def test_plan_and_summary_print_names_as_they_are_written() -> None:
     net = nn.Sequential()
     net.add_module(f"a{ESCAPE.replace('.', '')}", nn.Linear(6, 2))
+    net.add_module("act", nn.ReLU())
     net.add_module("[bold]b[/]", nn.Linear(2, 3))
     x = torch.randn(4, 6)
     for made in (esper.plan(net, x), esper.summary(esper.wrap(net, x))):

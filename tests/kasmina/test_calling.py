@@ -218,7 +218,7 @@ def test_heads_and_recurrent_layers_are_widened_where_they_are_called_once() -> 
 
 
 def test_a_race_takes_one_call_and_says_what_takes_more() -> None:
-    net = flat(views)
+    net = Net(views, a=nn.Linear(4, 6), b=nn.Linear(6, 3))
     x = FLAT.float()
     with pytest.raises(SiteError, match=r"a is called 2 times in a pass.*growth='early' can widen it"):
         MorphableModel(net.float(), lambda m: m(x), len(x), blueprints=["widen"], raced=True)

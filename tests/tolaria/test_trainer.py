@@ -231,18 +231,18 @@ def test_a_stopped_training_resumes_bit_for_bit(stop: int, tmp_path: Path) -> No
     def begun(folder: Path, last: int | None = None) -> Trainer:
         seen = 0
 
-        def stopping(model: nn.Module, batch: Any) -> Tensor:
+        def stopping(*given: Any) -> None:
             nonlocal seen
-            seen += model.training
+            seen += 1
             if last is not None and seen > last:
                 raise Stopped
-            return loss_fn(model, batch)
 
         data, model = Data(), make_model()
         optimizer = Adam(model.parameters(), lr=0.02)
         given = {"train": data.train, "val": data.val, "probe": data.probe, "epochs": 6}
+        optimizer.register_step_pre_hook(stopping)
         torch.manual_seed(4)
-        return Trainer(model, optimizer, stopping, **given, checkpoints=folder, every=1, keep=2)
+        return Trainer(model, optimizer, loss_fn, **given, checkpoints=folder, every=1, keep=2)
 
     whole = begun(tmp_path / "whole")
     whole.fit()

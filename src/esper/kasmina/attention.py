@@ -13,11 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from esper.kasmina.layers import is_linear, out_size
-from esper.kasmina.recorder import Call, Recording, Refused
+from esper.kasmina.recorder import OPERATORS, Call, Recording, Refused
 
-OPERATORS = frozenset(
-    "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split()
-)
 PRODUCTS = frozenset({"matmul", "__matmul__", "bmm", "baddbmm", "einsum"})
 FUSED = "scaled_dot_product_attention"
 CORES = frozenset({"softmax", "_softmax", FUSED})

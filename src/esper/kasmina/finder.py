@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from esper.contracts import Site
-from esper.kasmina.attention import OPERATORS, Behind, attentions
+from esper.kasmina.attention import Behind, attentions
 from esper.kasmina.between import (
     ELEMENTWISE,
     RESHAPE,
@@ -36,7 +36,7 @@ from esper.kasmina.layers import (
 from esper.kasmina.pairs import Pair
 from esper.kasmina.penalties import is_penalty
 from esper.kasmina.proof import Entered, around, entered
-from esper.kasmina.recorder import Call, Recording, Refused
+from esper.kasmina.recorder import OPERATORS, Call, Recording, Refused
 from esper.kasmina.regions import region
 from esper.kasmina.scalars import scalar
 from esper.kasmina.shaping import moved
@@ -181,8 +181,6 @@ class Finder:
                 )
             calls.update(self.uses(first))
         if not calls:
-            if any(f"{name}.{own}" in self.recording.dead for own in ("weight", "bias")):
-                raise Refused(f"nothing the probe recorded reads the output of {name}")
             raise Refused(f"{name} {UNCALLED}")
         found = [self.recording.calls[c] for c in sorted(calls)]
         other = next((call for call in found if call.name not in OPERATORS), None)

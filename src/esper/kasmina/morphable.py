@@ -92,7 +92,7 @@ class MorphableModel(nn.Module):
         found, self.refusals = self.proven(*self.find(run), [call, *smaller])
         found, codes = uncoded(found, sites)
         self.refusals = [*self.refusals, *codes]
-        if sites == "auto":
+        if sites == "auto" and deepen:  # a run is to follow, whose batches may go other ways
             found, read = not_read_elsewhere(host, found, self.refusals)
             self.refusals = [*self.refusals, *read]
         if deepen and {"auto", "deepen"} & set(self.blueprints):

@@ -23,6 +23,12 @@ METADATA = frozenset(
 )
 
 
+# Calls of layers: what they were given stays known, whether or not anything follows from it.
+OPERATORS = frozenset(
+    "linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split()
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
     """One torch call: the function, its arguments as given, and the values it read and made."""
@@ -56,7 +62,6 @@ class Recording:
     outputs: frozenset[int] = frozenset()  # values the run returned
     makers: dict[int, int] = field(default_factory=dict)  # value -> the call that made it
     again: Callable[[], Any] | None = None  # the run itself
-    dead: frozenset[str] = frozenset()  # parameters that were read, and nothing the run returned depends on
 
     def settle(self, outputs: frozenset[int], run: Callable[[], Any]) -> Recording:
         """Note what the run returned, and who made what."""
@@ -67,17 +72,17 @@ class Recording:
         return self
 
     def forget_dead(self) -> None:
-        """Forget reads that reach nothing the run returned: of a log, a spying hook, a moving average."""
+        """Forget reads that lead to no layer and nothing the run returned: of a log, a hook, an average."""
+        layers = {index for index, call in enumerate(self.calls) if call.name in OPERATORS}
         live, todo = set[int](), [self.makers[value] for value in self.outputs if value in self.makers]
+        todo += layers
         while todo:
             index = todo.pop()
             if index not in live:
                 live.add(index)
                 todo.extend(self.makers[value] for value in self.calls[index].reads if value in self.makers)
         self.readers = {value: [r for r in read if r in live] for value, read in self.readers.items()}
-        used = {name: [u for u in used if u in live] for name, used in self.uses.items()}
-        self.dead = frozenset(name for name, calls in self.uses.items() if calls and not used[name])
-        self.uses = used
+        self.uses = {name: [u for u in used if u in live] for name, used in self.uses.items()}
 
 
 class Recorder(TorchFunctionMode):

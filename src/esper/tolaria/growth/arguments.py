@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from esper.errors import ConfigError, LossError, SurgeryError
+from esper.nissa.journal import RunJournal
 from esper.printable import quoted
 from esper.tolaria.surgery.averages import copy_of
 
@@ -81,7 +82,7 @@ def refuse_folder(run_dir: object) -> None:
     Raises:
         ConfigError: With what was given.
     """
-    if run_dir is not None and not isinstance(run_dir, (str, Path)):
+    if run_dir is not None and not isinstance(run_dir, (str, Path, RunJournal)):
         raise ConfigError(
             f"run_dir={quoted(run_dir)}: a {type(run_dir).__name__} is no path; give one, or leave it out"
         )
