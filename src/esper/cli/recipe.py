@@ -14,7 +14,7 @@ from esper.printable import quoted
 from esper.yaml_text import Unclear
 
 MOST_EPOCHS = 10**9
-MOST_SEED = 2**64 - 1  # that torch takes
+MOST_SEED = 2**32 - 1  # what NumPy takes
 
 
 class Call(BaseModel):
