@@ -27,7 +27,7 @@ from esper.tolaria.growth.portions import largest, portions
 from esper.tolaria.growth.saturation import Saturation
 
 SHARE = 0.008  # of the examples that a run trains on, which an event reads at most
-LATEST = 4  # training batches on which what has grown must run
+LATEST = 2  # training batches on which what has grown must run
 LEAST = 256  # examples it reads all the same: fewer are hardly evidence
 BLOCKS = 32  # batches it reads where the loss couples their examples
 ASKED = 8  # probe batches, until one tells whether the loss couples its examples
