@@ -26,7 +26,7 @@ from esper.tolaria.checkpoint import (
     Run,
     Storage,
 )
-from esper.tolaria.checkpoint.format import MANIFEST, PARTS, packed, parts_of, read_manifest
+from esper.tolaria.checkpoint.format import MANIFEST, PARTS
 from esper.tolaria.checkpoint.loading import newest, read
 from esper.tolaria.saving import load_into
 from esper.urza.blobs.memory import MemoryStore
@@ -64,7 +64,7 @@ class Grown:
     """A run that grew."""
 
     checkpoints: MemoryStorage
-    states: MemoryStorage  # of growth alone, in the same encoding
+    states: MemoryStorage  # the same, read by name and not as the newest that is sound
     folder: Path  # the saved model
 
 
@@ -75,7 +75,7 @@ def artefacts(folder: Path) -> list[Artefact]:
     made = [
         checkpoint("checkpoint in a folder", storages[0], runs, "checkpoints"),
         checkpoint("checkpoint in a store of blobs", storages[1], runs, "checkpoints"),
-        checkpoint("growth's state", storages[2], runs, "states"),
+        checkpoint("state in memory", storages[2], runs, "states"),
     ]
     made += [saved_model(runs, alone) for alone in (False, True)]
     return [*made, kernel(folder / "kernels", folder / "kernel.key")]
@@ -121,9 +121,8 @@ def grown(folder: Path, seed: int) -> Grown:
                 growth.step(batch, loss)
                 if manager.steps in STEPS:
                     name = manager.save(wait=True)
-                    genome = kept.checkpoints.get(name, PARTS[0])
-                    manifest = read_manifest(kept.checkpoints, name)
-                    kept.states.put(name, parts_of(manifest, genome, *packed(growth.state_dict())))
+                    parts = whole(kept.checkpoints, name)
+                    kept.states.put(name, {part: [content] for part, content in parts.items()})
     growth.finish()
     growth.save(folder)
     return kept

@@ -167,7 +167,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "loss": ({"loss": "cross_entropy"}, "loss.call: 'host:loss' → 'cross_entropy'"),
     "growth": (
         {"growth": {"growth": "off", "budget": {"growth_events": 2}}},
-        "growth.budget.growth_events: 4 → 2",
+        "growth.budget.growth_events: not given → 2",
     ),
     "model": (
         {"model": {"call": "host:build", "arguments": {"hidden": 3}}},

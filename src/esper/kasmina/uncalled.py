@@ -44,8 +44,13 @@ def uncalled(model: nn.Module, refusals: Sequence[Refusal]) -> dict[str, nn.Modu
     """List the layers that did not run."""
     modules = dict(model.named_modules())
     names = [one.place for one in refusals if one.reason == f"{one.place} {UNCALLED}"]
-    layers = {name: modules[name] for name in names}
+    layers = {name: modules[name] for name in names if trained(modules[name])}  # not a copy that follows
     return {name: layer for name, layer in layers.items() if is_layer(layer) and not is_depthwise(layer)}
+
+
+def trained(layer: nn.Module) -> bool:
+    """Tell a layer that learns."""
+    return any(parameter.requires_grad for parameter in layer.parameters(recurse=False))
 
 
 def widths_of(place: Place) -> set[int]:
