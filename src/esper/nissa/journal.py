@@ -173,7 +173,7 @@ def _lease(folder: Path) -> Lease | None:
     try:
         return Lease(folder, OTHER)
     except OSError as error:
-        if folder.is_dir():  # or opening the journal says more
+        if os.path.isdir(folder):  # or opening the journal says more; a name too long is no folder
             warnings.warn(
                 f"cannot lock the run folder {folder}: {error.strerror or error}; a second run in it would "
                 "not be noticed, and both would be spoiled",
