@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from esper.kasmina.deepen import duplicate
-from esper.kasmina.isolation import same_randomness
+from esper.kasmina.isolation import same_modes, same_randomness
 from esper.kasmina.visits import Given
 
 ALIKE = 0.25  # relative difference of spreads up to which torch's own draw is kept
@@ -78,17 +78,14 @@ def warmed(block: nn.Module, given: Given, x: Tensor) -> None:
     fresh = [(norm, norm.momentum) for norm in norms if not norm.num_batches_tracked]
     if not fresh:
         return
-    modes = [(module, module.training) for module in block.modules()]
     try:
         for norm, _ in fresh:
             norm.momentum = 1.0
-        with torch.no_grad(), same_randomness(0):
+        with same_modes(block), torch.no_grad(), same_randomness(0):
             given.call(block.train(), x.clone())
     finally:
         for norm, momentum in fresh:
             norm.momentum = momentum
-        for module, mode in modes:
-            module.training = mode
 
 
 def _reset(block: nn.Module) -> Iterator[str]:

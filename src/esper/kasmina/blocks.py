@@ -22,6 +22,7 @@ from esper.errors import BlueprintError
 from esper.kasmina.flops import FlopMeter
 from esper.kasmina.geometry import channels, signatures
 from esper.kasmina.grown import GrownBranches
+from esper.kasmina.isolation import same_modes
 from esper.kasmina.seam import open_seam
 
 Ends = tuple[nn.Module, nn.Module]
@@ -88,16 +89,12 @@ def find_blocks(
         graphs: Blueprints to offer.
     """
     ends = dict(places(model))
-    modes = [(module, module.training) for module in model.modules()]
-    try:
+    with same_modes(model):
         model.train()
         train = walk(ends, run)
         model.eval()
         with torch.no_grad():
             evaluation = walk(ends, run)
-    finally:
-        for module, mode in modes:
-            module.training = mode
     ahead = any(looks_ahead(passage) for passage in train.values())
     found: list[Block] = []
     refusals: list[Refusal] = []

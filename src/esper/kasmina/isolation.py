@@ -154,17 +154,23 @@ def slow_path() -> Iterator[None]:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run passes in eval mode without gradients; every module gets its own mode back."""
+def same_modes(model: nn.Module) -> Iterator[None]:
+    """Give every module its own mode back, whichever passes were run in."""
     modes = [(module, module.training) for module in modules_of(model)]
     try:
-        for module, _ in modes:
-            module.training = False
-        with torch.no_grad():
-            yield
+        yield
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run passes in eval mode without gradients; every module gets its own mode back."""
+    with same_modes(model), torch.no_grad():
+        for module in modules_of(model):
+            module.training = False
+        yield
 
 
 @contextmanager

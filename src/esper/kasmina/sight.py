@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from esper.kasmina.inlaid import Inlay
-from esper.kasmina.isolation import slow_path, untouched
+from esper.kasmina.isolation import same_modes, slow_path, untouched
 from esper.kasmina.places import Place
 from esper.kasmina.seam import look_through
 from esper.kasmina.stack import Stack
@@ -178,13 +178,9 @@ def judged(model: nn.Module) -> None:
 @contextmanager
 def judging(model: nn.Module) -> Iterator[None]:
     """Run passes in eval mode, but normalise by the batch: new channels have no running statistics yet."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
+    with same_modes(model):
         judged(model)
         yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def passes(

@@ -19,7 +19,7 @@ from esper.contracts import Refusal
 from esper.errors import SiteError, nearest
 from esper.kasmina.calling import described
 from esper.kasmina.finder import Finder, Refused, times
-from esper.kasmina.isolation import same_randomness, slow_path
+from esper.kasmina.isolation import same_modes, same_randomness, slow_path
 from esper.kasmina.joining import joined
 from esper.kasmina.layers import in_size, is_depthwise, is_layer, is_linear, out_size
 from esper.kasmina.look import Found, look
@@ -46,17 +46,12 @@ def find_pairs(
             numbers.
         examples: In that run, where they are known.
     """
-    modes = {module: module.training for module in model.modules()}
-    try:
-        with slow_path():
-            model.eval()
-            with torch.no_grad():
-                evaluation = Finder(model, joined(record(model, run), model), examples)
-            model.train()
-            train = Draws(model, run, evaluation, examples)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with same_modes(model), slow_path():
+        model.eval()
+        with torch.no_grad():
+            evaluation = Finder(model, joined(record(model, run), model), examples)
+        model.train()
+        train = Draws(model, run, evaluation, examples)
     pairs: list[Found] = []
     refusals: list[Refusal] = []
     for name, module in model.named_modules():
@@ -116,20 +111,16 @@ def reachable(
     A branch would else be there in training and absent in evaluation, or the other way round. (The fast path
     of ``nn.TransformerEncoderLayer``, which calls neither of its layers, is off while a seam in it is open.)
     """
-    modes = {module: module.training for module in model.modules()}
-    try:
+    with same_modes(model), slow_path():
         model.train()
-        with slow_path(), torch.enable_grad():
+        with torch.enable_grad():
             trained = [witnessed(pairs, run)]
             while len(trained) < DRAWS and not all(one.entered for one in merged(trained)):
                 with same_randomness(len(trained)):
                     trained.append(witnessed(pairs, run))
         model.eval()
-        with slow_path(), torch.no_grad():
+        with torch.no_grad():
             seen = [merged(trained), witnessed(pairs, run)]
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     kept: list[Found] = []
     refusals: list[Refusal] = []
     for pair, train, evaluation in zip(pairs, *seen, strict=True):

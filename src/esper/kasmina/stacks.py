@@ -19,7 +19,7 @@ from esper.kasmina.birth import scales_of
 from esper.kasmina.deepen import duplicate, insert
 from esper.kasmina.flops import FlopMeter
 from esper.kasmina.identity import is_identity, unshared, zeros_of
-from esper.kasmina.isolation import untouched
+from esper.kasmina.isolation import same_modes, untouched
 from esper.kasmina.recorder import Refused
 from esper.kasmina.seam import look_through
 from esper.kasmina.stack import Stack
@@ -38,10 +38,9 @@ def find_stacks(
     """
     rows = innermost(list(rows_of(model)))
     blocks = [[model.get_submodule(f"{c}.{n}".lstrip(".")) for n in names] for c, names in rows]
-    modes = [(module, module.training) for module in model.modules()]
     found: list[Stack] = []
     refusals: list[Refusal] = []
-    try:
+    with same_modes(model):
         seen: list[list[Visits]] = []
         for mode in (True, False):
             model.train(mode)
@@ -53,9 +52,6 @@ def find_stacks(
                 found.append(proven(model, run, row, several, members, (train, evaluation), examples))
             except (Refused, SurgeryError) as refusal:
                 refusals.append(Refusal(titled(row[0], row[1], several), str(refusal)))
-    finally:
-        for module, mode in modes:
-            module.training = mode
     return found, refusals
 
 

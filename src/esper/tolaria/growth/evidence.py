@@ -194,7 +194,7 @@ class Evidence:
 
     def price(self, places: Mapping[str, Place], units: Mapping[str, int]) -> tuple[int, int]:
         """Return what :meth:`look` will cost at most, and how many held-out examples it reads."""
-        held = sum(count_examples(batch) for batch in self.probe())
+        held = sum(count_examples(batch) for batch in self.read or self.probe())
         seen = min(sum(count_examples(batch) for batch in self.batches), self.most)
         often = 3 if self.saturation.guess is None else 4
         own = self.growth.morphable.flops * (often * seen + 4 * held)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from esper.blueprints.kernel import LiveKernel
 from esper.errors import ProcessError, SurgeryError
 from esper.kasmina.fitting import fitted
-from esper.kasmina.isolation import untouched
+from esper.kasmina.isolation import same_modes, untouched
 from esper.kasmina.places import WidenPlace
 from esper.kasmina.reopen import TEMPER, How, multiply
 from esper.kasmina.stack import DepthKernel, Stack, widens
@@ -197,15 +197,12 @@ class Insertion:
 
 def broken(host: nn.Module, runs: Sequence[Callable[[], Any]]) -> Exception | None:
     """Return what the first pass raises that does not run, in training mode and without a trace."""
-    modes = [(module, module.training) for module in host.modules()]
     try:
-        host.train()
-        with torch.no_grad(), untouched(host, seed=0):
-            for run in runs:
-                run()
+        with same_modes(host):
+            host.train()
+            with torch.no_grad(), untouched(host, seed=0):
+                for run in runs:
+                    run()
     except FAILURES as error:
         return error
-    finally:
-        for module, mode in modes:
-            module.training = mode
     return None
