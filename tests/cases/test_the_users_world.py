@@ -263,6 +263,20 @@ def test_what_does_not_learn_is_not_widened(still: str) -> None:
     assert any(wanted in reason for reason in ran.reasons)
 
 
+def test_what_learns_later_is_widened_then() -> None:
+    torch.manual_seed(0)
+    net = narrow()
+    net[2].requires_grad_(False)
+
+    def each(i: int, growth: esper.Growth) -> None:
+        if i == 12:
+            net[2].requires_grad_(True)
+
+    ran = run(net, optimizer=torch.optim.Adam(net.parameters(), lr=0.01), each=each, growth="early")
+    assert any("2 is frozen" in reason for reason in ran.reasons), "an event came before"
+    assert net[0].out_features > 1
+
+
 def test_dead_units_are_counted_along_their_axis() -> None:
     x = torch.zeros(4, 3, 7)
     x[:, 0] = 1.0

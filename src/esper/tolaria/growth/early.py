@@ -176,7 +176,8 @@ class Early:
         doubt = self.doubts[0] if self.doubts and only is None else ""
         doubt = doubt or self.allowance.dear(self.evidence, free, units)
         if not units or doubt:
-            self.timetable.clear()
+            if doubt or not self.reach.resting:  # what rests may learn again by the next event
+                self.timetable.clear()
             self.evidence.abandon()
             self.records.append(record)
             self.decline(record, free, {}, doubt if units else SPENT if free else NONE_LEFT)
