@@ -12,12 +12,7 @@ from torch import nn
 
 import esper
 from benchmarks.hostile import REQUEST
-from esper.errors import EsperError, KernelError
-from esper.tezzeret.build import build
-from esper.tezzeret.container import open_sealed, seal
-from esper.tezzeret.signing import load_key
-from esper.tolaria import rebuild_template
-from esper.tolaria.checkpoint import (
+from esper.checkpoint import (
     Batches,
     BlobStorage,
     CheckpointManager,
@@ -26,9 +21,14 @@ from esper.tolaria.checkpoint import (
     Run,
     Storage,
 )
-from esper.tolaria.checkpoint.format import MANIFEST, PARTS
-from esper.tolaria.checkpoint.loading import newest, read
-from esper.tolaria.saving import load_into
+from esper.checkpoint.format.manifest import MANIFEST, PARTS
+from esper.checkpoint.format.reader import newest, read
+from esper.errors import EsperError, KernelError
+from esper.saving import rebuild_template
+from esper.saving.save import load_into
+from esper.tezzeret.build import build
+from esper.tezzeret.container import open_sealed, seal
+from esper.tezzeret.signing import load_key
 from esper.urza.blobs.memory import MemoryStore
 from esper.urza.folder import FolderStore
 

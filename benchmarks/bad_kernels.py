@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from esper.kasmina.isolation import untouched
-from esper.kasmina.trial import Trial
+from esper.kasmina.race.trial import Trial
+from esper.surgery.isolation.contexts import untouched
 
 Forward = Callable[..., Tensor]
 Turn = Callable[["Victim"], None]

@@ -19,7 +19,7 @@ import esper
 from benchmarks import data
 from benchmarks.tasks import cnn, mlp
 from esper.contracts import Event, Stage
-from esper.kasmina.isolation import evaluating, untouched
+from esper.surgery.isolation.contexts import evaluating, untouched
 
 STEPS, BATCH = 200, 32
 FEW, PREY = 96, 200  # training examples that can be learned by heart, and others that are harmed

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks import compare, harness
 from benchmarks.promises import Promise
-from esper.kasmina.cache import KernelCache, Key
+from esper.kasmina.seeds.cache import KernelCache, Key
 
 NAME = "cache"
 REPEATS = 3

@@ -18,7 +18,7 @@ import esper
 from benchmarks import compare, harness
 from benchmarks.intervals import paired_difference
 from benchmarks.promises import Promise
-from esper.tolaria.checkpoint import CheckpointManager, Run
+from esper.checkpoint import CheckpointManager, Run
 
 NAME = "checkpoint-overhead"
 SHARE = 0.015  # what was promised

@@ -18,9 +18,9 @@ from torch import nn
 from benchmarks import compare, harness
 from benchmarks.artefacts import Artefact, artefacts
 from benchmarks.promises import Promise
-from esper.tolaria.checkpoint import CheckpointManager, FolderStorage, Run
-from esper.tolaria.checkpoint.format import MANIFEST, PARTS
-from esper.tolaria.checkpoint.loading import newest
+from esper.checkpoint import CheckpointManager, FolderStorage, Run
+from esper.checkpoint.format.manifest import MANIFEST, PARTS
+from esper.checkpoint.format.reader import newest
 
 NAME = "damage"
 SEEDS, CASES = 10, 1000  # a thousand cases for each seed

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 import esper
 from benchmarks.door_values import BATCH, NESTS, ODD, STEPS, TEXTS, X, loss_fn, settings_like
 from esper.cli import app
-from esper.tolaria.saving import sums
+from esper.saving.save import sums
 
 HOST = """
 import torch

@@ -20,8 +20,8 @@ from benchmarks import harness
 from benchmarks.nulls import BOTH, NULLS, Null
 from benchmarks.promises import Promise
 from benchmarks.workers import Workers, workers
-from esper.kasmina import significance
-from esper.kasmina.significance import Spending
+from esper.kasmina.evidence import significance
+from esper.kasmina.evidence.significance import Spending
 
 NAME = "evidence"
 ALPHAS = (0.05, 0.01, 0.001, 0.0002)

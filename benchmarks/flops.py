@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from esper.kasmina.flops import FlopMeter
+from esper.kasmina.recording.flops import FlopMeter
 
 STEP = 3  # forward + backward, in forward passes
 

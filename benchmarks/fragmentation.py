@@ -17,10 +17,10 @@ from benchmarks import compare, harness, machine
 from benchmarks.promises import Promise
 from esper.blueprints.kernel import LiveKernel
 from esper.contracts import Decision
-from esper.kasmina.health import measure
-from esper.kasmina.layer import KasminaLayer
-from esper.kasmina.race import Race
-from esper.kasmina.trial import Trial
+from esper.kasmina.race.race import Race
+from esper.kasmina.race.survey import measure
+from esper.kasmina.race.trial import Trial
+from esper.kasmina.seeds.layer import KasminaLayer
 from esper.tolaria.growth import Growth
 
 NAME = "fragmentation"

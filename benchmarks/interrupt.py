@@ -18,9 +18,9 @@ import torch
 from benchmarks import compare, harness
 from benchmarks.lifecycle import LOST, STEPS, Journey, digest
 from benchmarks.promises import Promise
+from esper.checkpoint import MemoryStorage
+from esper.checkpoint.format.manifest import name_of
 from esper.contracts import Stage
-from esper.tolaria.checkpoint import MemoryStorage
-from esper.tolaria.checkpoint.format import name_of
 
 NAME = "interrupt"
 WORKERS = (0, 2)  # of the loader

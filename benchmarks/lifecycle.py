@@ -21,11 +21,11 @@ from torch.utils.data import DataLoader
 
 import esper
 from benchmarks.clusters import Clusters, loss_fn, refuse
+from esper.checkpoint import Batches, CheckpointManager, Run, Storage
+from esper.checkpoint.contents.run import capture_run
+from esper.checkpoint.format.manifest import packed
 from esper.contracts import Event, Stage
-from esper.kasmina.state import VITALS
-from esper.tolaria.checkpoint import Batches, CheckpointManager, Run, Storage
-from esper.tolaria.checkpoint.format import packed
-from esper.tolaria.checkpoint.run import capture_run
+from esper.kasmina.seeds.state import VITALS
 
 CLASSES, BATCH, BATCHES, EPOCHS = 8, 32, 6, 10
 STEPS = BATCHES * EPOCHS

@@ -141,7 +141,7 @@ def main(folder: str, rounds: str, born: str) -> None:
     imported = time.monotonic() - float(born)
 
     from benchmarks.lifecycle import Journey, digest
-    from esper.tolaria.checkpoint import FolderStorage
+    from esper.checkpoint import FolderStorage
 
     torch.set_num_threads(1)
     storage = FolderStorage(folder)

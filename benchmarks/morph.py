@@ -21,12 +21,12 @@ from benchmarks import compare, harness, machine
 from benchmarks.promises import Promise
 from esper.blueprints.kernel import LiveKernel
 from esper.contracts import Decision, Stage
-from esper.kasmina.health import Measured, measure
-from esper.kasmina.layer import KasminaLayer
-from esper.kasmina.merge import merged, write
+from esper.kasmina.branches.fold import merged, write
 from esper.kasmina.morphable import MorphableModel
-from esper.kasmina.places import Place
-from esper.kasmina.trial import Trial
+from esper.kasmina.race.survey import Measured, measure
+from esper.kasmina.race.trial import Trial
+from esper.kasmina.seeds.layer import KasminaLayer
+from esper.kasmina.widths.places import Place
 from esper.tolaria.growth import Growth
 
 NAME = "morph"

@@ -21,7 +21,7 @@ import esper
 from benchmarks import compare, data, harness
 from benchmarks.promises import Promise
 from esper.contracts import Event, Stage
-from esper.nissa.journal import RunJournal
+from esper.nissa.run.journal import RunJournal
 from esper.tolaria.growth import Growth
 
 NAME = "overhead"

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import esper
 from benchmarks.rank_runs import WORLD, join, say
-from esper.tolaria.distributed.launch import leave
+from esper.distributed.launch import leave
 
 MODULE = "benchmarks.rank_gradients"
 KINDS = (torch.float32, torch.float64)

@@ -213,7 +213,7 @@ def child(folder: Path, until: int, born: float) -> int:
     imported = time.monotonic() - born
 
     import esper
-    from esper.tolaria.checkpoint import Batches, CheckpointManager, Run
+    from esper.checkpoint import Batches, CheckpointManager, Run
 
     torch.manual_seed(0)
     net = nn.Sequential(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks import compare, harness
 from benchmarks.promises import Promise
-from esper.kasmina.state import VITALS, KasminaStateLayout
+from esper.kasmina.seeds.state import VITALS, KasminaStateLayout
 
 NAME = "state-layout"
 REPEATS = 7  # rounds; in each, all arms are measured in turns

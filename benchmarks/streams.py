@@ -12,7 +12,7 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from benchmarks import compare, harness
-from esper.kasmina.streams import StreamPool
+from esper.kasmina.seeds.streams import StreamPool
 
 NAME = "streams"
 REPEATS = 7  # rounds; in each, both paths are measured in turns

@@ -11,8 +11,8 @@ import torch
 from torch.optim import Optimizer, lr_scheduler, swa_utils
 from torch.optim.lr_scheduler import LRScheduler
 
-from esper.tolaria.surgery.kinds import KINDS, Kind, everything, matrices
-from esper.tolaria.surgery.own import needs_closure
+from esper.kasmina.race.own_optimizers import needs_closure
+from esper.surgery.optimizers.kinds import KINDS, Kind, everything, matrices
 
 PAGE = """# Optimizers and schedulers
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import esper
-from esper.kasmina.flops import FlopMeter
+from esper.kasmina.recording.flops import FlopMeter
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 

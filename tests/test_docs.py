@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from esper.kasmina.state import MOVES
+from esper.kasmina.seeds.state import MOVES
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

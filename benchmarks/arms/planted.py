@@ -16,10 +16,10 @@ from benchmarks.arms.fixed import Fixed
 from benchmarks.data import stream
 from benchmarks.flops import STEP, forward_flops, parameters
 from esper.contracts import Decision, ignore
-from esper.kasmina.blocks import Block
+from esper.kasmina.branches.blocks import Block
 from esper.kasmina.morphable import MorphableModel
-from esper.kasmina.places import Place
-from esper.tolaria.growth.commit import Committer
+from esper.kasmina.widths.places import Place
+from esper.tolaria.growth.events.commit import Committer
 
 
 class Planted(Fixed):

@@ -15,8 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset, random_split
 
 import esper
-from esper.tolaria.checkpoint import Batches, CheckpointManager, Run
-from esper.tolaria.distributed.launch import join, leave
+from esper.checkpoint import Batches, CheckpointManager, Run
+from esper.distributed.launch import join, leave
 
 
 def loss_fn(model: nn.Module, batch: list[torch.Tensor]) -> torch.Tensor:

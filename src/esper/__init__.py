@@ -35,8 +35,8 @@ if TYPE_CHECKING:  # for editors and type checkers; at run time a name is import
     )
     from esper.kasmina.morphable import MorphableModel, unwrap, wrap
     from esper.kasmina.summary import summary
+    from esper.saving.save import load_into
     from esper.tolaria.growth import Growth, grow, plan
-    from esper.tolaria.saving import load_into
     from esper.tolaria.trainer import Trainer
 
     __version__: str
@@ -86,7 +86,7 @@ _HOMES = {
     "Trainer": "esper.tolaria.trainer",
     "grow": "esper.tolaria.growth",
     "load_config": "esper.config",
-    "load_into": "esper.tolaria.saving",
+    "load_into": "esper.saving.save",
     "plan": "esper.tolaria.growth",
     "summary": "esper.kasmina.summary",
     "unwrap": "esper.kasmina.morphable",

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import evidence
 from benchmarks.nulls import BOTH, NULLS
-from esper.kasmina import significance
+from esper.kasmina.evidence import significance
 
 
 @pytest.mark.parametrize("name", [*NULLS, *BOTH])

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from benchmarks import streams
-from esper.kasmina.streams import StreamPool
+from esper.kasmina.seeds.streams import StreamPool
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

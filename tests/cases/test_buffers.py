@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import esper
-from esper.kasmina.evidence import copied
+from esper.batches.examples import copied
 from tests.cases.loops import Task, cross_entropy, narrow, run
 
 

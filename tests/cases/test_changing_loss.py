@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import esper
-from esper.tolaria.growth.hindsight import Hindsight
+from esper.tolaria.growth.early.hindsight import Hindsight
 from tests.cases.loops import Ran, Task, cross_entropy, narrow, run
 
 STEPS = 80

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import esper
 from esper.errors import ProbeError
-from esper.kasmina.isolation import examining, untouched
+from esper.surgery.isolation.contexts import examining, untouched
 from tests.cases.loops import Task, cross_entropy, narrow, run
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import esper
-from esper.tolaria.growth.known import Known
+from esper.batches.known import Known
 from tests.cases.loops import cross_entropy
 
 STEPS = 200

@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import esper
 from esper.tamiyo.early import POINTS, placed
-from esper.tolaria.growth.rates import forecast
+from esper.tolaria.growth.early.rates import forecast
 from tests.cases.loops import Task, cross_entropy, narrow
 
 SHARES = (0.03, 0.08, 0.15, 0.25, 0.4, 0.6)

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from esper.kasmina.evidence import count_examples
-from esper.tolaria.growth.portions import LEAST, cut, largest, portions
+from esper.batches.examples import count_examples
+from esper.batches.portions import LEAST, cut, largest, portions
 from tests.cases.loops import Task, narrow, run
 
 
@@ -86,7 +86,7 @@ def test_cheap_examples_go_together(loop: int, flops: int, most: int) -> None:
 def test_what_is_found_does_not_depend_on_how_it_is_laid_out(monkeypatch: pytest.MonkeyPatch) -> None:
     apart, together = narrow(), narrow()
     run(together)
-    monkeypatch.setattr("esper.tolaria.growth.evidence.largest", lambda loop, flops: 50)
+    monkeypatch.setattr("esper.tolaria.growth.evidence.evidence.largest", lambda loop, flops: 50)
     run(apart)
     assert apart[0].out_features == together[0].out_features > 1
     assert torch.allclose(apart[0].weight, together[0].weight, atol=1e-3)

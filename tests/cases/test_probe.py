@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import esper
 from esper.errors import ProbeError
-from esper.tolaria.growth.evidence import UNTOLD
-from esper.tolaria.growth.held import held_batches, strata, thinned
+from esper.tolaria.growth.evidence.evidence import UNTOLD
+from esper.tolaria.growth.evidence.held import held_batches, strata, thinned
 from tests.cases.loops import Task, cross_entropy, narrow, run
 
 Batch = tuple[Tensor, Tensor]

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 import esper
 from esper.contracts import Event
 from esper.errors import OptimizerError
-from esper.tolaria.surgery.inner import with_inner
+from esper.surgery.optimizers.inner import with_inner
 from tests.cases.loops import Ran, Task, cross_entropy, narrow
 
 

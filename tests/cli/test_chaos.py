@@ -14,10 +14,10 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from esper.chaos.child import FAULTS
 from esper.cli import app
 from esper.cli.chaos import chosen, lines
 from esper.errors import RegistryError
-from esper.tolaria.chaos.child import FAULTS
 
 RUNBOOKS = Path(__file__).parents[2] / "docs" / "runbooks"
 HOST = """

@@ -12,11 +12,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from esper.checkpoint import FolderStorage
+from esper.checkpoint.format.manifest import canonical, digest
+from esper.checkpoint.format.reader import read
 from esper.cli import app
-from esper.tolaria.checkpoint import FolderStorage
-from esper.tolaria.checkpoint.format import canonical, digest
-from esper.tolaria.checkpoint.loading import read
-from esper.tolaria.saving import load_into
+from esper.saving.save import load_into
 from tests.tolaria.checkpoint.killable import host
 
 ONE, TWO = "step-00000042", "step-00000063"

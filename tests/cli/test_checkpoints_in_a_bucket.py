@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from esper.checkpoint import FolderStorage, storage_at
 from esper.cli import app
-from esper.tolaria.checkpoint import FolderStorage, storage_at
-from esper.tolaria.saving import load_into
+from esper.saving.save import load_into
 from tests.tolaria.checkpoint.killable import host
 from tests.urza.blobs.serving import ACCOUNT, BUCKET, s3_server
 

@@ -7,9 +7,9 @@ import torch
 
 import esper as library
 from esper.cli import demo, digits
-from esper.nissa.history import fold
-from esper.nissa.journal import read_events
-from esper.nissa.report import write_report
+from esper.nissa.run.history import fold
+from esper.nissa.run.journal import read_events
+from esper.nissa.views.report import write_report
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 import esper
 from esper.blueprints import CATALOGUE
 from esper.cli import app
-from esper.nissa.history import fold
-from esper.nissa.journal import EVENTS_FILE, read_events
-from esper.nissa.live import LiveView
+from esper.nissa.run.history import fold
+from esper.nissa.run.journal import EVENTS_FILE, read_events
+from esper.nissa.views.live import LiveView
 
 ESCAPE = "\x1b[31mRED\x1b]0;t\x07\u202e\x9b1m"
 HOST = """

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import yaml
 
-from esper.nissa.journal import read_events
-from esper.tolaria.checkpoint import FolderStorage
-from esper.tolaria.checkpoint.loading import read
+from esper.checkpoint import FolderStorage
+from esper.checkpoint.format.reader import read
+from esper.nissa.run.journal import read_events
 
 HOST = """
 import os

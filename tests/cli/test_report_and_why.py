@@ -1,7 +1,7 @@
 import json
 from pathlib import Path
 
-from esper.nissa.journal import EVENTS_FILE
+from esper.nissa.run.journal import EVENTS_FILE
 
 
 def test_report_writes_a_file_and_says_where(esper, run: Path) -> None:

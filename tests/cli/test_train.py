@@ -15,11 +15,11 @@ from typer.testing import CliRunner, Result
 
 import esper as library
 from esper.cli import app
-from esper.cli.recipe import read_recipe
-from esper.cli.resolve import batches_of, bound, loss_of, metric_of, resolve
+from esper.cli.run.recipe import read_recipe
+from esper.cli.run.resolve import batches_of, bound, loss_of, metric_of, resolve
 from esper.errors import ConfigError, EsperError
-from esper.nissa.history import fold
-from esper.nissa.journal import read_events
+from esper.nissa.run.history import fold
+from esper.nissa.run.journal import read_events
 
 HOST = """
 import torch

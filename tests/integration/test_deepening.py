@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 import esper
+from esper.checkpoint import CheckpointManager, FolderStorage, Run
+from esper.checkpoint.exporting import export_model
+from esper.checkpoint.format.reader import newest
 from esper.contracts import DeepenPlan, Event
 from esper.errors import SurgeryError
-from esper.kasmina.materialise import empty_slices
+from esper.kasmina.depth.stack import Stack
+from esper.kasmina.depth.stacks import find_stacks
 from esper.kasmina.morphable import MorphableModel
-from esper.kasmina.stack import Stack
-from esper.kasmina.stacks import find_stacks
-from esper.tolaria.checkpoint import CheckpointManager, FolderStorage, Run
-from esper.tolaria.checkpoint.exporting import export_model
-from esper.tolaria.checkpoint.loading import newest
+from esper.surgery.widen_layers import empty_slices
 from tests.integration.deep_hosts import HOSTS, INPUTS, NEW, SITES
 
 KINDS = sorted(HOSTS)

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 import esper
-from esper.kasmina.deepen import insert
-from esper.kasmina.stacks import find_stacks
-from esper.tolaria import saving
+from esper.kasmina.depth.deepen import insert
+from esper.kasmina.depth.stacks import find_stacks
+from esper.saving import save as saving
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 IDS = torch.randint(0, 11, (3, 6), generator=torch.Generator().manual_seed(0))

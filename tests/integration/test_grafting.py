@@ -19,9 +19,9 @@ from torch.optim.swa_utils import AveragedModel
 import esper
 from esper.contracts import Decision, Event
 from esper.errors import SurgeryError
-from esper.kasmina.grown import GrownBranches
-from esper.kasmina.seam import is_open
-from esper.tolaria.genome import GraftPlan
+from esper.saving.genome import GraftPlan
+from esper.surgery.branches import GrownBranches
+from esper.surgery.isolation.seam import is_open
 from tests.integration.grafting_hosts import HOSTS, INPUTS, Sequences
 
 PLACES = [

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import esper
-from esper.kasmina.gated import GatedPair
-from esper.kasmina.heads import HeadsPair
+from esper.kasmina.widths.gated import GatedPair
+from esper.kasmina.widths.heads import HeadsPair
 from tests.kasmina.zoo import CLASSES, HOSTS
 
 STEPS = 120

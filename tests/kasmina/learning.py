@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from esper.kasmina.score import Scored
-from esper.kasmina.significance import p_value
+from esper.kasmina.evidence.score import Scored
+from esper.kasmina.evidence.significance import p_value
 
 NetT = TypeVar("NetT", bound=nn.Module)
 

@@ -12,7 +12,7 @@ import esper
 from esper.blueprints import CATALOGUE
 from esper.contracts import Signature
 from esper.errors import BlueprintError, RegistryError, SiteError
-from esper.kasmina.blocks import Block
+from esper.kasmina.branches.blocks import Block
 
 GRAPHS = ("residual_mlp", "conv3x3", "conv1x1", "low_rank", "bottleneck_adapter", "self_attention")
 

@@ -20,8 +20,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from torch import nn
 
 from esper.errors import ConfigError, KernelError
-from esper.kasmina.cache import CacheStatistics, KernelCache, Key
-from esper.kasmina.nbytes import nbytes
+from esper.kasmina.seeds.cache import CacheStatistics, KernelCache, Key
+from esper.kasmina.seeds.nbytes import nbytes
 
 
 def key(name: object) -> Key:

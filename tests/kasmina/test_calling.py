@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 import esper
 from esper.errors import SiteError
-from esper.kasmina.flops import FlopMeter
-from esper.kasmina.materialise import widen
 from esper.kasmina.morphable import MorphableModel
-from esper.tolaria.growth.check import outputs
+from esper.kasmina.recording.flops import FlopMeter
+from esper.surgery.widen_layers import widen
+from esper.tolaria.growth.events.check import outputs
 from tests.kasmina.zoo import Net
 
 Body = Callable[[Any, Tensor], Any]

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from esper.kasmina.evidence.score import Score, Scored
+from esper.kasmina.evidence.sight import differentiates, passes
 from esper.kasmina.morphable import MorphableModel
-from esper.kasmina.score import Score, Scored
-from esper.kasmina.sight import differentiates, passes
 from tests.kasmina.learning import learned, p_of
 
 Batch = tuple[Tensor, Tensor]

@@ -17,11 +17,11 @@ from torch.utils.checkpoint import checkpoint
 
 from esper.contracts import WidenEdit, WidenPlan
 from esper.errors import CompileError, SiteError
-from esper.kasmina.compiling import CompilePolicy, apply, blended, blocks, detect, uncompiled
-from esper.kasmina.flops import FlopMeter
-from esper.kasmina.materialise import widen
-from esper.kasmina.recorder import record
-from esper.kasmina.seam import open_seam
+from esper.kasmina.recording.flops import FlopMeter
+from esper.kasmina.recording.recorder import record
+from esper.kasmina.seeds.compiling import CompilePolicy, apply, blended, blocks, detect, uncompiled
+from esper.surgery.isolation.seam import open_seam
+from esper.surgery.widen_layers import widen
 
 # Dynamo reads .grad of the activations between two compiled blocks; torch warns of its own reading.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
@@ -214,7 +214,7 @@ def test_regions_are_the_outermost_blocks_of_the_users_own_classes() -> None:
 
 def test_an_eager_user_never_loads_the_compiler() -> None:
     script = (
-        "import sys, torch; from esper.kasmina.compiling import detect, uncompiled\n"
+        "import sys, torch; from esper.kasmina.seeds.compiling import detect, uncompiled\n"
         "policy = detect(torch.nn.Linear(2, 2))\n"
         "with policy.uncompiled(), uncompiled(): pass\n"
         "policy.after_commit([]); policy.make_room(); policy.stand_aside([])()\n"

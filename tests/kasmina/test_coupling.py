@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from esper.errors import ProbeError
-from esper.kasmina.coupling import independent
+from esper.kasmina.evidence.coupling import independent
 from esper.kasmina.morphable import MorphableModel
-from esper.kasmina.places import Place
+from esper.kasmina.widths.places import Place
 
 
 class Host(nn.Module):

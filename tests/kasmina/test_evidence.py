@@ -13,8 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from esper.errors import ProbeError
-from esper.kasmina.evidence import (
+from esper.batches.examples import (
     BOUND,
     e_value,
     example_losses,
@@ -22,7 +21,8 @@ from esper.kasmina.evidence import (
     split_batch,
     weight_of_evidence,
 )
-from esper.kasmina.significance import p_value
+from esper.errors import ProbeError
+from esper.kasmina.evidence.significance import p_value
 
 magnitudes = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=7)
 practice = st.lists(st.floats(-100, 100).filter(lambda v: abs(v) > 1e-3), min_size=1, max_size=20)

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import esper
 from esper.contracts import Stage
-from esper.kasmina.materialise import widen
 from esper.kasmina.morphable import MorphableModel
-from esper.kasmina.widen import WidenKernel
+from esper.kasmina.widths.widen import WidenKernel
+from esper.surgery.widen_layers import widen
 from tests.kasmina.hosts import HOSTS, Loop, Residual, batch, frozen, holdings, loss_fn, same
 
 KINDS = sorted(HOSTS)

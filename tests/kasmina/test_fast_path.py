@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import esper
-from esper.kasmina.isolation import slow_path
-from esper.kasmina.materialise import widen
 from esper.kasmina.morphable import MorphableModel
-from esper.kasmina.widen import HostKernel
+from esper.kasmina.widths.widen import HostKernel
+from esper.surgery.isolation.contexts import slow_path
+from esper.surgery.widen_layers import widen
 from tests.kasmina.zoo import Net
 
 X = torch.randn(3, 5, 8)

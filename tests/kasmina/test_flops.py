@@ -13,7 +13,7 @@ from torch.func import vmap
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
-from esper.kasmina.flops import FlopMeter, Ledger
+from esper.kasmina.recording.flops import FlopMeter, Ledger
 from tests.kasmina.hosts import HOSTS, Loop, batch, loss_fn
 
 

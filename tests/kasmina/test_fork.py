@@ -15,11 +15,11 @@ from torch.utils._pytree import tree_flatten
 import esper
 from esper.contracts import WidenPlan
 from esper.errors import SiteError
-from esper.kasmina.flops import FlopMeter
-from esper.kasmina.fork import Fork, ForkKernel
-from esper.kasmina.growth_cost import GrowthCost
-from esper.kasmina.materialise import widen
+from esper.kasmina.evidence.growth_cost import GrowthCost
 from esper.kasmina.morphable import MorphableModel
+from esper.kasmina.recording.flops import FlopMeter
+from esper.kasmina.widths.fork import Fork, ForkKernel
+from esper.surgery.widen_layers import widen
 from tests.kasmina.zoo import Net
 
 Body = Callable[[Any, Tensor], Any]

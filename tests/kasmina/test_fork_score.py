@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from esper.kasmina.fork import Fork
+from esper.kasmina.evidence.score import Score, Scored
 from esper.kasmina.morphable import MorphableModel
-from esper.kasmina.score import Score, Scored
+from esper.kasmina.widths.fork import Fork
 from tests.kasmina.learning import learned, p_of
 from tests.kasmina.zoo import Net
 

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import esper
-from esper.kasmina.heads import HeadsPair
-from esper.kasmina.materialise import widen
-from esper.tolaria.surgery.averages import widen_average
-from esper.tolaria.surgery.optimizers import widen_state
+from esper.kasmina.widths.heads import HeadsPair
+from esper.surgery.optimizers.averages import widen_average
+from esper.surgery.optimizers.widening import widen_state
+from esper.surgery.widen_layers import widen
 from tests.kasmina.zoo import Net
 
 WIDTH, HEADS, SIZE = 8, 2, 3

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import esper
 from esper.config import Gate as Settings
 from esper.errors import ProbeError
-from esper.kasmina.gate import Gate, check_probe
-from esper.kasmina.widen import WidenKernel
+from esper.kasmina.race.gate import Gate, check_probe
+from esper.kasmina.widths.widen import WidenKernel
 from tests.kasmina.hosts import frozen, same
 
 Batch = tuple[Tensor, Tensor]

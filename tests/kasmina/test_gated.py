@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import esper
-from esper.kasmina.flops import FlopMeter
-from esper.kasmina.gated import GatedKernel, GatedPair
-from esper.kasmina.materialise import widen
+from esper.kasmina.recording.flops import FlopMeter
+from esper.kasmina.widths.gated import GatedKernel, GatedPair
+from esper.surgery.widen_layers import widen
 from tests.kasmina.zoo import Net
 
 Body = Callable[[Any, Tensor], Tensor]

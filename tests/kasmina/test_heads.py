@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import esper
-from esper.kasmina.heads import HeadsPair
-from esper.kasmina.materialise import widen
+from esper.kasmina.widths.heads import HeadsPair
+from esper.surgery.widen_layers import widen
 from tests.kasmina.zoo import Net
 
 WIDTH, HEADS = 8, 2

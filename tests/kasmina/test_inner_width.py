@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import esper
-from esper.kasmina.materialise import widen
-from esper.kasmina.widen import HostKernel
+from esper.kasmina.widths.widen import HostKernel
+from esper.surgery.widen_layers import widen
 from tests.kasmina.zoo import Net
 
 IMAGE = torch.randn(5, 3, 8, 8)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from esper.config import Race
 from esper.contracts import Site
-from esper.kasmina.lessons import FIELD, LARGE, LEAST, RHYTHM, SHARE, Lessons, Step, first
+from esper.kasmina.race.schedule import FIELD, LARGE, LEAST, RHYTHM, SHARE, Lessons, Step, first
 
 
 def site(unit_flops: int) -> Site:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from esper.contracts import WidenEdit, WidenPlan
 from esper.errors import SurgeryError
-from esper.kasmina.materialise import Widened, widen
+from esper.surgery.widen_layers import Widened, widen
 
 
 class Net(nn.Module):

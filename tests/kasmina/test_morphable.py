@@ -10,8 +10,8 @@ from torch import nn
 
 import esper
 from esper.contracts import Stage
-from esper.kasmina.flops import FlopMeter
-from esper.kasmina.widen import WidenKernel
+from esper.kasmina.recording.flops import FlopMeter
+from esper.kasmina.widths.widen import WidenKernel
 from tests.kasmina.hosts import HOSTS, batch
 
 

@@ -14,8 +14,8 @@ import esper
 from esper.config import Config
 from esper.contracts import EVENT_FIELDS, Stage
 from esper.errors import StateError
-from esper.kasmina.orchestrator import FAULTS, Timing, worse
-from esper.kasmina.state import MOVES
+from esper.kasmina.race.orchestrator import FAULTS, Timing, worse
+from esper.kasmina.seeds.state import MOVES
 from tests.kasmina.hosts import Loop, batch, frozen, holdings, loss_fn, same
 
 FAST = {

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import esper
-from esper.kasmina.proving import Proof
+from esper.kasmina.proving.proving import Proof
 
 X = torch.randn(12, 6, generator=torch.Generator().manual_seed(0))
 IMAGES = torch.randn(12, 1, 6, 6, generator=torch.Generator().manual_seed(0))

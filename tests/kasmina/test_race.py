@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import esper
-from esper.kasmina.layer import Tap
 from esper.kasmina.morphable import MorphableModel
-from esper.kasmina.race import AMPLITUDES, FASTEST, REACH, RELATIVE, Race, rms
-from esper.kasmina.starts import survey
+from esper.kasmina.race.initialisers import survey
+from esper.kasmina.race.race import AMPLITUDES, FASTEST, REACH, RELATIVE, Race, rms
+from esper.kasmina.seeds.layer import Tap
 from tests.kasmina.hosts import frozen, same
 
 

@@ -17,13 +17,13 @@ from torch.func import functional_call, stack_module_state, vmap
 
 import esper
 from esper.errors import SurgeryError
-from esper.kasmina.flops import FlopMeter
-from esper.kasmina.materialise import empty_slices, widen
-from esper.kasmina.recurrent import RecurrentPair
-from esper.tolaria.growth.commit import laid
-from esper.tolaria.saving import load_into, save
-from esper.tolaria.surgery.averages import widen_average
-from esper.tolaria.surgery.optimizers import widen_state
+from esper.kasmina.recording.flops import FlopMeter
+from esper.kasmina.widths.recurrent import RecurrentPair
+from esper.saving.save import load_into, save
+from esper.surgery.optimizers.averages import widen_average
+from esper.surgery.optimizers.widening import widen_state
+from esper.surgery.widen_layers import empty_slices, widen
+from esper.tolaria.growth.events.commit import laid
 from tests.kasmina.zoo import Net
 
 TIME, IN, HIDDEN, UNITS = 7, 3, 5, 2

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from esper.kasmina.reopen import TEMPER, guess, multipliable, multiply, output_layers, tempered
+from esper.kasmina.evidence.reopen import TEMPER, guess, multipliable, multiply, output_layers, tempered
 
 CLASSES = 5
 

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from esper.kasmina.efficient import RIDGE, Sums, damped, greedy
-from esper.kasmina.layers import affine
+from esper.kasmina.evidence.efficient import RIDGE, Sums, damped, greedy
+from esper.kasmina.evidence.score import Score, Scored
+from esper.kasmina.evidence.sight import passes
 from esper.kasmina.morphable import MorphableModel
-from esper.kasmina.score import Score, Scored
-from esper.kasmina.sight import passes
-from esper.kasmina.widen import HostKernel
+from esper.kasmina.widths.layers import affine
+from esper.kasmina.widths.widen import HostKernel
 from tests.kasmina import zoo
 from tests.kasmina.learning import learned, p_of
 

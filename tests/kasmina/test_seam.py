@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 import esper
 from esper.errors import SiteError
-from esper.kasmina.layer import KasminaLayer, Tap
-from esper.kasmina.orchestrator import SeedOrchestrator
-from esper.kasmina.seam import is_open, open_seam
-from esper.kasmina.widen import WidenKernel
+from esper.kasmina.race.orchestrator import SeedOrchestrator
+from esper.kasmina.seeds.layer import KasminaLayer, Tap
+from esper.kasmina.widths.widen import WidenKernel
+from esper.surgery.isolation.seam import is_open, open_seam
 from tests.kasmina.hosts import HOSTS, Loop, batch, holdings
 
 

@@ -10,8 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from esper.errors import ConfigError, ProbeError, StateError
-from esper.kasmina import significance
-from esper.kasmina.significance import Spending, block_means, log_ratio, p_value, smallest, starts, t_tail
+from esper.kasmina.evidence import significance
+from esper.kasmina.evidence.significance import (
+    Spending,
+    block_means,
+    log_ratio,
+    p_value,
+    smallest,
+    starts,
+    t_tail,
+)
 
 gains = st.lists(st.floats(-100, 100).map(lambda v: round(v, 3)), min_size=8, max_size=80).filter(
     lambda values: len(set(values)) > 1

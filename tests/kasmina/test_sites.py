@@ -17,11 +17,11 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import esper
 from esper.errors import ProbeError, SiteError
-from esper.kasmina.between import Composite
-from esper.kasmina.flops import FlopMeter
-from esper.kasmina.materialise import widen
-from esper.kasmina.sites import find_pairs
-from esper.kasmina.widen import WidenKernel
+from esper.kasmina.recording.between import Composite
+from esper.kasmina.recording.flops import FlopMeter
+from esper.kasmina.sites.sites import find_pairs
+from esper.kasmina.widths.widen import WidenKernel
+from esper.surgery.widen_layers import widen
 from tests.kasmina.hosts import HOSTS, batch, holdings
 
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from esper.errors import SurgeryError
-from esper.kasmina.birth import born, scales_of
-from esper.kasmina.deepen import duplicate, insert
-from esper.kasmina.stacks import find_stacks
+from esper.kasmina.depth.birth import born, scales_of
+from esper.kasmina.depth.deepen import duplicate, insert
+from esper.kasmina.depth.stacks import find_stacks
 from tests.integration.deep_hosts import GPT, HOSTS, INPUTS, SITES, Attentive, Encoder, Residual, mlp
 from tests.kasmina import zoo
 from tests.kasmina.hosts import frozen, holdings, same

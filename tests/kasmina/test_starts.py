@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import esper
-from esper.kasmina.layer import Tap
-from esper.kasmina.starts import centre, per_unit, singular_directions, stretch, survey
-from esper.kasmina.widen import WidenKernel
+from esper.kasmina.race.initialisers import centre, per_unit, singular_directions, stretch, survey
+from esper.kasmina.seeds.layer import Tap
+from esper.kasmina.widths.widen import WidenKernel
 from tests.kasmina.hosts import HOSTS, batch, loss_fn
 
 

@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from esper.contracts import Stage
 from esper.errors import ConfigError, TransitionError
-from esper.kasmina.state import ACTIVE, AWAKE, VITALS, KasminaStateLayout
+from esper.kasmina.seeds.state import ACTIVE, AWAKE, VITALS, KasminaStateLayout
 
 SEEDS = 3
 LIFE = ["DORMANT", "GERMINATED", "TRAINING", "GRAFTING", "STABILISING", "EVALUATING", "FOSSILISED", "DORMANT"]

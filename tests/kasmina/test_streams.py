@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from esper.errors import ConfigError
-from esper.kasmina.streams import StreamPool
+from esper.kasmina.seeds.streams import StreamPool
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 SHAPES = ((1, 4, 5, 5), (3, 4, 9, 6))

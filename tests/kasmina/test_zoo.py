@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 import esper
 from esper.contracts import Stage
-from esper.kasmina.layers import is_depthwise, is_layer
-from esper.kasmina.materialise import widen
 from esper.kasmina.morphable import MorphableModel
-from esper.kasmina.recurrent import RecurrentPair
-from esper.kasmina.widen import HostKernel
+from esper.kasmina.widths.layers import is_depthwise, is_layer
+from esper.kasmina.widths.recurrent import RecurrentPair
+from esper.kasmina.widths.widen import HostKernel
+from esper.surgery.widen_layers import widen
 from tests.kasmina.hosts import frozen, holdings, same
 from tests.kasmina.zoo import HOSTS, batch, logits, loss_fn, run
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from esper.contracts import Event
-from esper.nissa.history import RunHistory, fold
-from esper.nissa.journal import RunJournal
+from esper.nissa.run.history import RunHistory, fold
+from esper.nissa.run.journal import RunJournal
 
 _spec = importlib.util.spec_from_file_location("stream", Path(__file__).with_name("stream.py"))
 stream = importlib.util.module_from_spec(_spec)

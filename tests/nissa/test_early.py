@@ -11,13 +11,13 @@ import pytest
 from rich.console import Console
 
 from esper.contracts import Event
-from esper.nissa import charts
-from esper.nissa.history import RunHistory, fold
-from esper.nissa.journal import RunJournal
-from esper.nissa.live import LiveView
-from esper.nissa.map import model_map
-from esper.nissa.report import write_report
-from esper.nissa.why import as_text, why
+from esper.nissa.run.history import RunHistory, fold
+from esper.nissa.run.journal import RunJournal
+from esper.nissa.views import charts
+from esper.nissa.views.live import LiveView
+from esper.nissa.views.map import model_map
+from esper.nissa.views.report import write_report
+from esper.nissa.views.why import as_text, why
 
 PLACES = ("0>2", "2>4")
 HOST, GROWN = 100, 180

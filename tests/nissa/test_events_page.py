@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from esper.contracts import EVENT_FIELDS
-from esper.nissa.journal import DURABLE
+from esper.nissa.run.journal import DURABLE
 
 PAGE = (Path(__file__).parents[2] / "docs" / "events.md").read_text(encoding="utf-8")
 

@@ -2,9 +2,9 @@ from dataclasses import replace
 from typing import Any
 
 from esper.contracts import EVENT_FIELDS, Event, Refusal
-from esper.nissa import history as module
-from esper.nissa.history import RunHistory, fold
-from esper.nissa.records import DecisionHistory, Resume
+from esper.nissa.run import history as module
+from esper.nissa.run.history import RunHistory, fold
+from esper.nissa.run.records import DecisionHistory, Resume
 
 
 def without_survival(history: RunHistory) -> dict[str, Any]:

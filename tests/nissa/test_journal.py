@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from esper.contracts import EVENT_FIELDS, Event
 from esper.errors import RunError
-from esper.nissa.journal import (
+from esper.nissa.run.journal import (
     DURABLE,
     EVENTS_FILE,
     RunJournal,
@@ -115,7 +115,7 @@ def test_a_killed_process_loses_at_most_the_line_it_was_writing(tmp_path: Path) 
     code = (
         "import itertools, sys\n"
         "from esper.contracts import Event\n"
-        "from esper.nissa.journal import RunJournal\n"
+        "from esper.nissa.run.journal import RunJournal\n"
         "journal = RunJournal(sys.argv[1])\n"
         "for step in itertools.count():\n"
         "    journal(Event('warning', step, {'message': 'x' * 20000}))\n"
@@ -222,7 +222,7 @@ def test_a_full_disk_is_waited_for_and_told_once(
 def test_what_waits_too_long_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full on this system")
-    monkeypatch.setattr("esper.nissa.journal.PATIENCE", 20)
+    monkeypatch.setattr("esper.nissa.run.journal.PATIENCE", 20)
     journal = RunJournal(tmp_path)
     journal._file.close()
     journal._file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115 (closed below)
@@ -269,7 +269,7 @@ def test_a_line_that_reached_the_disk_in_part_is_ended_later(tmp_path: Path) -> 
     code = (
         "import resource, sys\n"
         "from esper.contracts import Event\n"
-        "from esper.nissa.journal import RunJournal\n"
+        "from esper.nissa.run.journal import RunJournal\n"
         "journal = RunJournal(sys.argv[1])\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (50, resource.RLIM_INFINITY))\n"
         "journal(Event('warning', 0, {'message': 'x' * 100}))\n"

@@ -9,12 +9,12 @@ import pytest
 
 from esper.contracts import Event
 from esper.errors import RunError
-from esper.nissa.journal import RunJournal, read_events
-from esper.nissa.lease import LEASE_FILE, Lease
+from esper.nissa.run.journal import RunJournal, read_events
+from esper.storage.lease import LEASE_FILE, Lease
 
 HOLD = """
 import os, sys, time
-from esper.nissa.journal import RunJournal
+from esper.nissa.run.journal import RunJournal
 journal = RunJournal(sys.argv[1])
 reader, writer = os.pipe()
 if sys.argv[2] == "fork":

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from esper.contracts import Event
-from esper.nissa.live import DECISIONS, ROWS, LiveView
+from esper.nissa.views.live import DECISIONS, ROWS, LiveView
 
 
 def terminal() -> Console:

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import pytest
 
 from esper.contracts import Event
-from esper.nissa import charts
-from esper.nissa.history import RunHistory, fold
-from esper.nissa.map import model_map
+from esper.nissa.run.history import RunHistory, fold
+from esper.nissa.views import charts
+from esper.nissa.views.map import model_map
 
 SVG = "{http://www.w3.org/2000/svg}"
 PICTURES: dict[str, Callable[[RunHistory], str]] = {
@@ -91,7 +91,7 @@ def test_without_matplotlib_the_error_is_its_pip_line() -> None:
     code = (
         "import sys; sys.modules['matplotlib'] = None\n"
         "from esper.errors import MissingExtraError\n"
-        "try: import esper.nissa.charts\n"
+        "try: import esper.nissa.views.charts\n"
         "except MissingExtraError as error: print(error)\n"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

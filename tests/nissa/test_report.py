@@ -11,11 +11,11 @@ import pytest
 
 from esper.contracts import Event
 from esper.errors import RunError
-from esper.nissa.damage import fitting
-from esper.nissa.history import fold
-from esper.nissa.journal import EVENTS_FILE, RunJournal, decode
-from esper.nissa.report import write_report
-from esper.nissa.why import as_text
+from esper.nissa.run.damage import fitting
+from esper.nissa.run.history import fold
+from esper.nissa.run.journal import EVENTS_FILE, RunJournal, decode
+from esper.nissa.views.report import write_report
+from esper.nissa.views.why import as_text
 
 ROW = {"name": "grown", "accuracy": 0.9721, "parameters": 1138, "flops": 4.19e9, "seconds": 9.2}
 VOID = {"meta", "link", "br", "img", "input", "hr"}
@@ -161,7 +161,7 @@ def test_without_jinja_the_error_is_its_pip_line() -> None:
     code = (
         "import sys; sys.modules['jinja2'] = None\n"
         "from esper.errors import MissingExtraError\n"
-        "try: import esper.nissa.report\n"
+        "try: import esper.nissa.views.report\n"
         "except MissingExtraError as error: print(error)\n"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from esper.contracts import Event
-from esper.nissa.history import RunHistory, fold
-from esper.nissa.standing import decided_after, standing
+from esper.nissa.run.history import RunHistory, fold
+from esper.nissa.run.standing import decided_after, standing
 
 BEGIN: dict[str, Any] = {
     "model": "Net",

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from esper.contracts import Event
-from esper.nissa import charts
-from esper.nissa.history import fold
-from esper.nissa.survival import notes, of_checkpoints
-from esper.nissa.why import as_text
+from esper.nissa.run.history import fold
+from esper.nissa.run.survival import notes, of_checkpoints
+from esper.nissa.views import charts
+from esper.nissa.views.why import as_text
 
 
 def cut_off(events: list[Event], survived: Callable[[], list[Event]]) -> list[Event]:

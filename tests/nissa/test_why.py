@@ -1,8 +1,8 @@
 import pytest
 
 from esper.errors import RunError
-from esper.nissa.history import RunHistory
-from esper.nissa.why import as_text, why
+from esper.nissa.run.history import RunHistory
+from esper.nissa.views.why import as_text, why
 
 
 def test_a_kept_growth_is_explained_from_what_it_saw_to_what_it_was_worth(history: RunHistory) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from esper.errors import EsperError
-from esper.tolaria.saving import load_into, save
+from esper.saving.save import load_into, save
 
 CALLS = "mkdir rename open fsync rmdir unlink scandir stat lstat listdir".split()
 MOST = 200  # calls of one save; it makes about 30

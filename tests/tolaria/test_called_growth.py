@@ -17,7 +17,7 @@ from torch.optim import Adam
 import esper
 from esper.contracts import Event
 from esper.errors import SiteError
-from esper.tolaria.growth import insertion
+from esper.tolaria.growth.early import insertion
 
 Loss = Callable[[nn.Module, Any], Tensor]
 Draw = Callable[[torch.Generator, bool], Any]  # a batch to learn from, or one held out

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import esper
 from esper.contracts import Event
-from esper.kasmina.compiling import apply
+from esper.kasmina.seeds.compiling import apply
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 

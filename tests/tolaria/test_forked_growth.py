@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import esper
 from esper.contracts import Event
-from esper.kasmina.growth_cost import GrowthCost
+from esper.kasmina.evidence.growth_cost import GrowthCost
 
 STEPS = 400
 Batch = dict[str, Tensor]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim import lr_scheduler as schedule
 
-from esper.tolaria.growth.rates import forecast
+from esper.tolaria.growth.early.rates import forecast
 
 STEPS, EPOCH = 120, 10
 Make = Callable[[Optimizer, int], Any]  # of an optimizer and the moves it will make

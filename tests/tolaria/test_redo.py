@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import esper
+from esper.checkpoint import CheckpointManager
+from esper.checkpoint import Run as Parts
 from esper.contracts import Event
-from esper.nissa.history import fold
-from esper.nissa.journal import EVENTS_FILE, read_events
-from esper.tolaria.checkpoint import CheckpointManager
-from esper.tolaria.checkpoint import Run as Parts
+from esper.nissa.run.history import fold
+from esper.nissa.run.journal import EVENTS_FILE, read_events
 
 STEPS, CLASSES, SAVED = 160, 8, 10
 

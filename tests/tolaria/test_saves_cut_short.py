@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from esper.errors import SavedModelError, StateError
-from esper.tolaria.saving import load_into, save
+from esper.saving.save import load_into, save
 
 WORKER = Path(__file__).with_name("saves_cut_short.py")
 

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from esper.contracts import WidenEdit, WidenPlan
 from esper.errors import SavedModelError, StateError
-from esper.kasmina.materialise import widen
-from esper.tolaria import rebuild_template
-from esper.tolaria.saving import FILES, load_into, save
+from esper.saving import rebuild_template
+from esper.saving.save import FILES, load_into, save
+from esper.surgery.widen_layers import widen
 
 CARD = {"accuracy": 0.97512345, "steps": 1200}
 

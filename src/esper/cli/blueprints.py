@@ -110,7 +110,7 @@ def find(name: str) -> Any:
         RegistryError: There is neither such a file nor such a name.
     """
     from esper.blueprints import CATALOGUE
-    from esper.kasmina.choice import read_graph
+    from esper.kasmina.branches.choice import read_graph
 
     if not name.endswith(".json") and not os.path.isfile(name):
         return CATALOGUE.get(name)
@@ -142,7 +142,7 @@ def _costs(graph: Any, hidden: int | None) -> list[dict[str, Any]]:
     from esper.blueprints.kernel import GraphKernel
     from esper.blueprints.representative import HIDDEN, describe, representative
     from esper.blueprints.sizes import example_shapes
-    from esper.kasmina.flops import FlopMeter
+    from esper.kasmina.recording.flops import FlopMeter
 
     costs: list[dict[str, Any]] = []
     for place in representative(graph):

@@ -14,7 +14,7 @@ from esper.cli.output import print_json, say
 from esper.errors import RegistryError, RunError, nearest
 from esper.printable import printable, quoted
 
-MAKER = "esper.cli.session:open_session"
+MAKER = "esper.cli.run.session:open_session"
 DASH = "–"
 
 
@@ -30,7 +30,7 @@ def chaos(
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Put faults into runs of a config, each in processes of its own; exit 1 if one was not survived."""
-    from esper.tolaria.chaos.child import FAULTS
+    from esper.chaos.child import FAULTS
 
     names = chosen(faults, FAULTS.names())
     if listed:
@@ -68,8 +68,8 @@ def rehearse(
     config: Path, names: list[str], seed: int, epochs: int | None, run_dir: Path | None
 ) -> dict[str, Any]:
     """Run undisturbed and with every fault; return what became of them."""
-    from esper.cli.recipe import growth_settings, read_recipe
-    from esper.tolaria.chaos.rehearsal import Rehearsal
+    from esper.chaos.rehearsal import Rehearsal
+    from esper.cli.run.recipe import growth_settings, read_recipe
 
     growth_settings(config, read_recipe(config))  # a mistake is told before anything runs
     folder = Path(tempfile.mkdtemp(prefix="esper-chaos-")) if run_dir is None else run_dir

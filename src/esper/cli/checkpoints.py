@@ -30,7 +30,7 @@ INSIDE = "checkpoints"  # of a run's folder
 @checkpoints.command("list")
 def list_checkpoints(place: Place, json: Json = False) -> None:
     """List checkpoints, oldest first; a damaged one is listed with the reason. Parts are not read."""
-    from esper.tolaria.checkpoint.format import read_manifest
+    from esper.checkpoint.format.manifest import read_manifest
 
     storage, names = opened(place)
     rows: list[dict[str, Any]] = []
@@ -54,7 +54,7 @@ def list_checkpoints(place: Place, json: Json = False) -> None:
 @checkpoints.command()
 def verify(place: Place, names: Names = None, json: Json = False) -> None:
     """Check every part against its digest; a damaged part is named, and the exit status is 1."""
-    from esper.tolaria.checkpoint.format import damage
+    from esper.checkpoint.format.manifest import damage
 
     storage, known = opened(place)
     wanted = [find(known, one) for one in names] if names else known
@@ -82,8 +82,8 @@ def prune(
     json: Json = False,
 ) -> None:
     """Delete old checkpoints; all are verified first, and the newest sound one always stays."""
-    from esper.tolaria.checkpoint.loading import sound_among
-    from esper.tolaria.checkpoint.retention import Retention
+    from esper.checkpoint.format.reader import sound_among
+    from esper.checkpoint.retention import Retention
 
     storage, names = opened(place)
     rule = Retention(keep, metric_of(best))
@@ -113,8 +113,8 @@ def export(
     json: Json = False,
 ) -> None:
     """Write a checkpoint's model as a saved model: for esper.load_into, or for torch alone."""
-    from esper.tolaria.checkpoint.exporting import export_model
-    from esper.tolaria.checkpoint.loading import newest, read
+    from esper.checkpoint.exporting import export_model
+    from esper.checkpoint.format.reader import newest, read
 
     storage, names = opened(place)
     told: list[str] = []
@@ -136,8 +136,8 @@ def opened(place: str) -> tuple[Any, list[str]]:
     Raises:
         StateError: There is no such folder.
     """
-    from esper.tolaria.checkpoint.loading import steps_kept
-    from esper.tolaria.checkpoint.places import storage_at
+    from esper.checkpoint.format.reader import steps_kept
+    from esper.storage.address import storage_at
 
     folder = Path(place)
     if "://" not in place and not os.path.isdir(folder):  # Path's own raises where a name is too long

@@ -27,7 +27,7 @@ def demo(
     import torch
 
     from esper.cli import digits
-    from esper.nissa.report import write_report
+    from esper.nissa.views.report import write_report
 
     # Nets this small wait for a second thread: on a busy machine the demo took 142 s with two, 22 s with one.
     torch.set_num_threads(1)
@@ -48,8 +48,8 @@ def demo(
 def compare(task: Any, data: Any, folder: Path, seed: int, plain: bool) -> dict[str, Any]:
     """Train a task's three nets and write down how they compare."""
     from esper.cli import digits
-    from esper.nissa.live import LiveView
-    from esper.nissa.report import COMPARISON_FILE
+    from esper.nissa.views.live import LiveView
+    from esper.nissa.views.report import COMPARISON_FILE
 
     with LiveView(plain=plain or None) as view:
         net, growth = digits.train_grown(task, data, folder, seed, view)

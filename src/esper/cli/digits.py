@@ -14,8 +14,8 @@ from torch.nn.functional import cross_entropy
 
 from esper.contracts import Event, Observer
 from esper.errors import MissingExtraError
-from esper.kasmina.flops import FlopMeter
-from esper.nissa.journal import RunJournal
+from esper.kasmina.recording.flops import FlopMeter
+from esper.nissa.run.journal import RunJournal
 from esper.tolaria.growth import Growth, grow
 
 try:

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from esper.nissa.history import RunHistory
-from esper.nissa.journal import plain
+from esper.nissa.run.history import RunHistory
+from esper.nissa.run.journal import plain
 from esper.nissa.wording import count, duration, short
 from esper.printable import printable
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from esper.cli.output import print_json, say
-from esper.nissa.damage import fitting
+from esper.nissa.run.damage import fitting
 
 
 def report(
@@ -19,9 +19,9 @@ def report(
     ] = False,
 ) -> None:
     """Write a run's report: numbers, pictures, and the why of each decision, in one HTML file."""
-    from esper.nissa.history import fold
-    from esper.nissa.journal import read_events
-    from esper.nissa.report import write_report
+    from esper.nissa.run.history import fold
+    from esper.nissa.run.journal import read_events
+    from esper.nissa.views.report import write_report
 
     path = write_report(run, out)
     if json:

@@ -43,9 +43,9 @@ def train(
 
     Several processes train together under torchrun: torchrun --nproc-per-node 2 -m esper train CONFIG
     """
-    from esper.cli import resolve
-    from esper.cli.recipe import growth_settings, read_recipe
-    from esper.cli.run_folder import claim
+    from esper.cli.run import resolve
+    from esper.cli.run.recipe import growth_settings, read_recipe
+    from esper.cli.run.run_folder import claim
 
     if resume not in (None, "auto"):
         raise typer.BadParameter(f"--resume {resume!r}: auto is all there is")
@@ -60,9 +60,9 @@ def train(
     if aside is not None:
         print(f"the earlier run is in {aside} now", file=sys.stderr)
 
-    from esper.cli.session import open_session  # torch takes seconds: a mistake is told before
-    from esper.nissa.journal import known_events
-    from esper.nissa.live import LiveView
+    from esper.cli.run.session import open_session  # torch takes seconds: a mistake is told before
+    from esper.nissa.run.journal import known_events
+    from esper.nissa.views.live import LiveView
 
     past = known_events(folder) if resume and first else []
     with LiveView(plain=plain or None, past=past) if first else nullcontext() as view:
@@ -74,9 +74,9 @@ def train(
 
 def run(trainer: Any, *, resume: bool, override: bool) -> int | None:
     """Train; return the signal that ended it, None at its end."""
-    from esper.cli.going_on import go_on
-    from esper.cli.stopping import stopped_by_signals
-    from esper.tolaria.distributed.launch import launched
+    from esper.cli.run.going_on import go_on
+    from esper.cli.run.stopping import stopped_by_signals
+    from esper.distributed.launch import launched
 
     if resume:
         go_on(trainer, override=override)
@@ -90,9 +90,9 @@ def run(trainer: Any, *, resume: bool, override: bool) -> int | None:
 
 def end(trainer: Any, folder: Path, view: Any, ended_by: int | None, *, json: bool) -> None:
     """Save the model, and say what became of the run; or end as a signal does."""
-    from esper.cli.last_save import save_model
-    from esper.cli.stopping import end_as
-    from esper.tolaria.distributed.launch import launched, leave
+    from esper.cli.run.last_save import save_model
+    from esper.cli.run.stopping import end_as
+    from esper.distributed.launch import launched, leave
 
     if ended_by is not None:
         if view is not None:

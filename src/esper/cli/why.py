@@ -8,11 +8,11 @@ from typing import Annotated
 import typer
 
 from esper.cli.output import print_json, say
-from esper.nissa.damage import fitting
-from esper.nissa.history import fold
-from esper.nissa.journal import read_events
-from esper.nissa.why import as_text
-from esper.nissa.why import why as explained
+from esper.nissa.run.damage import fitting
+from esper.nissa.run.history import fold
+from esper.nissa.run.journal import read_events
+from esper.nissa.views.why import as_text
+from esper.nissa.views.why import why as explained
 
 
 def why(

@@ -8,28 +8,28 @@ from typing import Any
 from torch import Tensor, nn
 
 from esper.arguments import flag, texts, whole
+from esper.batches.examples import smaller
 from esper.contracts import Refusal, Stage
 from esper.errors import EsperError, ProbeError, SiteError
-from esper.kasmina.blocks import find_blocks
-from esper.kasmina.choice import chosen
-from esper.kasmina.compiling import CompilePolicy, detect
-from esper.kasmina.evidence import smaller
-from esper.kasmina.first import at_first
-from esper.kasmina.flops import FlopMeter
-from esper.kasmina.global_draws import forgetting
-from esper.kasmina.isolation import examining, untouched
-from esper.kasmina.layer import KasminaLayer
-from esper.kasmina.places import Place, WidenPlace
-from esper.kasmina.proving import Pass, Proof
-from esper.kasmina.recorder import tensors
-from esper.kasmina.selecting import Sites, refuse_selectors
-from esper.kasmina.sites import find_pairs, racing, reachable, select, uncoded
-from esper.kasmina.stack import Stack
-from esper.kasmina.stacks import find_stacks
-from esper.kasmina.state import KasminaStateLayout
-from esper.kasmina.streams import StreamPool
-from esper.kasmina.uncalled import not_read_elsewhere
+from esper.kasmina.branches.blocks import find_blocks
+from esper.kasmina.branches.choice import chosen
+from esper.kasmina.depth.stack import Stack
+from esper.kasmina.depth.stacks import find_stacks
+from esper.kasmina.proving.proving import Pass, Proof
+from esper.kasmina.recording.first import at_first
+from esper.kasmina.recording.flops import FlopMeter
+from esper.kasmina.recording.recorder import tensors
+from esper.kasmina.seeds.compiling import CompilePolicy, detect
+from esper.kasmina.seeds.layer import KasminaLayer
+from esper.kasmina.seeds.state import KasminaStateLayout
+from esper.kasmina.seeds.streams import StreamPool
+from esper.kasmina.sites.selecting import Sites, refuse_selectors
+from esper.kasmina.sites.sites import find_pairs, racing, reachable, select, uncoded
+from esper.kasmina.sites.uncalled import not_read_elsewhere
+from esper.kasmina.widths.places import Place, WidenPlace
 from esper.printable import shortened
+from esper.surgery.isolation.contexts import examining, untouched
+from esper.surgery.isolation.global_draws import forgetting
 
 PREFIX = "_esper."
 MOST_SEEDS = 1024  # per site: every one has a row of the layout
@@ -56,9 +56,9 @@ class MorphableModel(nn.Module):
         host: The user's model, neither copied nor changed.
         call: Calls the host once on example data; used to find sites, never kept.
         examples: Examples in that run, for FLOPs per example.
-        sites: Which places to use, see :func:`esper.kasmina.sites.select`.
+        sites: Which places to use, see :func:`esper.kasmina.sites.sites.select`.
         seeds_per_site: Slots per site.
-        blueprints: What may grow, see :func:`esper.kasmina.choice.chosen`.
+        blueprints: What may grow, see :func:`esper.kasmina.branches.choice.chosen`.
         policy: How the host is compiled; None: not at all.
         smoothing: Weight of a new measurement of a kernel's vitals.
         sampling: Steps between such measurements.

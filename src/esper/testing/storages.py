@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from esper.errors import CheckpointError, StateError
-from esper.tolaria.checkpoint.storage import Storage
+from esper.storage.protocol import Storage
 
 NAMES = ("step-00000001", "step-00000002")
 ONE = {"a.json": [b"1", memoryview(b"23")], "z.json": [b""]}

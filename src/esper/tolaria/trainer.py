@@ -12,16 +12,16 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DistributedSampler
 
+from esper.checkpoint import Batches, CheckpointManager, Run, Storage
+from esper.checkpoint.cadence import Every
+from esper.checkpoint.checkpoints import ASKED, Judge
+from esper.checkpoint.format.manifest import Manifest
+from esper.checkpoint.retention import Best
 from esper.config import ConfigLike
 from esper.contracts import Observer, ignore
 from esper.errors import ConfigError, FinishedError, StateError
-from esper.nissa.journal import RunJournal
-from esper.tolaria.checkpoint import Batches, CheckpointManager, Run, Storage
-from esper.tolaria.checkpoint.cadence import Every
-from esper.tolaria.checkpoint.checkpoints import ASKED, Judge
-from esper.tolaria.checkpoint.format import Manifest
-from esper.tolaria.checkpoint.places import storage_at
-from esper.tolaria.checkpoint.retention import Best
+from esper.nissa.run.journal import RunJournal
+from esper.storage.address import storage_at
 from esper.tolaria.growth import grow
 from esper.tolaria.training import KEPT, refuse_keeping, refuse_training
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from esper.tolaria.chaos import clock
+from esper.chaos import clock
 
 
 @pytest.fixture

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from esper.chaos.disk import FILLER, Disk, join
 from esper.errors import RunError
-from esper.tolaria.chaos.disk import FILLER, Disk, join
 
 USE = """
 import sys
 from pathlib import Path
-from esper.tolaria.chaos import disk
+from esper.chaos import disk
 
 folder = Path(sys.argv[2])
 disk.join(int(sys.argv[1]))
@@ -72,7 +72,7 @@ def test_it_runs_full_and_becomes_read_only_for_those_who_joined(disk: Disk, tmp
 
 def test_what_is_on_it_lasts_from_process_to_process(disk: Disk, tmp_path: Path) -> None:
     folder = tmp_path / "disk"
-    look = "import sys; from pathlib import Path; from esper.tolaria.chaos import disk\n"
+    look = "import sys; from pathlib import Path; from esper.chaos import disk\n"
     look += "disk.join(int(sys.argv[1])); p = Path(sys.argv[2]) / 'x'\n"
     look += "print(p.exists()); p.write_text('here')"
     line = [sys.executable, "-c", look, str(disk.process.pid), str(folder)]

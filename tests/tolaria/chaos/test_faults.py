@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 
+from esper.chaos.child import FAULTS, Child
+from esper.chaos.fault import Fault, Seen
+from esper.chaos.faults.flipped_checkpoint import FlippedCheckpoint
+from esper.chaos.faults.nan_batch import poisoned, undone
+from esper.chaos.faults.truncated_checkpoint import TruncatedCheckpoint
+from esper.chaos.measures import finite, lost, same, seconds
+from esper.chaos.spec import Marks, Spec, read_marks
+from esper.checkpoint import MemoryStorage
 from esper.errors import CheckpointError
-from esper.tolaria.chaos.child import FAULTS, Child
-from esper.tolaria.chaos.fault import Fault, Seen
-from esper.tolaria.chaos.faults.flipped_checkpoint import FlippedCheckpoint
-from esper.tolaria.chaos.faults.nan_batch import poisoned, undone
-from esper.tolaria.chaos.faults.truncated_checkpoint import TruncatedCheckpoint
-from esper.tolaria.chaos.measures import finite, lost, same, seconds
-from esper.tolaria.chaos.spec import Marks, Spec, read_marks
-from esper.tolaria.checkpoint import MemoryStorage
 
 NAMES = {
     "clock_jump",

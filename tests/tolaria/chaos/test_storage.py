@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from esper.chaos.storage import FaultyStorage, Verb
+from esper.checkpoint import FolderStorage, MemoryStorage, Storage
 from esper.errors import CheckpointError
-from esper.tolaria.chaos.storage import FaultyStorage, Verb
-from esper.tolaria.checkpoint import FolderStorage, MemoryStorage, Storage
 
 PARTS = {"first": [b"one", b"two"], "second": [memoryview(b"three")]}
 INNER: list[Callable[[Path], Storage]] = [FolderStorage, lambda path: MemoryStorage()]

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 import esper
+from esper.checkpoint import Batches, CheckpointManager, Run
 from esper.contracts import Event
-from esper.tolaria.checkpoint import Batches, CheckpointManager, Run
 
 CLASSES, EPOCHS, EXAMPLES, BATCH = 8, 8, 640, 32
 STEPS = EPOCHS * EXAMPLES // BATCH  # 160

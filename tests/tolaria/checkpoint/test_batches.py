@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler
 
+from esper.checkpoint import Batches
+from esper.checkpoint.contents.randomness import capture_randomness, restore_randomness
 from esper.errors import ConfigError, StateError
-from esper.tolaria.checkpoint import Batches
-from esper.tolaria.checkpoint.randomness import capture_randomness, restore_randomness
 
 
 class Noisy(Dataset[float]):

@@ -10,9 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from esper.errors import CheckpointError, RegistryError, StoreError
-from esper.testing.storages import DEMANDS, check_storage
-from esper.tolaria.checkpoint import (
+from esper.checkpoint import (
     BlobStorage,
     CheckpointManager,
     FolderStorage,
@@ -21,6 +19,8 @@ from esper.tolaria.checkpoint import (
     Storage,
     storage_at,
 )
+from esper.errors import CheckpointError, RegistryError, StoreError
+from esper.testing.storages import DEMANDS, check_storage
 from esper.urza.blobs.memory import MemoryStore
 from tests.urza.blobs.serving import ACCOUNT, BUCKET, s3_server
 

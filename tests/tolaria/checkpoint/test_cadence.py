@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from esper.checkpoint.cadence import SHARE, Cadence
+from esper.checkpoint.format.manifest import Manifest, name_of
+from esper.checkpoint.retention import Retention
 from esper.errors import ConfigError
-from esper.tolaria.checkpoint.cadence import SHARE, Cadence
-from esper.tolaria.checkpoint.format import Manifest, name_of
-from esper.tolaria.checkpoint.retention import Retention
 
 
 class Clock:

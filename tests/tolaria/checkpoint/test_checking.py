@@ -13,11 +13,11 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
+from esper.checkpoint import CheckpointManager, FolderStorage, Run
+from esper.checkpoint.format.manifest import MANIFEST, STATE, TENSORS, canonical, digest
+from esper.checkpoint.format.reader import read
 from esper.cli import app
 from esper.errors import CheckpointError, StateError
-from esper.tolaria.checkpoint import CheckpointManager, FolderStorage, Run
-from esper.tolaria.checkpoint.format import MANIFEST, STATE, TENSORS, canonical, digest
-from esper.tolaria.checkpoint.loading import read
 
 LAST = "step-00000002"
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import nn
 
+from esper.checkpoint import Batches, CheckpointManager, FolderStorage, MemoryStorage, Run
+from esper.checkpoint.format.reader import sound
 from esper.contracts import Event
 from esper.errors import ConfigError, FinishedError, StateError, StoreError
-from esper.tolaria.checkpoint import Batches, CheckpointManager, FolderStorage, MemoryStorage, Run
-from esper.tolaria.checkpoint.loading import sound
-from esper.tolaria.checkpoint.storage import Chunks
+from esper.storage.protocol import Chunks
 from tests.tolaria.checkpoint.killable import STEPS, Training
 
 

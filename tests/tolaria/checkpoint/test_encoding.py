@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from esper.checkpoint.format.encoding import DTYPES, Packing, Unpacking
+from esper.checkpoint.format.manifest import packed, safetensors_chunks
 from esper.errors import StateError
-from esper.tolaria.checkpoint.encoding import DTYPES, Packing, Unpacking
-from esper.tolaria.checkpoint.format import packed, safetensors_chunks
 
 
 def there_and_back(state: Any) -> Any:

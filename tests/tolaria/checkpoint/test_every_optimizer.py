@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
-from esper.tolaria.checkpoint import CheckpointManager, MemoryStorage, Run
+from esper.checkpoint import CheckpointManager, MemoryStorage, Run
 
 OPTIMIZERS = sorted(
     name

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from esper.errors import StateError
-from esper.tolaria.checkpoint import folder
-from esper.tolaria.checkpoint.folder import FolderStorage, sync
-from esper.tolaria.checkpoint.storage import MemoryStorage, Storage
+from esper.storage import folder
+from esper.storage.folder import FolderStorage, sync
+from esper.storage.protocol import MemoryStorage, Storage
 
 ONE, TWO = {"a.json": [b"1", b"23"], "z.json": [b""]}, {"a.json": [b"other"], "z.json": [memoryview(b"z")]}
 

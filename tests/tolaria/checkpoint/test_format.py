@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from esper.checkpoint.format.manifest import MANIFEST, PARTS, canonical, damage, digest
+from esper.checkpoint.format.reader import newest, read, sound, sound_among
 from esper.errors import CheckpointError, StateError, StoreError
-from esper.tolaria.checkpoint.folder import FolderStorage
-from esper.tolaria.checkpoint.format import MANIFEST, PARTS, canonical, damage, digest
-from esper.tolaria.checkpoint.loading import newest, read, sound, sound_among
-from esper.tolaria.checkpoint.storage import MemoryStorage
+from esper.storage.folder import FolderStorage
+from esper.storage.protocol import MemoryStorage
 from tests.tolaria.checkpoint.killable import STEPS, Training
 
 GOLDEN = Path(__file__).with_name("golden")  # format 1, written by esper 0.1.0: write_golden.py

@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from esper.tolaria.checkpoint.loading import read
+from esper.checkpoint.format.reader import read
 from tests.tolaria.checkpoint.killable import Training
 
 

@@ -14,7 +14,7 @@ from torch.optim import AdamW
 
 import esper
 from esper.contracts import Event
-from esper.kasmina.stacks import find_stacks
+from esper.kasmina.depth.stacks import find_stacks
 from tests.integration.deep_hosts import mlp
 from tests.tolaria.distributed.ranks import take_part
 

@@ -16,8 +16,8 @@ from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 import esper
+from esper.checkpoint import CheckpointManager, Run
 from esper.contracts import Event
-from esper.tolaria.checkpoint import CheckpointManager, Run
 from tests.tolaria.distributed.ranks import take_part
 
 STEPS, BATCH, CLASSES, EVERY = 120, 64, 8, 10

@@ -14,13 +14,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Adam
 
 import esper
+from esper.checkpoint import CheckpointManager, FolderStorage, Run
+from esper.checkpoint.exporting import export_model
+from esper.checkpoint.format.manifest import damage
+from esper.checkpoint.format.reader import newest
 from esper.contracts import Event
+from esper.distributed.group import Group
 from esper.errors import ConfigError, ProcessError, SiteError
-from esper.tolaria.checkpoint import CheckpointManager, FolderStorage, Run
-from esper.tolaria.checkpoint.exporting import export_model
-from esper.tolaria.checkpoint.format import damage
-from esper.tolaria.checkpoint.loading import newest
-from esper.tolaria.distributed.group import Group
 from tests.tolaria.distributed.ranks import take_part
 
 STEPS, BATCH = 120, 32

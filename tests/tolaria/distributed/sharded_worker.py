@@ -14,15 +14,15 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
+from esper.checkpoint.contents.sharded import load_sharded, save_sharded
+from esper.checkpoint.format.manifest import read_manifest
+from esper.checkpoint.format.reader import steps_kept
+from esper.checkpoint.format.shard_files import orphans, verify_shards
+from esper.distributed.fsdp.reshard import unshard
+from esper.distributed.group import Group
 from esper.errors import CheckpointError, StateError
-from esper.kasmina.materialise import widen
-from esper.tolaria.checkpoint.folder import FolderStorage
-from esper.tolaria.checkpoint.format import read_manifest
-from esper.tolaria.checkpoint.loading import steps_kept
-from esper.tolaria.distributed.group import Group
-from esper.tolaria.distributed.sharded import load_sharded, save_sharded
-from esper.tolaria.distributed.sharding import unshard
-from esper.tolaria.distributed.shards import orphans, verify_shards
+from esper.storage.folder import FolderStorage
+from esper.surgery.widen_layers import widen
 from tests.tolaria.distributed.ranks import take_part
 from tests.tolaria.distributed.sharding_worker import (
     Net,

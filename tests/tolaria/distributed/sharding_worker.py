@@ -15,18 +15,18 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import LBFGS, AdamW, Optimizer
 
+from esper.batches.examples import example_losses
 from esper.contracts import WidenEdit, WidenPlan
+from esper.distributed.fsdp.gathered import whole
+from esper.distributed.fsdp.private_api import is_sharded
+from esper.distributed.fsdp.reshard import unshard
 from esper.errors import SurgeryError
-from esper.kasmina.evidence import example_losses
-from esper.kasmina.health import measure
-from esper.kasmina.isolation import evaluating, untouched
-from esper.kasmina.materialise import widen
 from esper.kasmina.morphable import MorphableModel
-from esper.kasmina.seam import open_seam
-from esper.tolaria.distributed.fsdp import is_sharded
-from esper.tolaria.distributed.sharding import unshard
-from esper.tolaria.distributed.whole import whole
-from esper.tolaria.surgery.optimizers import widen_state
+from esper.kasmina.race.survey import measure
+from esper.surgery.isolation.contexts import evaluating, untouched
+from esper.surgery.isolation.seam import open_seam
+from esper.surgery.optimizers.widening import widen_state
+from esper.surgery.widen_layers import widen
 from tests.tolaria.distributed.ranks import take_part
 
 BATCH, STEPS = 8, 6

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from esper.tolaria.checkpoint.folder import FolderStorage
-from esper.tolaria.distributed.sharded import load_sharded
+from esper.checkpoint.contents.sharded import load_sharded
+from esper.storage.folder import FolderStorage
 from tests.tolaria.distributed.ranks import launch
 from tests.tolaria.distributed.sharded_worker import LOADING, NAME, SAVING, by_name, run_of, widened
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from esper.tolaria.distributed.fsdp import is_sharded
-from esper.tolaria.distributed.whole import whole
+from esper.distributed.fsdp.gathered import whole
+from esper.distributed.fsdp.private_api import is_sharded
 from tests.tolaria.distributed.ranks import launch
 from tests.tolaria.distributed.sharding_worker import CHECKS
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from esper.tolaria.distributed.watchdog import EXIT
+from esper.distributed.watchdog import EXIT
 from tests.tolaria.distributed.forks import scenarios
 from tests.tolaria.distributed.watchdog_worker import DEADLINE, STEPS, STOPPED
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import esper
-from esper.tolaria.distributed.launch import leave
-from esper.tolaria.distributed.watchdog import Watchdog
+from esper.distributed.launch import leave
+from esper.distributed.watchdog import Watchdog
 from tests.tolaria.distributed.forks import Ranks, play
 
 DEADLINE = 3.0

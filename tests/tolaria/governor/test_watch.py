@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import esper
 from esper.contracts import Event, Stage
 from esper.errors import LossError
-from esper.kasmina.trial import Trial
+from esper.kasmina.race.trial import Trial
 from esper.tolaria.governor import Settings, Watch
 
 STEPS, CLASSES = 160, 8

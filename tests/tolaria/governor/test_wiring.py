@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 import esper
+from esper.checkpoint.format.manifest import packed
 from esper.contracts import Event
 from esper.errors import LossError
-from esper.tolaria.checkpoint.format import packed
 from tests.tolaria.governor.test_watch import clusters, loss_fn
 
 

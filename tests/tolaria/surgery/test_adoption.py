@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, Muon, Optimizer, SparseAdam
 
 from esper.errors import OptimizerError, SurgeryError
-from esper.tolaria.surgery.adoption import adopt, donor_group, home, refuse_homeless
+from esper.surgery.optimizers.adoption import adopt, donor_group, home, refuse_homeless
 
 Groups = list[dict[str, Any]]
 

@@ -11,8 +11,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from esper.errors import SurgeryError
-from esper.kasmina.materialise import widen
-from esper.tolaria.surgery.averages import widen_average
+from esper.surgery.optimizers.averages import widen_average
+from esper.surgery.widen_layers import widen
 
 
 @pytest.mark.parametrize("wrap", [AveragedModel, copy.deepcopy], ids=["AveragedModel", "plain copy"])

@@ -12,8 +12,8 @@ from torch import nn
 from torch.optim import ASGD, LBFGS, Adafactor, Adam, Optimizer, SparseAdam
 
 from esper.contracts import WidenEdit, WidenPlan
-from esper.kasmina.materialise import Widened, widen
-from esper.tolaria.surgery.optimizers import widen_state
+from esper.surgery.optimizers.widening import widen_state
+from esper.surgery.widen_layers import Widened, widen
 
 
 def train(model: nn.Module, optimizer: Optimizer) -> None:

@@ -18,13 +18,13 @@ from esper.blueprints import CATALOGUE
 from esper.blueprints.kernel import GraphKernel
 from esper.blueprints.program import Program
 from esper.contracts import Signature, WidenPlan
-from esper.kasmina.grown import attach, detach
-from esper.kasmina.materialise import empty_slices, widen
-from esper.tolaria.surgery.adoption import adopt
-from esper.tolaria.surgery.averages import copy_of, widen_average
-from esper.tolaria.surgery.kinds import KINDS, kind_of
-from esper.tolaria.surgery.optimizers import widen_state
-from esper.tolaria.surgery.own import OwnOptimizers
+from esper.kasmina.race.own_optimizers import OwnOptimizers
+from esper.surgery.branches import attach, detach
+from esper.surgery.optimizers.adoption import adopt
+from esper.surgery.optimizers.averages import copy_of, widen_average
+from esper.surgery.optimizers.kinds import KINDS, kind_of
+from esper.surgery.optimizers.widening import widen_state
+from esper.surgery.widen_layers import empty_slices, widen
 from tests.tolaria.surgery.zoo import (
     OPTIMIZERS,
     SCHEDULERS,

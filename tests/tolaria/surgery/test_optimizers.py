@@ -13,8 +13,8 @@ from torch import nn
 from torch.optim import SGD, Adagrad, Adam, Optimizer, Rprop
 
 from esper.errors import SurgeryError
-from esper.kasmina.materialise import Widened, widen
-from esper.tolaria.surgery.optimizers import widen_state
+from esper.surgery.optimizers.widening import widen_state
+from esper.surgery.widen_layers import Widened, widen
 
 
 def train(model: nn.Module, *optimizers: Optimizer, steps: int = 3) -> None:

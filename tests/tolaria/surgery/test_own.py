@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, Muon, Optimizer
 
-from esper.tolaria.surgery.closures import before_closures
-from esper.tolaria.surgery.own import OwnOptimizers, needs_closure
+from esper.kasmina.race.own_optimizers import OwnOptimizers, needs_closure
+from esper.surgery.optimizers.closures import before_closures
 from tests.tolaria.surgery.zoo import OPTIMIZERS, SCHEDULERS, VARIANTS
 
 Told = list[tuple[str, str]]

@@ -6,7 +6,7 @@ import contextlib
 
 import torch
 
-from esper.tolaria.surgery.steps import Steps
+from esper.surgery.optimizers.steps import Steps
 
 
 class Sub(torch.optim.Adam):

@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from esper.checkpoint import BlobStore
 from esper.errors import ConfigError, StoreError
-from esper.tolaria.checkpoint import BlobStore
 from esper.urza.blobs import s3
 from esper.urza.blobs.memory import MemoryStore
 from esper.urza.blobs.s3 import Joined, S3Store

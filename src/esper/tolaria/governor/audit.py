@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from esper.kasmina.isolation import same_randomness
+from esper.surgery.isolation.contexts import same_randomness
 from esper.tolaria.governor.vitals import part
 
 LISTENERS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from esper.contracts import Stage
-from esper.kasmina.isolation import borrowed_buffers, evaluating, same_randomness
-from esper.kasmina.layer import Branch
-from esper.kasmina.orchestrator import SeedOrchestrator
-from esper.kasmina.trial import Trial
+from esper.kasmina.race.orchestrator import SeedOrchestrator
+from esper.kasmina.race.trial import Trial
+from esper.kasmina.seeds.layer import Branch
+from esper.surgery.isolation.contexts import borrowed_buffers, evaluating, same_randomness
 from esper.tolaria.governor.audit import Rights, Seal, misconduct, rights
 from esper.tolaria.governor.detectors import Finding
 

@@ -18,8 +18,8 @@ from torch import nn
 from esper.contracts import Event, Stage
 from esper.errors import LossError
 from esper.kasmina.morphable import MorphableModel
-from esper.kasmina.orchestrator import SeedOrchestrator
-from esper.kasmina.state import AWAKE
+from esper.kasmina.race.orchestrator import SeedOrchestrator
+from esper.kasmina.seeds.state import AWAKE
 from esper.tolaria.governor.detectors import Finding
 from esper.tolaria.governor.examiner import SILENT, Examiner
 from esper.tolaria.governor.governor import Action, Actions, Governor, Settings

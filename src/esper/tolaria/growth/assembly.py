@@ -13,34 +13,34 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
+from esper.batches.examples import LossFunction, count_examples, smaller
+from esper.batches.joins import Joins
 from esper.blueprints.kernel import LiveKernel
 from esper.config import Budget, Config
 from esper.contracts import Event, Observer
+from esper.distributed.collectives import Peers, digest
+from esper.distributed.model_wrapper import Wrapping
 from esper.errors import ProcessError
-from esper.kasmina.compiling import CompilePolicy, detect
-from esper.kasmina.evidence import LossFunction, count_examples, smaller
-from esper.kasmina.flops import Ledger
-from esper.kasmina.gate import Gate
-from esper.kasmina.isolation import examining, same_randomness
-from esper.kasmina.joins import Joins
 from esper.kasmina.morphable import MorphableModel
-from esper.kasmina.orchestrator import SeedOrchestrator
-from esper.kasmina.peers import Peers, digest
-from esper.kasmina.sites import Sites
-from esper.kasmina.trial import Given, Timing
+from esper.kasmina.race.gate import Gate
+from esper.kasmina.race.orchestrator import SeedOrchestrator
+from esper.kasmina.race.own_optimizers import OwnOptimizers
+from esper.kasmina.race.trial import Given, Timing
+from esper.kasmina.recording.flops import Ledger
+from esper.kasmina.seeds.compiling import CompilePolicy, detect
+from esper.kasmina.sites.sites import Sites
+from esper.surgery.isolation.contexts import examining, same_randomness
+from esper.surgery.optimizers.adoption import refuse_homeless
 from esper.tamiyo.controller import Tamiyo
-from esper.tolaria.distributed.wrapping import Wrapping
-from esper.tolaria.growth.arguments import averages
-from esper.tolaria.growth.budget import Limits, limits, merged_budget
-from esper.tolaria.growth.commit import Committer
-from esper.tolaria.growth.entrance import held_out
-from esper.tolaria.growth.forging import Forging
-from esper.tolaria.growth.opening import opened
-from esper.tolaria.growth.optimizers import named_optimizers
-from esper.tolaria.growth.recipe import is_raced, recipe_of
-from esper.tolaria.growth.streams import Streams
-from esper.tolaria.surgery.adoption import refuse_homeless
-from esper.tolaria.surgery.own import OwnOptimizers
+from esper.tolaria.growth.events.commit import Committer
+from esper.tolaria.growth.incubation.forging import Forging
+from esper.tolaria.growth.opening.arguments import averages
+from esper.tolaria.growth.opening.budget import Limits, limits, merged_budget
+from esper.tolaria.growth.opening.entrance import held_out
+from esper.tolaria.growth.opening.opening import opened
+from esper.tolaria.growth.opening.optimizers import named_optimizers
+from esper.tolaria.growth.opening.recipe import is_raced, recipe_of
+from esper.tolaria.growth.opening.streams import Streams
 
 PerExample = Callable[[nn.Module, Any], Tensor]
 

@@ -12,29 +12,29 @@ from typing import Any, Literal
 from torch import nn
 from torch.optim import Optimizer
 
+from esper.batches.examples import LossFunction
 from esper.config import Config, ConfigLike, load_config
 from esper.contracts import Event, Observer, ignore
+from esper.distributed.model_wrapper import wrapping_of
 from esper.errors import ConfigError
-from esper.kasmina.evidence import LossFunction
-from esper.kasmina.global_draws import forgetting
-from esper.kasmina.holding import weakly
-from esper.kasmina.isolation import same_randomness, taught
-from esper.kasmina.sites import Sites
-from esper.nissa.journal import RunJournal
-from esper.tolaria.distributed.wrapping import wrapping_of
+from esper.kasmina.race.holding import weakly
+from esper.kasmina.sites.sites import Sites
+from esper.nissa.run.journal import RunJournal
+from esper.surgery.isolation.contexts import same_randomness, taught
+from esper.surgery.isolation.global_draws import forgetting
 from esper.tolaria.governor import Settings, Watch
-from esper.tolaria.growth.arguments import (
+from esper.tolaria.growth.assembly import PerExample, assemble
+from esper.tolaria.growth.conductor import Growth
+from esper.tolaria.growth.opening.arguments import (
     listed,
     refuse_folder,
     refuse_numbers,
     refuse_scaler,
     refuse_uncallable,
 )
-from esper.tolaria.growth.assembly import PerExample, assemble
-from esper.tolaria.growth.conductor import Growth
-from esper.tolaria.growth.entrance import refuse_host
-from esper.tolaria.growth.presence import refuse_growing
-from esper.tolaria.growth.recipe import with_growth
+from esper.tolaria.growth.opening.entrance import refuse_host
+from esper.tolaria.growth.opening.presence import refuse_growing
+from esper.tolaria.growth.opening.recipe import with_growth
 
 
 def grow(

@@ -13,32 +13,32 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from esper.batches.examples import copied, count_examples
 from esper.config import Config
 from esper.contracts import Event, Outcome
+from esper.distributed.collectives import Peers
 from esper.errors import FinishedError, SiteError, StateError, nearest
-from esper.kasmina.evidence import copied, count_examples
-from esper.kasmina.flops import Ledger
-from esper.kasmina.isolation import taught
 from esper.kasmina.morphable import MorphableModel
-from esper.kasmina.orchestrator import SeedOrchestrator
-from esper.kasmina.peers import Peers
+from esper.kasmina.race.orchestrator import SeedOrchestrator
+from esper.kasmina.recording.flops import Ledger
+from esper.saving.genome import Plan, units_of
+from esper.saving.save import save
+from esper.surgery.isolation.contexts import taught
 from esper.tamiyo.controller import Room, Tamiyo
-from esper.tolaria.genome import Plan, units_of
 from esper.tolaria.governor import Watch
-from esper.tolaria.growth.account import Report
 from esper.tolaria.growth.assembly import Parts
-from esper.tolaria.growth.boundary import Word, bits, meet, realign, topology
-from esper.tolaria.growth.early import Early
-from esper.tolaria.growth.entrance import check_finite, check_loss, failing
-from esper.tolaria.growth.incubation import Incubation
-from esper.tolaria.growth.memory import capture, restore
-from esper.tolaria.growth.mishaps import Mishaps
-from esper.tolaria.growth.presence import Presence, begin
-from esper.tolaria.growth.recipe import Recipe, recipe_of
-from esper.tolaria.growth.redo import Redo
+from esper.tolaria.growth.early.early import Early
+from esper.tolaria.growth.events.account import Report
+from esper.tolaria.growth.events.mishaps import Mishaps
+from esper.tolaria.growth.events.telling import size_and_cost, started, warn_of_branch
+from esper.tolaria.growth.incubation.boundary import Word, bits, meet, realign, topology
+from esper.tolaria.growth.incubation.incubation import Incubation
+from esper.tolaria.growth.incubation.memory import capture, restore
+from esper.tolaria.growth.incubation.redo import Redo
+from esper.tolaria.growth.opening.entrance import check_finite, check_loss, failing
+from esper.tolaria.growth.opening.presence import Presence, begin
+from esper.tolaria.growth.opening.recipe import Recipe, recipe_of
 from esper.tolaria.growth.reporting import report
-from esper.tolaria.growth.telling import size_and_cost, started, warn_of_branch
-from esper.tolaria.saving import save
 
 
 class Growth:

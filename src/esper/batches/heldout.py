@@ -1,0 +1,79 @@
+"""Held-out batches as growth can read them, where the user's are of inference mode or of one example."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from esper.batches.examples import count_examples, join
+from esper.batches.layout import flatten, unflatten
+from esper.errors import EsperError
+from esper.surgery.isolation.contexts import same_generators, same_randomness
+
+BUNDLE = 64  # batches of one example that are read as one
+
+Change = Callable[[Iterator[Any]], Iterable[Any]]
+
+
+class HeldOut:
+    """A probe whose batches are changed on the way; it can be read again and again, as the user's own.
+
+    Args:
+        probe: The user's.
+        change: What to do with an iteration of it.
+    """
+
+    def __init__(self, probe: Iterable[Any], change: Change) -> None:
+        self.given, self.change = probe, change
+
+    def __iter__(self) -> Iterator[Any]:
+        """Read it from the start."""
+        return iter(self.change(iter(self.given)))
+
+    def __getattr__(self, name: str) -> Any:
+        """Show the samplers and generators of a loader."""
+        if name in {"given", "change"}:
+            raise AttributeError(name)
+        return getattr(self.given, name)
+
+
+def differentiable(probe: Iterable[Any]) -> Iterable[Any]:
+    """Return the probe, on copies of tensors that were made in inference mode: these take no gradient."""
+    batch = next(iter(first(probe, 1)), None)
+    if not any(isinstance(leaf, Tensor) and leaf.is_inference() for leaf in flatten(batch)[0]):
+        return probe
+    return HeldOut(probe, lambda batches: map(copied, batches))
+
+
+def copied(batch: Any) -> Any:
+    """Copy the tensors of a batch that were made in inference mode."""
+    leaves, nest = flatten(batch)
+    with torch.inference_mode(False):
+        own = [leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf for leaf in leaves]
+    return unflatten(own, nest)
+
+
+def bundled(probe: Iterable[Any]) -> Iterable[Any] | None:
+    """Return a probe of single examples, several to a batch; None where it is none."""
+    try:
+        some = first(probe, 2)
+        alone = [count_examples(batch) for batch in some] == [1, 1] and len(join(some)) == 1
+    except (EsperError, RuntimeError):  # nothing that could be joined
+        return None
+    return HeldOut(probe, bundles) if alone else None
+
+
+def bundles(batches: Iterator[Any]) -> Iterator[Any]:
+    """Join batches, so many at a time."""
+    while some := list(itertools.islice(batches, BUNDLE)):
+        yield from join(some)
+
+
+def first(probe: Iterable[Any], count: int) -> list[Any]:
+    """Return the first batches of a probe; no random stream is moved."""
+    with same_randomness(), same_generators(probe):
+        return list(itertools.islice(iter(probe), count))

@@ -1,0 +1,24 @@
+"""Joins batches, where the model runs on joined ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from esper.batches.examples import join
+
+
+class Joins:
+    """Joins batches of one run.
+
+    Attributes:
+        apart: Whether they stay apart, because a pass over joined ones has failed: a graph whose adjacency
+            belongs to its own nodes, say.
+    """
+
+    def __init__(self) -> None:
+        self.apart = False
+
+    def __call__(self, batches: Sequence[Any]) -> list[Any]:
+        """Return the batches, joined if they can be."""
+        return list(batches) if self.apart else join(batches)

@@ -1,0 +1,1 @@
+"""What a checkpoint holds of a run, taken out and put back."""

@@ -1,0 +1,1 @@
+"""Rows of like blocks, and one block more."""

@@ -1,0 +1,1 @@
+"""Every place is grown on copies before it is offered."""

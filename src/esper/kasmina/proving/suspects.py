@@ -1,0 +1,57 @@
+"""Say why a place whose growth is not exact may be so, in the user's words, and what to write instead."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from esper.kasmina.widths.places import WidenPlace
+
+HOOKS = {
+    "_forward_pre_hooks": "a forward pre-hook",
+    "_forward_hooks": "a forward hook",
+    "_backward_hooks": "a backward hook",
+    "_backward_pre_hooks": "a backward hook",
+}
+
+
+def suspect(place: WidenPlace, why: str) -> str:
+    """Return the reason for a refusal.
+
+    Args:
+        place: That was grown on copies.
+        why: What differed, and in which mode.
+    """
+    ends = list(zip((place.site.entry, *place.site.exits), place.ends(), strict=True))
+    names = " and ".join(name for name, _ in ends)
+    return f"tried with more units between {names}: {why}; {hint(place, ends, why)}"
+
+
+def hint(place: WidenPlace, ends: list[tuple[str, nn.Module]], why: str) -> str:
+    """Name the likeliest cause and the way out of it."""
+    for name, module in ends:
+        if found := [word for table, word in HOOKS.items() if getattr(module, table, None)]:
+            return f"{name} has {found[0]}, which new units would not pass in the same way; do it in forward"
+    for name, module in ends:
+        if own := forward_of_its_own(module):
+            return f"{name} is a {own} with a forward of its own; let it call the layer, not its weight"
+    for name, module in ends:
+        if any(p._backward_hooks for p in module.parameters(recurse=False)):
+            return f"a hook on a gradient of {name} may know its shape; let it take the shape it is given"
+    if "training" in why and "gradient" in why:
+        return (
+            "an autograd function with a backward of its own, or a hook on a gradient, stands between; "
+            "place it before or behind the two layers"
+        )
+    if "evaluation" in why and any("dropout" in label for label in place.site.between):
+        return "dropout draws in evaluation, too; use nn.Dropout, or give it training=self.training"
+    if "does not run" in why:
+        return "a size is written as a number somewhere; use -1, flatten, or the size of the tensor itself"
+    return "a number may be read from the width or from the weights; keep it as a constant"
+
+
+def forward_of_its_own(module: nn.Module) -> str:
+    """Return the name of a layer's class where it is a subclass with another forward; "" if it is torch's."""
+    kind = type(module)
+    base = next((one for one in kind.__mro__ if one.__module__.startswith("torch.nn.modules.")), kind)
+    names = ("forward", "_conv_forward", "__call__")
+    return kind.__name__ if any(getattr(kind, n, None) is not getattr(base, n, None) for n in names) else ""

@@ -1,0 +1,1 @@
+"""The incubating path: survey, race, gate, and one decision after another."""

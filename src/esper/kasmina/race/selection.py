@@ -1,0 +1,91 @@
+"""The end of a race: the best candidate at its best amplitude, on training batches none has learned from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esper.blueprints.kernel import LiveKernel
+from esper.kasmina.race.gate import Verdict
+from esper.kasmina.race.race import AMPLITUDES, Race
+from esper.kasmina.race.trial import Given, Trial, number
+from esper.surgery.isolation.contexts import untouched
+
+
+@dataclass(frozen=True, slots=True)
+class Final:
+    """Who won, and what is told of it."""
+
+    kernel: LiveKernel | None  # None: doing nothing was better
+    facts: dict[str, Any]
+
+
+def decide(
+    race: Race, batches: Sequence[Any], given: Given, host: nn.Module, decision: int, examples: int
+) -> Final:
+    """Return the winner; amplitude 0 is "do nothing", which competes in every race.
+
+    Args:
+        race: Its candidates have learned.
+        batches: Training batches that no candidate has seen.
+        given: How to run the host, random streams and the ledger.
+        host: Left untouched.
+        decision: Whose cost it is.
+        examples: In a step, for the ledger.
+    """
+    scores = score(race, batches, given, host, decision, examples)
+    winner = int(scores.argmin())
+    with (
+        untouched(host, given.draw("evidence")),
+        given.ledger.growth("amplitude", decision, examples),
+    ):
+        curves = [race.amplitudes(winner, lambda b=batch: given.run(b)) for batch in batches]
+    curve = torch.stack(curves).mean(0)
+    given.peers.mean([curve])
+    amplitude = AMPLITUDES[int(torch.nan_to_num(curve, nan=math.inf).argmin())]
+    facts = {
+        "candidates": [
+            {"start": start, "loss": number(loss)}
+            for start, loss in zip(race.starts, scores.tolist(), strict=True)
+        ],
+        "winner": winner,
+        "amplitude": amplitude,
+        "nothing": number(float(curve[0])),
+        "start": race.starts[winner],
+        "batched": race.batched,
+    }
+    return Final(race.kernel(winner, amplitude) if amplitude != 0.0 else None, facts)
+
+
+def score(
+    race: Race, batches: Sequence[Any], given: Given, host: nn.Module, decision: int, examples: int
+) -> Tensor:
+    """Return each candidate's mean loss over the batches; non-finite counts as worst."""
+    losses = []
+    for batch in batches:
+        with (
+            untouched(host, given.draw("evidence")),
+            torch.no_grad(),
+            given.ledger.growth("score", decision, len(race.starts), examples),
+        ):
+            losses.append(race.losses(lambda b=batch: given.run(b)))
+    mean = torch.stack(losses).mean(0)
+    given.peers.mean([mean])
+    return torch.nan_to_num(mean, nan=math.inf)
+
+
+def ask(trial: Trial, kernel: LiveKernel, batch: Any, given: Given) -> Verdict:
+    """Let the gate look at a winner."""
+    with given.ledger.growth("gate", trial.decision.id):
+        return given.gate.look(trial.layer, kernel, batch, given.draw("evidence"))
+
+
+def told(verdict: Verdict) -> dict[str, Any]:
+    """Return a verdict as an event tells it."""
+    found = {name: number(getattr(verdict, name)) for name in ("e_value", "threshold")}
+    return {**asdict(verdict), **found}

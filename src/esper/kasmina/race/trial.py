@@ -1,0 +1,128 @@
+"""One decision's way from germination to its outcome: its stages' lengths, its memory, what it is given."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from esper.batches.examples import join
+from esper.blueprints.kernel import LiveKernel
+from esper.config import Config
+from esper.contracts import Decision, Observer, Outcome
+from esper.distributed.collectives import ALONE, Peers
+from esper.kasmina.morphable import MorphableModel
+from esper.kasmina.race.gate import Gate, Verdict
+from esper.kasmina.race.race import Race
+from esper.kasmina.recording.flops import Ledger
+from esper.kasmina.seeds.layer import KasminaLayer, Tap
+from esper.kasmina.widths.places import Place
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """How many steps each stage lasts."""
+
+    incubate: int
+    ramp: int
+    stabilise: int
+    evaluate: int
+    embargo: int
+
+    @classmethod
+    def of(cls, config: Config, steps: int | None, settling: int) -> Timing:
+        """Derive from the run's length what the settings leave open.
+
+        Args:
+            config: Settings.
+            steps: Optimizer steps of the run; None counts as 1,000.
+            settling: Steps the host's running statistics need to settle (0 without BatchNorm).
+        """
+        length = steps or 1000
+        ramp = config.blend.ramp or min(max(length // 250, 4), 100)
+        stabilise = config.blend.stabilise if config.blend.stabilise is not None else max(ramp // 2, settling)
+        return cls(
+            incubate=config.race.steps or min(max(length // 16, 8), 200),
+            ramp=ramp,
+            stabilise=stabilise,
+            evaluate=config.blend.evaluate or ramp,
+            embargo=math.ceil(config.schedule.embargo * length),
+        )
+
+
+@dataclass
+class Trial:
+    """One decision on its way from germination to its outcome."""
+
+    decision: Decision
+    seed: int
+    layer: KasminaLayer
+    started: int  # step of the last move
+    race: Race | None = None
+    tap: Tap = field(default_factory=Tap)
+    kernel: LiveKernel | None = None
+    optimizer: torch.optim.Optimizer | None = None
+    verdict: Verdict | None = None
+    before: list[float] = field(default_factory=list)  # losses ahead of exposure
+    after: list[float] = field(default_factory=list)
+    ending: str = ""  # why α is on its way down
+    waiting: bool = False  # for growth.rewrap(), where layers cannot change their shapes at any step
+    spent: int = 0  # growth FLOPs before this trial
+    size: tuple[int, int] = (0, 0)  # the model's parameters and forward FLOPs per example before it
+
+
+@dataclass(frozen=True)
+class Given:
+    """What the conductor gives the orchestrator."""
+
+    run: Callable[[Any], Tensor]  # a batch -> the scalar loss, through the host as it is
+    gate: Gate
+    ledger: Ledger
+    observe: Observer
+    optimizer: Callable[[LiveKernel, Place], torch.optim.Optimizer]  # like the host's at that place
+    follow: Callable[[torch.optim.Optimizer], None]  # the host's present learning rate
+    commit: Callable[[LiveKernel, torch.optim.Optimizer, Decision], str]  # "" or why it was undone
+    forge: Callable[[LiveKernel, Place, int, Tensor | None], None]  # file a request for a compiled form
+    draw: Callable[[str], int]  # a seed of a named random stream
+    rate: float | None  # the candidates' learning rate, if the user chose one
+    scale: Callable[[], float]  # of the gradients (AMP), 1.0 without
+    peers: Peers = ALONE  # the other processes that train this model
+    whole: Callable[[], AbstractContextManager[Any]] = nullcontext  # lets a sharded host run by itself
+    join: Callable[[Sequence[Any]], list[Any]] = join  # batches into one, where the model takes that
+    deferred: bool = False  # a kernel that has passed waits for commit_waiting()
+
+
+def summed(trial: Trial, model: MorphableModel, ledger: Ledger, kept: bool, reason: str) -> Outcome:
+    """Sum up a trial."""
+    return Outcome(
+        trial.decision.id,
+        trial.layer.place.site.name,
+        kept,
+        None if trial.verdict is None else trial.verdict.gain,
+        model.parameter_count() - trial.size[0] if kept else 0,  # 0 too where it was folded in
+        model.flops - trial.size[1] if kept else 0,
+        ledger.growth_flops - trial.spent,
+        reason,
+    )
+
+
+def worse(before: Sequence[float], after: Sequence[float]) -> bool:
+    """Tell whether losses rose by more than two standard errors."""
+    if len(before) < 2 or len(after) < 1:
+        return False
+    old, new = np.asarray(before), np.asarray(after)
+    if new.min() > old.max():  # losses that explode have a spread that would excuse them
+        return True
+    spread = old.var(ddof=1) / len(old) + (new.var(ddof=1) if len(new) > 1 else old.var(ddof=1)) / len(new)
+    return not float(new.mean()) <= float(old.mean()) + 2 * math.sqrt(float(spread))
+
+
+def number(value: float) -> float | None:
+    """Return a finite number, or None: JSON has no infinity."""
+    return float(value) if math.isfinite(value) else None

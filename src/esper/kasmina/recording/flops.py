@@ -1,0 +1,90 @@
+"""Count floating-point operations by torch's own formulas: 2 per multiply-add, none for element-wise work."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from esper.kasmina.recording import fused
+
+ATTENTION = "_scaled_dot_product_flash_attention"
+FORMULAS = {  # torch has none for its attention on the CPU, which counted as free; the sizes are the same
+    getattr(torch.ops.aten, f"{ATTENTION}_for_cpu"): flop_registry[getattr(torch.ops.aten, ATTENTION)],
+    getattr(torch.ops.aten, f"{ATTENTION}_for_cpu_backward"): flop_registry[
+        getattr(torch.ops.aten, f"{ATTENTION}_backward")
+    ],
+    **fused.FORMULAS,
+    **flop_registry,
+}
+
+
+class FlopMeter(TorchDispatchMode):
+    """Adds up the FLOPs of what runs inside it, backward passes and vmapped calls included.
+
+    torch's ``FlopCounterMode`` also attributes them to modules, for which it hooks every one of them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count, then run; under inference mode layers come whole and are taken apart first."""
+        if torch.is_inference_mode_enabled() and func._overloadpacket not in FORMULAS:
+            with self:
+                result = func.decompose(*args, **(kwargs or {}))
+            if result is not NotImplemented:
+                return result
+        result = func(*args, **(kwargs or {}))
+        formula = FORMULAS.get(func._overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+class Ledger:
+    """What a run has spent: FLOPs of the host's own training, and FLOPs of everything growth added."""
+
+    def __init__(self, processes: int = 1) -> None:
+        self.processes = processes  # each does the same work; all of it counts
+        self.training_flops = 0
+        self.growth_flops = 0
+        self.seconds = 0.0  # spent in growth; reported, never decided on
+        self.known: dict[Hashable, int] = {}
+
+    @contextmanager
+    def growth(self, *key: Hashable) -> Iterator[None]:
+        """Charge what runs inside to growth; work of the same key costs the same and is metered once."""
+        if key not in self.known:
+            with FlopMeter() as meter:
+                yield
+            self.known[key] = meter.total
+        else:
+            yield
+        self.grow(self.known[key])
+
+    def train(self, flops: int) -> None:
+        """Charge this process's part of the host's training."""
+        self.training_flops += flops * self.processes
+
+    def grow(self, flops: int) -> None:
+        """Charge this process's part of growth."""
+        self.growth_flops += flops * self.processes
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the totals."""
+        return {
+            "training_flops": self.training_flops,
+            "growth_flops": self.growth_flops,
+            "seconds": self.seconds,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from saved totals."""
+        self.training_flops, self.growth_flops = state["training_flops"], state["growth_flops"]
+        self.seconds = state["seconds"]

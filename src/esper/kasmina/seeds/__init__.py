@@ -1,0 +1,1 @@
+"""A seed at its site: state, layer, kernels on the device."""

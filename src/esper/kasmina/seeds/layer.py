@@ -1,0 +1,196 @@
+"""``KasminaLayer``: where a site's awake kernel lives, and the one place it may touch the host's output."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esper.blueprints.kernel import LiveKernel
+from esper.errors import SiteError
+from esper.kasmina.seeds.compiling import blended
+from esper.kasmina.seeds.streams import Fork, StreamPool
+from esper.kasmina.widths.pairs import Pair
+from esper.kasmina.widths.places import Place
+from esper.surgery.isolation.seam import open_seam
+
+Branch = Callable[[Tensor], Tensor]
+
+
+@dataclass(slots=True)
+class Tap:
+    """What one training pass showed at a site; gradients arrive with the backward pass."""
+
+    x: Tensor | None = None  # what a kernel would read, detached
+    version: int = 0  # of x; an in-place operation behind the tap moves it on
+    scale: Tensor | None = None  # root mean square of the exit's output, 0-dim
+    gradient: Tensor | None = None  # of the loss for that output
+
+    def receive(self, gradient: Tensor) -> None:
+        """Note the gradient; a hook."""
+        self.gradient = gradient.detach()
+
+    def fresh(self) -> bool:
+        """Tell whether the pass went forth and back and nothing has written over the input since."""
+        return self.gradient is not None and self.x is not None and self.x._version == self.version
+
+
+class KasminaLayer(nn.Module):
+    """Passes a site's output through: as it is, or with the kernel's part added.
+
+    The layer hangs under ``MorphableModel``, not under the host, whose containers would otherwise run it. Two
+    seams share it: the entry's input is kept until the exit's output comes. A serial kernel reads that output
+    itself.
+
+    Args:
+        place: The site.
+        on_fault: Told the reason when a kernel raised or went non-finite and the host's own output was used
+            instead.
+        pool: Streams for a parallel kernel on CUDA.
+    """
+
+    def __init__(self, place: Place, on_fault: Callable[[str], None], pool: StreamPool | None = None) -> None:
+        super().__init__()
+        object.__setattr__(self, "place", place)
+        self.place: Place
+        self.serial = place.port == "serial"
+        self.on_fault, self.pool = on_fault, pool
+        self.fork: Fork | None = None
+        self.kernel: LiveKernel | None = None
+        self.alpha: Tensor | None = None  # 0-dim row of the state layout
+        self.exposed = False  # alpha > 0, without reading the tensor
+        self.tap: Tap | None = None
+        self.shown: tuple[Branch | None] | None = None  # in a shadow pass: stands for the kernel, at alpha 1
+        self.x: Tensor | None = None
+        self.sampling = False  # whether the next pass notes what the kernel gave and how long it took
+        self.sample: tuple[Tensor, float] | None = None  # output, milliseconds
+        self.finite: Tensor | None = None  # in a graph: whether the kernel's last output was; nobody waited
+        self.closers: list[Callable[[], None]] = []
+
+    def open(self) -> None:
+        """Put seams at both ends."""
+        if not self.closers:
+            entry, exit_ = self.place.ends()
+            self.closers = [open_seam(entry, "entry", self), open_seam(exit_, "exit", self)]
+            if isinstance(self.place, Pair):
+                self.closers += [open_seam(module, "slow", self) for module in self.place.fast]
+
+    def shut(self) -> None:
+        """Take the seams away; what is awake stays awake."""
+        while self.closers:
+            self.closers.pop()()
+        self.__dict__["x"] = None
+
+    def close(self) -> None:
+        """Take the seams away; both modules are exactly as before."""
+        self.shut()
+        self.kernel = None
+        own = {"tap": None, "shown": None, "fork": None, "sample": None, "alpha": None, "exposed": False}
+        self.__dict__.update(own)  # past nn.Module.__setattr__, 1.5 µs each
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave behind the last pass, which may hang on a graph, and whoever is told of faults."""
+        return {
+            **self.__dict__,
+            "x": None,
+            "finite": None,
+            "fork": None,
+            "sample": None,
+            "tap": None,
+            "shown": None,
+            "on_fault": unheard,
+        }
+
+    def enter(self, x: Tensor | None) -> None:
+        """Keep the entry's input until the next pass, so that a checkpointed exit can be recomputed."""
+        if torch.compiler.is_compiling():
+            self.x = x
+            return
+        self.__dict__["x"] = x  # past nn.Module.__setattr__, which looks for a parameter: 1.5 µs
+        if self.exposed and self.pool is not None and self.pool.enabled and not self.serial and x is not None:
+            assert self.kernel is not None
+            self.fork = self.pool.fork(x.detach(), self.kernel)
+
+    def leave(self, y: Tensor) -> Tensor:
+        """Return what stands for the exit's output."""
+        x = y if self.serial else self.x
+        if x is None:
+            raise SiteError(f"{self.place.site.name}: the exit ran before the entry; exclude this site")
+        if self.shown is not None:
+            (branch,) = self.shown
+            return y if branch is None else y.detach() + branch(x.detach()).to(y.dtype)
+        # In a graph a hook would break it: without a tap every lesson is a shadow pass.
+        if self.tap is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self.watch(self.tap, x, y)
+        return self.blend(x, y) if self.exposed else y
+
+    def blend(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return y + α·k(x); the kernel's input is detached until it is kept (measured: costs nothing)."""
+        kernel, alpha = self.kernel, self.alpha  # once: a module in a module is looked up slowly, 0.7 µs
+        assert kernel is not None and alpha is not None
+        if torch.compiler.is_compiling():
+            y, self.finite = blended(y, kernel(x.detach()), alpha)
+            return y
+        try:
+            plain = self.fork is None and not self.sampling
+            f = kernel(x.detach()) if plain else self.watched(kernel, x.detach())
+            # One number is read, not a tensor of verdicts: 3.5 µs where isfinite and bool take 11.
+            finite = math.isfinite(f.detach().sum(dtype=torch.float32).item())
+        except Exception as error:  # the one broad catch: whatever a kernel does, training goes on
+            self.on_fault(f"{type(error).__name__}: {error}")
+            return y
+        if not finite:
+            self.on_fault("a non-finite output")
+            return y
+        if y.dtype != alpha.dtype or f.dtype != y.dtype:  # two calls that do nothing take 2 µs
+            alpha, f = alpha.to(y.dtype), f.to(y.dtype)
+        return torch.addcmul(y, alpha, f)
+
+    def watched(self, kernel: LiveKernel, x: Tensor) -> Tensor:
+        """Run the kernel on its stream if it has one, and note it if asked to; on CUDA launches are timed."""
+        fork, self.fork = self.fork, None
+        begun = time.perf_counter()
+        f = kernel(x) if fork is None else fork.join()
+        if self.sampling:
+            self.sample = f.detach(), (time.perf_counter() - begun) * 1e3
+        return f
+
+    def told(self) -> None:
+        """Pass on what a graph noted of its last run; asked between steps, where waiting is cheap."""
+        finite, self.finite = self.finite, None
+        if finite is not None and not bool(finite):
+            self.on_fault("a non-finite output")
+
+    def watch(self, tap: Tap, x: Tensor, y: Tensor) -> None:
+        """Note input, output and, once it flows back, the gradient."""
+        tap.x, tap.version, tap.gradient = x.detach(), x._version, None
+        tap.scale = y.detach().square().mean().sqrt()
+        if y.requires_grad:
+            y.register_hook(tap.receive)
+
+    @contextmanager
+    def showing(self, branch: Branch | None) -> Iterator[None]:
+        """Run passes with another branch in place, at full strength on detached features, or with none."""
+        before, self.shown = self.shown, (branch,)
+        transient = not self.closers
+        try:
+            self.open()
+            yield
+        finally:
+            self.shown = before
+            if transient:
+                self.shut()
+
+
+def unheard(error: str) -> None:
+    """Warn of a fault in a copy, which no orchestrator watches."""
+    warnings.warn(
+        f"a kernel failed in a copy of a growing model, whose own output was used: {error}", stacklevel=2
+    )

@@ -1,0 +1,1 @@
+"""A run as it was journalled, and what it amounts to."""

@@ -1,0 +1,1 @@
+"""Where runs keep files: one contract, folders, buckets, leases, atomic replacement."""

@@ -1,0 +1,191 @@
+"""Step into a module's call without wrapping it: its class is a subclass while a seed is awake.
+
+Measured (docs/decisions.md): a resident wrapper costs 1.7 µs a call and renames keys, a forward hook 1.1 µs
+and is silently ignored by a model that was compiled before; a class swapped only while needed costs nothing
+when dormant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from esper.surgery.isolation.contexts import slow_path
+
+ATTRIBUTE = "_esper_seam"
+
+
+class Gateway(Protocol):
+    """What a seam hands the module's input and output to."""
+
+    def enter(self, x: Tensor | None) -> None:
+        """See the input of the entry layer: its first floating-point tensor, None where it has none."""
+
+    def leave(self, y: Tensor) -> Tensor:
+        """See the output of the exit layer and return what takes its place."""
+
+
+@cache
+def seam_class(base: type[nn.Module]) -> type[nn.Module]:
+    """Return the subclass of ``base`` whose calls pass through the seam."""
+
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        gateways, core = self.__dict__[ATTRIBUTE]
+        for role, gateway in gateways:
+            if role == "entry":
+                gateway.enter(first_tensor(args, kwargs))
+            elif role == "slow":
+                core = partial(slowly, core)
+        y = core(*args, **kwargs)
+        for role, gateway in gateways:
+            if role == "exit":
+                y = gateway.leave(y) if isinstance(y, Tensor) else replaced(y, gateway.leave)
+        return y
+
+    def reduce(self: nn.Module, protocol: Any) -> Any:
+        gateways, _ = self.__dict__[ATTRIBUTE]
+        state = base.__getstate__(self)  # a recurrent layer leaves out its weak references
+        return revive, (base,), {**(state if isinstance(state, dict) else {}), ATTRIBUTE: gateways}
+
+    def set_state(self: nn.Module, state: dict[str, Any]) -> None:
+        base.__setstate__(self, state)
+        join(self, base, state[ATTRIBUTE])
+
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    calls = {"__call__": call, "__reduce_ex__": reduce, "__setstate__": set_state}
+    return type(base.__name__, (base,), {**names, **calls, "_esper_base": base})
+
+
+def slowly(core: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a module whose fast path would pass its layers by, and their seams with them."""
+    with slow_path():
+        return core(*args, **kwargs)
+
+
+def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Return the first floating-point tensor a layer was called with."""
+    if args and isinstance(args[0], Tensor) and args[0].is_floating_point():  # the usual call: no flattening
+        return args[0]
+    leaves = tree_flatten((args, kwargs))[0]
+    return next((leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()), None)
+
+
+def replaced(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Return a nest of outputs with its first floating-point tensor changed, if it has one."""
+    leaves, nest = tree_flatten(tree)
+    for index, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            leaves[index] = change(leaf)
+            return tree_unflatten(leaves, nest)
+    return tree
+
+
+def revive(base: type[nn.Module]) -> nn.Module:
+    """Begin a copied or unpickled module; its gateways come with its state: they lead back to the module."""
+    return object.__new__(seam_class(base))
+
+
+def join(module: nn.Module, base: type[nn.Module], gateways: tuple[tuple[str, Gateway], ...]) -> None:
+    """Give a module its gateways and the plain object behind them."""
+    core = object.__new__(base)
+    core.__dict__ = (
+        module.__dict__
+    )  # shared, so parameters, hooks and mode follow; a copy went stale (tested)
+    module.__dict__[ATTRIBUTE] = (gateways, core)
+
+
+def attach(module: nn.Module, gateways: tuple[tuple[str, Gateway], ...]) -> None:
+    """Swap the class of a module, which must be plain."""
+    base = type(module)
+    join(module, base, gateways)
+    module.__class__ = seam_class(base)
+
+
+def is_open(module: nn.Module) -> bool:
+    """Tell whether a module has a seam."""
+    return ATTRIBUTE in module.__dict__
+
+
+def gateways_of(module: nn.Module) -> tuple[tuple[str, Gateway], ...]:
+    """Return a module's gateways and their roles; none where it is plain."""
+    return module.__dict__[ATTRIBUTE][0] if is_open(module) else ()
+
+
+def core_of(module: nn.Module) -> nn.Module:
+    """Return the plain object behind an open seam; they share one ``__dict__``."""
+    core: nn.Module = module.__dict__[ATTRIBUTE][1]
+    return core
+
+
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class a module has without its seam."""
+    return type(module.__dict__[ATTRIBUTE][1]) if is_open(module) else type(module)
+
+
+def open_seam(module: nn.Module, role: str, gateway: Gateway) -> Callable[[], None]:
+    """Let ``gateway`` see a module's input ("entry") or output ("exit").
+
+    With "slow" it sees nothing, but the module takes no fast path past seams inside it.
+
+    Returns:
+        A function that takes this gateway out again; with the last one the module is exactly as before.
+    """
+    if is_open(module):
+        gateways, core = module.__dict__[ATTRIBUTE]
+        module.__dict__[ATTRIBUTE] = ((*gateways, (role, gateway)), core)
+    else:
+        attach(module, ((role, gateway),))
+
+    return partial(close_seam, module, role, gateway)
+
+
+def look_through(module: nn.Module, role: str, gateway: Gateway) -> Callable[[], None]:
+    """Let ``gateway`` see a module's input or output for a few passes, by a hook: its class stays what it is.
+
+    A loss may ask for ``type(layer)``, a class may keep a register of its subclasses. It stands behind the
+    user's own hooks, so it sees what the layer reads and gives in the end. Where a seam is open already, it
+    joins that, behind the branch.
+    """
+    if is_open(module):
+        return open_seam(module, role, gateway)
+    if role == "entry":
+        return module.register_forward_pre_hook(Entering(gateway), with_kwargs=True).remove
+    return module.register_forward_hook(Leaving(gateway)).remove
+
+
+class Entering:
+    """A hook that shows a gateway what a module is called with."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self.gateway = gateway
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Show its first tensor."""
+        self.gateway.enter(first_tensor(args, kwargs))
+
+
+class Leaving:
+    """A hook that lets a gateway change what a module returns."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self.gateway = gateway
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> Any:
+        """Return what takes its place."""
+        leave = self.gateway.leave
+        return leave(result) if isinstance(result, Tensor) else replaced(result, leave)
+
+
+def close_seam(module: nn.Module, role: str, gateway: Gateway) -> None:
+    """Take one gateway out; a module that is copied takes its own closing with it, as a closure would not."""
+    gateways, core = module.__dict__[ATTRIBUTE]
+    left = tuple(g for g in gateways if g != (role, gateway))
+    if left:
+        module.__dict__[ATTRIBUTE] = (left, core)
+    else:
+        module.__class__ = type(core)
+        del module.__dict__[ATTRIBUTE]

@@ -1,0 +1,1 @@
+"""Optimizers, averages and their state, made to follow a model that changes its shape."""

@@ -1,0 +1,45 @@
+"""Lets optimizers with one history for all parameters start anew when what they train changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch.optim import Optimizer
+
+from esper.surgery.optimizers.kinds import kind_of
+
+
+def forget(optimizer: Optimizer) -> Callable[[], None]:
+    """Clear the history of an optimizer that has one for all parameters at once; returns the way back.
+
+    The count of evaluations stays. The count of iterations becomes 0: by it LBFGS tells its first step.
+    """
+    if not kind_of(optimizer).history:
+        return lambda: None
+    before: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    for state in optimizer.state.values():
+        before.append((state, dict(state)))
+        kept = {"func_evals": state["func_evals"], "n_iter": 0} if "func_evals" in state else {}
+        state.clear()
+        state.update(kept)
+    vars(optimizer)["_numel_cache"] = None  # torch counts its weights once and trusts that for ever
+
+    def undo() -> None:
+        for state, old in before:
+            state.clear()
+            state.update(old)
+        vars(optimizer)["_numel_cache"] = None
+
+    return undo
+
+
+def remembers(optimizer: Optimizer) -> bool:
+    """Tell whether an optimizer has a history that growth would clear."""
+    return kind_of(optimizer).history and any("old_dirs" in state for state in optimizer.state.values())
+
+
+def cleared(name: str, optimizer: Optimizer) -> str:
+    """Say that a history was cleared."""
+    kind = type(optimizer).__name__
+    return f"{kind} {name!r}: its history spans all parameters at once; it starts anew with the grown ones"

@@ -1,0 +1,191 @@
+"""Lets optimizers follow a widening: the state of the old units bit for bit, the new units by a rule.
+
+A widened parameter keeps its identity (see ``surgery/widen_layers.py``), so its state stays under its key and
+only becomes larger. ``step`` is kept: a fresh one would undo the old units' bias correction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from esper.contracts import WidenEdit
+from esper.errors import SurgeryError
+from esper.surgery.optimizers.foreign import follows_weights
+from esper.surgery.optimizers.history import cleared, forget, remembers
+from esper.surgery.optimizers.kinds import Kind, kind_of
+from esper.surgery.widen_layers import Change, extend
+
+Rule: TypeAlias = Literal["zeros", "seed", "mean"]
+Donor: TypeAlias = Mapping[str, Mapping[str, Any]]  # key of a slice -> state key -> state of that slice
+
+
+def widen_state(
+    optimizers: Mapping[str, Optimizer],
+    changes: Iterable[Change],
+    rule: Rule = "zeros",
+    donor: Donor | None = None,
+) -> list[str]:
+    """Enlarge the state of widened parameters, and follow those that changed identity.
+
+    Call it when the widening has been checked. Either all optimizers are changed or none.
+
+    Args:
+        optimizers: By name; a parameter that none of them owns (a frozen one, say) is passed over.
+        changes: What ``kasmina.materialise.widen`` returned as ``changes``.
+        rule: State of the new units: as at birth (``zeros``), the mean of the old units (``mean``), or what
+            the incubating seed's own optimizer had learned (``seed``). What birth is, and where it is the
+            mean, says ``kinds.py``.
+        donor: For ``seed``: per key of a slice (``plan.keyed()``) its state.
+
+    Returns:
+        One line for each tensor that ``seed`` gave nothing fitting for and that was filled as at birth, and
+        for each optimizer that lost its history.
+
+    Raises:
+        SurgeryError: An optimizer holds state of an unknown kind.
+    """
+    reasons: list[str] = []
+    larger: list[tuple[Optimizer, dict[str, Any], Change, dict[str, Tensor]]] = []
+    anew: dict[str, Optimizer] = {}
+    for change in changes:
+        given = donor or {} if rule == "seed" else None
+        for name, optimizer in optimizers.items():
+            group = _group_of(optimizer, change.previous)
+            if group is None:
+                continue
+            state: dict[str, Tensor] = {}
+            if kind_of(optimizer).history:
+                anew[name] = optimizer
+            else:
+                state = _larger(name, optimizer, group, change, rule, given, reasons)
+            larger.append((optimizer, group, change, state))
+    for optimizer, group, change, state in larger:
+        _commit(optimizer, group, change, state)
+    for name, optimizer in anew.items():
+        reasons += [cleared(name, optimizer)] if remembers(optimizer) else []
+        forget(optimizer)
+    return reasons
+
+
+def _group_of(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any] | None:
+    for group in optimizer.param_groups:
+        if any(mine is parameter for mine in group["params"]):
+            return group
+    return None
+
+
+def _larger(
+    name: str,
+    optimizer: Optimizer,
+    group: dict[str, Any],
+    change: Change,
+    rule: Rule,
+    given: Donor | None,
+    reasons: list[str],
+) -> dict[str, Tensor]:
+    """Enlarge what one optimizer knows of one parameter; nothing is changed yet."""
+    kind, dim = kind_of(optimizer), change.parameter.dim()
+    state: dict[str, Tensor] = {}
+    for key, old in optimizer.state.get(change.previous, {}).items():
+        shape = list(change.parameter.shape)
+        for edit in change.edits:
+            shape[edit.axis] = edit.old
+        reduced = kind.reduced[key] % dim if key in kind.reduced else None
+        if reduced is not None:
+            shape[reduced] = 1
+        where = f"{type(optimizer).__name__} {name!r}: state {key!r} of {change.edit.name!r}"
+        if not _is_elementwise(old, shape, where):
+            continue
+        weights = _before(change)
+        copied = old.shape == weights.shape and follows_weights(key, old, weights)
+        for number, edit in enumerate(change.edits):
+            if reduced == edit.axis:  # a mean over the grown axis stays
+                continue
+            new = _new_part(change, edit) if copied else _new_units(old, change, edit, rule, kind, key, group)
+            if given is not None:
+                slot = edit.name if number == 0 else f"{edit.name}@{edit.axis}"
+                new = _from_seed(given.get(slot, {}).get(key), new, where, reasons)
+            old = state[key] = extend(old, new, edit.axis, edit.chunks)
+    return state
+
+
+def _is_elementwise(old: object, shape: list[int], where: str) -> bool:
+    """Tell state that grows with the parameter from counters; refuse what is neither."""
+    if not isinstance(old, Tensor) or old.dim() == 0:
+        return False
+    if type(old) is Tensor and list(old.shape) == shape:
+        return True
+    if old.numel() == 1:
+        return False
+    raise SurgeryError(
+        f"{where} is a {type(old).__name__} of shape {tuple(old.shape)}, the parameter's was {tuple(shape)}; "
+        "only state with one number per weight can be widened: use another optimizer for what may grow"
+    )
+
+
+def _new_units(
+    old: Tensor,
+    change: Change,
+    edit: WidenEdit,
+    rule: Rule,
+    kind: Kind,
+    key: str,
+    group: dict[str, Any],
+) -> Tensor:
+    axis, count = edit.axis, edit.new - edit.old
+    if key == kind.average:
+        return _new_part(change, edit)
+    if rule == "mean" or kind.padded:
+        means = [part.mean(axis, keepdim=True) for part in old.chunk(edit.chunks, axis)]
+        each = [-1 if a != axis else count // edit.chunks for a in range(old.dim())]
+        return torch.cat([mean.expand(each) for mean in means], axis)
+    setting = kind.born.get(key)
+    unit = torch.full_like(old.narrow(axis, 0, 1), float(group[setting]) if setting else 0.0)
+    shape = list(old.shape)
+    shape[axis] = count
+    return unit.expand(shape)
+
+
+def _before(change: Change) -> Tensor:
+    """Return a parameter without what its edits added."""
+    part = change.parameter.detach()
+    for edit in reversed(change.edits):
+        part = _halves(part, edit)[0]
+    return part
+
+
+def _new_part(change: Change, edit: WidenEdit) -> Tensor:
+    """Return what one edit added to a parameter, without what later ones did."""
+    part = change.parameter.detach()
+    for later in change.edits[change.edits.index(edit) + 1 :]:
+        part = _halves(part, later)[0]
+    return _halves(part, edit)[1]
+
+
+def _halves(tensor: Tensor, edit: WidenEdit) -> tuple[Tensor, Tensor]:
+    """Take an edit's old and new part apart again."""
+    old, new = edit.old // edit.chunks, (edit.new - edit.old) // edit.chunks
+    parts = tensor.split([old, new] * edit.chunks, edit.axis)
+    return torch.cat(parts[::2], edit.axis), torch.cat(parts[1::2], edit.axis)
+
+
+def _from_seed(given: object, otherwise: Tensor, where: str, reasons: list[str]) -> Tensor:
+    if isinstance(given, Tensor) and given.shape == otherwise.shape:
+        return given
+    found = f"a tensor of shape {tuple(given.shape)}" if isinstance(given, Tensor) else "nothing"
+    reasons.append(f"{where}: the seed has {found} for {tuple(otherwise.shape)}; filled as at birth")
+    return otherwise
+
+
+def _commit(optimizer: Optimizer, group: dict[str, Any], change: Change, state: dict[str, Tensor]) -> None:
+    if change.previous in optimizer.state:
+        optimizer.state[change.previous].update(state)
+    if change.replaced is not None:
+        group["params"][:] = [change.parameter if p is change.replaced else p for p in group["params"]]
+        if change.replaced in optimizer.state:
+            optimizer.state[change.parameter] = optimizer.state.pop(change.replaced)

@@ -1,0 +1,1 @@
+"""The early recipe: a few events, all places at once, judged afterwards."""

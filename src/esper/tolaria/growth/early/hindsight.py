@@ -1,0 +1,93 @@
+"""What the weights from before an event would lose now.
+
+A loss may change while it is trained on: a penalty is warmed up, a term fades in. What was measured at the
+event says nothing of today's loss then, so the weights of then are put into a copy of the model as it is and
+measured again, on the same examples as the weights of now.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from esper.batches.examples import count_examples
+from esper.contracts import DeepenPlan
+from esper.errors import ProcessError, SurgeryError
+from esper.kasmina.depth.deepen import at
+from esper.surgery.isolation.copies import on_copies
+from esper.tolaria.growth.early.judged import Judged
+from esper.tolaria.growth.early.takeback import Before, named
+from esper.tolaria.growth.events.mishaps import Mishaps
+from esper.tolaria.growth.evidence.evidence import Evidence
+
+ALIKE = 1e-6  # relative: a loss that differs by less is the one that was measured at the event
+
+
+class Hindsight:
+    """Compares the weights from before an event with those of now.
+
+    Args:
+        growth: The conductor: ``morphable``, ``plans``, ``peers``, ``cost``.
+        evidence: What is held out.
+        mishaps: Told where the earlier weights cannot be measured.
+    """
+
+    def __init__(self, growth: Any, evidence: Evidence, mishaps: Mishaps) -> None:
+        self.growth, self.evidence, self.mishaps = growth, evidence, mishaps
+
+    def losses(self, judged: Judged) -> tuple[float, float]:
+        """Return the held-out loss of the weights from before an event, and of those of now.
+
+        The first is the one remembered where the loss has not changed, or cannot be taken.
+        """
+        evidence, growth = self.evidence, self.growth
+        held = evidence.judged_on()
+        now = evidence.held_out(held)
+        (then,) = growth.peers.agree([self.earlier(judged, held)])
+        flops: int = growth.morphable.flops + growth.early.insertion.flops_before
+        growth.cost.grow(flops * sum(map(count_examples, held)))
+        known = judged.record.held_out
+        same = known is not None and math.isclose(then, known, rel_tol=ALIKE)
+        return judged.held_out if same or not math.isfinite(then) else then, now
+
+    def earlier(self, judged: Judged, held: Sequence[Any]) -> float:
+        """Return what the weights from before an event lose now; NaN where that cannot be told."""
+        try:
+            with self.weights_of(judged.before):
+                return self.evidence.in_hindsight(held, judged.held_out)
+        except ProcessError:
+            raise
+        except Exception as error:  # the user's model and loss run here: they raise what they like
+            self.mishaps.say(
+                "an event is judged by the loss measured when it came; the weights of then do not run now: "
+                f"{type(error).__name__}: {error}"
+            )
+            return math.nan
+
+    @contextmanager
+    def weights_of(self, before: Before) -> Iterator[None]:
+        """Let the host have the shapes, weights and buffers it had, on copies, for a while."""
+        host, plans = self.growth.morphable.host, self.growth.plans
+        own = {id(tensor) for _, tensor in named(host)}
+        with on_copies(host), same_counts(host, before.deeper(plans)):
+            shared = [name for name, tensor in named(host) if id(tensor) in own]
+            if shared:  # of a scripted module, say: its own weights would be overwritten
+                raise SurgeryError(f"{shared[0]} cannot be copied")
+            before.put_back(host, plans)
+            yield
+
+
+@contextmanager
+def same_counts(model: nn.Module, plans: Sequence[DeepenPlan]) -> Iterator[None]:
+    """Put back what counts blocks and is no module: a config is shared, not copied."""
+    counts = [(at(model, path), name) for plan in plans for path, name, _ in plan.counts]
+    kept = [(owner, name, getattr(owner, name)) for owner, name in counts if not isinstance(owner, nn.Module)]
+    try:
+        yield
+    finally:
+        for owner, name, value in kept:
+            setattr(owner, name, value)

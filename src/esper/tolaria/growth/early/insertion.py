@@ -1,0 +1,208 @@
+"""Insert what passed, all of it or nothing; re-open a saturated host; take an event back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esper.blueprints.kernel import LiveKernel
+from esper.errors import ProcessError, SurgeryError
+from esper.kasmina.depth.stack import DepthKernel, Stack, widens
+from esper.kasmina.evidence.reopen import TEMPER, How, multiply
+from esper.kasmina.widths.fitting import fitted
+from esper.kasmina.widths.places import WidenPlace
+from esper.surgery.isolation.contexts import same_modes, untouched
+from esper.surgery.optimizers.averages import copy_of
+from esper.surgery.optimizers.foreign import kept_outside
+from esper.tolaria.growth.early.takeback import Before
+from esper.tolaria.growth.events.check import deviation, outputs
+from esper.tolaria.growth.events.commit import FAILURES, Committer
+
+TRIAL = "it does not run on a batch of the loop"
+SHRINK = 0.5  # of all weights; 0.4 to 0.5 measured best (digits), 0.2 loses what was learned
+
+
+class Insertion:
+    """Changes host, optimizers and averages at an event.
+
+    Args:
+        committer: Carries out one widening.
+        draw: Gives a seed for a purpose.
+    """
+
+    def __init__(self, committer: Committer, draw: Callable[[str], int]) -> None:
+        self.committer, self.model, self.draw = committer, committer.model, draw
+        self.trials: Sequence[Callable[[], Any]] = ()  # passes over training batches that must go on running
+        self.flops: int | None = None  # of the model when it was last remembered
+
+    @property
+    def models(self) -> list[nn.Module]:
+        """The host, then its averages."""
+        return [self.model.host, *self.committer.averages]
+
+    @property
+    def flops_before(self) -> int:
+        """Of the model as it was remembered; as it is where an earlier process did that."""
+        return self.model.flops if self.flops is None else self.flops
+
+    def remember(self, step: int) -> Before:
+        """Copy the run as it is."""
+        self.flops = self.model.flops
+        return Before.of(self.models, self.committer.optimizers, step, len(self.committer.plans))
+
+    def carry_out(
+        self, kernels: Mapping[str, LiveKernel], units: Mapping[str, int], before: Before
+    ) -> tuple[dict[str, str], dict[str, str]]:
+        """Widen what can be widened, and deepen.
+
+        Returns:
+            Why, for each place that could not be widened, and for each that was not changed in the end.
+        """
+        widths = {name: count for name, count in units.items() if widens(kernels[name])}
+        unfit = self.widen_what_can(kernels, widths, before)
+        failures = dict(unfit)
+        for name in [one for one in units if one not in widths]:
+            seed = self.draw("initialisation")
+            if failed := self.deepen(name, kernels[name], units[name], seed, before):
+                failures.update(dict.fromkeys(units, failed))  # everything was put back
+                break
+        return unfit, failures
+
+    def widen_what_can(
+        self, kernels: Mapping[str, LiveKernel], units: Mapping[str, int], before: Before
+    ) -> dict[str, str]:
+        """Widen places together; where that fails, those that can be widened alone.
+
+        Returns:
+            Why, for each place that was not widened.
+        """
+        if not units or not self.widen(kernels, units, before):
+            return {}
+        failures: dict[str, str] = {}
+        for name, count in units.items():
+            if why := self.widen(kernels, {name: count}, before):
+                failures[name] = why
+            else:
+                self.restore(before)
+        left = {name: count for name, count in units.items() if name not in failures}
+        if left and (why := self.widen(kernels, left, before)):
+            failures.update(dict.fromkeys(left, why))
+        return failures
+
+    def widen(self, kernels: Mapping[str, LiveKernel], units: Mapping[str, int], before: Before) -> str:
+        """Widen places together; what the model says stays as it is.
+
+        Consumers come first: rows that are new read what is there, and get zeros for what comes beside it.
+
+        Returns:
+            "" when it was carried out, otherwise why everything was put back.
+        """
+        committer, step = self.committer, before.step
+        if outside := kept_outside(committer.optimizers):  # a dict of its own fills as it steps
+            return outside
+        names = list(units)[::-1]
+        exits: dict[str, nn.Module] = {}
+        for name in names:
+            place = self.model.places[name]
+            exits |= dict(zip(place.site.exits, place.ends()[1:], strict=True))
+        try:
+            said = outputs(self.model, exits, committer.run)
+            for name in names:
+                place = self.model.places[name]
+                assert isinstance(place, WidenPlace)
+                place = place.refreshed()  # a neighbour may have grown
+                kernel = fitted(place, kernels[name], units[name])
+                plan = kernel.plan()
+                before.note(self.model.host, plan)
+                committer.carry_out(plan, kernel.slices(plan), {}, None, step)
+                committer.plans.append(plan)
+            with committer.everywhere():
+                now = outputs(self.model, exits, committer.run)
+                for path in exits:
+                    for old, new in zip(said[path], now[path], strict=True):  # call by call
+                        if old.shape == new.shape:  # an exit that is widened itself has more to say
+                            deviation(old, new)
+                if error := broken(self.model.host, self.trials):  # a head that only some batches use, say
+                    raise SurgeryError(f"{TRIAL}: {error}") from error
+        except ProcessError:
+            raise
+        except FAILURES as error:
+            self.restore(before)
+            if TRIAL in str(error) and broken(self.model.host, self.trials):  # nor did it before
+                self.trials = ()
+                return self.widen(kernels, units, before)
+            return f"the grown model was put back: {error}"
+        self.refreshed()
+        return ""
+
+    def deepen(self, site: str, kernel: LiveKernel, blocks: int, seed: int, before: Before) -> str:
+        """Insert blocks behind the last of their kind; the first is the one that was tested.
+
+        Returns:
+            "" when it was carried out, otherwise why everything was put back.
+        """
+        for count in range(blocks):
+            place = self.model.places[site]
+            assert isinstance(place, Stack) and isinstance(kernel, DepthKernel)
+            block = kernel.block if count == 0 else place.block(seed + count)
+            failed = self.committer.deepen(place, block, before.step)
+            if failed:
+                self.restore(before)
+                return failed
+        self.refreshed()
+        return ""
+
+    def refreshed(self) -> None:
+        """Bring sites and costs up to date."""
+        self.model.refresh(self.committer.run)
+        self.model.meter(self.committer.run)
+
+    def restore(self, before: Before) -> None:
+        """Take an event back."""
+        before.restore(self.models, self.committer.optimizers, self.committer.plans)
+        del self.committer.plans[before.plans :]
+        self.model.refresh(self.committer.run)
+        if self.flops is None:  # remembered by an earlier process
+            self.model.meter(self.committer.run)
+        else:
+            self.model.flops = self.flops
+
+    def reopen(self, how: How, layers: Sequence[nn.Module]) -> None:
+        """Re-open a saturated host, its averages too.
+
+        Args:
+            how: "output": every argmax stays; "shrink": all weights, and the moments are cleared.
+            layers: The output layer.
+        """
+        if how == "output":
+            paths = {id(module): path for path, module in self.model.host.named_modules()}
+            for layer in layers:
+                multiply([layer], TEMPER)
+                for average in self.committer.averages:
+                    multiply([copy_of(average, {paths[id(layer)]}).get_submodule(paths[id(layer)])], TEMPER)
+        elif how == "shrink":
+            for model in self.models:
+                with torch.no_grad():
+                    for parameter in model.parameters():
+                        parameter.mul_(SHRINK)
+            for optimizer in self.committer.optimizers.values():
+                for state in optimizer.state.values():
+                    for value in state.values():
+                        if isinstance(value, Tensor):
+                            value.zero_()
+
+
+def broken(host: nn.Module, runs: Sequence[Callable[[], Any]]) -> Exception | None:
+    """Return what the first pass raises that does not run, in training mode and without a trace."""
+    try:
+        with same_modes(host):
+            host.train()
+            with torch.no_grad(), untouched(host, seed=0):
+                for run in runs:
+                    run()
+    except FAILURES as error:
+        return error
+    return None

@@ -1,0 +1,150 @@
+"""What an event asks about: which places, and how many units at each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from esper.contracts import Site
+from esper.kasmina.depth.stack import Stack
+from esper.kasmina.evidence.growth_cost import GrowthCost
+from esper.kasmina.widths.layers import in_size, out_size
+from esper.kasmina.widths.places import Place, WidenPlace
+from esper.tamiyo.controller import Room
+from esper.tamiyo.early import allocate
+from esper.tolaria.growth.early.timetable import Timetable
+
+WAITS = "it waits: blocks come first, as long as another fits the budget"
+WAITS_FOR_LATE = "it waits: blocks come at the last events"
+
+
+class Reach:
+    """Says how far an event of one run may go.
+
+    Args:
+        growth: The conductor: ``morphable``, ``room``, ``config``.
+        timetable: Of the run.
+    """
+
+    def __init__(self, growth: Any, timetable: Timetable) -> None:
+        self.growth, self.timetable = growth, timetable
+        self.settings = growth.config.early
+        self.resting: dict[str, str] = {}  # places that cannot learn at present, and why
+        self.barred: dict[str, str] = {}  # places that are closed for the rest of the run, and why
+
+    def places(self) -> dict[str, Place]:
+        """Return the places an event asks at: where blocks can be added, wide ones stay as they are inside.
+
+        Residual nets and transformers gained by depth and lost by inner width (char GPT, glyphs; see
+        docs/decisions.md), but for what is narrower inside than the stream it writes to. Once no further
+        block fits the budget, all widths are next.
+        """
+        self.barred.update(self.gone(self.growth.morphable.places))
+        self.resting = self.untrained()
+        closed = {**self.resting, **self.barred}
+        found = {n: p for n, p in self.growth.morphable.places.items() if n not in closed}
+        stacks = {n: p for n, p in found.items() if isinstance(p, Stack)}
+        pairs = {n: p for n, p in found.items() if isinstance(p, WidenPlace)}
+        if not stacks or not self.allocated(stacks, self.growth.room()):
+            return {**pairs}
+        inside = self.paths_of_blocks()
+        widths: dict[str, Place] = {
+            n: p for n, p in pairs.items() if not p.site.entry.startswith(inside) or lacking(p) > 0
+        }
+        return widths if 1 + len(self.timetable.due) > self.timetable.late else {**widths, **stacks}
+
+    def left_out(self, free: Iterable[str]) -> dict[str, str]:
+        """Return the places an event does not ask at, and why."""
+        waiting = [name for name in self.growth.morphable.places if name not in free]
+        stacks = self.growth.morphable.stacks
+        waits = {name: WAITS_FOR_LATE if name in stacks else WAITS for name in waiting}
+        return {**waits, **self.resting, **self.barred}
+
+    def paths_of_blocks(self) -> tuple[str, ...]:
+        """Return how the path of what stands within a block of a stack begins."""
+        return tuple(f"{stack.container}." for stack in self.growth.morphable.stacks.values())
+
+    def gone(self, names: Iterable[str]) -> dict[str, str]:
+        """Return the places of which a layer was replaced by hand, and which one."""
+        held = {id(module) for module in self.growth.morphable.host.modules()}
+        found: dict[str, str] = {}
+        for name in names:
+            place = self.growth.morphable.places.get(name)
+            if place is None:
+                continue
+            ends = zip((place.site.entry, *place.site.exits), place.ends(), strict=True)
+            lost = next((path for path, end in ends if id(end) not in held), None)
+            if lost is not None:
+                found[name] = f"{lost} was replaced or removed since esper.grow"
+        return found
+
+    def untrained(self) -> dict[str, str]:
+        """Return the places whose new units would not be trained: a layer is frozen, or its rate is nought.
+
+        A fork is one as long as one of its consumers is trained.
+        """
+        optimizers = self.growth.parts.optimizers.values()
+        rates = {
+            id(p): group["lr"] for one in optimizers for group in one.param_groups for p in group["params"]
+        }
+        found: dict[str, str] = {}
+        for name, place in self.growth.morphable.places.items():
+            if not isinstance(place, WidenPlace):
+                continue
+            entry, *exits = zip((place.site.entry, *place.site.exits), place.ends(), strict=True)
+            still = {path: why for path, layer in (entry, *exits) if (why := stands_still(layer, rates))}
+            if entry[0] in still or len(still) == len(exits):
+                path = next(iter(still))
+                found[name] = f"{path} {still[path]}, and so would be what is added to it"
+        return found
+
+    def waits_for_depth(self, room: Room) -> bool:
+        """Tell whether blocks can be added at a later event."""
+        return bool(self.timetable.due and self.allocated(self.growth.morphable.stacks, room))
+
+    def allocated(self, places: Mapping[str, Place], room: Room) -> dict[str, int]:
+        """Return the units each place gets: widths spend the budget before the last events.
+
+        Where blocks can come at these, all events share it.
+        """
+        if room.events <= 0 or not places:
+            return {}
+        reserve = 0 if self.growth.morphable.stacks else self.timetable.late
+        left = min(max(1 + len(self.timetable.due) - reserve, 1), room.events)
+        inside = self.paths_of_blocks()
+        sites = [bounded(place, inside) for place in places.values()]
+        cost = GrowthCost(self.growth.morphable.host, places)
+        return allocate(sites, self.settings.factor, left, room, cost)
+
+
+def stands_still(layer: nn.Module, rates: Mapping[int, float]) -> str:
+    """Say why a layer's weight does not learn; "" if it does."""
+    weights = [p for p in layer.parameters(recurse=False) if p.dim() > 1]
+    if weights and not any(p.requires_grad for p in weights):
+        return "is frozen"
+    known = [rates[id(p)] for p in weights if id(p) in rates]
+    return "has a learning rate of 0" if known and not any(known) else ""
+
+
+def bounded(place: Place, inside: tuple[str, ...]) -> Site:
+    """Return a place's site: what is narrow inside a block becomes as wide as the stream, no wider.
+
+    Args:
+        place: Any.
+        inside: How paths within blocks begin.
+    """
+    site = place.site
+    if not site.entry.startswith(inside) or not isinstance(place, WidenPlace) or lacking(place) <= 0:
+        return site
+    groups = math.ceil(lacking(place) / site.granularity)
+    return replace(site, most=groups * site.granularity)
+
+
+def lacking(place: WidenPlace) -> int:
+    """Return the units by which what a consumer reads is narrower than what it makes; of the widest."""
+    read = [(out_size(one.consumer) - in_size(one.consumer)) // one.columns for one in place.outlets]
+    return max(read)

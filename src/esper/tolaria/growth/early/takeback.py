@@ -1,0 +1,149 @@
+"""A moment before an event, and the way back to it across the change of shapes.
+
+Weights, buffers and what the optimizers know of them go back. Learning rates, schedulers and random streams
+stay where they are: the loop goes on, and a schedule that was set back would end before its rate has decayed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from esper.contracts import DeepenPlan, WidenPlan
+from esper.kasmina.depth.deepen import at, remove
+from esper.saving.genome import Plan
+from esper.surgery.optimizers.adoption import let_go
+from esper.surgery.optimizers.averages import copy_of
+from esper.surgery.optimizers.history import forget
+from esper.surgery.widen_layers import put_in_place
+from esper.tolaria.governor.rollback import duplicate, read_back, write, written
+
+State = dict[str, Any]
+
+
+@dataclass
+class Before:
+    """A run as it was.
+
+    Attributes:
+        step: When.
+        plans: How many there were.
+        tensors: Of the host, then of its averages, by name.
+        attributes: (module path, attribute, value) of the counts that plans changed since, in order.
+        states: Per optimizer, the state of each parameter by the host's name for it.
+    """
+
+    step: int
+    plans: int
+    tensors: list[dict[str, Tensor]]
+    attributes: list[tuple[str, str, Any]]
+    states: list[dict[str, State]]
+
+    @classmethod
+    def of(
+        cls, models: Sequence[nn.Module], optimizers: Mapping[str, Optimizer], step: int, plans: int
+    ) -> Before:
+        """Copy a run as it is.
+
+        Args:
+            models: The host, then its averages.
+            optimizers: By name.
+            step: Now.
+            plans: How many there are.
+        """
+        names = {id(p): name for name, p in models[0].named_parameters()}
+        return cls(
+            step,
+            plans,
+            [{n: t.detach().clone() for n, t in named(model)} for model in models],
+            [],
+            [
+                {names[id(p)]: duplicate(state) for p, state in o.state.items() if id(p) in names}
+                for o in optimizers.values()
+            ],
+        )
+
+    def note(self, model: nn.Module, plan: WidenPlan) -> None:
+        """Note the counts that a plan is about to change."""
+        for path, name, _ in plan.attributes:
+            self.attributes.append((path, name, getattr(at(model, path), name)))
+
+    def restore(
+        self, models: Sequence[nn.Module], optimizers: Mapping[str, Optimizer], plans: Sequence[Plan]
+    ) -> None:
+        """Bring the run back; parameters keep their identity where torch lets them.
+
+        Args:
+            models: The host, then its averages.
+            optimizers: By name.
+            plans: All of the run; those since are undone.
+        """
+        for index, model in enumerate(models):
+            for block in self.put_back(model, plans, index):
+                if index == 0:
+                    let_go(optimizers, block)
+            model.zero_grad(set_to_none=True)
+        parameters = dict(models[0].named_parameters())
+        for optimizer, states in zip(optimizers.values(), self.states, strict=True):
+            forget(optimizer)  # LBFGS would go on with the count of the grown weights
+            for name, parameter in parameters.items():
+                if name in states:
+                    write(optimizer.state[parameter], states[name])
+                else:
+                    optimizer.state.pop(parameter, None)
+
+    def deeper(self, plans: Sequence[Plan]) -> list[DeepenPlan]:
+        """List the blocks that have come since, the newest first."""
+        return [plan for plan in reversed(plans[self.plans :]) if isinstance(plan, DeepenPlan)]
+
+    def put_back(self, model: nn.Module, plans: Sequence[Plan], index: int = 0) -> list[nn.Module]:
+        """Give one model the blocks, counts, weights and buffers it had; optimizers are left alone.
+
+        Args:
+            model: The host, or an average.
+            plans: All of the run; those since are undone.
+            index: 0 for the host, from 1 on for the averages.
+
+        Returns:
+            The blocks that were taken out.
+        """
+        blocks, copy = list[nn.Module](), model
+        for plan in self.deeper(plans):
+            copy = model if index == 0 else copy_of(model, {plan.donor})
+            blocks.append(remove(copy, plan))
+        if index and self.attributes:
+            copy = copy_of(model, {path for path, _, _ in self.attributes})
+        for path, attribute, value in reversed(self.attributes):
+            setattr(at(copy, path), attribute, value)
+        put_in_place(model, self.tensors[index])
+        return blocks
+
+    def state_dict(self) -> State:
+        """Return what a checkpoint keeps."""
+        return {
+            "step": self.step,
+            "plans": self.plans,
+            "tensors": self.tensors,
+            "attributes": [list(one) for one in self.attributes],
+            "states": [{n: written(s) for n, s in one.items()} for one in self.states],
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Before:
+        """Read it back."""
+        return cls(
+            state["step"],
+            state["plans"],
+            [dict(one) for one in state["tensors"]],
+            [(path, attribute, value) for path, attribute, value in state["attributes"]],
+            [{n: read_back(s) for n, s in one.items()} for one in state["states"]],
+        )
+
+
+def named(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """List parameters and buffers."""
+    return [*model.named_parameters(), *model.named_buffers()]

@@ -1,0 +1,1 @@
+"""What both recipes share: what was looked at, told, allowed, checked and committed."""

@@ -1,0 +1,76 @@
+"""Compare a place's output before and after growth became part of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esper.errors import SurgeryError
+from esper.kasmina.morphable import MorphableModel
+from esper.surgery.isolation.contexts import evaluating, slow_path, untouched
+from esper.surgery.isolation.seam import look_through
+
+ROUNDING = 24  # units of machine precision, times the largest output: 2e-6 · √2 in fp32
+
+
+def output(model: MorphableModel, layer: nn.Module, run: Callable[[], Any]) -> Tensor:
+    """Return a layer's output on the probe batch, in eval mode; of several calls, that of the last.
+
+    Raises:
+        SurgeryError: The probe does not reach it.
+    """
+    return outputs(model, {"": layer}, run)[""][-1]
+
+
+def outputs(
+    model: MorphableModel, layers: Mapping[str, nn.Module], run: Callable[[], Any]
+) -> dict[str, list[Tensor]]:
+    """Return several layers' outputs in one pass, those of every call.
+
+    Raises:
+        SurgeryError: The probe does not reach one of them.
+    """
+    captures = {name: Capture() for name in layers}
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            stack.callback(look_through(layer, "exit", captures[name]))
+        with evaluating(model), untouched(model.host, seed=0), slow_path():
+            run()
+    found = {name: capture.outputs for name, capture in captures.items() if capture.outputs}
+    if missed := layers.keys() - found.keys():
+        raise SurgeryError(f"the probe did not reach the grown layer {', '.join(sorted(missed))}".rstrip())
+    return found
+
+
+def deviation(branch: Tensor, grown: Tensor) -> float:
+    """Return the largest difference between the branch as it was judged and what it became.
+
+    Raises:
+        SurgeryError: It is beyond rounding.
+    """
+    difference = float((branch - grown).abs().max())
+    allowed = ROUNDING * torch.finfo(grown.dtype).eps * float(branch.abs().max())
+    if not difference <= max(allowed, torch.finfo(grown.dtype).tiny):
+        raise SurgeryError(
+            f"the grown layers differ from the branch by {difference:.3g}; {allowed:.3g} is rounding"
+        )
+    return difference
+
+
+class Capture:
+    """Keeps the outputs that pass a seam."""
+
+    def __init__(self) -> None:
+        self.outputs: list[Tensor] = []
+
+    def enter(self, x: Tensor | None) -> None:
+        """Let inputs pass."""
+
+    def leave(self, y: Tensor) -> Tensor:
+        """Keep the output and let it pass."""
+        self.outputs.append(y.detach())
+        return y

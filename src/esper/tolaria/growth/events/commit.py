@@ -1,0 +1,316 @@
+"""Make a judged branch part of the model: modules, optimizers and averages together, or nothing at all.
+
+A pair's kernel becomes rows and columns of the user's own layers. Any other kernel is folded into a Linear
+where algebra allows it, or stays as a branch, registered under the host.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from esper.blueprints.kernel import GraphKernel, LiveKernel
+from esper.contracts import Decision, DeepenPlan, Event, Observer, WidenEdit, WidenPlan
+from esper.distributed.collectives import ALONE, Peers
+from esper.errors import ProcessError, SurgeryError
+from esper.kasmina.branches.blocks import Block
+from esper.kasmina.branches.fold import merged, write
+from esper.kasmina.depth.birth import warmed
+from esper.kasmina.depth.deepen import duplicate, insert, remove, twin_of
+from esper.kasmina.depth.stack import Stack
+from esper.kasmina.morphable import MorphableModel, slug
+from esper.saving.genome import GraftPlan, Plan, program_of
+from esper.surgery.branches import CHILD, attach, detach
+from esper.surgery.optimizers.adoption import adopt, let_go
+from esper.surgery.optimizers.averages import copy_of, widen_average
+from esper.surgery.optimizers.widening import widen_state
+from esper.surgery.widen_layers import empty_slices, widen
+from esper.tolaria.growth.events.check import deviation, output
+
+# What surgery may run into; everything is put back then.
+FAILURES = (SurgeryError, RuntimeError, ValueError, TypeError, IndexError)
+
+
+class Committer:
+    """Carries out growth.
+
+    Args:
+        model: Owns the host.
+        optimizers: The user's, by name.
+        averages: EMA copies of the host.
+        run: One pass over a probe batch.
+        rule: State of new units in the optimizers.
+        observe: Told what grew, and of every detour.
+        peers: Other processes: all of them grow, or none.
+    """
+
+    def __init__(
+        self,
+        model: MorphableModel,
+        optimizers: Mapping[str, Optimizer],
+        averages: Sequence[nn.Module],
+        run: Callable[[], Any],
+        rule: Literal["zeros", "seed", "mean"],
+        observe: Observer,
+        peers: Peers = ALONE,
+    ) -> None:
+        self.model, self.optimizers, self.averages = model, optimizers, averages
+        self.run, self.rule, self.observe, self.peers = run, rule, observe, peers
+        self.plans: list[Plan] = []
+        self.replaced: list[str] = []  # parameters that are other objects since they grew
+
+    def commit(self, kernel: LiveKernel, optimizer: Optimizer, decision: Decision, step: int) -> str:
+        """Make a kernel part of the model it stands beside.
+
+        Returns:
+            "" when it was carried out, otherwise why everything was put back.
+        """
+        begun = time.perf_counter()
+        assert decision.site is not None
+        layer = self.model.awake(decision.site)
+        assert layer is not None
+        branch = output(self.model, layer.place.ends()[1], self.run)
+        layer.exposed = False
+        try:
+            if layer.place.site.kind == "pair":
+                kind, facts = "widened", self.widen(kernel, optimizer, branch, step)
+            else:
+                width = decision.width
+                kind, facts = "grafted", self.graft(kernel, layer.place, optimizer, branch, width, step)
+        except ProcessError:
+            raise
+        except FAILURES as error:
+            layer.exposed = True
+            return f"the grown model was put back: {error}"
+        self.model.refresh(self.run)
+        facts |= {"decision": decision.id, "site": decision.site}
+        facts["parameters"] = self.model.parameter_count()
+        facts["milliseconds"] = (time.perf_counter() - begun) * 1e3
+        self.observe(Event(kind, step, facts))
+        why = self.model.policy.after_commit(layer.place.ends())
+        if why:
+            self.observe(Event("recompiled", step, {"policy": self.model.policy.kind, "why": why}))
+        return ""
+
+    def deepen(self, place: Stack, block: nn.Module, step: int, decision: int | None = None) -> str:
+        """Insert a block behind the last of its kind, in model, averages and optimizers.
+
+        Args:
+            place: The stack, as it is now.
+            block: What ``place.block(seed)`` made, or the ``block`` of its kernel, itself: no copy is taken.
+            step: Of the run.
+            decision: That it follows from.
+
+        Returns:
+            "" when it was carried out, otherwise why everything was put back.
+        """
+        begun = time.perf_counter()
+        before = output(self.model, place.donor, self.run)
+        try:
+            plan = place.deepening()
+            warmed(block, place.given, before)
+            difference = self.stack(plan, block, before, step)
+        except ProcessError:
+            raise
+        except FAILURES as error:
+            return f"the deeper model was put back: {error}"
+        self.plans.append(plan)
+        self.model.refresh(self.run)
+        facts: dict[str, Any] = {"decision": decision, "site": plan.site, "difference": difference}
+        facts |= {"blocks": place.site.width + 1, "parameters": self.model.parameter_count()}
+        facts |= {"index": plan.index, "milliseconds": (time.perf_counter() - begun) * 1e3}
+        self.observe(Event("deepened", step, facts))
+        why = self.model.policy.after_commit((place.donor, block))
+        if why:
+            self.observe(Event("recompiled", step, {"policy": self.model.policy.kind, "why": why}))
+        return ""
+
+    def stack(self, plan: DeepenPlan, block: nn.Module, before: Tensor | None, step: int) -> float:
+        """Insert a block in host and averages and let the optimizers adopt it; all or nothing."""
+        host, difference = self.model.host, 0.0
+        donor = host.get_submodule(plan.donor)
+        with ExitStack() as back:
+            with self.everywhere():
+                back.callback(insert(host, plan, block).undo)
+                if before is not None:
+                    difference = deviation(before, output(self.model, block, self.run))
+                for average in self.averages:
+                    twin = copy_of(average, {plan.donor})
+                    back.callback(insert(twin, plan, twin_of(twin, plan, block)).undo)
+                like = dict(donor.named_parameters())
+                prefix = f"{plan.container}.{plan.name}.".lstrip(".")
+                back.callback(adopted := adopt(self.optimizers, (donor,), block, None, prefix, like))
+            back.pop_all()
+        self.tell_lost(adopted.lines, step)
+        return difference
+
+    def withdraw(self, step: int) -> DeepenPlan:
+        """Take the newest block out of model, averages and optimizers; all else keeps what it has learned.
+
+        Raises:
+            SurgeryError: What grew last is no block; nothing was changed.
+        """
+        plan = self.plans[-1] if self.plans else None
+        if not isinstance(plan, DeepenPlan):
+            raise SurgeryError(f"only a block that grew last can be taken out, not {plan}")
+        twins = [copy_of(average, {plan.donor}) for average in self.averages]
+        block = remove(self.model.host, plan)
+        for twin in twins:
+            remove(twin, plan)
+        self.tell_lost(let_go(self.optimizers, block), step)
+        self.plans.pop()
+        self.model.refresh(self.run)
+        return plan
+
+    @contextmanager
+    def everywhere(self) -> Iterator[None]:
+        """Fail where it fails in any process, so that all of them put everything back."""
+        failure: Exception | None = None
+        try:
+            yield
+        except FAILURES as error:
+            failure = error
+        if not self.peers.every(failure is None):
+            raise failure or SurgeryError("another process could not carry it out")
+
+    def widen(self, kernel: Any, optimizer: Optimizer, branch: Tensor, step: int) -> dict[str, Any]:
+        """Make a kernel rows and columns of the pair it stands beside."""
+        plan: WidenPlan = kernel.plan()
+        donor = {key: laid(kernel, edit, optimizer) for key, edit in plan.keyed()}
+        difference = self.carry_out(plan, kernel.slices(plan), donor, branch, step)
+        self.plans.append(plan)
+        edits = [[e.name, e.axis, e.old, e.new] for e in plan.edits]
+        return {"units": plan.units, "edits": edits, "difference": difference}
+
+    def graft(
+        self, kernel: LiveKernel, place: Any, optimizer: Optimizer, branch: Tensor, hidden: int, step: int
+    ) -> dict[str, Any]:
+        """Fold a kernel into the Linear it stands at, or register it as a branch of the host."""
+        assert isinstance(place, Block) and isinstance(kernel, GraphKernel)
+        facts = {"blueprint": place.graph.name, "units": hidden}
+        folded = merged(place, kernel)
+        if folded is not None:
+            return {**facts, "how": "merged", "difference": self.fold(place, folded, branch)}
+        plan = self.plan_for(place, hidden)
+        difference = self.attach(plan, kernel, optimizer, branch, step)
+        self.plans.append(plan)
+        return {**facts, "how": "branch", "difference": difference, "child": plan.name}
+
+    def fold(self, place: Block, folded: tuple[Tensor, Tensor | None], branch: Tensor) -> float:
+        """Write the sum of layer and kernel into the layer."""
+        layer = place.entry
+        assert isinstance(layer, nn.Linear)
+        weight, bias = (None if t is None else t.detach().clone() for t in (layer.weight, layer.bias))
+        assert weight is not None
+        with ExitStack() as back:
+            back.callback(write, layer, weight, bias)
+            with self.everywhere():
+                write(layer, *folded)
+                difference = deviation(branch, output(self.model, place.exit, self.run))
+            back.pop_all()
+        return difference
+
+    def plan_for(self, place: Block, hidden: int) -> GraftPlan:
+        """Write down a branch that stays; its name counts branches, so one place can have several."""
+        count = sum(isinstance(plan, GraftPlan) for plan in self.plans)
+        name, site = f"{count}_{slug(place.site.name)}", place.site
+        graph = place.graph.to_json()
+        return GraftPlan(site.name, name, site.entry, site.exit, graph, place.signature, hidden)
+
+    def attach(
+        self,
+        plan: GraftPlan,
+        kernel: GraphKernel,
+        optimizer: Optimizer | None,
+        branch: Tensor | None,
+        step: int = 0,
+    ) -> float:
+        """Register a branch in host and averages and let the optimizer adopt it; all or nothing."""
+        host, port = self.model.host, plan.signature.port
+        ends = host.get_submodule(plan.entry), host.get_submodule(plan.exit)
+        difference = 0.0
+        with ExitStack() as back:
+            with self.everywhere():
+                attach(host, plan.name, kernel, ends, port)
+                back.callback(detach, host, plan.name, ends)
+                if branch is not None:
+                    difference = deviation(branch, output(self.model, ends[1], self.run))
+                for average in self.averages:
+                    twin = copy_of(average, {plan.entry, plan.exit})
+                    theirs = twin.get_submodule(plan.entry), twin.get_submodule(plan.exit)
+                    attach(twin, plan.name, copy.deepcopy(kernel), theirs, port)
+                    back.callback(detach, twin, plan.name, theirs)
+                adopted = adopt(self.optimizers, ends, kernel, optimizer, f"{CHILD}.{plan.name}.")
+                back.callback(adopted)
+            back.pop_all()
+        self.tell_lost(adopted.lines, step)
+        return difference
+
+    def carry_out(
+        self,
+        plan: WidenPlan,
+        slices: Mapping[str, Tensor],
+        donor: Mapping[str, Mapping[str, Any]],
+        branch: Tensor | None,
+        step: int,
+    ) -> float:
+        """Widen host, averages and optimizers; whatever raises, everything is put back.
+
+        Returns:
+            The largest difference from the branch, 0 where there is none to compare with.
+        """
+        difference = 0.0
+        with ExitStack() as back:
+            with self.everywhere():
+                widened = widen(self.model.host, plan, slices)
+                back.callback(widened.undo)
+                if branch is not None:
+                    exit_ = self.model.places[plan.site].ends()[1]
+                    difference = deviation(branch, output(self.model, exit_, self.run))
+                for average in self.averages:
+                    back.callback(widen_average(average, plan, slices).undo)
+            reasons = widen_state(self.optimizers, widened.changes, self.rule, donor)  # all of them or none
+            back.pop_all()
+        for change in widened.replaced:
+            self.replaced += [change.edit.name] if change.edit.name not in self.replaced else []
+            lost = f"{change.edit.name} could not keep its identity ({change.why})"
+            self.observe(
+                Event(
+                    "fallback", step, {"what": "identity", "why": f"{lost}; optimizers were repaired by name"}
+                )
+            )
+        self.tell_lost(reasons, step)
+        return difference
+
+    def tell_lost(self, lines: Iterable[str], step: int) -> None:
+        """Tell what the optimizers could not keep."""
+        for line in lines:
+            self.observe(Event("fallback", step, {"what": "optimizer state", "why": line}))
+
+    def replay(self, plan: Plan) -> None:
+        """Repeat growth of an earlier run on a fresh host; a checkpoint will fill its empty tensors."""
+        if isinstance(plan, WidenPlan):
+            self.carry_out(plan, empty_slices(self.model.host, plan), {}, None, 0)
+        elif isinstance(plan, DeepenPlan):
+            self.stack(plan, duplicate(self.model.host, plan.donor), None, 0)
+        else:
+            like = next(self.model.host.parameters())
+            self.attach(plan, GraphKernel(program_of(plan), like), None, None)
+        self.model.refresh(self.run)
+        self.plans.append(plan)
+
+
+def laid(kernel: Any, edit: WidenEdit, optimizer: Optimizer) -> dict[str, Any]:
+    """Return what a kernel's optimizer knows of a tensor, in the order of the host's."""
+    own = getattr(kernel, edit.source)
+    state = optimizer.state.get(own, {})
+    return {
+        k: kernel.lay(edit, v) if torch.is_tensor(v) and v.shape == own.shape else v for k, v in state.items()
+    }

@@ -1,0 +1,312 @@
+"""What an event reads: training batches kept for it, held-out examples, and what they say of every place."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from esper.batches.examples import copied, count_examples
+from esper.batches.known import Known
+from esper.batches.portions import largest, portions
+from esper.kasmina.evidence.coupling import followed, independent
+from esper.kasmina.evidence.price import look_price
+from esper.kasmina.evidence.reopen import tempered
+from esper.kasmina.evidence.score import Score, Scored
+from esper.kasmina.evidence.sight import Run, differentiates, judging
+from esper.kasmina.evidence.significance import Spending, p_value, smallest
+from esper.kasmina.race.schedule import first
+from esper.kasmina.widths.places import Place
+from esper.surgery.isolation.contexts import evaluating, examining, same_generators, untouched
+from esper.tolaria.growth.evidence.held import held_batches, refuse_not_finite, thinned
+from esper.tolaria.growth.evidence.saturation import Saturation
+
+SHARE = 0.008  # of the examples that a run trains on, which an event reads at most
+LATEST = 2  # training batches on which what has grown must run
+LEAST = 256  # examples it reads all the same: fewer are hardly evidence
+BLOCKS = 32  # batches it reads where the loss couples their examples
+ASKED = 8  # probe batches, until one tells whether the loss couples its examples
+UNTOLD = (
+    "batches, each one value: whether the loss couples their examples cannot be told, for they are too few "
+    "in a batch, or no gradient or no row of it is theirs"
+)
+RECENT = 20  # of the latest losses, by which a saturated host is told
+
+
+@dataclass(frozen=True)
+class Found:
+    """What an event found."""
+
+    scored: Mapping[str, Scored]
+    held_out: float  # mean loss in eval mode, as the model is
+    examples: int  # held out, or batches where the loss couples examples
+    independent: bool  # whether each example is evidence of its own
+    flops: int  # spent on it
+    failed: Mapping[str, str]  # places where the units do not run, and what was raised
+
+    def p_value(self, values: np.ndarray) -> float | None:
+        """Return how likely evidence as strong is where nothing helps."""
+        return p_value(values, blocks=None if self.independent else len(values))
+
+
+class Evidence:
+    """Reads training and held-out examples for the events of one run.
+
+    Args:
+        growth: The conductor.
+
+    Attributes:
+        saturation: What cross-entropy tells of the host.
+        found_values: Held-out values that an event can look at: examples, or batches where these are coupled.
+    """
+
+    repeats = (
+        "most examples of the probe are among those trained on, where new units seem to help whatever they "
+        "do: hold examples out, or pass probe='stream' where each is seen once"
+    )
+    shared = True  # every process reads the same held-out examples
+    waiting: str | None = None  # why the event came whose evidence is still being gathered
+    judged_by = 0  # latest losses that tell what the held-out loss is by now
+
+    def __init__(self, growth: Any) -> None:
+        self.growth, self.parts = growth, growth.parts
+        self.most: int = growth.config.early.examples  # examples of either kind that an event reads
+        self.batches: deque[Any] = deque()
+        self.latest: list[Any] = []  # training batches of the event at hand
+        self.size = 0  # examples in the loop's largest batch
+        self.losses: deque[float] = deque(maxlen=RECENT)
+        self.saturation = Saturation(self.host, growth.config.early.enough)
+        self.independent: bool | None = None
+        self.inner = False  # whether the loss takes gradients inside itself
+        self.known = Known()
+        self.read: list[Any] = []  # held-out batches that an event is about to look at
+        self.empty: list[int] = []  # batches of the probe in which no target counts
+        held = self.named_probe()
+        with evaluating(self.host), untouched(self.host, 0):
+            refuse_not_finite({name: float(self.parts.run(batch)) for name, batch in held.items()})
+        self.learn_loss([*held.values()])
+        counts = [count_examples(batch) for batch in held.values()]
+        self.found_values = sum(counts) if self.independent else len(counts)
+        self.parts.warnings.extend(self.notes())
+
+    @property
+    def host(self) -> nn.Module:
+        """The model."""
+        return self.growth.morphable.host
+
+    @property
+    def training_loss(self) -> float | None:
+        """Mean of the latest losses that the loop handed over."""
+        return sum(self.losses) / len(self.losses) if self.losses else None
+
+    def collect(self, batch: Any, loss: float) -> None:
+        """Keep a training batch, and as many before it as an event reads."""
+        self.losses.append(loss)
+        self.batches.append(copied(batch))
+        size = max(count_examples(batch), 1)
+        self.size = max(self.size, size)
+        if not self.independent:  # each batch is one value, so it takes as many as there may be
+            self.most = max(self.growth.config.early.examples, BLOCKS * size)
+        elif self.parts.steps is not None:  # a short run's events read less
+            share = int(SHARE * self.parts.steps * size)
+            self.most = min(max(share, LEAST), self.growth.config.early.examples)
+        while len(self.batches) > 1 and (len(self.batches) - 1) * size >= self.most:
+            self.batches.popleft()
+
+    def probe(self) -> list[Any]:
+        """Return the held-out examples that an event reads, batch by batch."""
+        return list(self.named_probe().values())
+
+    def named_probe(self) -> dict[str, Any]:
+        """Return the held-out batches by what they are called."""
+        with untouched(self.host), same_generators(self.parts.probe):
+            alone, seed = self.independent is True, self.parts.seed
+            batches, self.empty = held_batches(self.parts.probe, self.most, seed, alone)
+        return {f"batch {index} of the probe": batch for index, batch in batches}
+
+    def ready(self, why: str) -> bool:
+        """Tell whether the evidence for an event is there."""
+        return True
+
+    def due(self) -> str | None:
+        """Return why an event came that has waited for its evidence."""
+        return None
+
+    def abandon(self) -> None:
+        """Gather no more for an event that is skipped."""
+        self.read = []
+
+    def learn_loss(self, held: Sequence[Any]) -> None:
+        """Find out once what kind of loss this is."""
+        few = first(held[0], 64)
+        places = self.growth.morphable.places
+        if self.parts.per_example is None:
+            asked = (independent(self.host, self.run, places, first(one, 64)) for one in held[:ASKED])
+            self.independent = next((answer for answer in asked if answer is not None), None)
+        else:
+            with evaluating(self.host), torch.enable_grad():
+                self.independent = followed(self.host, self.run, places, few)
+        with evaluating(self.host):
+            self.inner = differentiates(self.host, places, lambda: self.run(few))
+        self.saturation.learn(lambda: self.parts.run(few))
+
+    def look(self, places: Mapping[str, Place], units: Mapping[str, int]) -> Found:
+        """Measure places.
+
+        Args:
+            places: By name.
+            units: To test, by name.
+        """
+        held, self.read = self.read or self.probe(), list[Any]()
+        seed = self.parts.streams.draw("evidence")
+        saturation = self.saturation
+        saturation.fitted = self.fit_of(self.batches)
+        score = Score(self.host, places, units, self.growth.peers, self.inner)
+        alone = self.independent is True
+        with tempered(saturation.outputs, saturation.temper):
+            score.fit(self.runs([*self.batches], alone), seed)
+            shown = thinned(held, self.most, self.parts.seed) if alone else held
+            score.test(self.runs(shown, alone), alone, seed, shared=self.shared)
+        examples = sum(count_examples(batch) for batch in held)
+        seen = sum(count_examples(batch) for batch in self.batches)
+        often = 3 if saturation.fitted is None else 4
+        flops = score.flops + self.growth.morphable.flops * (often * min(seen, self.most) + 4 * examples)
+        self.latest = [*self.batches][-LATEST:]
+        self.batches.clear()
+        values = examples if alone else len(held)
+        return Found(score.chosen, self.held_out(held), values, alone, flops, score.failed)
+
+    def fit_of(self, batches: Iterable[Any]) -> float | None:
+        """Return the mean loss of training examples where it could tell a saturated host, else None.
+
+        What is handed to ``growth.step`` does not: a loop that accumulates gradients divides it. Norms know
+        the batch, as in training.
+        """
+        if self.saturation.guess is None or not batches:
+            return None
+        with judging(self.host), torch.no_grad(), untouched(self.host, 0):
+            return self.mean_of(batches)
+
+    def price(self, places: Mapping[str, Place], units: Mapping[str, int]) -> tuple[int, int]:
+        """Return what :meth:`look` will cost at most, and how many held-out examples it reads."""
+        held = sum(count_examples(batch) for batch in self.read or self.probe())
+        seen = min(sum(count_examples(batch) for batch in self.batches), self.most)
+        often = 3 if self.saturation.guess is None else 4
+        own = self.growth.morphable.flops * (often * seen + 4 * held)
+        return own + look_price(places, units, seen, held, self.inner), held
+
+    def runs(self, batches: Sequence[Any], alone: bool) -> list[Run]:
+        """Return passes over batches: in portions where examples count alone, else as they came."""
+        left, runs = self.most, list[Run]()
+        for batch in self.laid_out(batches, alone):
+            few = first(batch, left if alone else self.most)
+            runs.append(((lambda b=few: self.run(b)), count_examples(few)))
+            left -= runs[-1][1]
+            if alone and left <= 0:
+                break
+        return runs
+
+    def laid_out(self, batches: Sequence[Any], alone: bool | None) -> Iterator[Any]:
+        """Lay batches out as they are to go through the model."""
+        most = largest(self.size, self.growth.morphable.flops)
+        return portions(batches, most) if alone else iter(batches)
+
+    def run(self, batch: Any) -> Tensor:
+        """Return the loss that is evidence: the user's, or the mean of what ``per_example`` gives."""
+        if self.parts.per_example is None:
+            return self.parts.run(batch)
+        return self.parts.per_example(self.host, batch).mean()
+
+    @property
+    def smallest(self) -> int:
+        """The fewest held-out values that could pass."""
+        places = max(len(self.growth.morphable.places), 1)
+        share = Spending(self.growth.config.early.false_keep).most
+        alone = share if places == 1 else share / 2 / places
+        return smallest(alone, of_blocks=self.independent is not True)
+
+    def held_out(self, held: Sequence[Any] | None = None) -> float:
+        """Return the mean held-out loss in eval mode; rank 0's counts."""
+        return self.growth.peers.agree([self.mean_loss(self.probe() if held is None else held)])[0]
+
+    def mean_loss(self, batches: Sequence[Any]) -> float:
+        """Return the mean loss of examples in eval mode, in this process."""
+        with examining(self.host, 0):
+            return self.mean_of(batches)
+
+    def mean_of(self, batches: Iterable[Any]) -> float:
+        """Return the mean loss of examples in the mode that the host is in."""
+        total = examples = 0.0
+        for batch in self.laid_out([*batches], self.independent):
+            count = count_examples(batch)
+            total += float(self.parts.run(batch)) * count
+            examples += count
+        return total / examples
+
+    def remember(self) -> None:
+        """Keep what an event will be judged by: the probe is there again."""
+
+    def judged_on(self) -> list[Any]:
+        """Return the batches that tell what weights from before an event would lose now."""
+        return self.probe()
+
+    def in_hindsight(self, held: Sequence[Any], remembered: float) -> float:
+        """Return what the weights that the host has for the while lose now, in this process.
+
+        Args:
+            held: From ``judged_on``.
+            remembered: What they lost at the event.
+        """
+        return self.mean_loss(held)
+
+    def doubts(self) -> list[str]:
+        """Say at the start what would keep anything from passing."""
+        if self.parts.example is not None or self.found_values >= self.smallest:
+            return []
+        what = {True: "examples", False: "batches, whose examples the loss couples", None: UNTOLD}
+        more = "hold out more" if self.independent else "hold out more, or pass per_example="
+        return [
+            f"the probe has {self.found_values} {what[self.independent]}; with fewer than {self.smallest} "
+            f"nothing can pass: {more}"
+        ]
+
+    def trained_on(self) -> list[str]:
+        """Say so, once, where most held-out examples are among those that the loop trains on."""
+        self.known.learn(self.batches)
+        self.read = self.probe()
+        if self.growth.peers.every(not self.known.most_of(self.read)):
+            return []
+        self.growth.tell("warning", message=self.repeats)
+        return [self.repeats]
+
+    def notes(self) -> list[str]:
+        """Say at the start what is read otherwise than one might think."""
+        found = list[str]()
+        if self.empty:
+            which = ", ".join(map(str, self.empty[:4])) + (" …" if len(self.empty) > 4 else "")
+            found.append(
+                f"of the probe batch {which} is left out: its targets are all -100, which losses ignore"
+            )
+        if self.independent is None and not self.doubts():
+            found.append(f"held-out evidence is {UNTOLD}; pass per_example= to count examples")
+        return found
+
+    def enough(self, held_out: float, learned: float) -> str:
+        """Say so where a host that has not grown has room."""
+        return self.saturation.enough(held_out, learned)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was kept for the next event."""
+        kept = {"batches": list(self.batches), "losses": list(self.losses)}
+        return {**kept, "most": self.most, "size": self.size}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on."""
+        self.batches.extend(state["batches"])
+        self.losses.extend(state["losses"])
+        self.most, self.size = state["most"], state.get("size", 0)

@@ -1,0 +1,1 @@
+"""The incubating recipe on its way: decisions, processes, memory, forged kernels."""

@@ -1,0 +1,134 @@
+"""Where the processes of a run meet: once per optimizer step, before growth looks at anything.
+
+Each brings one record of whole numbers, and all read all of them, so what follows from them is the same
+everywhere to the bit. It holds a digest of everything that growth did so far: a process that went another way
+is noticed at the next step.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from esper.contracts import Decision, Stage
+from esper.distributed.collectives import Peers, digest
+from esper.errors import ProcessError
+from esper.saving.genome import Plan
+
+ACTIONS: tuple[Literal["widen", "graft", "nothing"], ...] = ("widen", "graft", "nothing")
+STARTS = ("svd", "random", "mixed")
+
+
+@dataclass(frozen=True, slots=True)
+class Word:
+    """What a process brings."""
+
+    step: int
+    topology: int  # digest of the model's growth
+    lineage: int  # digest of all moves of seeds
+    loss: int  # the bits of a float64
+    examples: int
+    faults: int
+    asked: int  # index of the site the user asked for, -1 without
+    paused: int
+
+
+@dataclass(frozen=True, slots=True)
+class Agreed:
+    """What holds in all of them."""
+
+    loss: float  # mean
+    examples: int  # of the largest batch; growth's own work is planned by it
+    faults: int  # of the awake kernel, in all
+    asked: int  # rank 0's
+    paused: bool  # rank 0's
+    alike: bool  # whether all went the same way so far
+
+
+def meet(peers: Peers, word: Word) -> Agreed:
+    """Exchange records.
+
+    Raises:
+        ProcessError: The processes are at different steps or hold different models.
+    """
+    words = [Word(*record) for record in peers.exchange([getattr(word, n) for n in Word.__slots__])]
+    for what in ("step", "topology"):
+        found = [getattr(one, what) for one in words]
+        if len(set(found)) > 1:
+            raise ProcessError(
+                f"the processes differ in {what}: {', '.join(map(str, found))} in the order of ranks; "
+                "start the run again with --resume auto"
+            )
+    losses = [number(one.loss) for one in words]
+    return Agreed(
+        loss=sum(losses) / len(losses),
+        examples=max(one.examples for one in words),
+        faults=sum(one.faults for one in words),
+        asked=words[0].asked,
+        paused=bool(words[0].paused),
+        alike=len({one.lineage for one in words}) == 1,
+    )
+
+
+def same_decision(peers: Peers, decision: Decision, names: Sequence[str]) -> Decision:
+    """Return rank 0's decision: where, how wide, from which starts; the explanation is each process's own."""
+    if peers.world == 1:
+        return decision
+    index = -1 if decision.site is None else names.index(decision.site)
+    start = -1 if decision.start is None else STARTS.index(decision.start)
+    own = [ACTIONS.index(decision.action), index, decision.width, start]
+    first = [int(number) for number in peers.agree(own)]
+    if first == own:
+        return decision
+    action, index, width, start = first
+    site = None if index < 0 else names[index]
+    how = None if start < 0 else STARTS[start]
+    return replace(decision, action=ACTIONS[action], site=site, width=width, start=how)
+
+
+def realign(growth: Any) -> None:
+    """Bring processes that went different ways together again, on rank 0's.
+
+    The models are the same ones (a difference there ends the run): only what growth was about to do differs.
+    So the seed that is awake is dropped everywhere, and rank 0's random streams, experience and counters are
+    taken over.
+    """
+    orchestrator, layout, peers = growth.orchestrator, growth.morphable.layout, growth.peers
+    if orchestrator.trial is not None:
+        growth.tamiyo.learn(orchestrator.cull("the processes went different ways"), growth.steps)
+    for seed in range(len(layout.stage)):
+        layout.clear(seed)
+    layout.stage.fill_(int(Stage.DORMANT))
+    own = {
+        "tamiyo": growth.tamiyo.state_dict(),
+        "streams": growth.parts.streams.state_dict(),
+        "counters": [growth.events_kept, growth.parts.gate.looks, orchestrator.lineage, growth.parts.epochs],
+        "losses": list(orchestrator.losses),
+    }
+    state = json.loads(peers.hear(json.dumps(own).encode()))
+    growth.tamiyo.load_state_dict(state["tamiyo"])
+    growth.parts.streams.load_state_dict(state["streams"])
+    growth.events_kept, growth.parts.gate.looks, orchestrator.lineage, growth.parts.epochs = state["counters"]
+    orchestrator.losses.clear()
+    orchestrator.losses.extend(state["losses"])
+    orchestrator.cool_until = -1
+    why = "the processes went different ways; the awake seed was dropped and rank 0's growth taken over"
+    growth.tell("ranks", world=peers.world, rank=peers.rank, why=why)
+
+
+def bits(value: float) -> int:
+    """Return a float's bits as a whole number."""
+    return int.from_bytes(struct.pack("<d", value), "little", signed=True)
+
+
+def number(value: int) -> float:
+    """Return the float of these bits."""
+    return struct.unpack("<d", value.to_bytes(8, "little", signed=True))[0]
+
+
+def topology(plans: Sequence[Plan]) -> int:
+    """Digest what grew; asked again only where something did."""
+    return digest(repr(plans))

@@ -1,0 +1,173 @@
+"""What a run must remember to go on in another process: ``Growth.state_dict`` and back."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from esper.contracts import Decision, Stage
+from esper.distributed.collectives import Peers
+from esper.errors import StateError, nearest
+from esper.kasmina.race.gate import Verdict
+from esper.kasmina.race.holding import weakly
+from esper.kasmina.race.initialisers import Survey
+from esper.kasmina.race.race import Race
+from esper.kasmina.race.trial import Trial
+from esper.kasmina.widths.layers import weight_of
+from esper.kasmina.widths.pairs import Pair
+from esper.saving.genome import plan_from
+from esper.surgery.isolation.contexts import same_randomness
+
+VERSION = 2
+
+
+def capture(growth: Any) -> dict[str, Any]:
+    """Return the state of a run: tensors, numbers, strings and containers of them."""
+    parts, orchestrator = growth.parts, growth.orchestrator
+    return {
+        "version": VERSION,
+        "sites": {name: pair.site.width for name, pair in growth.morphable.places.items()},
+        "plans": [asdict(plan) for plan in growth.plans],
+        "layout": {k: v.clone() for k, v in growth.morphable.layout.named_buffers()},
+        "tamiyo": growth.tamiyo.state_dict(),
+        "streams": parts.streams.state_dict(),
+        "cost": growth.cost.state_dict(),
+        "flops": growth.morphable.flops,
+        "looks": parts.gate.looks,
+        "counters": [growth.steps, growth.events_kept, parts.epochs, orchestrator.examples],
+        "losses": list(orchestrator.losses),
+        "cool_until": orchestrator.cool_until,
+        "lineage": orchestrator.lineage,
+        "asked": growth.asked,
+        "paused": growth.paused,
+        "pending": list(growth.losses),
+        "batches": list(growth.batches),
+        "governor": None if growth.watch is None else growth.watch.state_dict(),
+        "early": None if growth.early is None else growth.early.state_dict(),
+        "trial": None if orchestrator.trial is None else capture_trial(orchestrator.trial),
+    }
+
+
+def capture_trial(trial: Trial) -> dict[str, Any]:
+    """Return one trial's state."""
+    return {
+        "decision": asdict(trial.decision),
+        "seed": trial.seed,
+        "started": trial.started,
+        "before": list(trial.before),
+        "after": list(trial.after),
+        "ending": trial.ending,
+        "waiting": trial.waiting,
+        "spent": trial.spent,
+        "size": list(trial.size),
+        "verdict": None if trial.verdict is None else asdict(trial.verdict),
+        "race": None if trial.race is None else trial.race.state_dict(),
+        "kernel": None
+        if trial.kernel is None
+        else {k: v.detach().clone() for k, v in trial.kernel.state_dict().items()},
+        "optimizer": None if trial.optimizer is None else copy.deepcopy(trial.optimizer.state_dict()),
+        "sampling": trial.layer.sampling,
+        "tapped": None if trial.kernel is None else trial.tap.x,  # what an exposed kernel is examined with
+    }
+
+
+def restore(growth: Any, state: Mapping[str, Any]) -> None:
+    """Bring a fresh run to a saved state: topology first, then everything by name.
+
+    Raises:
+        StateError: Another version, or the state of another model.
+    """
+    if state.get("version") != VERSION:
+        raise StateError(
+            f"the state has version {state.get('version')!r}; this Esper reads version {VERSION}"
+        )
+    places = growth.morphable.places
+    for name in state["sites"]:
+        if name not in places:
+            raise StateError(
+                f"the state knows the site {name!r}, this model does not; {nearest(name, places)}"
+            )
+    parts, orchestrator = growth.parts, growth.orchestrator
+    for plan in state["plans"]:
+        parts.committer.replay(plan_from(plan))
+    for name, tensor in state["layout"].items():
+        getattr(growth.morphable.layout, name).copy_(tensor)
+    growth.tamiyo.load_state_dict(state["tamiyo"])
+    parts.streams.load_state_dict(state["streams"])
+    growth.cost.load_state_dict(state["cost"])
+    growth.morphable.flops, parts.gate.looks = state["flops"], state["looks"]
+    growth.steps, growth.events_kept, parts.epochs, orchestrator.examples = state["counters"]
+    growth.taken.count = growth.steps
+    orchestrator.losses.extend(state["losses"])
+    orchestrator.step = growth.steps
+    orchestrator.cool_until, orchestrator.lineage = state["cool_until"], state.get("lineage", 0)
+    growth.asked, growth.paused = state["asked"], state["paused"]
+    growth.losses.extend(state["pending"])
+    growth.batches.extend(state["batches"])
+    if growth.watch is not None:
+        growth.watch.snapshots.clear()  # the model is another one by now
+        if state.get("governor") is not None:
+            growth.watch.load_state_dict(state["governor"])
+    if (state.get("early") is None) != (growth.early is None):
+        raise StateError(
+            f"the state is of a run that grew by another recipe; this one grows by {growth.recipe!r}: pass "
+            "growth= as it was"
+        )
+    if growth.early is not None:
+        growth.early.load_state_dict(state["early"])
+    if state["trial"] is not None:
+        restore_trial(growth, state["trial"])
+
+
+def restore_trial(growth: Any, state: Mapping[str, Any]) -> None:
+    """Wake the seed that was awake."""
+    facts: dict[str, Any] = {**state["decision"], "arms": tuple(state["decision"]["arms"])}
+    decision = Decision(**facts)
+    orchestrator, morphable = growth.orchestrator, growth.morphable
+    assert decision.site is not None
+    layer = morphable.layer(decision.site, weakly(orchestrator.fault))
+    trial = Trial(
+        decision,
+        state["seed"],
+        layer,
+        state["started"],
+        before=list(state["before"]),
+        after=list(state["after"]),
+        ending=state["ending"],
+        waiting=state.get("waiting", False),
+        spent=state["spent"],
+        size=tuple(state["size"]),
+    )
+    trial.verdict = None if state["verdict"] is None else Verdict(**state["verdict"])
+    orchestrator.trial = trial
+    with same_randomness(0):
+        if state["race"] is not None:
+            trial.race = revived(layer, state["race"], orchestrator.given.peers)
+            layer.tap = trial.tap
+        if state["kernel"] is not None:
+            trial.kernel = layer.kernel = layer.place.kernel(decision.width).train()
+            trial.kernel.load_state_dict(state["kernel"])
+            trial.optimizer = orchestrator.given.optimizer(trial.kernel, layer.place)
+            trial.optimizer.load_state_dict(state["optimizer"])
+            layer.alpha = morphable.layout.alpha[trial.seed]
+            trial.tap.x = state.get("tapped")
+            layer.open()
+            layer.sampling = state.get("sampling", False)  # whether the next pass tells vitals
+            layer.exposed = bool(layer.alpha > 0) and morphable.layout.stage_of(trial.seed) is not Stage.ERROR
+
+
+def revived(layer: Any, state: Mapping[str, Any], peers: Peers) -> Race:
+    """Build a race of the saved shape and fill it."""
+    x = torch.empty(0)
+    if isinstance(layer.place, Pair):  # its biases are centred on inputs, if only to be written over
+        weight = weight_of(layer.place.producer)
+        x = weight.new_zeros(1, *weight.shape[1:2], *[max(weight.shape[2:], default=1)] * (weight.dim() - 2))
+    empty = Survey({}, torch.zeros(1), 0)
+    race = Race(layer, state["units"], ("random",) * len(state["starts"]), empty, x, 1.0, peers)
+    race.starts = tuple(state["starts"])
+    race.load_state_dict(dict(state))
+    return race

@@ -1,0 +1,1 @@
+"""What ``grow`` is given, checked and read before anything is touched."""

@@ -1,0 +1,201 @@
+"""Check what the user gives to ``grow`` before anything is touched."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from esper.batches.examples import count_examples
+from esper.errors import EsperError, LossError, ProbeError, SiteError
+from esper.kasmina.race.gate import check_probe
+from esper.surgery.isolation.contexts import examining, same_generators
+
+
+def refuse_host(model: nn.Module) -> None:
+    """Refuse models that cannot be grown as they are.
+
+    Raises:
+        SiteError: With what to give instead.
+    """
+    if not isinstance(model, nn.Module):
+        raise SiteError(f"a {type(model).__name__} cannot grow; an nn.Module is needed")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise SiteError("a ScriptModule cannot grow; give the eager module it was made from")
+    if isinstance(model, nn.DataParallel):
+        raise SiteError(
+            "DataParallel copies the model at every pass; give the module inside it (model.module)"
+        )
+    for name, module in model.named_modules():
+        owned = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        if any(is_lazy(tensor) for tensor in owned):
+            raise SiteError(
+                f"{name or 'the model'} is a lazy module without parameters yet; run one batch first"
+            )
+    if not any(p.requires_grad for p in model.parameters()):
+        raise SiteError("the model has no trainable parameter; growth has nothing to learn with")
+
+
+class Differentiating:
+    """A loss that takes gradients inside itself, as physics-informed ones do: it has them everywhere."""
+
+    def __init__(self, loss_fn: Any) -> None:
+        self.loss_fn = loss_fn
+
+    def __call__(self, model: nn.Module, batch: Any) -> Any:
+        """Return the loss, detached where the caller wants no gradient."""
+        if torch.is_grad_enabled():
+            return self.loss_fn(model, batch)
+        with torch.enable_grad():
+            return self.loss_fn(model, batch).detach()
+
+
+def as_needed(loss_fn: Any, model: nn.Module, probe: Any) -> Any:
+    """Return the loss, so that it runs under ``no_grad`` too if it takes gradients inside itself."""
+    check_probe(probe)
+    with same_generators(probe), examining(model):
+        batch = next(iter(probe), None)
+        try:
+            loss_fn(model, batch)
+        except RuntimeError:
+            try:
+                Differentiating(loss_fn)(model, batch)
+            except Exception:  # it does not run at all, for which there are better words
+                return loss_fn
+            return Differentiating(loss_fn)
+        except Exception:  # likewise
+            return loss_fn
+    return loss_fn
+
+
+@contextmanager
+def failing(what: str, hint: str = "") -> Iterator[None]:
+    """Tell an error of the user's model, loss or probe as one; Esper's own pass.
+
+    Raises:
+        ProbeError: With what raised, and the error.
+    """
+    try:
+        yield
+    except EsperError:
+        raise
+    except Exception as error:  # it is the user's code that runs here: it raises what it likes
+        raise ProbeError(f"{what}: {type(error).__name__}: {error}{hint}") from error
+
+
+def first_probe(probe: Any, model: nn.Module, loss_fn: Any) -> Any:
+    """Return the probe's first batch after a trial run.
+
+    Raises:
+        ProbeError: Empty, one-shot, or it does not run.
+        LossError: The loss is not a scalar.
+    """
+    check_probe(probe)
+    with same_generators(probe), examining(model):
+        batch = next(iter(probe), None)  # iterating a DataLoader moves the global random stream
+        if batch is None:
+            raise ProbeError("the probe can be read only once; give a list of batches or a DataLoader")
+        with failing("loss_fn(model, batch) does not run on the first probe batch", as_one(probe)):
+            loss = loss_fn(model, batch)
+    check_loss(loss)
+    if loss.dim():
+        raise LossError(
+            f"the loss has shape {tuple(loss.shape)}; a scalar without axes is needed: return its mean()"
+        )
+    if count_examples(batch) == 0:
+        raise ProbeError("the first probe batch has no examples; growth needs held-out examples as evidence")
+    return batch
+
+
+def refuse_one_batch(probe: Any) -> None:
+    """Refuse a probe that is one batch where batches are meant: its parts would be read as batches.
+
+    Raises:
+        ProbeError: With what to give.
+    """
+    parts = [part for part in probe if isinstance(part, Tensor)] if isinstance(probe, (tuple, list)) else []
+    kinds = {(part.dtype, part.shape[1:]) for part in parts}
+    whole = len(parts) == len(probe) if parts else False
+    if isinstance(probe, Mapping) or (whole and len(kinds) > 1):
+        raise ProbeError(
+            f"the probe is a {type(probe).__name__} that looks like one batch: its parts would be read as "
+            "batches; give a list of batches, [batch] where there is one"
+        )
+
+
+def as_one(probe: Any) -> str:
+    """Say, as the end of an error message, that a probe may be one batch where batches are meant."""
+    tensors = isinstance(probe, Tensor) or (
+        isinstance(probe, (tuple, list)) and any(isinstance(part, Tensor) for part in probe)
+    )
+    return "; is the probe one batch? give a list of batches, [batch] where there is one" if tensors else ""
+
+
+def held_out(probe: Any, example: Any) -> Any:
+    """Return the held-out batches; where the stream is its own probe, the example stands for them at first.
+
+    Raises:
+        ProbeError: Another word than "stream", or no example beside it.
+    """
+    if not isinstance(probe, str):
+        return probe
+    if probe != "stream":
+        raise ProbeError(f"probe={probe!r}; give held-out batches, or 'stream' where each is seen once")
+    if example is None:
+        raise ProbeError(
+            "probe='stream' leaves no batch to find the places with; pass example=, a batch like the loop's"
+        )
+    return [example]
+
+
+def refuse_uneven(per_example: Any, model: nn.Module, batch: Any) -> None:
+    """Refuse a ``per_example`` that does not give one loss per example.
+
+    Raises:
+        LossError: With what it gave.
+        ProbeError: It does not run.
+    """
+    if per_example is None:
+        return
+    with failing("per_example(model, batch) does not run on the first probe batch"), examining(model):
+        losses = per_example(model, batch)
+    wanted = count_examples(batch)
+    if not isinstance(losses, Tensor) or losses.shape != (wanted,) or not losses.is_floating_point():
+        found = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+        raise LossError(
+            f"per_example(model, batch) gave {found}; {wanted} losses are needed, one per example"
+        )
+
+
+def check_loss(loss: Any) -> None:
+    """Refuse what is not a scalar loss.
+
+    Raises:
+        LossError: With what was given.
+    """
+    if not isinstance(loss, Tensor):
+        raise LossError(
+            f"the loss is a {type(loss).__name__}; loss_fn(model, batch) must return a scalar tensor"
+        )
+    if loss.numel() != 1 or not loss.is_floating_point():
+        raise LossError(
+            f"the loss has shape {tuple(loss.shape)} and dtype {loss.dtype}; "
+            "a floating-point scalar is needed, for example its mean"
+        )
+
+
+def check_finite(value: float, step: int) -> None:
+    """Refuse a loss that is not finite.
+
+    Raises:
+        LossError: With the step.
+    """
+    if not math.isfinite(value):
+        raise LossError(
+            f"the loss is {value} at step {step}; lower the learning rate, clip gradients or check the data"
+        )

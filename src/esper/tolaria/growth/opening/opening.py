@@ -1,0 +1,92 @@
+"""The first look at a model: which loss, which held-out batches, which places."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from esper.batches.examples import LossFunction
+from esper.batches.heldout import bundled, differentiable
+from esper.errors import EsperError, LossError, ProbeError
+from esper.kasmina.morphable import MorphableModel
+from esper.kasmina.race.gate import check_probe
+from esper.kasmina.recording.first import at_first, companions_noted
+from esper.tolaria.growth.opening.entrance import (
+    as_needed,
+    failing,
+    first_probe,
+    refuse_one_batch,
+    refuse_uneven,
+)
+
+Find = Callable[[LossFunction, Any], MorphableModel]  # with a loss, on a batch
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What the first look has found."""
+
+    model: MorphableModel
+    loss_fn: LossFunction
+    held: Iterable[Any]
+    batch: Any  # the first of them
+
+
+class Noted:
+    """A loss that notes whether it can be trained by."""
+
+    def __init__(self, loss_fn: LossFunction) -> None:
+        self.loss_fn, self.trains = loss_fn, False
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        """Return the loss."""
+        loss = self.loss_fn(model, batch)
+        self.trains = self.trains or loss.requires_grad
+        return loss
+
+
+def opened(host: nn.Module, loss_fn: LossFunction, per_example: Any, held: Any, find: Find) -> Opening:
+    """Look at a model by the first held-out batch; by several at once where each is one example and fails.
+
+    BatchNorm cannot train on one example.
+
+    Raises:
+        ProbeError: The probe cannot be used, or the model or loss does not run on it.
+        LossError: The loss is not a scalar with a gradient.
+        SiteError: No place can grow.
+    """
+    refuse_one_batch(held)
+    check_probe(held)
+    held = differentiable(held)
+    try:
+        return look(host, loss_fn, per_example, held, find)
+    except ProbeError as error:
+        several = bundled(held)
+        if several is None:
+            raise
+        try:
+            return look(host, loss_fn, per_example, several, find)
+        except EsperError:
+            raise error from error.__cause__
+
+
+def look(host: nn.Module, loss_fn: LossFunction, per_example: Any, held: Any, find: Find) -> Opening:
+    """Look at a model by a probe's first batch."""
+    with at_first(host):
+        with companions_noted(host):
+            loss_fn = as_needed(loss_fn, host, held)
+            batch = first_probe(held, host, loss_fn)
+            refuse_uneven(per_example, host, batch)
+        noted = Noted(loss_fn)
+        what = "the model, run in training and evaluation on the first probe batch to find places, raised"
+        with failing(what):
+            model = find(noted, batch)
+    if not noted.trains:
+        raise LossError(
+            "the loss has no gradient: it is detached, computed under no_grad, or reaches no trainable "
+            "parameter; loss_fn(model, batch) must return what the loop calls backward() on"
+        )
+    return Opening(model, loss_fn, held, batch)
