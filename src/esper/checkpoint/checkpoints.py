@@ -17,6 +17,7 @@ from esper.checkpoint.choosing import newest_of_all, require_none
 from esper.checkpoint.contents.fitting import require_own_shapes, require_same_model, unkeepable
 from esper.checkpoint.contents.rank_state import adapted, joined, own_part, to_bytes
 from esper.checkpoint.contents.run import Run, capture_run, restore_run, versions
+from esper.checkpoint.contents.run_shards import load_shards, save_shards
 from esper.checkpoint.contents.snapshots import Snapshot, State, taken_of
 from esper.checkpoint.format.manifest import Manifest, name_of, numbers
 from esper.checkpoint.format.reader import Checkpoint, newest
@@ -85,13 +86,13 @@ class CheckpointManager:
     ) -> None:
         self.storage: Storage = storage_at(storage)
         self.run = run
-        self.observe = observe or (ignore if run.growth is None else run.growth.parts.observe)
-        self.wrapping = Wrapping(run.model) if run.growth is None else run.growth.parts.wrapping
+        self.observe = observe or (ignore if run.growth is None else run.growth.observe)
+        self.wrapping = Wrapping(run.model) if run.growth is None else run.growth.wrapping
         self.peers: Peers = self.wrapping.peers
         weights = sum(p.nbytes for module in run.trained.values() for p in module.parameters())
         # Adam keeps two numbers per weight
         self.cadence = Cadence(every, failure_every, 3 * weights, milestones=milestones)
-        self.journal = None if run.growth is None else run.growth.redo.journal
+        self.journal = None if run.growth is None else run.growth.journal
         own = None if self.journal is None else self.journal.run
         self.keeper = Keeper(self.storage, Retention(keep, best), self.cadence, own or secrets.token_hex(8))
         self.writer = Writer()
@@ -268,7 +269,7 @@ class CheckpointManager:
         if failure is not None:
             raise failure
         self.writer.flush()  # nothing is being written while shards are counted
-        left, shards = self.wrapping.stow(self.storage, name_of(self.steps), state)
+        left, shards = save_shards(self.wrapping, self.storage, name_of(self.steps), state)
         whole: dict[str, Any] = {} if self.peers.rank else joined(left, parts)
         return whole, shards
 
@@ -307,7 +308,7 @@ class CheckpointManager:
         if self.peers.world == 1:
             found = self.latest()
         else:
-            found = newest_of_all(self.storage, self.peers, self.wrapping, self.messages.append, self._check)
+            found = newest_of_all(self.storage, self.peers, self.messages.append, self._check)
         return None if found is None else self._restore(found, judge)
 
     def _check(self, checkpoint: Checkpoint) -> None:
@@ -359,7 +360,7 @@ class CheckpointManager:
             self.journal.run = self.keeper.run
 
     def _bring(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
-        return self.wrapping.bring(self.storage, state, self.run.named)
+        return load_shards(self.wrapping, self.storage, state, self.run.named)
 
     def close(self) -> None:
         """Wait for the last checkpoint to be written; the manager saves no more."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 
+from esper.checkpoint.contents.run_shards import verify_listed
 from esper.checkpoint.format.manifest import name_of, step_of
 from esper.checkpoint.format.reader import Checkpoint, read, steps_kept
 from esper.distributed.collectives import Peers
-from esper.distributed.model_wrapper import Wrapping
 from esper.errors import CheckpointError, ConfigError, StateError
 from esper.storage.protocol import Storage
 
@@ -19,7 +19,6 @@ VERDICTS = ("sound", "damaged", "refused")
 def newest_of_all(
     storage: Storage,
     peers: Peers,
-    wrapping: Wrapping,
     tell: Callable[[str], None],
     check: Callable[[Checkpoint], None],
 ) -> Checkpoint | None:
@@ -46,7 +45,7 @@ def newest_of_all(
         try:
             if found is None:
                 raise failure or CheckpointError(f"{name} holds nothing")
-            wrapping.verify(storage, found.manifest)
+            verify_listed(peers, storage, found.manifest)
         except CheckpointError as error:
             tell(f"a damaged checkpoint was passed over: {error}")
             continue

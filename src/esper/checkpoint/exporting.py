@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
+from esper.checkpoint.contents.run_shards import gathered
 from esper.checkpoint.format.manifest import digest, safetensors_chunks
 from esper.checkpoint.format.reader import Checkpoint
+from esper.checkpoint.format.shard_files import TABLE
 from esper.contracts import DeepenPlan, WidenPlan
-from esper.distributed.model_wrapper import TABLE, WRAPPINGS
 from esper.errors import StateError
 from esper.saving import rebuild_template
 from esper.saving import save as saving
@@ -60,7 +61,7 @@ def weights_of(state: Mapping[str, Any], storage: Storage) -> dict[str, Tensor]:
     """
     weights = state["modules"][""]["state"]
     if TABLE in state:
-        weights = WRAPPINGS.get("sharded").gathered(storage, state)
+        weights = gathered(storage, state)
     for name, value in weights.items():
         if not isinstance(value, Tensor) or value.dtype not in rebuild_template.DTYPES.values():
             kind = value.dtype if isinstance(value, Tensor) else type(value).__name__

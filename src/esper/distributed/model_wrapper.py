@@ -21,9 +21,6 @@ from esper.registry import Registry
 
 WRAPPINGS = Registry("esper.distributed.wrappings", "esper.wrappings")
 Optimizers = Mapping[str, Optimizer]
-State = Mapping[str, Any]
-TABLE = "table"  # of a run's state: where its sharded tensors lie
-SHARDS = "shards"  # of a checkpoint's summary: what lies beside it
 
 
 class Wrapping:
@@ -64,40 +61,6 @@ class Wrapping:
     def opened(self, optimizers: Optimizers) -> AbstractContextManager[Any]:
         """Let the host change its shape."""
         return nullcontext()
-
-    def stow(self, storage: Any, name: str, state: State) -> tuple[State, list[dict[str, Any]]]:
-        """Write the tensors that lie in parts, each process its own.
-
-        Args:
-            storage: Of checkpoints.
-            name: Of the checkpoint that will list them.
-            state: Of the run.
-
-        Returns:
-            The state without them, and what the checkpoint's summary lists.
-        """
-        return state, []
-
-    def verify(self, storage: Any, manifest: Any) -> None:
-        """Check what was stowed for a checkpoint.
-
-        Raises:
-            CheckpointError: It is damaged; all processes raise.
-        """
-        if manifest.summary.get(SHARDS):
-            sharded: type[Wrapping] = WRAPPINGS.get("sharded")
-            sharded.verify(self, storage, manifest)
-
-    def bring(self, storage: Any, state: State, optimizers: Optimizers) -> State:
-        """Return a state with the tensors that were stowed, laid out as this model is; its shapes fit by now.
-
-        Raises:
-            StateError: They do not, or a part is damaged; all processes raise.
-        """
-        if TABLE not in state:
-            return state
-        sharded: type[Wrapping] = WRAPPINGS.get("sharded")  # saved there: it knows how to read parts
-        return sharded.bring(self, storage, state, optimizers)
 
 
 def wrapping_of(model: nn.Module, mode: str, deadline: float) -> Wrapping:

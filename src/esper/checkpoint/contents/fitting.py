@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from esper.checkpoint.format.encoding import DTYPES
-from esper.distributed.model_wrapper import TABLE
+from esper.checkpoint.format.shard_files import TABLE
 from esper.errors import CheckpointError, SavedModelError, StateError, nearest
 from esper.saving import genome
 

@@ -17,12 +17,11 @@ from torch.optim import Optimizer
 
 from esper.checkpoint.contents.batches import Batches
 from esper.checkpoint.contents.fitting import require_same_parts
+from esper.checkpoint.contents.growing import Growing
 from esper.checkpoint.contents.optimizer_by_name import load_named_state, named_state
 from esper.checkpoint.contents.randomness import Generator, capture_randomness, restore_randomness
-from esper.contracts import Stage
 from esper.errors import ConfigError, StateError
 from esper.saving import genome
-from esper.tolaria.growth import Growth
 
 
 class Stateful(Protocol):
@@ -52,7 +51,7 @@ class Run:
 
     model: nn.Module
     optimizers: Optimizer | Mapping[str, Optimizer]
-    growth: Growth | None = None
+    growth: Growing | None = None
     modules: Mapping[str, nn.Module] = field(default_factory=dict)
     others: Mapping[str, Stateful] = field(default_factory=dict)
     batches: Batches | None = None
@@ -70,7 +69,7 @@ class Run:
             raise ConfigError(
                 "a run without an optimizer has no steps to count; give one, or several by name"
             )
-        self.host: nn.Module = self.model if self.growth is None else self.growth.morphable.host
+        self.host: nn.Module = self.model if self.growth is None else self.growth.host
         given = {"optimizer": self.optimizers} if isinstance(self.optimizers, Optimizer) else self.optimizers
         self.named: dict[str, Optimizer] = dict(given)
         self.trained: dict[str, nn.Module] = {"": self.host, **self.modules}
@@ -197,42 +196,14 @@ def genome_of(run: Run) -> bytes:
     """Write what grew as a saved model's genome does, and beside it the seeds that are awake."""
     growth = run.growth
     recipe = json.loads(genome.encode(run.host, [] if growth is None else growth.plans))
-    recipe["seeds"] = [] if growth is None else seeds_of(growth)
-    recipe["gates"] = (
-        None if growth is None else {"looks": growth.parts.gate.looks, "kept": growth.events_kept}
-    )
+    recipe["seeds"] = [] if growth is None else growth.awake()
+    recipe["gates"] = None if growth is None else growth.gates()
     return json.dumps(recipe, indent=1, allow_nan=False).encode()
-
-
-def seeds_of(growth: Growth) -> list[dict[str, Any]]:
-    """List the seeds that are not dormant: stage, α, evidence."""
-    layout, trial = growth.morphable.layout, growth.orchestrator.trial
-    found = []
-    for seed in range(len(layout.stage)):
-        stage = layout.stage_of(seed)
-        if stage is Stage.DORMANT:
-            continue
-        mine = trial is not None and trial.seed == seed
-        decision = trial.decision if mine and trial is not None else None
-        gain = float(layout.gain[seed])
-        found.append(
-            {
-                "seed": seed,
-                "site": growth.morphable.site_of(seed),
-                "stage": stage.name,
-                "alpha": float(layout.alpha[seed]),
-                "gain": gain if np.isfinite(gain) else None,
-                "faults": int(layout.faults[seed]),
-                "decision": None if decision is None else decision.id,
-                "width": None if decision is None else decision.width,
-            }
-        )
-    return found
 
 
 def summary_of(run: Run) -> dict[str, Any]:
     """Return the line a table shows of a run."""
-    seeds: list[dict[str, Any]] = [] if run.growth is None else seeds_of(run.growth)
+    seeds: list[dict[str, Any]] = [] if run.growth is None else run.growth.awake()
     batches = run.batches
     return {
         "model": type(run.host).__name__,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from esper.checkpoint.contents.run import Run, genome_of, summary_of, versions
 from esper.checkpoint.format.manifest import Manifest, canonical, digest, packed
-from esper.distributed.model_wrapper import SHARDS
+from esper.checkpoint.format.shard_files import SHARDS
 
 State: TypeAlias = "tuple[Mapping[str, Any], list[dict[str, Any]]]"  # of a run, and the shards it lists
 

@@ -35,6 +35,8 @@ from esper.errors import CheckpointError, StateError
 from esper.storage.protocol import Storage
 
 PART = "tensors.safetensors"
+TABLE = "table"  # of a run's state: where its sharded tensors lie
+SHARDS = "shards"  # of a checkpoint's summary: what lies beside it
 TYPES = {text: dtype for dtype, text in DTYPES.items()}
 Table = dict[str, Any]  # {"shards": {name: size, sha256}, "tensors": {path: dtype, shape, chunks}}
 _SHARD = re.compile(r"step-\d{8,}-[0-9a-f]{8}-\d{5}")

@@ -17,10 +17,13 @@ from esper.batches.examples import copied, count_examples
 from esper.config import Config
 from esper.contracts import Event, Outcome
 from esper.distributed.collectives import Peers
+from esper.distributed.model_wrapper import Wrapping
 from esper.errors import FinishedError, SiteError, StateError, nearest
 from esper.kasmina.morphable import MorphableModel
+from esper.kasmina.race.awake import awake
 from esper.kasmina.race.orchestrator import SeedOrchestrator
 from esper.kasmina.recording.flops import Ledger
+from esper.nissa.run.journal import RunJournal
 from esper.saving.genome import Plan, units_of
 from esper.saving.save import save
 from esper.surgery.isolation.contexts import taught
@@ -92,6 +95,33 @@ class Growth:
     def peers(self) -> Peers:
         """The processes that train this model together."""
         return self.parts.wrapping.peers
+
+    @property
+    def host(self) -> nn.Module:
+        """The model whose layers grow, inside whatever stands around it."""
+        return self.morphable.host
+
+    @property
+    def wrapping(self) -> Wrapping:
+        """What stands around it where several processes train it."""
+        return self.parts.wrapping
+
+    @property
+    def journal(self) -> RunJournal | None:
+        """What this process journals to."""
+        return self.redo.journal
+
+    def observe(self, event: Event) -> None:
+        """Tell whoever listens."""
+        self.parts.observe(event)
+
+    def awake(self) -> list[dict[str, Any]]:
+        """List the seeds that are not dormant: stage, α, evidence."""
+        return awake(self.orchestrator)
+
+    def gates(self) -> dict[str, int]:
+        """Count the looks at held-out evidence, and what was kept after them."""
+        return {"looks": self.parts.gate.looks, "kept": self.events_kept}
 
     @property
     def plans(self) -> list[Plan]:
