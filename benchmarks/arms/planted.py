@@ -19,7 +19,7 @@ from esper.contracts import Decision, ignore
 from esper.kasmina.branches.blocks import Block
 from esper.kasmina.morphable import MorphableModel
 from esper.kasmina.widths.places import Place
-from esper.tolaria.growth.events.commit import Committer
+from esper.tolaria.growth.run.commit import Committer
 
 
 class Planted(Fixed):

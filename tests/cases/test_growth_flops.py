@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import esper
-from esper.tolaria.growth.events.allowance import DEAR
 from esper.tolaria.growth.evidence.evidence import Evidence
+from esper.tolaria.growth.run.allowance import DEAR
 from tests.cases.loops import Batch, Task, cross_entropy, narrow
 from tests.cases.test_incubation_contained import Normed
 

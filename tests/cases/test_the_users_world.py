@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import esper
-from esper.kasmina.race.survey import dead
+from esper.kasmina.evidence.sight import dead
 from esper.surgery.isolation.draws import own_draws
 from tests.cases.loops import Task, cross_entropy, narrow, run
 

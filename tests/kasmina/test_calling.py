@@ -15,7 +15,7 @@ from esper.errors import SiteError
 from esper.kasmina.morphable import MorphableModel
 from esper.kasmina.recording.flops import FlopMeter
 from esper.surgery.widen_layers import widen
-from esper.tolaria.growth.events.check import outputs
+from esper.tolaria.growth.run.check import outputs
 from tests.kasmina.zoo import Net
 
 Body = Callable[[Any, Tensor], Any]

@@ -23,7 +23,7 @@ from esper.saving.save import load_into, save
 from esper.surgery.optimizers.averages import widen_average
 from esper.surgery.optimizers.widening import widen_state
 from esper.surgery.widen_layers import empty_slices, widen
-from esper.tolaria.growth.events.commit import laid
+from esper.tolaria.growth.run.commit import laid
 from tests.kasmina.zoo import Net
 
 TIME, IN, HIDDEN, UNITS = 7, 3, 5, 2

@@ -22,7 +22,7 @@ import esper
 from esper.contracts import Event
 from esper.errors import ConfigError
 from esper.tolaria.growth.early.judged import Judged
-from esper.tolaria.growth.events.account import EventRecord, Looked, Report, advise
+from esper.tolaria.growth.run.account import EventRecord, Looked, Report, advise
 
 STEPS, CLASSES = 200, 8
 Batch = tuple[Tensor, Tensor]

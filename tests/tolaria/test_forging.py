@@ -15,7 +15,7 @@ from esper.blueprints.kernel import GraphKernel
 from esper.config import Kernels
 from esper.contracts import Event
 from esper.kasmina.widths.places import Place
-from esper.tolaria.growth.incubation.forging import Forging
+from esper.tolaria.growth.run.forging import Forging
 
 PATIENCE = 120  # seconds; a worker on a busy machine needs ten to import torch
 

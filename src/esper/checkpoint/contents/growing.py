@@ -13,10 +13,13 @@ from esper.distributed.model_wrapper import Wrapping
 from esper.saving.genome import Plan
 
 
-class RunId(Protocol):
-    """The journal a run writes, as far as a checkpoint goes: whose run it is."""
+class Journalled(Protocol):
+    """The journal a run writes, as far as a checkpoint goes."""
 
-    run: str | None
+    run: str | None  # its id
+
+    def take_back(self) -> None:
+        """Remove what this process has begun, where nothing came of it."""
 
 
 class Growing(Protocol):
@@ -38,7 +41,7 @@ class Growing(Protocol):
         """Everything that grew and changed the model's shape, in order."""
 
     @property
-    def journal(self) -> RunId | None:
+    def journal(self) -> Journalled | None:
         """What this process journals to, where it does."""
 
     def observe(self, event: Event) -> None:

@@ -28,8 +28,7 @@ from esper.distributed.collectives import ALONE, Peers
 from esper.kasmina.depth.stack import DepthKernel
 from esper.kasmina.evidence.efficient import Move, Sums, added, greedy, leftover, plain_sums, sums_of
 from esper.kasmina.evidence.inlaid import Columns, Inlay, Steps
-from esper.kasmina.evidence.sight import Run, Sight, by_example, judged, judging, passes
-from esper.kasmina.race.survey import dead
+from esper.kasmina.evidence.sight import Run, Sight, by_example, dead, judged, judging, passes
 from esper.kasmina.widths.places import Place
 from esper.kasmina.widths.widen import HostKernel
 from esper.surgery.isolation.contexts import same_randomness, untouched

@@ -232,3 +232,14 @@ def by_example(tensor: Tensor, examples: int) -> Tensor | None:
     if tensor.dim() > 1 and tensor.shape[0] != examples and tensor.shape[1] == examples:
         tensor = tensor.transpose(0, 1)
     return None if tensor.shape[0] % examples else tensor.reshape(examples, -1)
+
+
+def dead(activations: Tensor, axis: int = 1) -> float:
+    """Return the share of channels at exactly zero on every example.
+
+    Args:
+        activations: (batch, c), (batch, c, …), or with the channels elsewhere.
+        axis: Of the channels.
+    """
+    last = activations.movedim(axis, -1)
+    return float((last == 0).flatten(0, -2).all(0).float().mean())

@@ -12,7 +12,8 @@ from esper.kasmina.race.orchestrator import SeedOrchestrator
 def awake(orchestrator: SeedOrchestrator) -> list[dict[str, Any]]:
     """List the seeds that are not dormant: stage, α, evidence."""
     model, trial = orchestrator.model, orchestrator.trial
-    layout, found = model.layout, []
+    layout = model.layout
+    found: list[dict[str, Any]] = []
     for seed in range(len(layout.stage)):
         stage = layout.stage_of(seed)
         if stage is Stage.DORMANT:

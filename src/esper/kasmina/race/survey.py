@@ -10,6 +10,7 @@ from torch import Tensor
 
 from esper.contracts import HealthReport
 from esper.distributed.collectives import ALONE, Peers
+from esper.kasmina.evidence.sight import dead
 from esper.kasmina.morphable import MorphableModel
 from esper.kasmina.race.initialisers import Survey, survey
 from esper.kasmina.seeds.layer import KasminaLayer, Tap
@@ -132,14 +133,3 @@ def vitals(
     layout.observe_seed(seed, **measured, latency=milliseconds)
     told = {name: value for name, value in layout.vitals_of(seed).items() if name != "latency"}
     return {"score": layout.health_score(seed), **told}
-
-
-def dead(activations: Tensor, axis: int = 1) -> float:
-    """Return the share of channels at exactly zero on every example.
-
-    Args:
-        activations: (batch, c), (batch, c, …), or with the channels elsewhere.
-        axis: Of the channels.
-    """
-    last = activations.movedim(axis, -1)
-    return float((last == 0).flatten(0, -2).all(0).float().mean())

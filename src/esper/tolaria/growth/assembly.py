@@ -32,15 +32,15 @@ from esper.kasmina.sites.sites import Sites
 from esper.surgery.isolation.contexts import examining, same_randomness
 from esper.surgery.optimizers.adoption import refuse_homeless
 from esper.tamiyo.controller import Tamiyo
-from esper.tolaria.growth.events.commit import Committer
-from esper.tolaria.growth.incubation.forging import Forging
 from esper.tolaria.growth.opening.arguments import averages
-from esper.tolaria.growth.opening.budget import Limits, limits, merged_budget
 from esper.tolaria.growth.opening.entrance import held_out
 from esper.tolaria.growth.opening.opening import opened
 from esper.tolaria.growth.opening.optimizers import named_optimizers
-from esper.tolaria.growth.opening.recipe import is_raced, recipe_of
-from esper.tolaria.growth.opening.streams import Streams
+from esper.tolaria.growth.run.budget import Limits, limits, merged_budget
+from esper.tolaria.growth.run.commit import Committer
+from esper.tolaria.growth.run.forging import Forging
+from esper.tolaria.growth.run.recipe import is_raced, recipe_of
+from esper.tolaria.growth.run.streams import Streams
 
 PerExample = Callable[[nn.Module, Any], Tensor]
 

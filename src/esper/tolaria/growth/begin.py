@@ -34,7 +34,7 @@ from esper.tolaria.growth.opening.arguments import (
 )
 from esper.tolaria.growth.opening.entrance import refuse_host
 from esper.tolaria.growth.opening.presence import refuse_growing
-from esper.tolaria.growth.opening.recipe import with_growth
+from esper.tolaria.growth.run.recipe import with_growth
 
 
 def grow(

@@ -16,9 +16,9 @@ from esper.kasmina.summary import Summary, summary
 from esper.tamiyo.early import POINTS, due
 from esper.tamiyo.triggers import Trigger
 from esper.tolaria.growth.assembly import widenings
-from esper.tolaria.growth.opening.budget import limits, merged_budget
 from esper.tolaria.growth.opening.entrance import refuse_host
-from esper.tolaria.growth.opening.recipe import is_raced, recipe_of, with_growth
+from esper.tolaria.growth.run.budget import limits, merged_budget
+from esper.tolaria.growth.run.recipe import is_raced, recipe_of, with_growth
 
 MOST_STEPS = 10**8  # of a run
 

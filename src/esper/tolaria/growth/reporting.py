@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from esper.tolaria.growth.events.account import EventRecord, Report, advise
-from esper.tolaria.growth.events.mishaps import replaced
+from esper.tolaria.growth.run.account import EventRecord, Report, advise
+from esper.tolaria.growth.run.mishaps import replaced
 
 INCUBATED = (
     "candidates were raced at one place at a time (growth='incubate'): growth.plans and esper why say more"

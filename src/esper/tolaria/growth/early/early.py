@@ -27,13 +27,13 @@ from esper.tolaria.growth.early.seeds import Decision, Seeds
 from esper.tolaria.growth.early.takeback import Before
 from esper.tolaria.growth.early.timetable import Timetable
 from esper.tolaria.growth.early.verdicts import looked_at
-from esper.tolaria.growth.events.account import NO_EVIDENCE, EventRecord, Looked, Point, record_from
-from esper.tolaria.growth.events.allowance import CHECKS, Allowance
-from esper.tolaria.growth.events.mishaps import Mishaps
-from esper.tolaria.growth.events.telling import widened
 from esper.tolaria.growth.evidence.evidence import Evidence, Found
 from esper.tolaria.growth.evidence.saturation import ENOUGH
 from esper.tolaria.growth.evidence.streamed import Streamed
+from esper.tolaria.growth.run.account import NO_EVIDENCE, EventRecord, Looked, Point, record_from
+from esper.tolaria.growth.run.allowance import CHECKS, Allowance
+from esper.tolaria.growth.run.mishaps import Mishaps
+from esper.tolaria.growth.run.telling import widened
 
 INSERTED = "inserted: the output is unchanged"
 SPENT = "the budget is spent"

@@ -21,8 +21,8 @@ from esper.kasmina.depth.deepen import at
 from esper.surgery.isolation.copies import on_copies
 from esper.tolaria.growth.early.judged import Judged
 from esper.tolaria.growth.early.takeback import Before, named
-from esper.tolaria.growth.events.mishaps import Mishaps
 from esper.tolaria.growth.evidence.evidence import Evidence
+from esper.tolaria.growth.run.mishaps import Mishaps
 
 ALIKE = 1e-6  # relative: a loss that differs by less is the one that was measured at the event
 

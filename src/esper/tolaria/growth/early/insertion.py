@@ -18,8 +18,8 @@ from esper.surgery.isolation.contexts import same_modes, untouched
 from esper.surgery.optimizers.averages import copy_of
 from esper.surgery.optimizers.foreign import kept_outside
 from esper.tolaria.growth.early.takeback import Before
-from esper.tolaria.growth.events.check import deviation, outputs
-from esper.tolaria.growth.events.commit import FAILURES, Committer
+from esper.tolaria.growth.run.check import deviation, outputs
+from esper.tolaria.growth.run.commit import FAILURES, Committer
 
 TRIAL = "it does not run on a batch of the loop"
 SHRINK = 0.5  # of all weights; 0.4 to 0.5 measured best (digits), 0.2 loses what was learned

@@ -8,7 +8,7 @@ from typing import Any
 
 from esper.tolaria.growth.early.seeds import Decision
 from esper.tolaria.growth.early.takeback import Before
-from esper.tolaria.growth.events.account import EventRecord
+from esper.tolaria.growth.run.account import EventRecord
 
 WORTH = 0.01  # of the held-out loss, by which it must have fallen: a converged model's moves by less
 

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from esper.contracts import Outcome, Stage
 from esper.kasmina.evidence.score import Scored
-from esper.tolaria.growth.events.account import EventRecord
-from esper.tolaria.growth.events.telling import decided, decision_of, gated, seen_at_event
+from esper.tolaria.growth.run.account import EventRecord
+from esper.tolaria.growth.run.telling import decided, decision_of, gated, seen_at_event
 
 
 class Decision(NamedTuple):

@@ -9,8 +9,8 @@ from torch import nn
 
 from esper.kasmina.evidence.growth_cost import GrowthCost
 from esper.kasmina.widths.places import Place
-from esper.tolaria.growth.events.account import Looked
 from esper.tolaria.growth.evidence.evidence import Found
+from esper.tolaria.growth.run.account import Looked
 
 NOTHING = 1e-5  # of the best place's gain: a smaller one may be certain, and is not worth a unit
 WITH_OTHERS = 0.5  # p-value up to which a place grows with the others: its own gain is not negative

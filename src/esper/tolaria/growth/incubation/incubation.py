@@ -14,9 +14,9 @@ from esper.kasmina.race.race import AMPLITUDES
 from esper.kasmina.race.schedule import SHARE, Step, first
 from esper.kasmina.race.survey import Measured, measure
 from esper.tamiyo.controller import Room
-from esper.tolaria.growth.events.allowance import Allowance
-from esper.tolaria.growth.events.telling import decided, surveyed
 from esper.tolaria.growth.incubation.boundary import same_decision
+from esper.tolaria.growth.run.allowance import Allowance
+from esper.tolaria.growth.run.telling import decided, surveyed
 
 POOL = 32  # directions a survey compares
 HALVED = 1.75  # passes of a race per step of it: eight candidates, four, two, then one

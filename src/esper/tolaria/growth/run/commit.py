@@ -32,7 +32,7 @@ from esper.surgery.optimizers.adoption import adopt, let_go
 from esper.surgery.optimizers.averages import copy_of, widen_average
 from esper.surgery.optimizers.widening import widen_state
 from esper.surgery.widen_layers import empty_slices, widen
-from esper.tolaria.growth.events.check import deviation, output
+from esper.tolaria.growth.run.check import deviation, output
 
 # What surgery may run into; everything is put back then.
 FAILURES = (SurgeryError, RuntimeError, ValueError, TypeError, IndexError)

@@ -11,8 +11,8 @@ from esper.kasmina.morphable import MorphableModel
 from esper.kasmina.race.survey import Measured
 from esper.saving.genome import Plan
 from esper.tolaria.growth.assembly import Parts
-from esper.tolaria.growth.events.account import EventRecord, Looked
-from esper.tolaria.growth.opening.recipe import Recipe
+from esper.tolaria.growth.run.account import EventRecord, Looked
+from esper.tolaria.growth.run.recipe import Recipe
 
 
 def started(parts: Parts, recipe: Recipe) -> dict[str, Any]:
