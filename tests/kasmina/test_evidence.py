@@ -13,15 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from esper.batches.examples import (
-    BOUND,
-    e_value,
-    example_losses,
-    join,
-    split_batch,
-    weight_of_evidence,
-)
+from esper.batches.examples import example_losses, join, split_batch
 from esper.errors import ProbeError
+from esper.kasmina.evidence.e_values import BOUND, e_value, weight_of_evidence
 from esper.kasmina.evidence.significance import p_value
 
 magnitudes = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=7)

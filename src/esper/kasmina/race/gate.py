@@ -11,10 +11,11 @@ import numpy as np
 from torch import nn
 from torch.utils.data import IterableDataset
 
-from esper.batches.examples import LossFunction, example_losses, weight_of_evidence
+from esper.batches.examples import LossFunction, example_losses
 from esper.config import Gate as GateSettings
 from esper.distributed.collectives import ALONE, Peers
 from esper.errors import ProbeError
+from esper.kasmina.evidence.e_values import weight_of_evidence
 from esper.kasmina.seeds.layer import KasminaLayer
 from esper.surgery.isolation.contexts import examining, same_generators, same_randomness, untouched
 

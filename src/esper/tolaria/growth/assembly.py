@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
@@ -36,51 +35,14 @@ from esper.tolaria.growth.opening.arguments import averages
 from esper.tolaria.growth.opening.entrance import held_out
 from esper.tolaria.growth.opening.opening import opened
 from esper.tolaria.growth.opening.optimizers import named_optimizers
-from esper.tolaria.growth.run.budget import Limits, limits, merged_budget
+from esper.tolaria.growth.run.budget import limits, merged_budget
 from esper.tolaria.growth.run.commit import Committer
+from esper.tolaria.growth.run.components import Parts, PerExample
 from esper.tolaria.growth.run.forging import Forging
 from esper.tolaria.growth.run.recipe import is_raced, recipe_of
 from esper.tolaria.growth.run.streams import Streams
 
-PerExample = Callable[[nn.Module, Any], Tensor]
-
 SETTLING = 20  # steps until BatchNorm's running statistics (momentum 0.1) have forgotten 88 %
-
-
-@dataclass
-class Parts:
-    """The parts of one run."""
-
-    given: nn.Module  # what the user holds: the host, or what stands around it
-    wrapping: Wrapping
-    model: MorphableModel
-    optimizers: dict[str, Optimizer]
-    orchestrator: SeedOrchestrator
-    tamiyo: Tamiyo
-    committer: Committer
-    ledger: Ledger
-    gate: Gate
-    forging: Forging
-    streams: Streams
-    joins: Joins
-    config: Config
-    budget: Budget
-    limits: Limits
-    observe: Observer
-    loss_fn: LossFunction
-    probe: Iterable[Any]
-    averages: Sequence[nn.Module]
-    schedulers: Sequence[Any]
-    run: Callable[[Any], Tensor]
-    example: Any  # a batch like the loop's where the stream is its own probe, else None
-    per_example: PerExample | None
-    latency_ms: Callable[[], float]
-    host_parameters: int
-    host_flops: int
-    steps: int | None
-    seed: int
-    warnings: list[str]
-    epochs: int = 0
 
 
 def assemble(

@@ -23,7 +23,7 @@ from esper.nissa.run.journal import RunJournal
 from esper.surgery.isolation.contexts import same_randomness, taught
 from esper.surgery.isolation.global_draws import forgetting
 from esper.tolaria.governor import Settings, Watch
-from esper.tolaria.growth.assembly import PerExample, assemble
+from esper.tolaria.growth.assembly import assemble
 from esper.tolaria.growth.conductor import Growth
 from esper.tolaria.growth.opening.arguments import (
     listed,
@@ -34,6 +34,7 @@ from esper.tolaria.growth.opening.arguments import (
 )
 from esper.tolaria.growth.opening.entrance import refuse_host
 from esper.tolaria.growth.opening.presence import refuse_growing
+from esper.tolaria.growth.run.components import PerExample
 from esper.tolaria.growth.run.recipe import with_growth
 
 

@@ -29,7 +29,6 @@ from esper.saving.save import save
 from esper.surgery.isolation.contexts import taught
 from esper.tamiyo.controller import Room, Tamiyo
 from esper.tolaria.governor import Watch
-from esper.tolaria.growth.assembly import Parts
 from esper.tolaria.growth.early.early import Early
 from esper.tolaria.growth.incubation.boundary import Word, bits, meet, realign, topology
 from esper.tolaria.growth.incubation.incubation import Incubation
@@ -39,6 +38,7 @@ from esper.tolaria.growth.opening.entrance import check_finite, check_loss, fail
 from esper.tolaria.growth.opening.presence import Presence, begin
 from esper.tolaria.growth.reporting import report
 from esper.tolaria.growth.run.account import Report
+from esper.tolaria.growth.run.components import Parts
 from esper.tolaria.growth.run.mishaps import Mishaps
 from esper.tolaria.growth.run.recipe import Recipe, recipe_of
 from esper.tolaria.growth.run.telling import size_and_cost, started, warn_of_branch

@@ -10,8 +10,8 @@ from esper.contracts import Decision, HealthReport, WidenPlan
 from esper.kasmina.morphable import MorphableModel
 from esper.kasmina.race.survey import Measured
 from esper.saving.genome import Plan
-from esper.tolaria.growth.assembly import Parts
 from esper.tolaria.growth.run.account import EventRecord, Looked
+from esper.tolaria.growth.run.components import Parts
 from esper.tolaria.growth.run.recipe import Recipe
 
 
