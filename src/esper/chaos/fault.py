@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from esper.chaos.spec import Mark
+from esper.storage.protocol import Storage
 
 if TYPE_CHECKING:  # the process's own side imports torch, which must come after the clocks
     from esper.chaos.child import Child
-    from esper.storage.protocol import Storage
 
 
 GOVERNED: Mapping[str, Any] = {"governor": {"enabled": True}}  # settings of growth
