@@ -55,7 +55,7 @@ class Victim:
 
     def late(self) -> int:
         """Draw after how many passes of the kernel it turns bad."""
-        return self.draw.randrange(1, 3 * self.run.growth.orchestrator.timing.ramp)
+        return self.draw.randrange(1, 3 * self.run.growth.run.orchestrator.timing.ramp)
 
 
 def lost(y: Tensor) -> Tensor:

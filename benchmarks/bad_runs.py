@@ -140,10 +140,10 @@ class Run:
 
     @property
     def trial(self) -> Any:
-        return self.growth.orchestrator.trial
+        return self.growth.run.orchestrator.trial
 
     def stage(self) -> Stage | None:
-        return None if self.trial is None else self.growth.morphable.layout.stage_of(self.trial.seed)
+        return None if self.trial is None else self.growth.run.morphable.layout.stage_of(self.trial.seed)
 
     def until(self, where: str) -> bool:
         """Train until a seed is where it is to be turned."""

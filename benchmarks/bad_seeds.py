@@ -95,7 +95,7 @@ def follow(one: Run, job: Job, how: str, name: str, seed: int, few: bool) -> Ans
         turn(victim)
     gain = total = doubt = None
     reason, why = "", ""
-    last = begun + 2 * one.growth.orchestrator.timing.ramp if where == "finish" else STEPS
+    last = begun + 2 * one.growth.run.orchestrator.timing.ramp if where == "finish" else STEPS
     try:
         while one.trial is trial and one.growth.steps < last:
             victim.step()

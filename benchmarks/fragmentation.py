@@ -98,7 +98,7 @@ class Cycles:
         self.growth: Growth = esper.grow(
             host, self.optimizer, loss_fn, probe=probe, steps=steps, growth="incubate", config=config
         )
-        self.site = next(iter(self.growth.morphable.places))
+        self.site = next(iter(self.growth.run.morphable.places))
         self.number = 0
 
     def train(self) -> None:
@@ -118,7 +118,7 @@ class Cycles:
 
     def cycle(self) -> None:
         """Survey, germinate with a race, give it a lesson, cull."""
-        orchestrator, model = self.growth.orchestrator, self.growth.morphable
+        orchestrator, model = self.growth.run.orchestrator, self.growth.run.morphable
         run = lambda: loss_fn(self.host, self.batch)  # noqa: E731
         found = measure(model, [self.site], [run], self.number, 32, 64)
         orchestrator.germinate(self.decision(), found[self.site], 0)
@@ -130,20 +130,20 @@ class Cycles:
 
     def widen(self) -> None:
         """Wake a seed, step its optimizer once and make it part of the host."""
-        growth, model = self.growth, self.growth.morphable
+        growth, model = self.growth, self.growth.run.morphable
         layer = model.layer(self.site, print)
         kernel: Any = layer.place.kernel(UNITS).train()
         decision = self.decision()
-        growth.orchestrator.trial = Trial(decision, model.seeds(self.site)[0], layer, 0)
+        growth.run.orchestrator.trial = Trial(decision, model.seeds(self.site)[0], layer, 0)
         layer.kernel, layer.alpha, layer.exposed = kernel, model.layout.alpha[0], True
         model.layout.alpha[0] = 1.0
         own = torch.optim.Adam(kernel.parameters(), lr=1e-3)
         loss_fn(self.host, self.batch).backward()
         own.step()
-        why = growth.parts.committer.commit(kernel, own, decision, 0)
+        why = growth.run.parts.committer.commit(kernel, own, decision, 0)
         if why:
             raise RuntimeError(why)
-        growth.orchestrator.trial = None
+        growth.run.orchestrator.trial = None
         model.release(self.site)
         model.layout.clear(0)
 

@@ -144,7 +144,7 @@ class Journey:
 
     def step(self, batch: Any) -> None:
         """Do one step of training, and of growth."""
-        number, trial = self.manager.steps + 1, self.growth.orchestrator.trial
+        number, trial = self.manager.steps + 1, self.growth.run.orchestrator.trial
         place = number % STEPS
         fault = None
         if place in RAISING and trial is not None and trial.kernel is not None:
@@ -163,7 +163,7 @@ class Journey:
         self.scheduler.step()
         self.average.update_parameters(self.net)
         self.growth.step(batch, loss)
-        if ASKED.get(place) in self.growth.morphable.places:
+        if ASKED.get(place) in self.growth.run.morphable.places:
             self.growth.grow_now(ASKED[place])
         self.seen[number] = hashlib.sha256(batch[0].numpy().tobytes()).hexdigest()[:16]
         self.heard[number] = len(self.events)
@@ -172,7 +172,7 @@ class Journey:
 
     def left(self) -> set[str]:
         """Name the stages seeds are in; DORMANT where all are."""
-        layout = self.growth.morphable.layout
+        layout = self.growth.run.morphable.layout
         found = {layout.stage_of(seed) for seed in range(len(layout.stage))} - {Stage.DORMANT}
         return {stage.name for stage in found or {Stage.DORMANT}}
 

@@ -150,7 +150,9 @@ def main(folder: str, rounds: str, born: str) -> None:
     run = Journey(storage, 0, every=EVERY, rounds=int(rounds), keep=KEEP)
     around(run.manager, "_snapshot", lambda *_: SNAPSHOT)
     around(
-        run.growth.parts.committer, "commit", lambda _kernel, _own, decision, _step: COMMITS[decision.action]
+        run.growth.run.parts.committer,
+        "commit",
+        lambda _kernel, _own, decision, _step: COMMITS[decision.action],
     )
     say(f"in {READING}")
     run.resume()

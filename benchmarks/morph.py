@@ -143,14 +143,14 @@ class Bed:
         )
         loss_fn(host, batch).backward()
         optimizer.step()
-        bed = cls(growth, growth.morphable, optimizer, subject)
+        bed = cls(growth, growth.run.morphable, optimizer, subject)
         if not blueprints:
             runs = [lambda: loss_fn(host, batch)]
             bed.measured = measure(bed.model, [subject.pair], runs, 0, POOL, len(x))
         return bed
 
     def decision(self, site: str) -> Decision:
-        number = self.growth.tamiyo.decisions = self.growth.tamiyo.decisions + 1
+        number = self.growth.run.tamiyo.decisions = self.growth.run.tamiyo.decisions + 1
         return Decision(number, 0, "widen", site, UNITS, "mixed", "asked for", 1.0, None)
 
     def wake(self, site: str) -> KasminaLayer:
@@ -219,7 +219,7 @@ def measured(subject: Subject, repeats: int) -> dict[str, list[float]]:
 
 def lives(bed: Bed, watch: Stopwatch, repeats: int) -> None:
     """Wake and cull over and over."""
-    site, orchestrator = bed.subject.pair, bed.growth.orchestrator
+    site, orchestrator = bed.subject.pair, bed.growth.run.orchestrator
     for _ in range(repeats):
         watch.time(GERMINATE, lambda: bed.wake(site))
         watch.time("unwrap", lambda: esper.unwrap(bed.model))
@@ -238,7 +238,7 @@ def lives(bed: Bed, watch: Stopwatch, repeats: int) -> None:
 
 def widening(bed: Bed, watch: Stopwatch) -> None:
     """Make a kernel part of its pair, first the surgery alone and then as a run does."""
-    committer, site = bed.growth.parts.committer, bed.subject.pair
+    committer, site = bed.growth.run.parts.committer, bed.subject.pair
     own = torch.optim.Adam(bed.wake(site).kernel.parameters())  # type: ignore[union-attr]
     trained(bed, site, own)
     kernel: Any = bed.model.awake(site).kernel  # type: ignore[union-attr]
@@ -260,7 +260,7 @@ def widening(bed: Bed, watch: Stopwatch) -> None:
 
 def grafting(bed: Bed, watch: Stopwatch) -> None:
     """Make a blueprint's kernel a branch, and fold another one into its layer."""
-    committer, site = bed.growth.parts.committer, bed.subject.branch
+    committer, site = bed.growth.run.parts.committer, bed.subject.branch
     layer = bed.wake(site)
     kernel: Any = layer.kernel
     own = torch.optim.Adam(kernel.parameters())
@@ -284,7 +284,7 @@ def trained(bed: Bed, site: str, own: torch.optim.Optimizer) -> None:
     assert layer is not None
     bed.model.layout.alpha.fill_(1.0)
     layer.exposed = True
-    bed.growth.parts.committer.run().backward()
+    bed.growth.run.parts.committer.run().backward()
     own.step()
     bed.optimizer.step()
 

@@ -244,7 +244,7 @@ def parameters(host: nn.Module) -> int:
 
 def instrument(growth: Growth, clock: Clock) -> None:
     """Time every part of growth where it is called."""
-    orchestrator: Any = growth.orchestrator
+    orchestrator: Any = growth.run.orchestrator
     for stage, part in (
         (Stage.TRAINING, "incubation"),
         *((stage, "kernels") for stage in (Stage.GRAFTING, Stage.STABILISING, Stage.EVALUATING)),
@@ -253,8 +253,8 @@ def instrument(growth: Growth, clock: Clock) -> None:
     for owner, name, part in (
         (orchestrator, "germinate", "incubation"),
         (orchestrator, "judge", "evidence"),
-        (growth.incubation, "survey", "survey"),
-        (growth.parts.committer, "commit", "surgery"),
+        (growth.loop.incubation, "survey", "survey"),
+        (growth.run.parts.committer, "commit", "surgery"),
         (growth, "step", "bookkeeping"),
     ):
         setattr(owner, name, clock.around(part, getattr(owner, name)))
@@ -271,14 +271,14 @@ def trained(
     done = 0
     while done < steps:
         for batch in loader:
-            layers: list[Any] = list(growth.morphable.layers.values())
+            layers: list[Any] = list(growth.run.morphable.layers.values())
             state = "dormant" if not layers else "exposed" if layers[0].exposed else "tapped"
             begun = time.thread_time()
             optimizer.zero_grad()
             loss = loss_fn(growth.model, batch)
             loss.backward()
             optimizer.step()
-            own[growth.morphable.flops, state].append(time.thread_time() - begun)
+            own[growth.run.morphable.flops, state].append(time.thread_time() - begun)
             growth.step(batch, loss)
             done += 1
             if done == steps:

@@ -70,15 +70,15 @@ def compared(rank: int, given: Mapping[str, Any], kind: torch.dtype) -> dict[str
         wrapper, optimizer, loss_fn, probe=probe, steps=LIMIT, growth="incubate", config=CONFIG
     )
     kernels: list[list[Tensor]] = []  # an exposed kernel's averaged gradients, before its optimizer's step
-    share = growth.orchestrator.share
+    share = growth.run.orchestrator.share
 
     def shared(faults: int) -> None:
         share(faults)
-        trial = growth.orchestrator.trial
+        trial = growth.run.orchestrator.trial
         if trial is not None and trial.kernel is not None:
             kernels.append([p.grad.clone() for p in trial.kernel.parameters() if p.grad is not None])
 
-    growth.orchestrator.share = shared  # type: ignore[method-assign]
+    growth.run.orchestrator.share = shared  # type: ignore[method-assign]
     worst: dict[str, float] = {}
 
     def note(when: str, value: float) -> None:
@@ -89,7 +89,7 @@ def compared(rank: int, given: Mapping[str, Any], kind: torch.dtype) -> dict[str
         rows = torch.randint(0, 768, (ROWS,), generator=torch.Generator().manual_seed(number))
         whole = tuple(part[rows] for part in data)
         mine = tuple(part[rank::WORLD] for part in whole)
-        trial = growth.orchestrator.trial
+        trial = growth.run.orchestrator.trial
         kernel = trial.kernel if trial is not None and trial.layer.exposed else None
         hosts = list(net.parameters())
         own = [] if kernel is None else list(kernel.parameters())

@@ -105,7 +105,7 @@ class Journey:
 
     def step(self, batch: Any) -> None:
         """Do one step of training, and of growth; where nothing grows, ask for it."""
-        trial, fault = self.growth.orchestrator.trial, None
+        trial, fault = self.growth.run.orchestrator.trial, None
         if trial is not None and trial.kernel is not None and self.raises(trial.decision.id):
             fault = trial.kernel.register_forward_pre_hook(refuse)
         loss = loss_fn(self.wrapper, batch)
@@ -115,13 +115,13 @@ class Journey:
         loss.backward()
         self.optimizer.step()
         self.growth.step(batch, loss)
-        if self.growth.orchestrator.trial is None:
-            places = list(self.growth.morphable.places)
-            self.growth.grow_now(places[self.growth.tamiyo.decisions % len(places)])
+        if self.growth.run.orchestrator.trial is None:
+            places = list(self.growth.run.morphable.places)
+            self.growth.grow_now(places[self.growth.run.tamiyo.decisions % len(places)])
 
     def awake(self) -> list[nn.Module]:
         """Return the exposed kernel, which DistributedDataParallel does not know of."""
-        trial = self.growth.orchestrator.trial
+        trial = self.growth.run.orchestrator.trial
         return [] if trial is None or trial.kernel is None else [trial.kernel]
 
     def raises(self, decision: int) -> bool:
@@ -129,15 +129,15 @@ class Journey:
 
     def say(self) -> None:
         """Append a line: when, which step, what grew and how, the weights, the stage, the outcome."""
-        growth, layout = self.growth, self.growth.morphable.layout
+        growth, layout = self.growth, self.growth.run.morphable.layout
         awake = {layout.stage_of(seed) for seed in range(len(layout.stage))} - {Stage.DORMANT}
         kept = [str(event.data["kept"]) for event in self.events if event.kind == "outcome"]
         self.events.clear()
         fields = (
             f"{time.monotonic():.6f}",
             self.manager.steps,
-            growth.orchestrator.lineage,
-            growth.topology,
+            growth.run.orchestrator.lineage,
+            growth.run.topology,
             digest(self.net, *self.awake()),
             "+".join(sorted(stage.name for stage in awake)) or "none",
             "+".join(kept) or "none",

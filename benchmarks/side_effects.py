@@ -211,7 +211,7 @@ def run(host: str, habit: str, seed: int, *, grows: bool, threaded: bool) -> tup
         if growth is not None:
             growth.finish()
             assert not growth.plans, "labels of noise grew something"
-    looked = 0 if growth is None or growth.early is None else len(growth.early.records)
+    looked = 0 if growth is None or growth.loop.early is None else len(growth.loop.early.records)
     return left(net, shared, drawing.drawn, min(called), threaded), looked
 
 

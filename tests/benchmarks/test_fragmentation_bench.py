@@ -13,7 +13,7 @@ def test_cycles_leave_nothing_and_what_is_kept_alive_is_counted() -> None:
     before = leaked(bench.read("before"))
     bench.repeat(bench.cycle, 2)
     assert leaked(bench.read("after")) == before
-    held = bench.growth.morphable.places[bench.site].kernel(2)
+    held = bench.growth.run.morphable.places[bench.site].kernel(2)
     assert leaked(bench.read("one kernel held")) == before + 1
     del held
 
@@ -21,9 +21,9 @@ def test_cycles_leave_nothing_and_what_is_kept_alive_is_counted() -> None:
 def test_a_widening_adds_what_it_says() -> None:
     bench = Cycles("cpu", 16)
     bench.train()
-    before, width = bench.held(), bench.growth.morphable.places[bench.site].site.width
+    before, width = bench.held(), bench.growth.run.morphable.places[bench.site].site.width
     bench.widen()
-    assert bench.growth.morphable.places[bench.site].site.width == width + UNITS
+    assert bench.growth.run.morphable.places[bench.site].site.width == width + UNITS
     bench.train()
     assert bench.held() > before
 

@@ -59,8 +59,8 @@ class Ran:
     @property
     def reasons(self) -> list[str]:
         """List what the report says of places."""
-        assert self.growth.early is not None
-        return [one.reason for record in self.growth.early.records for one in record.looked]
+        assert self.growth.loop.early is not None
+        return [one.reason for record in self.growth.loop.early.records for one in record.looked]
 
 
 def run(

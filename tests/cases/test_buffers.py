@@ -56,7 +56,7 @@ def test_races_see_what_was_trained_on_too() -> None:
         loss.backward()
         optimizer.step()
         growth.step(batch, loss)
-    kept = [batch[0] for batch in growth.batches]
+    kept = [batch[0] for batch in growth.run.batches]
     assert len(kept) > 1
     assert not any(torch.equal(one, other) for i, one in enumerate(kept) for other in kept[:i])
 

@@ -34,14 +34,14 @@ class Ramp:
 
 def verdicts(ran: Ran) -> list[str]:
     """List what became of every event."""
-    assert ran.growth.early is not None
-    return [record.verdict for record in ran.growth.early.records]
+    assert ran.growth.loop.early is not None
+    return [record.verdict for record in ran.growth.loop.early.records]
 
 
 def reasons(ran: Ran) -> list[str]:
     """List what was said of every event."""
-    assert ran.growth.early is not None
-    return [record.reason for record in ran.growth.early.records]
+    assert ran.growth.loop.early is not None
+    return [record.reason for record in ran.growth.loop.early.records]
 
 
 @pytest.mark.parametrize("given", [{}, {"probe": "stream", "example": Task(5)(64)}])
@@ -135,7 +135,7 @@ def test_the_weights_of_then_are_measured_on_copies(
     net, seen = make(), list[bool]()
 
     def each(i: int, growth: esper.Growth) -> None:
-        early = growth.early
+        early = growth.loop.early
         assert early is not None
         if early.open is None:
             return

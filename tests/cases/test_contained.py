@@ -76,15 +76,15 @@ def test_an_error_of_the_loss_skips_the_event(at: int, error: type[Exception]) -
 def test_an_interrupt_leaves_no_half_of_an_event(at: int) -> None:
     growth, net, _, caught = guarded(Failing(at, KeyboardInterrupt))
     assert caught == 1
-    assert growth.early is not None
-    layout = growth.morphable.layout
+    assert growth.loop.early is not None
+    layout = growth.run.morphable.layout
     stages = {
         layout.stage_of(seed).name
-        for site in growth.morphable.places
-        for seed in growth.morphable.seeds(site)
+        for site in growth.run.morphable.places
+        for seed in growth.run.morphable.seeds(site)
     }
     assert stages == {"DORMANT"}, "no seed stays on its way"
-    kept = [r for r in growth.early.records if r.verdict == "kept"]
+    kept = [r for r in growth.loop.early.records if r.verdict == "kept"]
     assert len(growth.plans) == len(kept), "whatever grew was judged"
     assert not [m for m in net if "_esper_seam" in vars(m)]
 
@@ -127,7 +127,7 @@ def test_a_place_whose_units_do_not_run_closes_no_other() -> None:
     )
     ran = run(net, draw=images)
     assert not ran.outcomes("0>3")
-    (reason,) = (r.reason for r in ran.growth.morphable.refusals if r.place == "0")
+    (reason,) = (r.reason for r in ran.growth.run.morphable.refusals if r.place == "0")
     assert "0 is a Same with a forward of its own" in reason
     assert net[3].out_features > 1, "the other place grows"
 
@@ -149,7 +149,7 @@ def test_a_place_that_cannot_be_inserted_is_tried_once() -> None:
 def test_a_pruned_bias_is_refused() -> None:
     net = narrow()
     prune.random_unstructured(net[0], "bias", 0.0)
-    refusals = run(net).growth.morphable.refusals
+    refusals = run(net).growth.run.morphable.refusals
     assert any("the bias of 0 is parametrised (or pruned)" in one.reason for one in refusals)
 
 

@@ -126,7 +126,7 @@ def test_a_part_in_torchscript_is_left_alone(normed: bool, growth: str) -> None:
     norm = nn.BatchNorm1d(4) if normed else nn.Identity()
     net = Scripted(nn.Sequential(nn.Linear(4, 4), norm, nn.ReLU()))
     ran = run(net, growth=growth)
-    reasons = {one.place: one.reason for one in ran.growth.morphable.refusals}
+    reasons = {one.place: one.reason for one in ran.growth.run.morphable.refusals}
     assert "it is TorchScript" in reasons["part.0"]
     assert not [w for w in ran.warnings if "skipped" in w]
     if growth == "early":

@@ -47,8 +47,8 @@ def test_an_event_that_does_not_fit_is_declined_with_the_reason(share: float) ->
     most = share * whole.cost.growth_flops
     growth = spent(narrow(), most)
     assert growth.cost.growth_flops <= most
-    assert growth.early is not None
-    (last,) = [record for record in growth.early.records if DEAR in record.reason]
+    assert growth.loop.early is not None
+    (last,) = [record for record in growth.loop.early.records if DEAR in record.reason]
     assert "and this could cost" in last.reason
     if share < 1e-6:
         assert growth.cost.growth_flops == 0

@@ -54,7 +54,7 @@ def is_plain(ran: Ran) -> bool:
     net = ran.growth.model
     net(torch.randn(3, 10)).sum().backward()
     seams = [path for path, module in net.named_modules() if "_esper_seam" in vars(module)]
-    return not ran.growth.morphable.layers and (not seams or hasattr(net, "grown"))
+    return not ran.growth.run.morphable.layers and (not seams or hasattr(net, "grown"))
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, ZeroDivisionError])
@@ -146,7 +146,7 @@ def test_graphs_are_not_joined() -> None:
 
     ran = run(Graph(), loss, graph, steps=80)
     told = [e.data["why"] for e in ran.events if e.kind == "fallback"]
-    assert ran.growth.recipe == "incubate"
+    assert ran.growth.run.recipe == "incubate"
     assert any("joined ones do not run" in why for why in told)
     assert ran.growth.steps == 80
 
@@ -183,6 +183,6 @@ def test_layers_of_complex_numbers_are_refused_at_the_start() -> None:
 
 def test_a_part_that_computes_with_complex_numbers_closes_no_other() -> None:
     ran = run(Within(), growth="incubate", steps=60)
-    reasons = {one.place: one.reason for one in ran.growth.morphable.refusals}
+    reasons = {one.place: one.reason for one in ran.growth.run.morphable.refusals}
     assert "complex numbers" in reasons["inner"]
     assert not [w for w in ran.warnings if "skipped" in w]

@@ -32,9 +32,9 @@ def test_the_longest_run_begins_at_once(scheduled: bool) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 50e6
-    assert growth.early is not None
-    assert growth.early.timetable.due == sorted(growth.early.timetable.shares)
-    assert 0.01 * steps < growth.early.timetable.due[0] < 0.03 * steps
+    assert growth.loop.early is not None
+    assert growth.loop.early.timetable.due == sorted(growth.loop.early.timetable.shares)
+    assert 0.01 * steps < growth.loop.early.timetable.due[0] < 0.03 * steps
     growth.finish()
 
 

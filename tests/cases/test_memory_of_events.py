@@ -50,8 +50,8 @@ def test_an_event_passes_a_small_multiple_of_the_loop_s_batch_at_once() -> None:
             SEEN.clear()
 
     ran = run(net, loss=loss, draw=images, probe=probe, steps=20, each=each)
-    assert ran.growth.early is not None
-    assert next(r.examples for r in ran.growth.early.records) == 240
+    assert ran.growth.loop.early is not None
+    assert next(r.examples for r in ran.growth.loop.early.records) == 240
     events = [size for size in SEEN if size > 8]
     assert events
     # checks of an insertion repeat the probe's first batch, which the user evaluates at once, too

@@ -24,8 +24,8 @@ Batch = tuple[Tensor, Tensor]
 def asked(net: nn.Module, loss: Any, probe: Any) -> tuple[bool | None, list[str]]:
     """Begin a run; returns whether examples count alone, and what was warned of."""
     growth = esper.grow(net, torch.optim.Adam(net.parameters()), loss, probe=probe, steps=60)
-    assert growth.early is not None
-    return growth.early.evidence.independent, growth.parts.warnings
+    assert growth.loop.early is not None
+    return growth.loop.early.evidence.independent, growth.run.parts.warnings
 
 
 def batches(count: int, size: int = 50) -> list[Batch]:
@@ -225,10 +225,10 @@ def test_a_small_probe_is_read_whole_and_a_shuffled_one_from_its_beginning() -> 
 def test_a_run_on_a_sorted_probe_sees_its_loss() -> None:
     net = narrow()
     ran = run(net, probe=sorted_probe("list"))
-    assert ran.growth.early is not None
-    (told,) = [record.held_out for record in ran.growth.early.records][:1]
+    assert ran.growth.loop.early is not None
+    (told,) = [record.held_out for record in ran.growth.loop.early.records][:1]
     shuffled = run(narrow(), probe=[Task(9)(4000)])
-    assert shuffled.growth.early is not None
-    (other,) = [record.held_out for record in shuffled.growth.early.records][:1]
+    assert shuffled.growth.loop.early is not None
+    (other,) = [record.held_out for record in shuffled.growth.loop.early.records][:1]
     assert told == pytest.approx(other, rel=0.05)
     assert net[0].out_features > 1

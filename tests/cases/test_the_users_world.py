@@ -50,8 +50,8 @@ def test_plain_attributes_count_the_users_passes_only() -> None:
     torch.manual_seed(0)
     net = Stateful()
     ran = run(net, steps=STEPS)
-    assert ran.growth.early is not None
-    assert [r for r in ran.growth.early.records if r.verdict == "kept"], "there were events"
+    assert ran.growth.loop.early is not None
+    assert [r for r in ran.growth.loop.early.records if r.verdict == "kept"], "there were events"
     assert (int(net.tensor), net.count, len(net.history), len(net.seen)) == (
         STEPS,
         STEPS,
@@ -244,7 +244,7 @@ def test_stochastic_depth_hides_no_place(share: float) -> None:
     torch.manual_seed(0)
     ran = run(Dropped(share), steps=STEPS)
     widths = [f"blocks.{i}.a>blocks.{i}.b" for i in range(4)]
-    assert [name for name in ran.growth.morphable.places if name in widths] == widths
+    assert [name for name in ran.growth.run.morphable.places if name in widths] == widths
     assert ran.outcomes()
 
 

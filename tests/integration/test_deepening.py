@@ -63,7 +63,7 @@ class Deep:
         self.x = batch(kind)[0]
         self.before = self.net.eval()(self.x).detach()
         self.random = torch.get_rng_state()
-        self.why = self.growth.parts.committer.deepen(self.stack, self.stack.block(7), 3)
+        self.why = self.growth.run.parts.committer.deepen(self.stack, self.stack.block(7), 3)
         self.unmoved = torch.equal(self.random, torch.get_rng_state())
         self.after = self.net.eval()(self.x).detach()
 
@@ -136,12 +136,12 @@ def test_a_block_that_is_no_identity_is_put_back() -> None:
     block = place.block(1)
     with torch.no_grad():
         block.get_parameter(place.zeroed[0]).normal_()
-    why = deep.growth.parts.committer.deepen(place, block, 4)
+    why = deep.growth.run.parts.committer.deepen(place, block, 4)
     assert "was put back" in why
     assert torch.equal(deep.net.eval()(deep.x), deep.after)
     assert list(deep.net._modules) == ["0", "1", "2", "2_1", "3", "4"]
     assert list(deep.ema[0].module._modules) == ["0", "1", "2", "2_1", "3", "4"]
-    assert deep.growth.parts.committer.deepen(place, place.block(1), 4) == ""
+    assert deep.growth.run.parts.committer.deepen(place, place.block(1), 4) == ""
     assert list(deep.net._modules) == ["0", "1", "2", "2_1", "2_2", "3", "4"]
     assert torch.equal(deep.net(deep.x), deep.after)
     assert place.refreshed().site.width == 4
@@ -162,7 +162,7 @@ def test_averages_follow(kind: str) -> None:
 
 
 def test_it_is_saved_loaded_and_rebuilt_without_esper(deep: Deep, tmp_path: Path) -> None:
-    committer = deep.growth.parts.committer
+    committer = deep.growth.run.parts.committer
     assert committer.deepen(deep.stack.refreshed(), deep.stack.refreshed().block(2), 4) == ""
     deep.step()
     deep.step()
@@ -189,7 +189,7 @@ def test_it_is_saved_loaded_and_rebuilt_without_esper(deep: Deep, tmp_path: Path
 
 def test_widening_and_deepening_in_turns_are_replayed(tmp_path: Path) -> None:
     deep = Deep("mlp")
-    committer, model = deep.growth.parts.committer, deep.growth.morphable
+    committer, model = deep.growth.run.parts.committer, deep.growth.run.morphable
     for name, place in model.pairs.items():
         if name.startswith("2."):
             plan = place.plan(3)
@@ -313,9 +313,9 @@ def test_a_compiled_host_is_compiled_again(wrapped: bool) -> None:
     events: list[Event] = []
     growth = esper.grow(model, optimizer, loss_fn, probe=[given], steps=100, on_event=events.append)
     before = model.eval()(given[0])
-    with growth.morphable.policy.uncompiled():
+    with growth.run.morphable.policy.uncompiled():
         (stack,), _ = find_stacks(net, lambda: loss_fn(net, given), 16)
-        assert growth.parts.committer.deepen(stack, stack.block(1), 1) == ""
+        assert growth.run.parts.committer.deepen(stack, stack.block(1), 1) == ""
     assert [event.kind for event in events][-2:] == ["deepened", "recompiled"]
     assert torch.equal(model(given[0]), before)
     for _ in range(3):
@@ -328,7 +328,7 @@ def test_a_compiled_host_is_compiled_again(wrapped: bool) -> None:
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
 def test_the_newest_block_can_be_taken_out_again(optimizer: Any) -> None:
     deep = Deep("encoder", optimizer, averaged=True)
-    committer, names = deep.growth.parts.committer, list(deep.plain.state_dict())
+    committer, names = deep.growth.run.parts.committer, list(deep.plain.state_dict())
     deep.step()
     deep.step()
     block = deep.block

@@ -62,7 +62,7 @@ class Kept:
         )  # fmt: skip
         self.x = batch(kind)[0]
         self.before = self.net.eval()(self.x).detach()
-        layer = self.growth.morphable.layer(site, pytest.fail)
+        layer = self.growth.run.morphable.layer(site, pytest.fail)
         units = layer.place.site.granularity * (1 if layer.place.site.most == 1 else 2)
         layer.kernel = kernel = layer.place.kernel(units)
         with torch.no_grad():
@@ -70,11 +70,11 @@ class Kept:
                 kernel.get_parameter(name).normal_(std=0.3)
         layer.alpha, layer.exposed = torch.ones(()), True
         self.branch = self.net(self.x).detach()
-        parts = self.growth.parts
+        parts = self.growth.run.parts
         own = parts.orchestrator.given.optimizer(kernel, layer.place)
         decision = Decision(1, 0, "graft", site, units, "random", "asked", 1.0, None)
         self.why = parts.committer.commit(kernel, own, decision, 0)
-        self.growth.morphable.release(site)
+        self.growth.run.morphable.release(site)
         self.grown = self.net(self.x).detach()
 
     def step(self) -> None:
@@ -135,13 +135,13 @@ def test_several_branches_at_one_place_and_their_undoing() -> None:
     kept = Kept("sequences", "blocks.0+bottleneck_adapter")
     assert [type(plan) for plan in kept.growth.plans] == [GraftPlan]
     assert isinstance(kept.net.get_submodule("grown"), GrownBranches)
-    again = kept.growth.morphable.places["blocks.0+bottleneck_adapter"].kernel(4)
-    plan = kept.growth.parts.committer.plan_for(
-        kept.growth.morphable.places["blocks.0+bottleneck_adapter"],
+    again = kept.growth.run.morphable.places["blocks.0+bottleneck_adapter"].kernel(4)
+    plan = kept.growth.run.parts.committer.plan_for(
+        kept.growth.run.morphable.places["blocks.0+bottleneck_adapter"],
         4,  # type: ignore[arg-type]
     )
     with pytest.raises(SurgeryError, match="differ from the branch"):
-        kept.growth.parts.committer.attach(plan, again, None, torch.randn(24, 5, 8))  # type: ignore[arg-type]
+        kept.growth.run.parts.committer.attach(plan, again, None, torch.randn(24, 5, 8))  # type: ignore[arg-type]
     assert torch.equal(kept.net(kept.x), kept.grown)
     assert len(kept.net.get_submodule("grown")._modules) == 1
 

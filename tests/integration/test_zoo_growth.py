@@ -44,7 +44,7 @@ def test_gates_and_heads_grow_through_the_public_path(sites: str, kind: type[obj
     names = [name for name, _ in net.named_parameters()]
     sizes = {name: parameter.shape for name, parameter in net.named_parameters()}
     growth = esper.grow(net, optimizer, echoed, probe=[echo(64)], steps=STEPS, sites=sites, config=CONFIG)
-    assert all(isinstance(place, kind) for place in growth.morphable.places.values())
+    assert all(isinstance(place, kind) for place in growth.run.morphable.places.values())
     loss = torch.zeros(())
     for _ in range(STEPS):
         given = echo(32)

@@ -74,9 +74,9 @@ def test_a_hundred_steps_of_incubation_and_a_cull_leave_no_trace(kind: str) -> N
         random.append(torch.get_rng_state())
     growth = grown.growth
     assert growth is not None
-    trial = growth.orchestrator.trial
+    trial = growth.run.orchestrator.trial
     assert trial is not None
-    assert growth.morphable.layout.stage_of(trial.seed) is Stage.TRAINING
+    assert growth.run.morphable.layout.stage_of(trial.seed) is Stage.TRAINING
     assert trial.race is not None
     assert growth.steps - trial.started == 100
     assert any(float(w.detach().abs().max()) > 0 for w in trial.race.parameters.values()), "nothing learned"

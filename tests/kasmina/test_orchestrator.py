@@ -80,7 +80,7 @@ def exposed(kind: str = "mlp") -> Loop:
 
 
 def broken(how: str, loop: Loop) -> str:
-    kernel = loop.growth.orchestrator.trial.kernel  # type: ignore[union-attr]
+    kernel = loop.growth.run.orchestrator.trial.kernel  # type: ignore[union-attr]
     if how == "raises":
         kernel.forward = raising
         return "ZeroDivisionError: a kernel's own fault"
@@ -97,14 +97,14 @@ def test_a_broken_kernel_never_stops_training_and_the_third_fault_culls_it(how: 
     loop = exposed()
     growth = loop.growth
     assert growth is not None
-    seed = growth.orchestrator.trial.seed  # type: ignore[union-attr]
+    seed = growth.run.orchestrator.trial.seed  # type: ignore[union-attr]
     message = broken(how, loop)
     given = batch("mlp")
     before = loss_fn(loop.net, given)  # the first fault
     assert torch.isfinite(before)
     loop.step()
     assert len(loop.of("fault")) == 2
-    assert growth.morphable.layout.stage_of(seed) is Stage.STABILISING
+    assert growth.run.morphable.layout.stage_of(seed) is Stage.STABILISING
     loop.step()
     faults = loop.of("fault")
     assert [e.data["count"] for e in faults] == [1, 2, FAULTS]
@@ -114,7 +114,7 @@ def test_a_broken_kernel_never_stops_training_and_the_third_fault_culls_it(how: 
     told = [e.data["target"] for e in loop.of("stage")]
     assert told[-3:] == ["ERROR", "CULLED", "EMBARGOED"]
     assert not loop.of("outcome")[-1].data["kept"]
-    assert growth.orchestrator.trial is None
+    assert growth.run.orchestrator.trial is None
     assert torch.equal(loss_fn(loop.net, given).isfinite(), torch.tensor(True))
     assert all(bool(p.isfinite().all()) for p in loop.net.parameters())
     loop.step(5)
@@ -124,12 +124,12 @@ def test_a_broken_kernel_never_stops_training_and_the_third_fault_culls_it(how: 
 
 def test_fewer_than_three_faults_are_forgiven() -> None:
     loop = exposed()
-    kernel = loop.growth.orchestrator.trial.kernel  # type: ignore[union-attr]
+    kernel = loop.growth.run.orchestrator.trial.kernel  # type: ignore[union-attr]
     kernel.forward = raising
     loop.step(FAULTS - 1)
     del kernel.forward
     loop.step(3)
-    assert loop.growth.orchestrator.trial is not None  # type: ignore[union-attr]
+    assert loop.growth.run.orchestrator.trial is not None  # type: ignore[union-attr]
     assert len(loop.of("fault")) == FAULTS - 1
 
 
@@ -139,13 +139,13 @@ def test_a_graft_that_makes_the_loss_worse_is_ramped_down_and_culled() -> None:
     )
     growth = loop.growth
     assert growth is not None
-    trial = growth.orchestrator.trial
+    trial = growth.run.orchestrator.trial
     assert trial is not None
     with torch.no_grad():  # every unit of it is now noise
         trial.kernel.consumer_weight.normal_(0, 30)  # type: ignore[union-attr]
     for group in trial.optimizer.param_groups:  # type: ignore[union-attr]
         group["lr"] = 0.0
-    growth.parts.orchestrator.given.__dict__["follow"] = lambda optimizer: None
+    growth.run.parts.orchestrator.given.__dict__["follow"] = lambda optimizer: None
     width = loop.net.fc1.out_features, loop.net.fc2.out_features
     loop.until("EMBARGOED")
     outcome = loop.of("outcome")[-1].data
@@ -158,7 +158,7 @@ def test_a_graft_that_makes_the_loss_worse_is_ramped_down_and_culled() -> None:
 def test_an_unfinished_seed_gets_a_last_gate_at_the_end() -> None:
     loop = exposed()
     assert loop.growth is not None
-    units = loop.growth.orchestrator.trial.decision.width  # type: ignore[union-attr]
+    units = loop.growth.run.orchestrator.trial.decision.width  # type: ignore[union-attr]
     before = sum(p.numel() for p in loop.net.parameters())
     x = loop.probe[0][0]
     loop.net.eval()
@@ -215,10 +215,10 @@ class Run:
         torch.manual_seed(1)
 
     def stage(self) -> str:
-        trial = self.growth.orchestrator.trial
+        trial = self.growth.run.orchestrator.trial
         if trial is None:
             return "dormant after a widening" if self.growth.plans else "dormant"
-        stage = self.growth.morphable.layout.stage_of(trial.seed).name
+        stage = self.growth.run.morphable.layout.stage_of(trial.seed).name
         if stage == "TRAINING" and trial.race is not None and len(trial.race.starts) < 8:
             return "TRAINING, halved"
         return stage + (", second growth" if self.growth.plans else "")
@@ -268,7 +268,7 @@ class Run:
                 dict(self.net.state_dict()),
                 self.optimizer.state_dict(),
                 torch.get_rng_state(),
-                self.growth.tamiyo.state_dict(),
+                self.growth.run.tamiyo.state_dict(),
                 cost.training_flops,
                 cost.growth_flops,
                 [(p.site, p.units) for p in self.growth.plans],

@@ -183,11 +183,11 @@ def test_a_thousand_lives_of_a_seed_leave_nothing(no_collector: None) -> None:
     loop.until("TRAINING")
     growth = loop.growth
     assert growth is not None
-    orchestrator: SeedOrchestrator = growth.orchestrator
+    orchestrator: SeedOrchestrator = growth.run.orchestrator
     decision = orchestrator.trial.decision  # type: ignore[union-attr]
     orchestrator.cull("the test begins")
     orchestrator.wake_embargoed(growth.steps)
-    measured = growth.incubation.survey([decision.site])[decision.site]
+    measured = growth.loop.incubation.survey([decision.site])[decision.site]
     before = {n: p.clone() for n, p in loop.net.state_dict().items()}
     races: list[weakref.ref] = []
     for step in range(1000):

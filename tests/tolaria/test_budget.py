@@ -88,7 +88,7 @@ def test_a_model_grows_up_to_its_budget_and_not_beyond(
 def test_flops_are_held_to(growth: str, budget: dict[str, Any]) -> None:
     _, events, growing = trained(growth, budget=budget)
     assert events[0].data["limits"]["flops"] == 3 * FLOPS
-    assert FLOPS < growing.morphable.flops <= 3 * FLOPS
+    assert FLOPS < growing.run.morphable.flops <= 3 * FLOPS
 
 
 def test_the_default_is_sixteen_times_the_host() -> None:
@@ -119,11 +119,11 @@ def test_a_plan_tells_the_limits_the_recipe_and_its_events() -> None:
 
 def test_growth_overrides_the_settings() -> None:
     net, events, growing = trained("off", config={"growth": "early"})
-    assert growing.recipe == "off"
+    assert growing.run.recipe == "off"
     assert size(net) == HOST
     assert {event.kind for event in events} == {"run_started", "progress", "run_finished"}
     _, events, growing = trained("incubate", config={"growth": "off"})
-    assert growing.recipe == "incubate"
+    assert growing.run.recipe == "incubate"
     assert any(event.kind == "race" for event in events)
 
 
@@ -131,7 +131,7 @@ def test_a_trainer_takes_it_too() -> None:
     net = make_net()
     given = {"train": [clusters(0)], "probe": [clusters(1)], "epochs": 1}
     optimizer = torch.optim.Adam(net.parameters())
-    assert Trainer(net, optimizer, loss_fn, **given, growth="off").growth.recipe == "off"
+    assert Trainer(net, optimizer, loss_fn, **given, growth="off").growth.run.recipe == "off"
 
 
 def test_an_unknown_recipe_is_refused_at_the_door() -> None:

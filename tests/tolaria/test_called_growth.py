@@ -160,8 +160,8 @@ class Run:
 
     @property
     def independent(self) -> bool | None:
-        assert self.growth.early is not None
-        return self.growth.early.evidence.independent
+        assert self.growth.loop.early is not None
+        return self.growth.loop.early.evidence.independent
 
 
 def built(make: Callable[[], nn.Module], seed: int = 0) -> Any:
@@ -179,9 +179,9 @@ def neighbours(net: nn.Module) -> float:
 def test_contrastive_views_grow_an_encoder() -> None:
     run = Run(built(Encoder), contrastive, augmented, 600)
     assert neighbours(run.net) < 0.8
-    assert run.growth.recipe == "early", "what auto chooses"
+    assert run.growth.run.recipe == "early", "what auto chooses"
     assert run.independent is False, "batches are the evidence"
-    assert {place.site.calls for place in run.growth.morphable.places.values()} == {2}
+    assert {place.site.calls for place in run.growth.run.morphable.places.values()} == {2}
     run.end()
     assert set(run.widened) == {"net.0>net.2", "net.2>net.4"}
     assert neighbours(run.net) >= 0.85
@@ -206,8 +206,8 @@ def test_r_drop_has_each_example_as_evidence_and_grows() -> None:
 def test_the_inside_and_the_ends_of_a_physics_problem_grow_a_field() -> None:
     run = Run(built(field), poisson, interval, 1000)
     assert run.independent is False, "the ends are nobody's"
-    assert run.growth.early is not None
-    assert run.growth.early.evidence.inner
+    assert run.growth.loop.early is not None
+    assert run.growth.loop.early.evidence.inner
     run.end()
     assert not [event for event in run.events if event.kind == "warning"]
     assert set(run.widened) == {"0>2", "2>4"}
@@ -240,7 +240,7 @@ def test_losses_by_example_do_not_make_examples_of_what_all_share() -> None:
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_nothing_any_call_says_changes_at_the_moment_of_an_event(training: bool) -> None:
     run = Run(built(Encoder), contrastive, augmented, 600, config={"early": {"reopen": "no"}})
-    early = run.growth.early
+    early = run.growth.loop.early
     assert early is not None
     wide = Encoder()
     while run.now < 300 and early.open is None:
@@ -260,9 +260,9 @@ def test_nothing_any_call_says_changes_at_the_moment_of_an_event(training: bool)
 
 def test_a_call_that_changes_is_noticed_though_the_last_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(built(Encoder), contrastive, augmented, 600)
-    early = run.growth.early
+    early = run.growth.loop.early
     assert early is not None
-    places = run.growth.morphable.pairs
+    places = run.growth.run.morphable.pairs
     kernels = {name: place.kernel(2) for name, place in places.items()}
     asked, outputs = list[Any](), insertion.outputs
 
@@ -276,12 +276,12 @@ def test_a_call_that_changes_is_noticed_though_the_last_does_not(monkeypatch: py
     before = early.insertion.remember(0)
     told = early.insertion.widen(kernels, dict.fromkeys(kernels, 2), before)
     assert "the grown layers differ from the branch" in told
-    assert run.growth.morphable.parameter_count() == sum(p.numel() for p in Encoder().parameters())
+    assert run.growth.run.morphable.parameter_count() == sum(p.numel() for p in Encoder().parameters())
 
 
 def test_a_run_that_was_cut_goes_on_bit_for_bit(tmp_path: Path) -> None:
     run = Run(built(Encoder), contrastive, augmented, 300)
-    early, states, opened = run.growth.early, dict[int, list[Any]](), False
+    early, states, opened = run.growth.loop.early, dict[int, list[Any]](), False
     assert early is not None
     while run.now < 300:
         if run.now == 150 or (early.open is not None and not opened):

@@ -166,7 +166,7 @@ def grown_step(run: Run) -> Batch:
         before = run.net(x).detach()
         run.net.train()
         run.growth.step(batch, loss)
-        if run.growth.early.open is not None:
+        if run.growth.loop.early.open is not None:
             run.net.eval()
             after = run.net(x).detach()
             run.net.train()
@@ -228,10 +228,10 @@ def test_growth_off_trains_as_always_and_says_so() -> None:
 
 def test_a_frozen_host_is_raced_for_and_one_that_trains_grows_early() -> None:
     net = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 8))
-    assert Run(net=net, growth="auto").growth.recipe == "early"
+    assert Run(net=net, growth="auto").growth.run.recipe == "early"
     net[0].requires_grad_(False)
     net[2].weight.requires_grad_(False)
-    assert Run(net=net, growth="auto").growth.recipe == "incubate"
+    assert Run(net=net, growth="auto").growth.run.recipe == "incubate"
 
 
 # -- when ------------------------------------------------------------------------------------------------
@@ -271,7 +271,7 @@ def test_growing_tells_whether_the_probe_is_still_needed() -> None:
     run = Run()
     told = []
     while run.now < STEPS:
-        assert run.growth.growing or not (run.growth.early.open or run.growth.report().due)
+        assert run.growth.growing or not (run.growth.loop.early.open or run.growth.report().due)
         told.append(run.growth.growing)
         run.step()
     assert told[0]
@@ -305,12 +305,12 @@ def test_no_run_ends_larger_than_its_budget(budget: dict[str, Any], most: int | 
 
 
 def test_forward_flops_are_a_budget_too() -> None:
-    host = Run(grow=True).growth.morphable.flops
+    host = Run(grow=True).growth.run.morphable.flops
     run = Run(budget={"growth_factor": 20.0, "flops_factor": 1.5}).to(STEPS)
     run.growth.finish()
-    assert host < run.growth.morphable.flops <= 1.5 * host
+    assert host < run.growth.run.morphable.flops <= 1.5 * host
     count = Run(budget={"growth_factor": 20.0, "model_flops": int(1.5 * host)}).to(STEPS)
-    assert count.growth.morphable.flops <= 1.5 * host
+    assert count.growth.run.morphable.flops <= 1.5 * host
 
 
 def test_events_are_a_budget_too() -> None:
@@ -401,7 +401,7 @@ def contrastive(model: nn.Module, batch: Any) -> Tensor:
 
 def test_a_loss_whose_examples_depend_on_each_other_is_judged_by_blocks() -> None:
     run = Run(views, net=Pairs(), loss=contrastive, probe=[views(100_000 + i) for i in range(32)]).to(STEPS)
-    assert run.growth.early.evidence.independent is False
+    assert run.growth.loop.early.evidence.independent is False
     run.growth.finish()
     assert run.told("widened")
     gates = run.told("gate")
@@ -452,7 +452,7 @@ def streamed(**options: Any) -> Run:
 def test_evidence_from_the_stream_begins_at_the_step_after_the_event() -> None:
     """The batches that come next, each of them, until there are enough."""
     run = streamed()
-    evidence, seen, opened = run.growth.early.evidence, list[bool](), 1
+    evidence, seen, opened = run.growth.loop.early.evidence, list[bool](), 1
     while run.now < STEPS:
         batch, loss = run.learn()
         run.growth.step(batch, loss)
@@ -472,7 +472,7 @@ def test_evidence_from_the_stream_begins_at_the_step_after_the_event() -> None:
 def test_an_event_is_judged_by_the_losses_of_now() -> None:
     """Also the last one, behind which nothing else is due."""
     run = streamed(budget={"growth_events": 1}, config={"early": {"shares": (0.1,)}})
-    early = run.growth.early
+    early = run.growth.loop.early
     recent: list[float] = []
     while run.now < STEPS:
         judged = early.open
@@ -491,7 +491,7 @@ def test_a_run_on_its_stream_goes_on_bit_for_bit_while_evidence_is_gathered() ->
     whole_run, states = streamed(), {}
     while whole_run.now < STEPS:
         whole_run.step()
-        if whole_run.growth.early.evidence.waiting is not None:
+        if whole_run.growth.loop.early.evidence.waiting is not None:
             states[whole_run.now] = state_of(whole_run)
     whole_run.growth.finish()
     assert len(states) > 5
@@ -526,7 +526,7 @@ def whole() -> tuple[dict[str, Tensor], list[Any], list[int]]:
     while run.now < STEPS:
         if run.now % 7 == 0:
             states[run.now] = state_of(run)
-            if run.growth.early.open is not None:
+            if run.growth.loop.early.open is not None:
                 opened.append(run.now)
         run.step()
     run.growth.finish()
@@ -593,7 +593,7 @@ def test_the_trainer_grows_early_by_default() -> None:
         epochs=4,
     )
     assert trainer.fit() is net
-    assert trainer.growth.recipe == "early"
+    assert trainer.growth.run.recipe == "early"
     assert trainer.growth.plans
     assert trainer.growth.finished
     assert trainer.history[-1]["train_loss"] < trainer.history[0]["train_loss"]
@@ -616,7 +616,7 @@ def test_too_small_a_probe_is_no_verdict_on_the_width_and_costs_nothing() -> Non
 def test_an_event_that_is_asked_for_reads_any_probe() -> None:
     """A user who names a place wants to know what is found there."""
     run = Run(probe=[clusters(100_000, 8)]).to(30)
-    run.growth.grow_now(next(iter(run.growth.morphable.places)))
+    run.growth.grow_now(next(iter(run.growth.run.morphable.places)))
     run.to(STEPS)
     assert any(one.p_value is not None for event in run.growth.report().events for one in event.looked)
 
@@ -626,7 +626,7 @@ def test_a_run_that_ends_before_an_event_is_judged_keeps_it_unless_it_is_worse()
     run = Run()
     while not run.told("widened"):
         run.step()
-    assert run.growth.early.open is not None
+    assert run.growth.loop.early.open is not None
     run.step()
     run.growth.finish()
     event = run.growth.report().events[-1]
@@ -649,8 +649,8 @@ def test_one_scheduler_may_be_given_alone() -> None:
     growth = esper.grow(
         net, optimizer, loss_fn, probe=[clusters(1)], steps=STEPS, schedulers=cosine(optimizer)
     )
-    assert growth.early is not None
-    assert growth.early.timetable.due == Run().growth.early.timetable.due
+    assert growth.loop.early is not None
+    assert growth.loop.early.timetable.due == Run().growth.loop.early.timetable.due
     with pytest.raises(ConfigError, match="has no step"):
         esper.grow(net, optimizer, loss_fn, probe=[clusters(1)], steps=STEPS, schedulers=0.5)
 
@@ -663,7 +663,7 @@ def test_class_weights_leave_each_example_evidence_of_its_own() -> None:
         return F.cross_entropy(model(batch[0]), batch[1], weight=weight)
 
     run = Run(loss=weighted).to(STEPS)
-    assert run.growth.early.evidence.independent is True
+    assert run.growth.loop.early.evidence.independent is True
     assert run.growth.plans
 
 

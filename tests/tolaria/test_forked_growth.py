@@ -129,7 +129,7 @@ def accuracy(net: nn.Module) -> float:
 @pytest.mark.parametrize("seed", range(3))
 def test_a_trunk_of_two_heads_grows_to_what_the_full_size_reaches(seed: int) -> None:
     run = Run(seed=seed).to(STEPS)
-    assert run.growth.recipe == "early", "what auto chooses"
+    assert run.growth.run.recipe == "early", "what auto chooses"
     run.growth.finish()
     assert {event.data["site"] for event in run.told("widened")} == {"t.0>c+m"}
     assert min(event.step for event in run.told("widened")) < STEPS / 4
@@ -148,7 +148,7 @@ def test_a_trunk_of_two_heads_grows_to_what_the_full_size_reaches(seed: int) -> 
 def test_nothing_the_model_says_changes_at_the_moment_of_an_event(make: Any, training: bool) -> None:
     torch.manual_seed(0)
     run = Run(make(), config={"early": {"reopen": "no", "enough": 0.0}})
-    early = run.growth.early
+    early = run.growth.loop.early
     assert early is not None
     before: dict[str, Tensor] = {}
     while run.now < STEPS // 2 and early.open is None:
@@ -194,20 +194,20 @@ class Beside(nn.Module):
 def test_a_fork_is_widened_together_with_the_places_behind_it_and_put_back(last: bool) -> None:
     torch.manual_seed(0)
     run = Run(Beside(last))
-    early = run.growth.early
+    early = run.growth.loop.early
     assert early is not None
-    places = run.growth.morphable.pairs
+    places = run.growth.run.morphable.pairs
     assert {"a>q+k+v", "q>out", "out>b+ink", "b>gate+up", "gate*up>down"} == set(places)
-    before, parameters = early.insertion.remember(0), run.growth.morphable.parameter_count()
+    before, parameters = early.insertion.remember(0), run.growth.run.morphable.parameter_count()
     said, state = run.net(HELD["x"]), copy.deepcopy(run.net.state_dict())
     units = {name: 2 * place.site.granularity for name, place in places.items()}
     told, _ = GrowthCost(run.net, places)(units)
     kernels = {name: place.kernel(units[name]) for name, place in places.items()}
     assert early.insertion.widen(kernels, units, before) == ""
-    assert run.growth.morphable.parameter_count() == parameters + told
+    assert run.growth.run.morphable.parameter_count() == parameters + told
     for name, now in run.net(HELD["x"]).items():
         assert torch.allclose(said[name], now, rtol=1e-4, atol=1e-5), name
-    assert run.growth.morphable.pairs["a>q+k+v"].site.width == 10
+    assert run.growth.run.morphable.pairs["a>q+k+v"].site.width == 10
     loss_fn(run.net, HELD).backward()
     early.insertion.restore(before)
     assert all(torch.equal(state[name], tensor) for name, tensor in run.net.state_dict().items())
@@ -218,7 +218,7 @@ def whole() -> tuple[dict[str, Tensor], dict[int, list[Any]], list[int]]:
     """A run without a break: its weights, a state at every 100th step and one right after it has grown."""
     torch.manual_seed(0)
     run = Run(Pictures(), config={"early": {"enough": 0.0}})
-    early, states, opened = run.growth.early, dict[int, list[Any]](), list[int]()
+    early, states, opened = run.growth.loop.early, dict[int, list[Any]](), list[int]()
     assert early is not None
     while run.now < STEPS:
         if run.now % 100 == 0 or (early.open is not None and not opened):
@@ -292,7 +292,7 @@ def test_a_head_replaced_by_hand_is_named_and_left_alone() -> None:
     run.net.m = nn.Linear(run.net.m.in_features, 1)
     run.to(STEPS // 2)
     run.growth.finish()
-    early = run.growth.early
+    early = run.growth.loop.early
     assert early is not None
     reasons = [one.reason for record in early.records for one in record.looked]
     assert any("m was replaced or removed since esper.grow" in reason for reason in reasons)
@@ -300,7 +300,7 @@ def test_a_head_replaced_by_hand_is_named_and_left_alone() -> None:
 
 def test_a_race_leaves_it_alone_and_says_why() -> None:
     run = Run(growth="incubate", config={"blueprints": ["auto"]})
-    assert not run.growth.morphable.pairs
+    assert not run.growth.run.morphable.pairs
     (start,) = run.told("run_started")
     told = dict(start.data["refused"])
     assert "has 2 consumers (c, m)" in told["t.0"]
@@ -312,6 +312,6 @@ def test_a_frozen_host_is_raced_for_without_its_forks() -> None:
     net = Heads()
     net.t[0].requires_grad_(False)
     run = Run(net)
-    assert run.growth.recipe == "incubate"
-    assert not run.growth.morphable.pairs
+    assert run.growth.run.recipe == "incubate"
+    assert not run.growth.run.morphable.pairs
     run.growth.finish()

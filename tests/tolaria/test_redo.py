@@ -68,7 +68,7 @@ class Process:
         self.begun = until
 
     def kill(self) -> None:
-        for lease in (self.manager.lease, self.growth.redo.journal._lease):
+        for lease in (self.manager.lease, self.growth.loop.redo.journal._lease):
             lease.release()
 
     def told(self, kind: str) -> list[Event]:

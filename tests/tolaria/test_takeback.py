@@ -163,7 +163,7 @@ def same(one: Any, other: Any) -> bool:
 
 def until_grown(run: Run) -> dict[str, Any]:
     """Train to an event that grows; returns the facts of just before it."""
-    early = run.growth.early
+    early = run.growth.loop.early
     assert early is not None
     while run.now < STEPS * 2 // 3:
         given = run.train()
@@ -176,7 +176,7 @@ def until_grown(run: Run) -> dict[str, Any]:
 
 def take_back(run: Run) -> None:
     """Judge the event against a loss that nothing can fall below."""
-    early = run.growth.early
+    early = run.growth.loop.early
     assert early is not None
     assert early.open is not None
     early.open.held_out, early.open.extended, early.open.until = -1.0, True, run.growth.steps + 1
@@ -194,7 +194,7 @@ def test_everything_is_as_it_was_before_the_event(host: str, optimizer: str, lat
     before = until_grown(run)
     assert run.growth.plans
     assert not same(run.facts(), before)
-    early = run.growth.early
+    early = run.growth.loop.early
     assert early is not None
     assert early.open is not None
     for _ in range(later):
@@ -222,7 +222,7 @@ def test_training_goes_on_as_if_nothing_had_happened_but_the_steps(host: str, op
     run = Run(host, optimizer)
     until_grown(run)
     take_back(run)
-    early = run.growth.early
+    early = run.growth.loop.early
     assert early is not None
     run.growth.pause()
     twin_net = copy.deepcopy(run.net)
@@ -272,7 +272,7 @@ def test_a_new_loss_can_be_computed_at_once_and_the_old_one_is_a_number() -> Non
     run = Run("BatchNorm", "Adam")
     until_grown(run)
     batch, loss = run.train()
-    early = run.growth.early
+    early = run.growth.loop.early
     assert early is not None
     assert early.open is not None
     early.open.held_out, early.open.extended, early.open.until = -1.0, True, run.growth.steps + 1
@@ -287,7 +287,7 @@ def test_a_new_loss_can_be_computed_at_once_and_the_old_one_is_a_number() -> Non
 def test_an_event_whose_output_layer_was_multiplied_is_taken_back_whole() -> None:
     run = Run("widths", "Adam", config={"early": {"enough": 0.0, "reopen": "output"}})
     before = until_grown(run)
-    early = run.growth.early
+    early = run.growth.loop.early
     assert early is not None
     assert early.open is not None
     assert early.open.record.reopened == "output"
@@ -299,7 +299,7 @@ def test_an_event_whose_output_layer_was_multiplied_is_taken_back_whole() -> Non
 def test_shrunk_weights_and_cleared_moments_come_back_too() -> None:
     run = Run("BatchNorm", "AdamW", config={"early": {"enough": 0.0, "reopen": "shrink"}})
     before = until_grown(run)
-    early = run.growth.early
+    early = run.growth.loop.early
     assert early is not None
     assert early.open is not None
     assert early.open.record.reopened == "shrink"

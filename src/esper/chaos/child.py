@@ -75,7 +75,7 @@ class Child:
     def follow(self, trainer: Trainer) -> None:
         """Write down every optimizer step."""
         self.trainer = trainer
-        first = next(iter(trainer.growth.parts.optimizers.values()))
+        first = next(iter(trainer.growth.run.parts.optimizers.values()))
         first.register_step_post_hook(self._stepped)
 
     def _stepped(self, *rest: Any) -> None:

@@ -217,7 +217,7 @@ class Trainer:
     def evaluate(self, batches: Iterable[Any]) -> dict[str, float]:
         """Average the loss and every metric over the examples of ``batches``, in eval mode."""
         self.model.eval()
-        model = self.growth.parts.wrapping.host  # each process by itself: nothing waits for the others
+        model = self.growth.wrapping.host  # each process by itself: nothing waits for the others
         totals, examples = dict.fromkeys(self.metrics, 0.0), 0
         with torch.no_grad():
             for batch in batches:

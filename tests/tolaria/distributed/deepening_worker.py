@@ -56,17 +56,17 @@ def deepened(rank: int, world: int, wrap: str) -> Tensor:
         loss.backward()
         optimizer.step()
         if step == 5:
-            parts = growth.parts
+            parts = growth.run.parts
             with parts.wrapping.opened(parts.optimizers):
                 (stack, *_), _ = find_stacks(net, lambda: loss_fn(net, (X[:8], Y[:8])), 8)
                 committer = parts.committer
                 committer.run = lambda: loss_fn(net, (X[:8], Y[:8]))
                 assert committer.deepen(stack, stack.block(4), 5) == ""
     assert [event.kind for event in events].count("deepened") == 1
-    with growth.parts.wrapping.plain(growth.parts.optimizers):
+    with growth.run.parts.wrapping.plain(growth.run.parts.optimizers):
         weights = torch.cat([p.detach().flatten().clone() for p in net.parameters()])
         assert len(list(net.parameters())) == len(optimizer.param_groups[0]["params"])
-    growth.parts.wrapping.close()
+    growth.run.parts.wrapping.close()
     return weights
 
 

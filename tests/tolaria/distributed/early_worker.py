@@ -104,7 +104,7 @@ class Together:
         return [event for event in self.events if event.kind == kind]
 
     def weights(self) -> Tensor:
-        with self.growth.parts.wrapping.plain(self.growth.parts.optimizers):
+        with self.growth.run.parts.wrapping.plain(self.growth.run.parts.optimizers):
             return torch.cat([p.detach().flatten().clone() for p in self.net.parameters()])
 
     def kept(self, place: Path) -> CheckpointManager:
@@ -113,7 +113,7 @@ class Together:
 
     def same_everywhere(self) -> Tensor:
         own = self.weights()
-        sizes = self.growth.peers.exchange([len(own), self.growth.topology])
+        sizes = self.growth.peers.exchange([len(own), self.growth.run.topology])
         assert all(size == sizes[0] for size in sizes), sizes
         found = [torch.empty_like(own) for _ in range(self.world)]
         dist.all_gather(found, own)
@@ -179,7 +179,7 @@ def what_is_taken_back_is_taken_back_in_all(rank: int, world: int, folder: Path)
         size = len(run.weights())
         while not run.told("widened"):
             run.step()
-        early = run.growth.early
+        early = run.growth.loop.early
         assert early is not None
         assert early.open is not None
         early.open.held_out, early.open.extended, early.open.until = -1.0, True, run.growth.steps + 1
@@ -215,7 +215,7 @@ def a_run_goes_on_bit_for_bit(rank: int, world: int, folder: Path) -> None:
             cut.to(at)
             manager.save(wait=True)
             manager.close()
-            cut.growth.parts.wrapping.close()
+            cut.growth.run.parts.wrapping.close()
             dist.barrier()
             again = Together(rank, world, wrap)
             assert again.kept(place).resume() is not None

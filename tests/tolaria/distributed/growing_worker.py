@@ -99,7 +99,7 @@ class Together:
         return [event for event in self.events if event.kind == kind]
 
     def weights(self) -> Tensor:
-        with self.growth.parts.wrapping.plain(self.growth.parts.optimizers):
+        with self.growth.run.parts.wrapping.plain(self.growth.run.parts.optimizers):
             return torch.cat([p.detach().flatten().clone() for p in self.net.parameters()])
 
     def kept(self, place: Path) -> CheckpointManager:
@@ -111,7 +111,9 @@ class Together:
         found = [torch.empty_like(own) for _ in range(self.world)]
         dist.all_gather(found, own)
         assert all(torch.equal(own, other) for other in found)
-        lineages = self.growth.peers.exchange([self.growth.orchestrator.lineage, self.growth.topology])
+        lineages = self.growth.peers.exchange(
+            [self.growth.run.orchestrator.lineage, self.growth.run.topology]
+        )
         assert lineages[0] == lineages[1]
         return own
 
@@ -210,7 +212,7 @@ def runs_go_on_bit_for_bit(rank: int, world: int, folder: Path) -> None:
             cut.run(at)
             manager.save(wait=True)
             manager.close()
-            cut.growth.parts.wrapping.close()
+            cut.growth.run.parts.wrapping.close()
             dist.barrier()
             again = Together(rank, world, wrap)
             kept = again.kept(place)
@@ -221,7 +223,7 @@ def runs_go_on_bit_for_bit(rank: int, world: int, folder: Path) -> None:
             again.run(STEPS - at)
             again.growth.finish()
             assert torch.equal(whole.same_everywhere(), again.same_everywhere()), (wrap, at)
-            assert whole.growth.orchestrator.lineage == again.growth.orchestrator.lineage
+            assert whole.growth.run.orchestrator.lineage == again.growth.run.orchestrator.lineage
 
 
 def a_sharded_checkpoint_fits_a_replicated_run(rank: int, world: int, folder: Path) -> None:
@@ -259,7 +261,7 @@ def a_sharded_checkpoint_fits_a_replicated_run(rank: int, world: int, folder: Pa
 def a_fault_in_one_process_counts_in_all(rank: int, world: int, folder: Path) -> None:
     run = Together(rank, world)
     run.until("GRAFTING")
-    trial = run.growth.orchestrator.trial
+    trial = run.growth.run.orchestrator.trial
     assert trial is not None
     assert trial.kernel is not None
     if rank == 1:
@@ -291,7 +293,7 @@ def ways_that_part_are_joined(rank: int, world: int, folder: Path) -> None:
     run = Together(rank, world)
     run.until("TRAINING")
     if rank == 1:
-        run.growth.tamiyo.learn(run.growth.orchestrator.cull("on its own"), run.growth.steps)
+        run.growth.run.tamiyo.learn(run.growth.run.orchestrator.cull("on its own"), run.growth.steps)
     run.run(60)
     (told,) = run.kinds("ranks")
     assert "different ways" in told.data["why"]
@@ -302,7 +304,7 @@ def ways_that_part_are_joined(rank: int, world: int, folder: Path) -> None:
 def a_commit_that_fails_in_one_process_fails_in_all(rank: int, world: int, folder: Path) -> None:
     run = Together(rank, world)
     if rank == 1:
-        run.growth.parts.committer.averages = [nn.Linear(1, 1)]
+        run.growth.run.parts.committer.averages = [nn.Linear(1, 1)]
     run.run(80)
     assert not any(kept for _, kept in run.outcomes())
     reason = run.kinds("outcome")[0].data["reason"]
@@ -325,7 +327,7 @@ def the_first_process_is_asked(rank: int, world: int, folder: Path) -> None:
     if rank == 0:
         run.growth.pause()
     run.step()
-    assert run.growth.paused
+    assert run.growth.run.paused
 
 
 def processes_that_differ_are_refused(rank: int, world: int, folder: Path) -> None:
@@ -334,7 +336,7 @@ def processes_that_differ_are_refused(rank: int, world: int, folder: Path) -> No
             Together(rank, world, **given)
     run = Together(rank, world)
     if rank == 1:
-        run.growth.topology += 1
+        run.growth.run.topology += 1
     with pytest.raises(ProcessError, match="differ in topology"):
         run.step()
 

@@ -39,7 +39,7 @@ def test_a_candidate_that_writes_to_the_host_is_undone_before_it_is_exposed() ->
         return good(x)
 
     turn(trial.race.template, bad)
-    while run.growth.orchestrator.trial is trial:
+    while run.growth.run.orchestrator.trial is trial:
         run.train()
     (told,) = [e.data for e in run.events if e.kind == "rolled_back"]
     undone, plain = run.bits(), Run()
@@ -48,7 +48,7 @@ def test_a_candidate_that_writes_to_the_host_is_undone_before_it_is_exposed() ->
         plain.train()
     assert same(undone, plain.bits())
     assert "writes to the host" in outcomes(run)[-1]["reason"]
-    assert run.growth.orchestrator.cooling()
+    assert run.growth.run.orchestrator.cooling()
 
 
 def test_a_hook_that_a_seed_left_is_taken_away_and_the_users_own_stays() -> None:
@@ -80,7 +80,7 @@ def test_one_fault_is_enough_not_to_be_kept() -> None:
         return good(x) * torch.nan if len(passes) == 1 else good(x)
 
     turn(trial.kernel, bad)
-    while run.growth.orchestrator.trial is trial:
+    while run.growth.run.orchestrator.trial is trial:
         run.train()
     assert not outcomes(run)[-1]["kept"]
     assert "failed 1 times beside the host" in outcomes(run)[-1]["reason"]
@@ -91,10 +91,10 @@ def test_what_lowers_the_training_loss_and_raises_the_held_out_one_is_undone() -
     run = Run()
     trial = run.until(Stage.GRAFTING)
     assert trial.kernel is not None
-    before = run.watch.snapshots.ring[-1]
-    probe = next(iter(run.growth.orchestrator.given.gate.probe))
+    before = run.loop.watch.snapshots.ring[-1]
+    probe = next(iter(run.growth.run.orchestrator.given.gate.probe))
     own = [*trial.kernel.parameters()]
-    while run.growth.orchestrator.trial is trial:
+    while run.growth.run.orchestrator.trial is trial:
         with trial.layer.showing(trial.kernel):
             found = torch.autograd.grad(loss_fn(run.net, probe), own)
         with torch.no_grad():  # a parasite that the training loss does not show, for the sake of a short test
@@ -103,13 +103,13 @@ def test_what_lowers_the_training_loss_and_raises_the_held_out_one_is_undone() -
         trial.after[:] = [0.0] * len(trial.after)
         run.train()
     assert "harm: the held-out loss is" in outcomes(run)[-1]["reason"]
-    assert all(torch.equal(t, before.tensors[name].copy) for name, t in run.watch.snapshots.tensors())
+    assert all(torch.equal(t, before.tensors[name].copy) for name, t in run.loop.watch.snapshots.tensors())
 
 
 def test_an_examination_goes_on_from_its_state() -> None:
     run, other = Run(), Run()
     run.until(Stage.STABILISING)
-    state = copy.deepcopy(run.watch.state_dict())
+    state = copy.deepcopy(run.loop.watch.state_dict())
     assert state["examiner"]["before"]
     other.watch.load_state_dict(state)
     assert other.watch.state_dict() == state

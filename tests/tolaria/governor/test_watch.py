@@ -68,14 +68,14 @@ class Run:
         self.scheduler.step()
         action = self.watch.step(float(loss.detach()), self.step)
         if action == "rollback":
-            self.growth.steps = self.growth.taken.count
+            self.growth.steps = self.growth.run.clock.count
         else:
             self.growth.step(batch, loss)
         return action
 
     def until(self, *stages: Stage) -> Trial:
         """Train until a seed is in one of the stages."""
-        orchestrator = self.growth.orchestrator
+        orchestrator = self.growth.run.orchestrator
         for _ in range(STEPS):
             self.train()
             if orchestrator.trial is not None:
@@ -128,7 +128,7 @@ def test_a_lost_loss_leads_back_bit_for_bit_and_tells_the_steps_lost() -> None:
     assert same(run.bits(), at)
     assert torch.equal(torch.get_rng_state(), rng)
     assert run.scheduler.last_epoch == 20
-    assert run.watch.governor.lost == 6
+    assert run.loop.watch.governor.lost == 6
     (told,) = [e.data for e in run.events if e.kind == "rolled_back"]
     assert (told["to"], told["lost"]) == (20, 6)
     assert "6 steps are lost" in told["message"]
@@ -140,7 +140,7 @@ def test_no_way_leads_behind_a_widening() -> None:
     while not run.growth.plans:
         run.train()
     (committed,) = [e.step for e in run.events if e.kind == "widened"]
-    assert [s.step for s in run.watch.snapshots.ring] == [committed]
+    assert [s.step for s in run.loop.watch.snapshots.ring] == [committed]
     width = run.net[0].out_features
     at = run.bits()
     assert run.train(spoil=math.nan) == "rollback"
@@ -159,23 +159,23 @@ def test_a_run_that_cannot_be_helped_is_stopped_with_the_reason() -> None:
 def test_growth_is_held_and_goes_on_but_not_where_the_user_paused_it() -> None:
     run = Run(calm=5)
     run.train(spoil=math.nan)
-    assert run.growth.paused
+    assert run.growth.run.paused
     for _ in range(5):
         run.train()
-    assert not run.growth.paused
+    assert not run.growth.run.paused
     run.growth.pause()
     run.train(spoil=math.nan)
     for _ in range(6):
         run.train()
-    assert run.growth.paused
+    assert run.growth.run.paused
 
 
 def test_a_watch_goes_on_from_its_state() -> None:
     run, other = Run(), Run()
     for _ in range(30):
         run.train()
-    other.watch.load_state_dict(run.watch.state_dict())
-    assert other.watch.state_dict() == run.watch.state_dict()
+    other.watch.load_state_dict(run.loop.watch.state_dict())
+    assert other.watch.state_dict() == run.loop.watch.state_dict()
 
 
 class Leaky(nn.Module):
@@ -211,7 +211,7 @@ def spoil(trial: Trial, fault: str, run: Run) -> None:
 def test_a_candidate_that_is_bad_before_exposure_leaves_no_trace(value: float) -> None:
     run = Run()
     trial = run.until(Stage.TRAINING)
-    while trial.race is not None and run.growth.orchestrator.trial is trial:
+    while trial.race is not None and run.growth.run.orchestrator.trial is trial:
         with torch.no_grad():
             for tensor in trial.race.parameters.values():
                 tensor.fill_(value)
@@ -245,13 +245,13 @@ def bad_seed(fault: str, seed: int) -> str:
     """Let a seed in, make it bad at its exposure, and follow it to its end."""
     run = Run(seed)
     trial = run.until(Stage.GRAFTING)
-    before = run.watch.snapshots.ring[-1]
+    before = run.loop.watch.snapshots.ring[-1]
     spoil(trial, fault, run)
     plans, actions = len(run.growth.plans), []
-    while run.growth.orchestrator.trial is trial:
+    while run.growth.run.orchestrator.trial is trial:
         actions.append(run.train())
         if "rollback" in actions:
-            for name, tensor in run.watch.snapshots.tensors():
+            for name, tensor in run.loop.watch.snapshots.tensors():
                 assert torch.equal(tensor, before.tensors[name].copy)
             break
     outcome = [e.data for e in run.events if e.kind == "outcome"][-1]

@@ -34,7 +34,7 @@ class Plain:
 
     def train(self, steps: int, spoil: float = 1.0) -> None:
         for _ in range(steps):
-            batch = clusters(self.growth.taken.count)
+            batch = clusters(self.growth.run.clock.count)
             loss = loss_fn(self.net, batch) * spoil
             self.optimizer.zero_grad()
             loss.backward()

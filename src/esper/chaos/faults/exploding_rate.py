@@ -28,7 +28,7 @@ class ExplodingRate(Fault):
 
         def explode() -> None:
             child.strike("learning rate × 1000")
-            for optimizer in child.armed.growth.parts.optimizers.values():
+            for optimizer in child.armed.growth.run.parts.optimizers.values():
                 for group in optimizer.param_groups:
                     group["lr"] = group["lr"] * TIMES
 

@@ -29,7 +29,7 @@ class FailingKernel(Fault):
         """Look for a kernel after every step, and hang the failure on it."""
 
         def look(step: int) -> None:
-            trial = child.armed.growth.orchestrator.trial
+            trial = child.armed.growth.run.orchestrator.trial
             if not child.struck and trial is not None and trial.kernel is not None:
                 child.strike(f"the kernel at {trial.decision.site} fails")
                 trial.kernel.register_forward_hook(Failure())

@@ -25,8 +25,13 @@ class Journalled(Protocol):
 class Growing(Protocol):
     """A run that grows; :class:`esper.Growth` is one."""
 
-    config: Config
-    steps: int
+    @property
+    def config(self) -> Config:
+        """Its settings."""
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps acted on."""
 
     @property
     def host(self) -> nn.Module:

@@ -19,6 +19,7 @@ from esper.config import Config
 from esper.contracts import Decision, Event, Outcome, Stage
 from esper.distributed.collectives import digest
 from esper.kasmina.morphable import MorphableModel
+from esper.kasmina.race.guard import Guard, Unguarded
 from esper.kasmina.race.holding import weakly
 from esper.kasmina.race.race import Race
 from esper.kasmina.race.schedule import FIELD, Lessons, Step, first
@@ -45,6 +46,7 @@ class SeedOrchestrator:
     def __init__(self, model: MorphableModel, config: Config, timing: Timing, given: Given) -> None:
         self.model, self.config, self.timing, self.given = model, config, timing, given
         self.trial: Trial | None = None
+        self.guard: Guard = Unguarded()
         self.losses: deque[float] = deque(maxlen=max(TREND, 2 * timing.evaluate))
         self.step = 0
         self.cool_until = -1  # the last step of the latest embargo
@@ -247,6 +249,7 @@ class SeedOrchestrator:
         if why:
             trial.ending = why
             return None
+        self.guard.reshaped()
         self.move(Stage.FOSSILISED, "not worse than before exposure")
         outcome = self.outcome(True, "kept")
         self.retire(trial, Stage.FOSSILISED, Stage.DORMANT)
@@ -363,6 +366,7 @@ class SeedOrchestrator:
             target=target.name,
             reason=reason,
         )
+        self.guard.moved(trial.decision.site or "", target, self.step)
 
     def note_move(self, seed: int, target: Stage) -> None:
         """Go on with the digest of all moves."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from esper.contracts import Event, Stage
+from esper.contracts import Stage
 from esper.errors import LossError
 from esper.kasmina.morphable import MorphableModel
 from esper.kasmina.race.orchestrator import SeedOrchestrator
@@ -26,7 +26,6 @@ from esper.tolaria.governor.governor import Action, Actions, Governor, Settings
 from esper.tolaria.governor.rollback import LAG, Capture, Snapshots
 from esper.tolaria.governor.vitals import Reading, Vitals, Watcher, norms, total
 
-GERMINATED, GRAFTING, FOSSILISED = (s.name for s in (Stage.GERMINATED, Stage.GRAFTING, Stage.FOSSILISED))
 EXCUSED = 2.5  # e-folds a graft may lift the loss by; a judged one lowers it
 
 
@@ -139,26 +138,31 @@ class Watch:
         if not ring or step - ring[-1].step >= self.settings.every:
             self.snapshots.take(step)
 
-    def told(self, event: Event) -> None:
-        """Hear what growth tells: expect what a stage does to the loss, begin again behind a commit."""
-        if event.kind in ("widened", "grafted", "deepened"):
-            self.snapshots.clear()
-            self.watcher.kept.clear()
-            self.watcher.chosen.clear()
-            self.metered = False
-        target = event.data["target"] if event.kind == "stage" else ""
-        if target == GERMINATED:
-            self.examiner.wake(event.step)
-            if not self.snapshots.ring or self.snapshots.ring[-1].step < event.step:
-                self.snapshots.take(event.step)  # before anything of the seed has run
-        if target == GRAFTING and not self.examiner.expose(event.step):
+    def reshaped(self) -> None:
+        """Forget snapshots and readings of the model's earlier shapes."""
+        self.snapshots.clear()
+        self.watcher.kept.clear()
+        self.watcher.chosen.clear()
+        self.metered = False
+
+    def moved(self, site: str, target: Stage, step: int) -> None:
+        """Expect what a stage does to the loss, and keep what there was before it."""
+        if target is Stage.GERMINATED:
+            self.examiner.wake(step)
+            if not self.snapshots.ring or self.snapshots.ring[-1].step < step:
+                self.snapshots.take(step)  # before anything of the seed has run
+        if target is Stage.GRAFTING and not self.examiner.expose(step):
             return  # undone at the next step; what is there now is no snapshot to go back to
-        if target not in (GRAFTING, FOSSILISED):
+        if target not in (Stage.GRAFTING, Stage.FOSSILISED):
             return
-        ramp = self.orchestrator.timing.ramp if target == GRAFTING else 0
-        why = f"{target} at {event.data['site']}"
-        self.governor.expect(event.step, why, ramp + self.settings.grace, EXCUSED)
-        self.snapshots.take(event.step)  # before the host feels the seed; behind the commit
+        ramp = self.orchestrator.timing.ramp if target is Stage.GRAFTING else 0
+        why = f"{target.name} at {site}"
+        self.governor.expect(step, why, ramp + self.settings.grace, EXCUSED)
+        self.snapshots.take(step)  # before the host feels the seed; behind the commit
+
+    def expect(self, step: int, why: str, steps: int | None = None) -> None:
+        """Expect a discontinuity of the user's own."""
+        self.governor.expect(step, why, steps)
 
     def exposed(self) -> bool:
         """Tell whether a seed takes part in the host's output."""

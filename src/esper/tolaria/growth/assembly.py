@@ -160,7 +160,7 @@ def assemble(
         per_example=per_example,
         averages=ema,
         schedulers=schedulers,
-        run=given.run,
+        loss_of=given.run,
         latency_ms=lambda: latency(host, lambda: loss_fn(host, batch)),
         host_parameters=model.parameter_count(),
         host_flops=model.flops,

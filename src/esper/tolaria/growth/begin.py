@@ -17,14 +17,13 @@ from esper.config import Config, ConfigLike, load_config
 from esper.contracts import Event, Observer, ignore
 from esper.distributed.model_wrapper import wrapping_of
 from esper.errors import ConfigError
-from esper.kasmina.race.holding import weakly
 from esper.kasmina.sites.sites import Sites
 from esper.nissa.run.journal import RunJournal
 from esper.surgery.isolation.contexts import same_randomness, taught
 from esper.surgery.isolation.global_draws import forgetting
 from esper.tolaria.governor import Settings, Watch
 from esper.tolaria.growth.assembly import assemble
-from esper.tolaria.growth.conductor import Growth
+from esper.tolaria.growth.growth import Growth
 from esper.tolaria.growth.opening.arguments import (
     listed,
     refuse_folder,
@@ -147,14 +146,14 @@ def grow(
         if journal is not None:
             journal.take_back()
         raise
-    made.redo.journal = journal
-    made.presence.closers.append(forgetting(made.morphable.host))
+    made.loop.redo.journal = journal
+    made.loop.presence.closers.append(forgetting(made.host))
     if settings.governor.enabled:
         chosen = Settings(**settings.governor.model_dump(exclude={"enabled"}))
         stateful = [*schedulers, *([scaler] if scaler is not None else [])]
-        made.watch = Watch(made, chosen, averages=parts.averages, stateful=stateful)
-        made.presence.closers.append(made.watch.watcher.close)
-        watchers.append(weakly(made.watch.told))
+        watch = Watch(made.run, chosen, averages=parts.averages, stateful=stateful)
+        made.loop.watch = made.run.orchestrator.guard = watch
+        made.loop.presence.closers.append(watch.watcher.close)
     return made
 
 

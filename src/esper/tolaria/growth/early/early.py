@@ -33,6 +33,7 @@ from esper.tolaria.growth.evidence.streamed import Streamed
 from esper.tolaria.growth.run.account import NO_EVIDENCE, EventRecord, Looked, Point, record_from
 from esper.tolaria.growth.run.allowance import CHECKS, Allowance
 from esper.tolaria.growth.run.mishaps import Mishaps
+from esper.tolaria.growth.run.state import RunState
 from esper.tolaria.growth.run.telling import widened
 
 INSERTED = "inserted: the output is unchanged"
@@ -46,22 +47,21 @@ class Early:
     """Grows one run early.
 
     Args:
-        growth: The conductor: ``parts``, ``morphable``, ``steps``, ``batches``, ``tell``, ``asked``,
-            ``mishaps``.
+        run: What the run knows of itself.
     """
 
-    def __init__(self, growth: Any) -> None:
-        self.growth, self.parts = growth, growth.parts
-        self.settings = growth.config.early
-        self.insertion, self.seeds = Insertion(self.parts.committer, self.parts.streams.draw), Seeds(growth)
-        self.evidence = Streamed(growth) if self.parts.example is not None else Evidence(growth)
+    def __init__(self, run: RunState) -> None:
+        self.run, self.parts = run, run.parts
+        self.settings = run.config.early
+        self.insertion = Insertion(self.parts.committer, self.parts.streams.draw)
+        self.evidence = Streamed(run) if self.parts.example is not None else Evidence(run)
         self.doubts = self.evidence.doubts()
-        self.timetable = Timetable(growth)
-        self.reach = Reach(growth, self.timetable)
-        self.mishaps: Mishaps = growth.mishaps
-        self.hindsight = Hindsight(growth, self.evidence, self.mishaps)
-        self.seeds = Seeds(growth)
-        self.allowance = Allowance(growth)
+        self.timetable = Timetable(run, self.evidence)
+        self.reach = Reach(run, self.timetable)
+        self.mishaps: Mishaps = run.mishaps
+        self.hindsight = Hindsight(run, self.evidence, self.insertion)
+        self.seeds = Seeds(run)
+        self.allowance = Allowance(run)
         self.spending = Spending(self.settings.false_keep, self.settings.further)
         self.open: Judged | None = None
         self.waiting: str | None = None  # why an event waits for growth.rewrap()
@@ -79,7 +79,7 @@ class Early:
         judged = self.open
         if judged is not None and step >= judged.until:
             return True
-        return self.listens(step) or self.growth.asked is not None
+        return self.listens(step) or self.run.asked is not None
 
     def listens(self, step: int) -> bool:
         """Tell whether batches and losses are kept: for an event, or to judge one by."""
@@ -94,23 +94,23 @@ class Early:
 
     def act(self, loss: float) -> None:
         """Judge what is due, keep batches, and hold an event."""
-        growth, now = self.growth, self.growth.steps
+        run, now = self.run, self.run.steps
         if self.open is not None and now >= self.open.until and not self.parts.wrapping.deferred:
             self.judge()
             self.timetable.wake = 0
-        if growth.asked is None and not self.listens(now):
+        if run.asked is None and not self.listens(now):
             return
-        self.evidence.collect(growth.batches[-1], loss)
+        self.evidence.collect(run.batches[-1], loss)
         why = self.evidence.due()
-        if why is None and growth.asked is not None:
+        if why is None and run.asked is not None:
             why = "asked for"
         if why is None and self.evidence.waiting is None:
-            why = self.timetable.reason(now, loss, growth.paused)
-        if why is None or growth.paused:
+            why = self.timetable.reason(now, loss, run.paused)
+        if why is None or run.paused:
             return
         if self.parts.wrapping.deferred:
             if self.waiting is None:
-                growth.tell("warning", message="an event is due and waits until growth.rewrap() is called")
+                run.tell("warning", message="an event is due and waits until growth.rewrap() is called")
             self.waiting = why
         else:
             self.event(why)
@@ -122,7 +122,7 @@ class Early:
 
     def act_on_waiting(self) -> None:
         """Judge what is due, and hold the event that waited."""
-        if self.open is not None and self.growth.steps >= self.open.until:
+        if self.open is not None and self.run.steps >= self.open.until:
             self.judge()
         if self.waiting is not None:
             why, self.waiting = self.waiting, None
@@ -140,36 +140,36 @@ class Early:
 
     def skip(self, why: str) -> None:
         """Leave everything in order where an event could not be held, or not be judged."""
-        growth, judged = self.growth, self.open
-        growth.asked, self.timetable.wake = None, 0
+        run, judged = self.run, self.open
+        run.asked, self.timetable.wake = None, 0
         self.evidence.abandon()
         if judged is not None:
-            judged.until = max(judged.until, growth.steps + self.timetable.length(self.settings.judge))
-        if self.records and self.records[-1].step == growth.steps:
+            judged.until = max(judged.until, run.steps + self.timetable.length(self.settings.judge))
+        if self.records and self.records[-1].step == run.steps:
             if self.records[-1].verdict == "nothing" and not self.records[-1].reason:
                 self.records[-1].reason = f"skipped: {why}"
         elif judged is None:
             training = self.evidence.training_loss
-            self.records.append(EventRecord(growth.steps, "", None, training, 0, reason=f"skipped: {why}"))
+            self.records.append(EventRecord(run.steps, "", None, training, 0, reason=f"skipped: {why}"))
 
     # -- an event --------------------------------------------------------------------------------------------
 
     def event(self, why: str) -> None:
         """Look at every place, and grow those that pass."""
-        growth = self.growth
+        run = self.run
         if self.open is not None and not self.judge(early=True):
             self.timetable.put_off(self.open.until)  # nothing grows on what may be taken back
             return
         if not self.evidence.ready(why):
             self.timetable.wake = 0
             return
-        only, growth.asked = growth.asked, None
+        only, run.asked = run.asked, None
         free = {name: p for name, p in self.reach.places().items() if only in (None, name)}
-        room = growth.room()
+        room = run.room()
         units = self.reach.allocated(free, room)
-        record = EventRecord(growth.steps, why, None, self.evidence.training_loss, 0)
-        for name, reason in self.reach.left_out(free if only is None else growth.morphable.places).items():
-            record.looked.append(Looked(name, growth.morphable.places[name].site.width, reason=reason))
+        record = EventRecord(run.steps, why, None, self.evidence.training_loss, 0)
+        for name, reason in self.reach.left_out(free if only is None else run.morphable.places).items():
+            record.looked.append(Looked(name, run.morphable.places[name].site.width, reason=reason))
         if not units and self.reach.waits_for_depth(room):
             return
         self.doubts += self.evidence.trained_on() if units else []
@@ -185,10 +185,10 @@ class Early:
         self.records.append(record)
         with self.parts.wrapping.whole():
             found = self.evidence.look({name: free[name] for name in units}, units)
-        growth.cost.grow(found.flops)
+        run.cost.grow(found.flops)
         record.held_out, record.examples = found.held_out, found.examples
         self.note_point(found.held_out)
-        why_not = "" if growth.plans else self.evidence.enough(found.held_out, self.timetable.learned)
+        why_not = "" if run.plans else self.evidence.enough(found.held_out, self.timetable.learned)
         if why_not:
             if why_not.startswith(ENOUGH):
                 self.timetable.clear()
@@ -198,7 +198,7 @@ class Early:
         final = self.reach.allocated({name: free[name] for name in passed}, room)
         if not final:
             if any(one.p_value is not None and one.p_value < PROMISING for one in record.looked):
-                self.timetable.again(growth.steps)
+                self.timetable.again(run.steps)
             self.decline(record, free, found.scored, NO_EVIDENCE)
             return
         self.grow(record, found, final)
@@ -208,7 +208,7 @@ class Early:
     ) -> list[str]:
         """Return the places that may grow, and write down what was found at each."""
         share = self.spending.threshold(len(self.spending.looks), 1)
-        record.looked += looked_at(found, free, units, share, self.growth.morphable.host)
+        record.looked += looked_at(found, free, units, share, self.run.morphable.host)
         return [one.site for one in record.looked if not one.reason]
 
     def decline(
@@ -225,21 +225,21 @@ class Early:
 
     def grow(self, record: EventRecord, found: Found, units: Mapping[str, int]) -> None:
         """Insert what passed; whatever ends this in the middle, Ctrl-C too, takes all of it back."""
-        growth = self.growth
-        before, kept = self.insertion.remember(growth.steps), growth.events_kept
+        run = self.run
+        before, kept = self.insertion.remember(run.steps), run.events_kept
         self.evidence.remember()
         decisions = list[Decision]()
         try:
             self.insert(record, found, units, before, decisions)
         except BaseException as error:  # Ctrl-C too must leave no half of an event; it is raised again
-            with growth.watched_surgery():
+            with run.reshaping():
                 self.insertion.restore(before)
-            growth.events_kept, self.open, record.verdict = kept, None, "nothing"
+            run.events_kept, self.open, record.verdict = kept, None, "nothing"
             record.reason = f"the grown model was put back: {type(error).__name__}: {error}"
             for one in record.looked:
                 if one.grown or not one.reason:
                     one.grown, one.reason = 0, record.reason
-            growth.topology_changed()
+            run.topology_changed()
             for decision in decisions:
                 self.seeds.end(decision, False, record.reason)
             raise
@@ -276,8 +276,8 @@ class Early:
     def change(self, found: Found, units: Mapping[str, int], before: Before) -> dict[str, str]:
         """Widen and deepen the model; returns why, for each place that was not changed."""
         kernels = {name: found.scored[name].kernel for name in units}
-        self.insertion.trials = [partial(self.parts.run, batch) for batch in self.evidence.latest]
-        with self.growth.watched_surgery():
+        self.insertion.trials = [partial(self.parts.loss_of, batch) for batch in self.evidence.latest]
+        with self.run.reshaping():
             widened, failures = self.insertion.carry_out(kernels, units, before)
         self.reach.barred.update(widened)
         return failures
@@ -286,21 +286,21 @@ class Early:
         self, record: EventRecord, found: Found, before: Before, decisions: list[Decision]
     ) -> None:
         """Leave an event open for as long as it is given to win, and tell what the model is now."""
-        growth = self.growth
-        growth.cost.grow(CHECKS * growth.morphable.flops * growth.morphable.examples)
+        run = self.run
+        run.cost.grow(CHECKS * run.morphable.flops * run.morphable.examples)
         record.reopened = self.reopen()
         record.verdict = "open"
-        growth.events_kept += 1
+        run.events_kept += 1
         share = self.settings.judge * (1 if record.reopened == "no" else REOPENED)
-        until = growth.steps + self.timetable.length(share)
+        until = run.steps + self.timetable.length(share)
         self.open = Judged(before, until, found.held_out, decisions, record)
-        parameters = growth.morphable.parameter_count()
+        parameters = run.morphable.parameter_count()
         for number, seed, name, *_ in decisions:
             self.seeds.move(seed, name, Stage.GERMINATED, Stage.STABILISING, INSERTED)
             if widens(found.scored[name].kernel):
-                growth.tell("widened", **widened(growth.plans, number, name, parameters))
-        growth.topology_changed()
-        growth.expect(f"an event at step {growth.steps}", self.timetable.length(self.settings.judge))
+                run.tell("widened", **widened(run.plans, number, name, parameters))
+        run.topology_changed()
+        run.expect(f"an event at step {run.steps}", self.timetable.length(self.settings.judge))
         self.note_point(None)
 
     def reopen(self) -> How:
@@ -310,7 +310,7 @@ class Early:
         self.insertion.reopen(how, saturation.outputs)
         if how != "no":
             loss = saturation.fitted or self.evidence.training_loss
-            self.growth.tell("reopened", how=how, loss=loss, guess=saturation.guess)
+            self.run.tell("reopened", how=how, loss=loss, guess=saturation.guess)
         return how
 
     # -- afterwards ------------------------------------------------------------------------------------------
@@ -323,7 +323,7 @@ class Early:
         Args:
             early: The time is not up, because the next event is due: only what has won already is decided.
         """
-        growth, judged = self.growth, self.open
+        run, judged = self.run, self.open
         assert judged is not None
         if dear := self.allowance.judged(judged.record.examples, early):
             if not early:
@@ -332,28 +332,28 @@ class Early:
         with self.parts.wrapping.whole():
             then, now = self.hindsight.losses(judged)
         self.note_point(now)
-        kept = judged.won(now, not early and growth.steps < judged.until, than=then)
+        kept = judged.won(now, not early and run.steps < judged.until, than=then)
         if not kept and (early or not judged.extended):
             if not early:
-                judged.extended, judged.until = True, growth.steps + judged.until - judged.before.step
+                judged.extended, judged.until = True, run.steps + judged.until - judged.before.step
             return False
         reason = judged.told(then, now)
         replaced = next(iter(self.reach.gone([one.site for one in judged.decisions]).values()), "")
         self.spending.paid = self.spending.paid or kept
         if kept or replaced:  # to take it back would overwrite the user's own new layer
             self.keep(reason if kept else f"{reason}; not taken back, for {replaced}")
-            if kept and growth.room().events > 0:
-                self.timetable.further(growth.steps)
+            if kept and run.room().events > 0:
+                self.timetable.further(run.steps)
             return True
         self.open = None
         judged.record.verdict, judged.record.reason = "taken back", f"{reason}; {WORTH:.0%} less was needed"
-        lost = growth.steps - judged.before.step
-        with growth.watched_surgery():
+        lost = run.steps - judged.before.step
+        with run.reshaping():
             self.insertion.restore(judged.before)
-        growth.events_kept -= 1
-        growth.topology_changed()
-        sizes = {"parameters": growth.morphable.parameter_count()}
-        growth.tell("taken_back", to=judged.before.step, lost=lost, before=then, now=now, **sizes)
+        run.events_kept -= 1
+        run.topology_changed()
+        sizes = {"parameters": run.morphable.parameter_count()}
+        run.tell("taken_back", to=judged.before.step, lost=lost, before=then, now=now, **sizes)
         for decision in judged.decisions:
             self.seeds.end(decision, False, reason)
         return True
@@ -395,4 +395,4 @@ class Early:
 
     def note_point(self, held_out: float | None) -> None:
         """Write a point of the curve."""
-        self.points.append(Point.now(self.growth, held_out))
+        self.points.append(self.run.point(held_out))

@@ -19,10 +19,11 @@ from esper.contracts import DeepenPlan
 from esper.errors import ProcessError, SurgeryError
 from esper.kasmina.depth.deepen import at
 from esper.surgery.isolation.copies import on_copies
+from esper.tolaria.growth.early.insertion import Insertion
 from esper.tolaria.growth.early.judged import Judged
 from esper.tolaria.growth.early.takeback import Before, named
 from esper.tolaria.growth.evidence.evidence import Evidence
-from esper.tolaria.growth.run.mishaps import Mishaps
+from esper.tolaria.growth.run.state import RunState
 
 ALIKE = 1e-6  # relative: a loss that differs by less is the one that was measured at the event
 
@@ -31,25 +32,25 @@ class Hindsight:
     """Compares the weights from before an event with those of now.
 
     Args:
-        growth: The conductor: ``morphable``, ``plans``, ``peers``, ``cost``.
+        run: What the run knows of itself.
         evidence: What is held out.
-        mishaps: Told where the earlier weights cannot be measured.
+        insertion: Which knows what a pass cost before the event.
     """
 
-    def __init__(self, growth: Any, evidence: Evidence, mishaps: Mishaps) -> None:
-        self.growth, self.evidence, self.mishaps = growth, evidence, mishaps
+    def __init__(self, run: RunState, evidence: Evidence, insertion: Insertion) -> None:
+        self.run, self.evidence, self.insertion = run, evidence, insertion
 
     def losses(self, judged: Judged) -> tuple[float, float]:
         """Return the held-out loss of the weights from before an event, and of those of now.
 
         The first is the one remembered where the loss has not changed, or cannot be taken.
         """
-        evidence, growth = self.evidence, self.growth
+        evidence, run = self.evidence, self.run
         held = evidence.judged_on()
         now = evidence.held_out(held)
-        (then,) = growth.peers.agree([self.earlier(judged, held)])
-        flops: int = growth.morphable.flops + growth.early.insertion.flops_before
-        growth.cost.grow(flops * sum(map(count_examples, held)))
+        (then,) = run.peers.agree([self.earlier(judged, held)])
+        flops: int = run.morphable.flops + self.insertion.flops_before
+        run.cost.grow(flops * sum(map(count_examples, held)))
         known = judged.record.held_out
         same = known is not None and math.isclose(then, known, rel_tol=ALIKE)
         return judged.held_out if same or not math.isfinite(then) else then, now
@@ -62,7 +63,7 @@ class Hindsight:
         except ProcessError:
             raise
         except Exception as error:  # the user's model and loss run here: they raise what they like
-            self.mishaps.say(
+            self.run.mishaps.say(
                 "an event is judged by the loss measured when it came; the weights of then do not run now: "
                 f"{type(error).__name__}: {error}"
             )
@@ -71,7 +72,7 @@ class Hindsight:
     @contextmanager
     def weights_of(self, before: Before) -> Iterator[None]:
         """Let the host have the shapes, weights and buffers it had, on copies, for a while."""
-        host, plans = self.growth.morphable.host, self.growth.plans
+        host, plans = self.run.morphable.host, self.run.plans
         own = {id(tensor) for _, tensor in named(host)}
         with on_copies(host), same_counts(host, before.deeper(plans)):
             shared = [name for name, tensor in named(host) if id(tensor) in own]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
 
 from torch import nn
 
@@ -17,6 +16,7 @@ from esper.kasmina.widths.places import Place, WidenPlace
 from esper.tamiyo.controller import Room
 from esper.tamiyo.early import allocate
 from esper.tolaria.growth.early.timetable import Timetable
+from esper.tolaria.growth.run.state import RunState
 
 WAITS = "it waits: blocks come first, as long as another fits the budget"
 WAITS_FOR_LATE = "it waits: blocks come at the last events"
@@ -26,13 +26,13 @@ class Reach:
     """Says how far an event of one run may go.
 
     Args:
-        growth: The conductor: ``morphable``, ``room``, ``config``.
+        run: What the run knows of itself.
         timetable: Of the run.
     """
 
-    def __init__(self, growth: Any, timetable: Timetable) -> None:
-        self.growth, self.timetable = growth, timetable
-        self.settings = growth.config.early
+    def __init__(self, run: RunState, timetable: Timetable) -> None:
+        self.run, self.timetable = run, timetable
+        self.settings = run.config.early
         self.resting: dict[str, str] = {}  # places that cannot learn at present, and why
         self.barred: dict[str, str] = {}  # places that are closed for the rest of the run, and why
 
@@ -43,13 +43,13 @@ class Reach:
         docs/decisions.md), but for what is narrower inside than the stream it writes to. Once no further
         block fits the budget, all widths are next.
         """
-        self.barred.update(self.gone(self.growth.morphable.places))
+        self.barred.update(self.gone(self.run.morphable.places))
         self.resting = self.untrained()
         closed = {**self.resting, **self.barred}
-        found = {n: p for n, p in self.growth.morphable.places.items() if n not in closed}
+        found = {n: p for n, p in self.run.morphable.places.items() if n not in closed}
         stacks = {n: p for n, p in found.items() if isinstance(p, Stack)}
         pairs = {n: p for n, p in found.items() if isinstance(p, WidenPlace)}
-        if not stacks or not self.allocated(stacks, self.growth.room()):
+        if not stacks or not self.allocated(stacks, self.run.room()):
             return {**pairs}
         inside = self.paths_of_blocks()
         widths: dict[str, Place] = {
@@ -59,21 +59,21 @@ class Reach:
 
     def left_out(self, free: Iterable[str]) -> dict[str, str]:
         """Return the places an event does not ask at, and why."""
-        waiting = [name for name in self.growth.morphable.places if name not in free]
-        stacks = self.growth.morphable.stacks
+        waiting = [name for name in self.run.morphable.places if name not in free]
+        stacks = self.run.morphable.stacks
         waits = {name: WAITS_FOR_LATE if name in stacks else WAITS for name in waiting}
         return {**waits, **self.resting, **self.barred}
 
     def paths_of_blocks(self) -> tuple[str, ...]:
         """Return how the path of what stands within a block of a stack begins."""
-        return tuple(f"{stack.container}." for stack in self.growth.morphable.stacks.values())
+        return tuple(f"{stack.container}." for stack in self.run.morphable.stacks.values())
 
     def gone(self, names: Iterable[str]) -> dict[str, str]:
         """Return the places of which a layer was replaced by hand, and which one."""
-        held = {id(module) for module in self.growth.morphable.host.modules()}
+        held = {id(module) for module in self.run.morphable.host.modules()}
         found: dict[str, str] = {}
         for name in names:
-            place = self.growth.morphable.places.get(name)
+            place = self.run.morphable.places.get(name)
             if place is None:
                 continue
             ends = zip((place.site.entry, *place.site.exits), place.ends(), strict=True)
@@ -87,12 +87,12 @@ class Reach:
 
         A fork is one as long as one of its consumers is trained.
         """
-        optimizers = self.growth.parts.optimizers.values()
+        optimizers = self.run.parts.optimizers.values()
         rates = {
             id(p): group["lr"] for one in optimizers for group in one.param_groups for p in group["params"]
         }
         found: dict[str, str] = {}
-        for name, place in self.growth.morphable.places.items():
+        for name, place in self.run.morphable.places.items():
             if not isinstance(place, WidenPlace):
                 continue
             entry, *exits = zip((place.site.entry, *place.site.exits), place.ends(), strict=True)
@@ -104,7 +104,7 @@ class Reach:
 
     def waits_for_depth(self, room: Room) -> bool:
         """Tell whether blocks can be added at a later event."""
-        return bool(self.timetable.due and self.allocated(self.growth.morphable.stacks, room))
+        return bool(self.timetable.due and self.allocated(self.run.morphable.stacks, room))
 
     def allocated(self, places: Mapping[str, Place], room: Room) -> dict[str, int]:
         """Return the units each place gets: widths spend the budget before the last events.
@@ -113,11 +113,11 @@ class Reach:
         """
         if room.events <= 0 or not places:
             return {}
-        reserve = 0 if self.growth.morphable.stacks else self.timetable.late
+        reserve = 0 if self.run.morphable.stacks else self.timetable.late
         left = min(max(1 + len(self.timetable.due) - reserve, 1), room.events)
         inside = self.paths_of_blocks()
         sites = [bounded(place, inside) for place in places.values()]
-        cost = GrowthCost(self.growth.morphable.host, places)
+        cost = GrowthCost(self.run.morphable.host, places)
         return allocate(sites, self.settings.factor, left, room, cost)
 
 

@@ -11,7 +11,8 @@ from esper.batches.examples import count_examples
 from esper.tamiyo.early import placed
 from esper.tamiyo.triggers import Trigger
 from esper.tolaria.growth.early.rates import forecast, moves
-from esper.tolaria.growth.evidence.evidence import RECENT
+from esper.tolaria.growth.evidence.evidence import RECENT, Evidence
+from esper.tolaria.growth.run.state import RunState
 
 UNMOVED = 2  # steps after which a scheduler that has not moved does not move by the step
 LENGTH = 1000  # steps a run counts as whose length is not known
@@ -24,17 +25,18 @@ class Timetable:
     """The steps of a run at which something is due.
 
     Args:
-        growth: The conductor.
+        run: What the run knows of itself.
+        evidence: Which says how many examples an event reads.
 
     Attributes:
         due: Steps of events to come.
         wake: The step from which on batches are kept for the next event; before it nothing is asked.
     """
 
-    def __init__(self, growth: Any) -> None:
-        self.growth, self.parts = growth, growth.parts
-        self.settings = growth.config.early
-        self.trigger = Trigger(growth.config.schedule, None, 0) if self.parts.steps is None else None
+    def __init__(self, run: RunState, evidence: Evidence) -> None:
+        self.run, self.parts, self.evidence = run, run.parts, evidence
+        self.settings = run.config.early
+        self.trigger = Trigger(run.config.schedule, None, 0) if self.parts.steps is None else None
         self.shares: dict[int, float] = {}  # of the learning, by the step at which it is done
         self.last = 0  # step after which no event is added
         self.due = self.planned()
@@ -49,7 +51,7 @@ class Timetable:
 
     def planned(self) -> list[int]:
         """Place the events that are still to come by what the learning rate will do."""
-        steps, now = self.parts.steps, self.growth.steps
+        steps, now = self.parts.steps, self.run.steps
         if steps is None or steps < FEWEST:
             return []
         optimizer = next(iter(self.parts.optimizers.values()))
@@ -61,7 +63,7 @@ class Timetable:
     @property
     def learned(self) -> float:
         """The share of its learning that the run has done by its latest event; 1 where none was planned."""
-        return max((share for step, share in self.shares.items() if step <= self.growth.steps), default=1.0)
+        return max((share for step, share in self.shares.items() if step <= self.run.steps), default=1.0)
 
     def reason(self, now: int, loss: float, paused: bool = False) -> str | None:
         """Return why an event is due, or None; what is due while growth is paused waits for its end."""
@@ -87,8 +89,8 @@ class Timetable:
         """Sleep until batches for the next event must be kept."""
         if not self.settled or self.trigger is not None:
             return
-        size = max(count_examples(self.growth.batches[-1]), 1)
-        needed = max(math.ceil(self.growth.early.evidence.most / size) + 1, RECENT)
+        size = max(count_examples(self.run.batches[-1]), 1)
+        needed = max(math.ceil(self.evidence.most / size) + 1, RECENT)
         self.wake = self.due[0] - needed if self.due else math.inf
 
     @property

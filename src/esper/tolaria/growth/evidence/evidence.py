@@ -25,6 +25,7 @@ from esper.kasmina.widths.places import Place
 from esper.surgery.isolation.contexts import evaluating, examining, same_generators, untouched
 from esper.tolaria.growth.evidence.held import held_batches, refuse_not_finite, thinned
 from esper.tolaria.growth.evidence.saturation import Saturation
+from esper.tolaria.growth.run.state import RunState
 
 SHARE = 0.008  # of the examples that a run trains on, which an event reads at most
 LATEST = 2  # training batches on which what has grown must run
@@ -58,7 +59,7 @@ class Evidence:
     """Reads training and held-out examples for the events of one run.
 
     Args:
-        growth: The conductor.
+        run: What the run knows of itself.
 
     Attributes:
         saturation: What cross-entropy tells of the host.
@@ -73,14 +74,14 @@ class Evidence:
     waiting: str | None = None  # why the event came whose evidence is still being gathered
     judged_by = 0  # latest losses that tell what the held-out loss is by now
 
-    def __init__(self, growth: Any) -> None:
-        self.growth, self.parts = growth, growth.parts
-        self.most: int = growth.config.early.examples  # examples of either kind that an event reads
+    def __init__(self, run: RunState) -> None:
+        self.run, self.parts = run, run.parts
+        self.most: int = run.config.early.examples  # examples of either kind that an event reads
         self.batches: deque[Any] = deque()
         self.latest: list[Any] = []  # training batches of the event at hand
         self.size = 0  # examples in the loop's largest batch
         self.losses: deque[float] = deque(maxlen=RECENT)
-        self.saturation = Saturation(self.host, growth.config.early.enough)
+        self.saturation = Saturation(self.host, run.config.early.enough)
         self.independent: bool | None = None
         self.inner = False  # whether the loss takes gradients inside itself
         self.known = Known()
@@ -88,7 +89,7 @@ class Evidence:
         self.empty: list[int] = []  # batches of the probe in which no target counts
         held = self.named_probe()
         with evaluating(self.host), untouched(self.host, 0):
-            refuse_not_finite({name: float(self.parts.run(batch)) for name, batch in held.items()})
+            refuse_not_finite({name: float(self.parts.loss_of(batch)) for name, batch in held.items()})
         self.learn_loss([*held.values()])
         counts = [count_examples(batch) for batch in held.values()]
         self.found_values = sum(counts) if self.independent else len(counts)
@@ -97,7 +98,7 @@ class Evidence:
     @property
     def host(self) -> nn.Module:
         """The model."""
-        return self.growth.morphable.host
+        return self.run.morphable.host
 
     @property
     def training_loss(self) -> float | None:
@@ -111,10 +112,10 @@ class Evidence:
         size = max(count_examples(batch), 1)
         self.size = max(self.size, size)
         if not self.independent:  # each batch is one value, so it takes as many as there may be
-            self.most = max(self.growth.config.early.examples, BLOCKS * size)
+            self.most = max(self.run.config.early.examples, BLOCKS * size)
         elif self.parts.steps is not None:  # a short run's events read less
             share = int(SHARE * self.parts.steps * size)
-            self.most = min(max(share, LEAST), self.growth.config.early.examples)
+            self.most = min(max(share, LEAST), self.run.config.early.examples)
         while len(self.batches) > 1 and (len(self.batches) - 1) * size >= self.most:
             self.batches.popleft()
 
@@ -144,16 +145,16 @@ class Evidence:
     def learn_loss(self, held: Sequence[Any]) -> None:
         """Find out once what kind of loss this is."""
         few = first(held[0], 64)
-        places = self.growth.morphable.places
+        places = self.run.morphable.places
         if self.parts.per_example is None:
-            asked = (independent(self.host, self.run, places, first(one, 64)) for one in held[:ASKED])
+            asked = (independent(self.host, self.loss_of, places, first(one, 64)) for one in held[:ASKED])
             self.independent = next((answer for answer in asked if answer is not None), None)
         else:
             with evaluating(self.host), torch.enable_grad():
-                self.independent = followed(self.host, self.run, places, few)
+                self.independent = followed(self.host, self.loss_of, places, few)
         with evaluating(self.host):
-            self.inner = differentiates(self.host, places, lambda: self.run(few))
-        self.saturation.learn(lambda: self.parts.run(few))
+            self.inner = differentiates(self.host, places, lambda: self.loss_of(few))
+        self.saturation.learn(lambda: self.parts.loss_of(few))
 
     def look(self, places: Mapping[str, Place], units: Mapping[str, int]) -> Found:
         """Measure places.
@@ -166,7 +167,7 @@ class Evidence:
         seed = self.parts.streams.draw("evidence")
         saturation = self.saturation
         saturation.fitted = self.fit_of(self.batches)
-        score = Score(self.host, places, units, self.growth.peers, self.inner)
+        score = Score(self.host, places, units, self.run.peers, self.inner)
         alone = self.independent is True
         with tempered(saturation.outputs, saturation.temper):
             score.fit(self.runs([*self.batches], alone), seed)
@@ -175,7 +176,7 @@ class Evidence:
         examples = sum(count_examples(batch) for batch in held)
         seen = sum(count_examples(batch) for batch in self.batches)
         often = 3 if saturation.fitted is None else 4
-        flops = score.flops + self.growth.morphable.flops * (often * min(seen, self.most) + 4 * examples)
+        flops = score.flops + self.run.morphable.flops * (often * min(seen, self.most) + 4 * examples)
         self.latest = [*self.batches][-LATEST:]
         self.batches.clear()
         values = examples if alone else len(held)
@@ -197,7 +198,7 @@ class Evidence:
         held = sum(count_examples(batch) for batch in self.read or self.probe())
         seen = min(sum(count_examples(batch) for batch in self.batches), self.most)
         often = 3 if self.saturation.guess is None else 4
-        own = self.growth.morphable.flops * (often * seen + 4 * held)
+        own = self.run.morphable.flops * (often * seen + 4 * held)
         return own + look_price(places, units, seen, held, self.inner), held
 
     def runs(self, batches: Sequence[Any], alone: bool) -> list[Run]:
@@ -205,7 +206,7 @@ class Evidence:
         left, runs = self.most, list[Run]()
         for batch in self.laid_out(batches, alone):
             few = first(batch, left if alone else self.most)
-            runs.append(((lambda b=few: self.run(b)), count_examples(few)))
+            runs.append(((lambda b=few: self.loss_of(b)), count_examples(few)))
             left -= runs[-1][1]
             if alone and left <= 0:
                 break
@@ -213,26 +214,26 @@ class Evidence:
 
     def laid_out(self, batches: Sequence[Any], alone: bool | None) -> Iterator[Any]:
         """Lay batches out as they are to go through the model."""
-        most = largest(self.size, self.growth.morphable.flops)
+        most = largest(self.size, self.run.morphable.flops)
         return portions(batches, most) if alone else iter(batches)
 
-    def run(self, batch: Any) -> Tensor:
+    def loss_of(self, batch: Any) -> Tensor:
         """Return the loss that is evidence: the user's, or the mean of what ``per_example`` gives."""
         if self.parts.per_example is None:
-            return self.parts.run(batch)
+            return self.parts.loss_of(batch)
         return self.parts.per_example(self.host, batch).mean()
 
     @property
     def smallest(self) -> int:
         """The fewest held-out values that could pass."""
-        places = max(len(self.growth.morphable.places), 1)
-        share = Spending(self.growth.config.early.false_keep).most
+        places = max(len(self.run.morphable.places), 1)
+        share = Spending(self.run.config.early.false_keep).most
         alone = share if places == 1 else share / 2 / places
         return smallest(alone, of_blocks=self.independent is not True)
 
     def held_out(self, held: Sequence[Any] | None = None) -> float:
         """Return the mean held-out loss in eval mode; rank 0's counts."""
-        return self.growth.peers.agree([self.mean_loss(self.probe() if held is None else held)])[0]
+        return self.run.peers.agree([self.mean_loss(self.probe() if held is None else held)])[0]
 
     def mean_loss(self, batches: Sequence[Any]) -> float:
         """Return the mean loss of examples in eval mode, in this process."""
@@ -244,7 +245,7 @@ class Evidence:
         total = examples = 0.0
         for batch in self.laid_out([*batches], self.independent):
             count = count_examples(batch)
-            total += float(self.parts.run(batch)) * count
+            total += float(self.parts.loss_of(batch)) * count
             examples += count
         return total / examples
 
@@ -279,9 +280,9 @@ class Evidence:
         """Say so, once, where most held-out examples are among those that the loop trains on."""
         self.known.learn(self.batches)
         self.read = self.probe()
-        if self.growth.peers.every(not self.known.most_of(self.read)):
+        if self.run.peers.every(not self.known.most_of(self.read)):
             return []
-        self.growth.tell("warning", message=self.repeats)
+        self.run.tell("warning", message=self.repeats)
         return [self.repeats]
 
     def notes(self) -> list[str]:

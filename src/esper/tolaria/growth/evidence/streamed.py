@@ -18,6 +18,7 @@ from torch import Tensor
 from esper.batches.examples import copied, count_examples
 from esper.kasmina.widths.places import Place
 from esper.tolaria.growth.evidence.evidence import RECENT, Evidence, Found
+from esper.tolaria.growth.run.state import RunState
 
 SAMPLE = 64  # examples that tell, at the judgement, whether the loss itself has changed since the event
 
@@ -39,12 +40,12 @@ class Streamed(Evidence):
     shared = False
     judged_by = RECENT
 
-    def __init__(self, growth: Any) -> None:
+    def __init__(self, run: RunState) -> None:
         self.coming: list[Any] = []
         self.earlier: dict[str, Tensor] = {}
         self.sample: list[Any] = []
         self.sampled, self.parted = 0.0, 1
-        super().__init__(growth)
+        super().__init__(run)
 
     def ready(self, why: str) -> bool:
         """Remember the weights where an event is due; from then on collect what they have not seen."""
@@ -96,7 +97,7 @@ class Streamed(Evidence):
 
     def held_out(self, held: Sequence[Any] | None = None) -> float:
         """Return the mean of the latest losses: each was taken before its batch was learned from."""
-        return self.growth.peers.agree([sum(self.losses) / len(self.losses)])[0]
+        return self.run.peers.agree([sum(self.losses) / len(self.losses)])[0]
 
     def remember(self) -> None:
         """Measure the sample: the same weights lose the same on it later, or the loss has changed."""

@@ -11,12 +11,12 @@ import json
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from esper.contracts import Decision, Stage
-from esper.distributed.collectives import Peers, digest
+from esper.distributed.collectives import Peers
 from esper.errors import ProcessError
-from esper.saving.genome import Plan
+from esper.tolaria.growth.run.state import RunState
 
 ACTIONS: tuple[Literal["widen", "graft", "nothing"], ...] = ("widen", "graft", "nothing")
 STARTS = ("svd", "random", "mixed")
@@ -89,34 +89,34 @@ def same_decision(peers: Peers, decision: Decision, names: Sequence[str]) -> Dec
     return replace(decision, action=ACTIONS[action], site=site, width=width, start=how)
 
 
-def realign(growth: Any) -> None:
+def realign(run: RunState) -> None:
     """Bring processes that went different ways together again, on rank 0's.
 
     The models are the same ones (a difference there ends the run): only what growth was about to do differs.
     So the seed that is awake is dropped everywhere, and rank 0's random streams, experience and counters are
     taken over.
     """
-    orchestrator, layout, peers = growth.orchestrator, growth.morphable.layout, growth.peers
+    orchestrator, layout, peers = run.orchestrator, run.morphable.layout, run.peers
     if orchestrator.trial is not None:
-        growth.tamiyo.learn(orchestrator.cull("the processes went different ways"), growth.steps)
+        run.tamiyo.learn(orchestrator.cull("the processes went different ways"), run.steps)
     for seed in range(len(layout.stage)):
         layout.clear(seed)
     layout.stage.fill_(int(Stage.DORMANT))
     own = {
-        "tamiyo": growth.tamiyo.state_dict(),
-        "streams": growth.parts.streams.state_dict(),
-        "counters": [growth.events_kept, growth.parts.gate.looks, orchestrator.lineage, growth.parts.epochs],
+        "tamiyo": run.tamiyo.state_dict(),
+        "streams": run.parts.streams.state_dict(),
+        "counters": [run.events_kept, run.parts.gate.looks, orchestrator.lineage, run.parts.epochs],
         "losses": list(orchestrator.losses),
     }
     state = json.loads(peers.hear(json.dumps(own).encode()))
-    growth.tamiyo.load_state_dict(state["tamiyo"])
-    growth.parts.streams.load_state_dict(state["streams"])
-    growth.events_kept, growth.parts.gate.looks, orchestrator.lineage, growth.parts.epochs = state["counters"]
+    run.tamiyo.load_state_dict(state["tamiyo"])
+    run.parts.streams.load_state_dict(state["streams"])
+    run.events_kept, run.parts.gate.looks, orchestrator.lineage, run.parts.epochs = state["counters"]
     orchestrator.losses.clear()
     orchestrator.losses.extend(state["losses"])
     orchestrator.cool_until = -1
     why = "the processes went different ways; the awake seed was dropped and rank 0's growth taken over"
-    growth.tell("ranks", world=peers.world, rank=peers.rank, why=why)
+    run.tell("ranks", world=peers.world, rank=peers.rank, why=why)
 
 
 def bits(value: float) -> int:
@@ -127,8 +127,3 @@ def bits(value: float) -> int:
 def number(value: int) -> float:
     """Return the float of these bits."""
     return struct.unpack("<d", value.to_bytes(8, "little", signed=True))[0]
-
-
-def topology(plans: Sequence[Plan]) -> int:
-    """Digest what grew; asked again only where something did."""
-    return digest(repr(plans))

@@ -16,6 +16,7 @@ from typing import Any
 from esper.contracts import Decision
 from esper.errors import RunError
 from esper.nissa.run.journal import RunJournal
+from esper.tolaria.growth.run.state import RunState
 
 APPLIED = ("action", "site", "width", "start")
 EXPLAINED = ("reason", "propensity", "predicted")
@@ -25,15 +26,15 @@ class Redo:
     """What is still to be taken again by one run.
 
     Args:
-        growth: The conductor: ``peers``, ``steps``, ``tell``.
+        run: What the run knows of itself.
 
     Attributes:
         journal: Where to read it; None where there is none, and in all processes but the first.
         ahead: Decisions to come, data by step; the same in every process.
     """
 
-    def __init__(self, growth: Any) -> None:
-        self.growth = growth
+    def __init__(self, run: RunState) -> None:
+        self.run = run
         self.journal: RunJournal | None = None
         self.ahead: dict[int, Mapping[str, Any]] = {}
 
@@ -42,12 +43,10 @@ class Redo:
         found: Mapping[int, Mapping[str, Any]] = {}
         if self.journal is not None:
             try:
-                found = self.journal.decided_after(self.growth.steps)
+                found = self.journal.decided_after(self.run.steps)
             except RunError as error:  # the weights are sound: better to go on than to stop for the why
-                self.growth.tell(
-                    "warning", message=f"what was decided behind the checkpoint is lost: {error}"
-                )
-        peers = self.growth.peers
+                self.run.tell("warning", message=f"what was decided behind the checkpoint is lost: {error}")
+        peers = self.run.peers
         if peers.world > 1:
             found = {int(k): v for k, v in json.loads(peers.hear(json.dumps(found).encode())).items()}
         self.ahead = dict(found)
@@ -56,7 +55,7 @@ class Redo:
         """Return why a decision is due now; only journalled ones are, as long as there are any ahead."""
         if not self.ahead:
             return why
-        now = self.growth.steps
+        now = self.run.steps
         for step in [step for step in self.ahead if step < now]:
             self._miss(step, "another seed was awake, or growth was paused")
         if now in self.ahead:
@@ -70,26 +69,26 @@ class Redo:
             own: What this process decided.
             free: The sites where a seed can be woken now.
         """
-        data = self.ahead.get(self.growth.steps)
+        data = self.ahead.get(self.run.steps)
         if data is None:
             return own
         if data["site"] is not None and data["site"] not in free:
-            self._miss(self.growth.steps, f"{data['site']} is not free")
+            self._miss(self.run.steps, f"{data['site']} is not free")
             return own
-        del self.ahead[self.growth.steps]
+        del self.ahead[self.run.steps]
         if all(data[name] == getattr(own, name) for name in APPLIED):
             return own
         facts = {name: data[name] for name in (*APPLIED, *EXPLAINED)}
         decision = replace(own, **facts, arms=tuple(data["arms"]))
         said = f"decision {own.id} is taken as journalled, {_words(decision)}"
-        self.growth.tell("warning", message=f"{said}; this process would have chosen to {_words(own)}")
+        self.run.tell("warning", message=f"{said}; this process would have chosen to {_words(own)}")
         return decision
 
     def _miss(self, step: int, why: str) -> None:
         data = self.ahead.pop(step)
         what = f"{data['action']} {data['site']}" if data["site"] else "do nothing"
         message = f"the decision journalled at step {step}, {what}, could not be taken again: {why}"
-        self.growth.tell("warning", message=message)
+        self.run.tell("warning", message=message)
 
 
 def _words(decision: Decision) -> str:

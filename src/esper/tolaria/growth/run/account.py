@@ -82,13 +82,6 @@ class Point:
     held_out: float | None
     metrics: Mapping[str, float] = field(default_factory=dict)
 
-    @classmethod
-    def now(cls, growth: Any, held_out: float | None) -> Point:
-        """Read the model's size and what was spent."""
-        spent = growth.cost.training_flops + growth.cost.growth_flops
-        size, flops = growth.morphable.parameter_count(), growth.morphable.flops
-        return cls(growth.steps, size, flops, spent, held_out, dict(growth.metrics))
-
 
 @dataclass(frozen=True)
 class Report:

@@ -3,30 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Protocol
 
 from esper.kasmina.evidence.growth_cost import GrowthCost
 from esper.kasmina.widths.places import Place
+from esper.tolaria.growth.run.state import RunState
 
 CHECKS = 4  # passes over a probe batch that prove an insertion and count its cost
 JUDGEMENTS = 3  # of one event: when the next is due, when its time is up, and once more
 DEAR = "budget.growth_flops"
 
 
+class Priced(Protocol):
+    """What says the price of a look before it is taken."""
+
+    def price(self, places: Mapping[str, Place], units: Mapping[str, int]) -> tuple[int, int]:
+        """Return its FLOPs at most, and how many held-out examples it reads."""
+
+
 class Allowance:
     """Says what fits the budget of one run.
 
     Args:
-        growth: The conductor: ``cost``, ``morphable``, ``parts``.
+        run: What the run knows of itself.
     """
 
-    def __init__(self, growth: Any) -> None:
-        self.growth = growth
+    def __init__(self, run: RunState) -> None:
+        self.run = run
 
     @property
     def left(self) -> float | None:
         """FLOPs that growing may still cost this process; None: any number."""
-        most, cost = self.growth.parts.budget.growth_flops, self.growth.cost
+        most, cost = self.run.parts.budget.growth_flops, self.run.cost
         return None if most is None else max(most - cost.growth_flops, 0.0) / cost.processes
 
     def declined(self, price: int) -> str:
@@ -38,9 +46,9 @@ class Allowance:
 
     def judged(self, examples: int, early: bool) -> str:
         """Say why a judgement is not made; one that comes early leaves enough for that when time is up."""
-        return self.declined((1 + early) * self.growth.morphable.flops * examples)
+        return self.declined((1 + early) * self.run.morphable.flops * examples)
 
-    def dear(self, evidence: Any, places: Mapping[str, Place], units: Mapping[str, int]) -> str:
+    def dear(self, evidence: Priced, places: Mapping[str, Place], units: Mapping[str, int]) -> str:
         """Say why an event cannot be paid for; empty where it can, or where nobody counts."""
         if self.left is None or not units:
             return ""
@@ -57,6 +65,6 @@ class Allowance:
             units: By name.
             held: Held-out examples.
         """
-        model = self.growth.morphable
+        model = self.run.morphable
         grown = model.flops + GrowthCost(model.host, places)(units)[1]
         return look + grown * (CHECKS * model.examples + JUDGEMENTS * held)

@@ -51,7 +51,7 @@ class Parts:
     probe: Iterable[Any]
     averages: Sequence[nn.Module]
     schedulers: Sequence[Any]
-    run: Callable[[Any], Tensor]
+    loss_of: Callable[[Any], Tensor]  # of a batch, through the host as it is
     example: Any  # a batch like the loop's where the stream is its own probe, else None
     per_example: PerExample | None
     latency_ms: Callable[[], float]

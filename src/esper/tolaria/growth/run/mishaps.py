@@ -5,10 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
+from esper.distributed.collectives import Peers
 from esper.errors import ProcessError
 from esper.surgery.isolation.contexts import taught
+from esper.tolaria.growth.run.components import Parts
 
 
 def replaced(names: Sequence[str]) -> str:
@@ -24,15 +26,28 @@ def replaced(names: Sequence[str]) -> str:
     )
 
 
+class Told(Protocol):
+    """A run, as far as its mishaps go."""
+
+    parts: Parts
+
+    @property
+    def peers(self) -> Peers:
+        """The processes that train the model together."""
+
+    def tell(self, kind: str, **data: Any) -> None:
+        """Emit an event."""
+
+
 class Mishaps:
     """Contains errors of one run's events.
 
     Args:
-        growth: The conductor: ``tell``, ``peers``.
+        run: The run.
     """
 
-    def __init__(self, growth: Any) -> None:
-        self.growth = growth
+    def __init__(self, run: Told) -> None:
+        self.run = run
         self.told: set[str] = set()
 
     @contextmanager
@@ -51,7 +66,7 @@ class Mishaps:
         except ProcessError:
             raise
         except Exception as error:  # the user's model, loss and probe run here: they raise what they like
-            if self.growth.peers.world > 1:
+            if self.run.peers.world > 1:
                 raise
             reason = f"{type(error).__name__}: {error}"
             skip(reason)
@@ -59,7 +74,7 @@ class Mishaps:
 
     def warn_replaced(self) -> None:
         """Warn once where parameters became other objects: what else holds the old ones is wrong by now."""
-        if lost := replaced(self.growth.parts.committer.replaced):
+        if lost := replaced(self.run.parts.committer.replaced):
             if "replaced" not in self.told:
                 warnings.warn(lost, stacklevel=3)
             self.say(lost, "replaced")
@@ -68,4 +83,4 @@ class Mishaps:
         """Tell it, once; once for all messages on a topic where one is named."""
         if (topic or message) not in self.told:
             self.told.add(topic or message)
-            self.growth.tell("warning", message=message)
+            self.run.tell("warning", message=message)

@@ -21,33 +21,36 @@ from esper.kasmina.widths.layers import weight_of
 from esper.kasmina.widths.pairs import Pair
 from esper.saving.genome import plan_from
 from esper.surgery.isolation.contexts import same_randomness
+from esper.tolaria.governor import Watch
+from esper.tolaria.growth.early.early import Early
+from esper.tolaria.growth.run.state import RunState
 
 VERSION = 2
 
 
-def capture(growth: Any) -> dict[str, Any]:
+def capture(run: RunState, early: Early | None, watch: Watch | None) -> dict[str, Any]:
     """Return the state of a run: tensors, numbers, strings and containers of them."""
-    parts, orchestrator = growth.parts, growth.orchestrator
+    parts, orchestrator = run.parts, run.orchestrator
     return {
         "version": VERSION,
-        "sites": {name: pair.site.width for name, pair in growth.morphable.places.items()},
-        "plans": [asdict(plan) for plan in growth.plans],
-        "layout": {k: v.clone() for k, v in growth.morphable.layout.named_buffers()},
-        "tamiyo": growth.tamiyo.state_dict(),
+        "sites": {name: pair.site.width for name, pair in run.morphable.places.items()},
+        "plans": [asdict(plan) for plan in run.plans],
+        "layout": {k: v.clone() for k, v in run.morphable.layout.named_buffers()},
+        "tamiyo": run.tamiyo.state_dict(),
         "streams": parts.streams.state_dict(),
-        "cost": growth.cost.state_dict(),
-        "flops": growth.morphable.flops,
+        "cost": run.cost.state_dict(),
+        "flops": run.morphable.flops,
         "looks": parts.gate.looks,
-        "counters": [growth.steps, growth.events_kept, parts.epochs, orchestrator.examples],
+        "counters": [run.steps, run.events_kept, parts.epochs, orchestrator.examples],
         "losses": list(orchestrator.losses),
         "cool_until": orchestrator.cool_until,
         "lineage": orchestrator.lineage,
-        "asked": growth.asked,
-        "paused": growth.paused,
-        "pending": list(growth.losses),
-        "batches": list(growth.batches),
-        "governor": None if growth.watch is None else growth.watch.state_dict(),
-        "early": None if growth.early is None else growth.early.state_dict(),
+        "asked": run.asked,
+        "paused": run.paused,
+        "pending": list(run.losses),
+        "batches": list(run.batches),
+        "governor": None if watch is None else watch.state_dict(),
+        "early": None if early is None else early.state_dict(),
         "trial": None if orchestrator.trial is None else capture_trial(orchestrator.trial),
     }
 
@@ -75,7 +78,7 @@ def capture_trial(trial: Trial) -> dict[str, Any]:
     }
 
 
-def restore(growth: Any, state: Mapping[str, Any]) -> None:
+def restore(run: RunState, state: Mapping[str, Any], early: Early | None, watch: Watch | None) -> None:
     """Bring a fresh run to a saved state: topology first, then everything by name.
 
     Raises:
@@ -85,49 +88,49 @@ def restore(growth: Any, state: Mapping[str, Any]) -> None:
         raise StateError(
             f"the state has version {state.get('version')!r}; this Esper reads version {VERSION}"
         )
-    places = growth.morphable.places
+    places = run.morphable.places
     for name in state["sites"]:
         if name not in places:
             raise StateError(
                 f"the state knows the site {name!r}, this model does not; {nearest(name, places)}"
             )
-    parts, orchestrator = growth.parts, growth.orchestrator
+    parts, orchestrator = run.parts, run.orchestrator
     for plan in state["plans"]:
         parts.committer.replay(plan_from(plan))
     for name, tensor in state["layout"].items():
-        getattr(growth.morphable.layout, name).copy_(tensor)
-    growth.tamiyo.load_state_dict(state["tamiyo"])
+        getattr(run.morphable.layout, name).copy_(tensor)
+    run.tamiyo.load_state_dict(state["tamiyo"])
     parts.streams.load_state_dict(state["streams"])
-    growth.cost.load_state_dict(state["cost"])
-    growth.morphable.flops, parts.gate.looks = state["flops"], state["looks"]
-    growth.steps, growth.events_kept, parts.epochs, orchestrator.examples = state["counters"]
-    growth.taken.count = growth.steps
+    run.cost.load_state_dict(state["cost"])
+    run.morphable.flops, parts.gate.looks = state["flops"], state["looks"]
+    run.steps, run.events_kept, parts.epochs, orchestrator.examples = state["counters"]
+    run.clock.count = run.steps
     orchestrator.losses.extend(state["losses"])
-    orchestrator.step = growth.steps
+    orchestrator.step = run.steps
     orchestrator.cool_until, orchestrator.lineage = state["cool_until"], state.get("lineage", 0)
-    growth.asked, growth.paused = state["asked"], state["paused"]
-    growth.losses.extend(state["pending"])
-    growth.batches.extend(state["batches"])
-    if growth.watch is not None:
-        growth.watch.snapshots.clear()  # the model is another one by now
+    run.asked, run.paused = state["asked"], state["paused"]
+    run.losses.extend(state["pending"])
+    run.batches.extend(state["batches"])
+    if watch is not None:
+        watch.snapshots.clear()  # the model is another one by now
         if state.get("governor") is not None:
-            growth.watch.load_state_dict(state["governor"])
-    if (state.get("early") is None) != (growth.early is None):
+            watch.load_state_dict(state["governor"])
+    if (state.get("early") is None) != (early is None):
         raise StateError(
-            f"the state is of a run that grew by another recipe; this one grows by {growth.recipe!r}: pass "
+            f"the state is of a run that grew by another recipe; this one grows by {run.recipe!r}: pass "
             "growth= as it was"
         )
-    if growth.early is not None:
-        growth.early.load_state_dict(state["early"])
+    if early is not None:
+        early.load_state_dict(state["early"])
     if state["trial"] is not None:
-        restore_trial(growth, state["trial"])
+        restore_trial(run, state["trial"])
 
 
-def restore_trial(growth: Any, state: Mapping[str, Any]) -> None:
+def restore_trial(run: RunState, state: Mapping[str, Any]) -> None:
     """Wake the seed that was awake."""
     facts: dict[str, Any] = {**state["decision"], "arms": tuple(state["decision"]["arms"])}
     decision = Decision(**facts)
-    orchestrator, morphable = growth.orchestrator, growth.morphable
+    orchestrator, morphable = run.orchestrator, run.morphable
     assert decision.site is not None
     layer = morphable.layer(decision.site, weakly(orchestrator.fault))
     trial = Trial(

@@ -1,0 +1,194 @@
+"""What happens in a run at each call of ``growth.step``, read downwards."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from esper.batches.examples import copied, count_examples
+from esper.contracts import Outcome
+from esper.surgery.isolation.contexts import taught
+from esper.tolaria.governor import Watch
+from esper.tolaria.growth.early.early import Early
+from esper.tolaria.growth.incubation.boundary import Word, bits, meet, realign
+from esper.tolaria.growth.incubation.incubation import Incubation
+from esper.tolaria.growth.incubation.redo import Redo
+from esper.tolaria.growth.opening.entrance import check_finite, check_loss, failing
+from esper.tolaria.growth.opening.presence import Presence
+from esper.tolaria.growth.run.components import Parts
+from esper.tolaria.growth.run.state import RunState
+from esper.tolaria.growth.run.telling import size_and_cost
+
+
+class Loop:
+    """Counts steps, and hands each that has happened to the recipe the run grows by.
+
+    Args:
+        parts: What the run consists of.
+        presence: The run's hooks in the user's optimizers.
+
+    Attributes:
+        early: The early recipe, where the run grows by it.
+        redo: What a process before decided.
+        watch: The governor, where the settings want one.
+    """
+
+    def __init__(self, parts: Parts, presence: Presence) -> None:
+        self.presence = presence
+        self.run = RunState(parts, presence.clock)
+        self.redo = Redo(self.run)
+        self.incubation = Incubation(self.run, self.redo)
+        self.watch: Watch | None = None
+        self.early: Early | None = None
+
+    def begin(self) -> None:
+        """Look at the loss and the held-out examples, where the early recipe will."""
+        run = self.run
+        if run.recipe == "early":
+            looking = failing("the model or loss, run on the first held-out examples, raised")
+            with looking, run.morphable.policy.uncompiled(), run.parts.wrapping.whole():
+                self.early = Early(run)
+            run.parts.warnings.extend(self.early.doubts)
+
+    def step(self, batch: Any, loss: Tensor) -> None:
+        """Take one micro-batch; act if an optimizer step has happened."""
+        run = self.run
+        check_loss(loss)
+        run.batches.append(copied(batch) if run.recipe == "incubate" else batch)
+        examples = count_examples(batch) * max(self.presence.evaluations, 1)
+        self.presence.evaluations = 0
+        run.cost.train(3 * run.morphable.flops * examples)  # backward costs twice the forward
+        run.orchestrator.examples += examples
+        if run.clock.settled() == run.steps:
+            if complaint := run.clock.complaint():
+                run.mishaps.say(complaint, "no step")
+            return
+        value = float(loss.detach())  # read once per optimizer step: a device need not wait per micro-batch
+        if self.watch is None and run.peers.world == 1:
+            check_finite(value, run.steps)
+        run.steps = run.clock.count
+        if run.peers.world > 1:
+            value = self.meet(value)
+        if self.governed(value):
+            self.act(value)
+            if run.steps % run.config.telemetry.progress_every == 0:
+                self.tell_progress()
+
+    def meet(self, loss: float) -> float:
+        """Meet the other processes: from here on all know the same; returns the mean loss."""
+        run = self.run
+        names, orchestrator = list(run.morphable.places), run.orchestrator
+        asked = names.index(run.asked) if run.asked in names else -1
+        facts = bits(loss), orchestrator.examples, len(orchestrator.noted), asked, int(run.paused)
+        found = meet(run.peers, Word(run.steps, run.topology, orchestrator.lineage, *facts))
+        orchestrator.examples, run.paused = found.examples, found.paused
+        run.asked = None if found.asked < 0 else names[found.asked]
+        if not found.alike:
+            realign(run)
+        if self.watch is None:
+            check_finite(found.loss, run.steps)
+        orchestrator.share(found.faults)
+        return found.loss
+
+    def governed(self, loss: float) -> bool:
+        """Let the governor look; returns whether the step stands and teaches something."""
+        if self.watch is None:
+            return True
+        with self.run.morphable.policy.uncompiled():
+            action = self.watch.step(loss, self.run.steps)
+        if action == "rollback" or not math.isfinite(loss):
+            self.run.orchestrator.examples = 0
+            return False
+        return True
+
+    def act(self, loss: float) -> None:
+        """Hand the step to the recipe; most steps ask for nothing."""
+        run = self.run
+        run.losses.append(loss)
+        if self.early is not None and not self.early.wants(run.steps):
+            return
+        begun = time.perf_counter()
+        with taught(), run.morphable.policy.uncompiled():
+            if self.early is not None:
+                self.early.step(loss)
+            elif run.recipe == "incubate":
+                self.incubation.step(loss)
+        run.cost.seconds += time.perf_counter() - begun
+        run.mishaps.warn_replaced()
+
+    def tell_progress(self) -> None:
+        """Tell the mean loss since the last time, and what was spent."""
+        run = self.run
+        mean = sum(run.losses) / len(run.losses)
+        run.losses.clear()
+        seconds = time.perf_counter() - run.begun
+        run.tell("progress", loss=mean, **size_and_cost(run.parts), seconds=seconds)
+
+    @property
+    def growing(self) -> bool:
+        """Whether anything may still grow."""
+        run = self.run
+        if run.finished or run.recipe == "off":
+            return False
+        if self.early is not None:
+            return self.early.growing
+        return run.orchestrator.trial is not None or run.room().events > 0
+
+    # -- between steps ---------------------------------------------------------------------------------------
+
+    def rewrap(self) -> None:
+        """Let what has grown become part of the layers, where several processes train the model."""
+        run, early = self.run, self.early
+        if early is not None and run.parts.wrapping.deferred:
+            if early.waiting is not None or early.open is not None:
+                with run.morphable.policy.uncompiled(), run.parts.wrapping.opened(run.parts.optimizers):
+                    early.rewrap()
+            return
+        trial = run.orchestrator.trial
+        if trial is not None and trial.waiting and self.examined():
+            begun, site = time.perf_counter(), trial.decision.site
+            self.change(run.orchestrator.commit_waiting)
+            seconds = time.perf_counter() - begun
+            run.cost.seconds += seconds
+            run.tell("rewrapped", sites=[site], milliseconds=seconds * 1e3)
+
+    def finish(self) -> None:
+        """Judge what is open; take a last look at the seed that is awake."""
+        run = self.run
+        begun = time.perf_counter()
+        if self.early is None:
+            self.examined()
+            self.change(run.orchestrator.settle)
+        elif self.early.open is not None:
+            with run.morphable.policy.uncompiled(), run.parts.wrapping.opened(run.parts.optimizers):
+                self.early.finish()
+        run.cost.seconds += time.perf_counter() - begun
+
+    def examined(self) -> bool:
+        """Ask the governor, where there is one, whether the seed that is awake may stay for good."""
+        trial = self.run.orchestrator.trial
+        if self.watch is not None and trial is not None:
+            with self.run.morphable.policy.uncompiled():
+                self.watch.examine(self.run.steps, last=True)
+            if trial.ending:
+                trial.waiting = False  # its part is taken back, step by step
+            return self.run.orchestrator.trial is trial and not trial.ending
+        return True
+
+    def change(self, change: Callable[[], Outcome | None]) -> None:
+        """Carry out what may change the layers' shapes."""
+        run, parts = self.run, self.run.parts
+        if run.orchestrator.trial is not None:
+            with (
+                run.morphable.policy.uncompiled(),
+                parts.wrapping.opened(parts.optimizers),
+                run.mishaps.contained("a last look at what grows", self.incubation.skip),
+            ):
+                outcome = change()
+                if outcome is not None:
+                    self.incubation.conclude(outcome)
+            run.mishaps.warn_replaced()
