@@ -16,6 +16,7 @@ from esper.errors import BlueprintError, SavedModelError, nearest
 from esper.printable import quoted
 from esper.saving.genome_form import require_plan, require_plans, require_shapes
 from esper.surgery.branches import CHILD
+from esper.surgery.isolation.acting import own_state
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +40,18 @@ Plan: TypeAlias = "WidenPlan | GraftPlan | DeepenPlan"
 Shapes: TypeAlias = dict[str, list[int]]  # of a state_dict
 
 
-def encode(model: nn.Module, plans: Sequence[Plan]) -> bytes:
+def encode(model: nn.Module, plans: Sequence[Plan], shapes: Shapes | None = None) -> bytes:
     """Write down how ``model`` became what it is.
+
+    Args:
+        model: As it is.
+        plans: Everything that grew, in order.
+        shapes: Of its tensors, where the plans lead to others than it has.
 
     Raises:
         SavedModelError: The plans do not lead to this model.
     """
-    base, names = shapes_of(model), aliases(model)
+    base, names = shapes_of(model) if shapes is None else shapes, aliases(model)
     for plan in reversed(plans):
         resize(base, plan, names, grow=False)
     form = DEEP if any(isinstance(plan, DeepenPlan) for plan in plans) else FORMAT
@@ -130,12 +136,17 @@ def _plan_from(data: Mapping[str, Any]) -> Plan:
 
 def shapes_of(model: nn.Module) -> Shapes:
     """List the shapes of a model's state; what is no tensor has none."""
-    return {n: list(v.shape) if isinstance(v, Tensor) else [] for n, v in model.state_dict().items()}
+    return shapes_in(own_state(model))
+
+
+def shapes_in(state: Mapping[str, Any]) -> Shapes:
+    """List the shapes of a state."""
+    return {n: list(v.shape) if isinstance(v, Tensor) else [] for n, v in state.items()}
 
 
 def aliases(model: nn.Module) -> dict[str, list[str]]:
     """Map each name to all names of the same tensor: a module registered twice is in the state twice."""
-    state = model.state_dict(keep_vars=True)
+    state = own_state(model, keep_vars=True)
     names: dict[int, list[str]] = {}
     for name, tensor in state.items():
         names.setdefault(id(tensor), []).append(name)

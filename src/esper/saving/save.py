@@ -32,6 +32,7 @@ from esper.printable import quoted, shortened
 from esper.saving import genome, rebuild_template
 from esper.storage.replacing import mend, publish, reason, standing, write_file
 from esper.surgery.branches import attach, detach
+from esper.surgery.isolation.acting import own_state
 from esper.surgery.widen_layers import empty_slices, widen
 
 GENOME, TENSORS, SUMS = "genome.json", "model.safetensors", "SHA256SUMS"
@@ -44,15 +45,21 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def save(
-    model: nn.Module, plans: Sequence[genome.Plan], directory: str | Path, *, card: Mapping[str, object]
+    model: nn.Module,
+    plans: Sequence[genome.Plan],
+    directory: str | Path,
+    *,
+    card: Mapping[str, object],
+    tensors: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a grown model to a folder, all of it or nothing.
 
     Args:
-        model: The grown model, without live seeds.
+        model: The grown model.
         plans: Everything that grew since the plain model, in order.
         directory: Created, or replaced if it holds an earlier save and nothing else.
         card: Facts for ``card.md``, by name.
+        tensors: The state that the plans lead to, where it is not the model's own.
 
     Returns:
         The folder.
@@ -63,9 +70,10 @@ def save(
     """
     if not isinstance(directory, str | Path) or not str(directory):
         raise StateError(f"directory={quoted(directory)} is no path; give the folder to write")
+    state = own_state(model) if tensors is None else tensors
     files = {
-        GENOME: genome.encode(model, plans),
-        TENSORS: safetensors.torch.save(_portable(model.state_dict())),
+        GENOME: genome.encode(model, plans, genome.shapes_in(state)),
+        TENSORS: safetensors.torch.save(_portable(state)),
     }
     files["card.md"] = _card(model, plans, card).encode()
     target = Path(os.path.abspath(directory))  # "." has no name to put hidden ones beside

@@ -6,6 +6,7 @@ They hang under one thin module at the host's root, so ``parameters()``, ``to``,
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -40,6 +41,10 @@ class Fossil:
         """Return the sum."""
         x = y if self.serial else self.x
         return y if x is None else y + self.kernel(x).to(y.dtype)
+
+    def part(self) -> Mapping[str, Tensor]:
+        """Return nothing that the host's state has not."""
+        return {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the last input behind; it may hang on a graph."""

@@ -136,6 +136,15 @@ def widen(
         return Widened(plan, tuple(changes), restore.pop_all())
 
 
+def extended(model: nn.Module, plan: WidenPlan, slices: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors that ``widen`` would give a model, by name; nothing is changed.
+
+    Raises:
+        SurgeryError: The plan or a slice does not fit the model.
+    """
+    return _extended(dict(model.named_modules(remove_duplicate=False)), plan, slices)
+
+
 def asked(holders: Holders, plan: WidenPlan) -> dict[str, list[int]]:
     """Return the shapes that a plan's slices must have, on the model as it is."""
     shapes: dict[str, list[int]] = {}

@@ -22,6 +22,7 @@ from esper.checkpoint.contents.optimizer_by_name import load_named_state, named_
 from esper.checkpoint.contents.randomness import Generator, capture_randomness, restore_randomness
 from esper.errors import ConfigError, StateError
 from esper.saving import genome
+from esper.surgery.isolation.acting import own_state
 
 
 class Stateful(Protocol):
@@ -108,7 +109,7 @@ def capture_run(run: Run, steps: int) -> dict[str, Any]:
 
 def module_state(module: nn.Module) -> dict[str, Any]:
     """Return what a module knows: its state, buffers that are not part of it, and what is frozen."""
-    state = dict(module.state_dict())
+    state = own_state(module)  # a seed that is awake is kept with growth
     apart = {name: buffer for name, buffer in module.named_buffers() if name not in state}
     frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
     owned = [name for name, _ in module.named_buffers() if name in state]

@@ -27,6 +27,7 @@ from esper.distributed.fsdp.reshard import spread
 from esper.errors import StateError, nearest
 from esper.storage.folder import FolderStorage
 from esper.storage.protocol import Storage
+from esper.surgery.isolation.acting import own_state
 
 MARK = "sharded tensor"  # stands in the state where one belongs
 
@@ -152,7 +153,7 @@ def laid_out(state: Any, likes: Mapping[str, Tensor], path: str = "") -> Any:
 
 def likes_of(model: nn.Module, optimizers: Mapping[str, Optimizer]) -> dict[str, Tensor]:
     """Return, by path in a state, the tensors that its tensors are laid out as."""
-    likes = {f"modules//state/{key}": value for key, value in model.state_dict().items()}
+    likes = {f"modules//state/{key}": value for key, value in own_state(model).items()}
     for label in optimizers:
         likes |= {f"optimizers/{label}/state/{name}": p for name, p in model.named_parameters()}
     return likes
@@ -168,7 +169,7 @@ def refuse_unfit(state: Mapping[str, Any], model: nn.Module) -> None:
     for key, value in state["modules"][""]["state"].items():
         facts = state["table"]["tensors"][value[MARK]] if isinstance(value, Mapping) else None
         saved[key] = tuple(value.shape if facts is None else facts["shape"])
-    given = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    given = {key: tuple(value.shape) for key, value in own_state(model).items()}
     for key in (*saved, *given):
         if key not in saved or key not in given:
             who, others = ("model", saved) if key in given else ("checkpoint", given)

@@ -27,6 +27,7 @@ from esper.kasmina.race.selection import ask, decide, told
 from esper.kasmina.race.survey import Measured, vitals
 from esper.kasmina.race.trial import Given, Timing, Trial, summed, worse
 from esper.surgery.isolation.contexts import same_randomness, untouched
+from esper.surgery.isolation.undisturbed import undisturbed
 
 FAULTS = 3  # after which a seed is culled
 UNSEEN = 4  # batches the race is judged on, kept from the candidates
@@ -52,6 +53,7 @@ class SeedOrchestrator:
         self.cool_until = -1  # the last step of the latest embargo
         self.examples = 0  # since the last step, for the cost of an exposed branch
         self.lineage = 0  # a digest of all moves so far; the same in every process of a run
+        self.untold: Outcome | None = None  # the latest, until whoever asked has heard of it
         self.noted: list[str] = []  # faults of this process that the others have not heard of
         self.stages = {
             Stage.TRAINING: self.incubate,
@@ -62,6 +64,7 @@ class SeedOrchestrator:
 
     # -- from a decision to its outcome ----------------------------------------------------------------------
 
+    @undisturbed()
     def germinate(self, decision: Decision, measured: Measured, step: int, examples: int = 0) -> None:
         """Wake a seed at the decided site and line up its candidates."""
         assert decision.site is not None and decision.start is not None
@@ -95,8 +98,7 @@ class SeedOrchestrator:
         Args:
             faults: Of the kernel, noted in all processes since the last time.
         """
-        noted = list(self.noted)
-        self.noted.clear()
+        noted, self.noted = self.noted, list[str]()
         trial, peers = self.trial, self.given.peers
         if trial is None or trial.kernel is None:
             return
@@ -175,6 +177,7 @@ class SeedOrchestrator:
         self.expose(final.kernel)
         return None
 
+    @undisturbed()
     def expose(self, kernel: LiveKernel) -> None:
         """TRAINING → GRAFTING: the kernel joins the pass, α starts at 0."""
         assert self.trial is not None
@@ -240,6 +243,7 @@ class SeedOrchestrator:
         self.set_alpha(alpha)
         return None
 
+    @undisturbed()
     def fossilise(self) -> Outcome | None:
         """Make the kernel part of the user's layers."""
         trial = self.trial
@@ -255,6 +259,7 @@ class SeedOrchestrator:
         self.retire(trial, Stage.FOSSILISED, Stage.DORMANT)
         return outcome
 
+    @undisturbed()
     def cull(self, reason: str) -> Outcome:
         """Drop the seed; before exposure the host never felt it."""
         assert self.trial is not None
@@ -273,6 +278,7 @@ class SeedOrchestrator:
             self.cool_until = self.step + self.timing.embargo + 1
         self.trial = None
 
+    @undisturbed()
     def wake_embargoed(self, step: int) -> None:
         """EMBARGOED → DORMANT where the cool-down is over."""
         layout = self.model.layout
@@ -358,14 +364,8 @@ class SeedOrchestrator:
         layout.move(trial.seed, source, target, self.step)
         trial.started = self.step
         self.note_move(trial.seed, target)
-        self.tell(
-            "stage",
-            seed=trial.seed,
-            site=trial.decision.site,
-            source=source.name,
-            target=target.name,
-            reason=reason,
-        )
+        names = {"source": source.name, "target": target.name}
+        self.tell("stage", seed=trial.seed, site=trial.decision.site, **names, reason=reason)
         self.guard.moved(trial.decision.site or "", target, self.step)
 
     def note_move(self, seed: int, target: Stage) -> None:
@@ -394,7 +394,7 @@ class SeedOrchestrator:
     def outcome(self, kept: bool, reason: str) -> Outcome:
         """Sum up the trial."""
         assert self.trial is not None
-        made = summed(self.trial, self.model, self.given.ledger, kept, reason)
+        made = self.untold = summed(self.trial, self.model, self.given.ledger, kept, reason)
         self.tell("outcome", **asdict(made))
         return made
 

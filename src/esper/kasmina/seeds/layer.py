@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from esper.blueprints.kernel import LiveKernel
-from esper.errors import SiteError
+from esper.errors import SiteError, StateError
 from esper.kasmina.seeds.compiling import blended
 from esper.kasmina.seeds.streams import Fork, StreamPool
 from esper.kasmina.widths.pairs import Pair
@@ -72,6 +72,7 @@ class KasminaLayer(nn.Module):
         self.sampling = False  # whether the next pass notes what the kernel gave and how long it took
         self.sample: tuple[Tensor, float] | None = None  # output, milliseconds
         self.finite: Tensor | None = None  # in a graph: whether the kernel's last output was; nobody waited
+        self.failed = ""  # what it raised where nothing may be counted at that moment
         self.closers: list[Callable[[], None]] = []
 
     def open(self) -> None:
@@ -108,6 +109,13 @@ class KasminaLayer(nn.Module):
             "on_fault": unheard,
         }
 
+    def part(self) -> Mapping[str, Tensor] | None:
+        """Return α and the kernel's tensors while they take part in the output."""
+        if not self.exposed:
+            return None
+        assert self.kernel is not None and self.alpha is not None
+        return {"alpha": self.alpha, **self.kernel.state_dict(keep_vars=True)}
+
     def enter(self, x: Tensor | None) -> None:
         """Keep the entry's input until the next pass, so that a checkpointed exit can be recomputed."""
         if torch.compiler.is_compiling():
@@ -127,7 +135,7 @@ class KasminaLayer(nn.Module):
             (branch,) = self.shown
             return y if branch is None else y.detach() + branch(x.detach()).to(y.dtype)
         # In a graph a hook would break it: without a tap every lesson is a shadow pass.
-        if self.tap is not None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if self.tap is not None and torch.is_grad_enabled() and not aloof():
             self.watch(self.tap, x, y)
         return self.blend(x, y) if self.exposed else y
 
@@ -136,8 +144,12 @@ class KasminaLayer(nn.Module):
         kernel, alpha = self.kernel, self.alpha  # once: a module in a module is looked up slowly, 0.7 µs
         assert kernel is not None and alpha is not None
         if torch.compiler.is_compiling():
+            if torch.compiler.is_dynamo_compiling() and torch.compiler.is_exporting():
+                raise StateError("the branch that Esper is letting in needs torch.export with strict=False")
             y, self.finite = blended(y, kernel(x.detach()), alpha)
             return y
+        if aloof():
+            return self.apart(kernel, alpha, x.detach(), y)
         try:
             plain = self.fork is None and not self.sampling
             f = kernel(x.detach()) if plain else self.watched(kernel, x.detach())
@@ -153,6 +165,26 @@ class KasminaLayer(nn.Module):
             alpha, f = alpha.to(y.dtype), f.to(y.dtype)
         return torch.addcmul(y, alpha, f)
 
+    def apart(self, kernel: LiveKernel, alpha: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """Return the same where torch transforms the pass: no number can be read meanwhile.
+
+        Raises:
+            StateError: It traces: a trace knows the user's modules only, and ends the process on parameters
+                of others (seen: a segmentation fault in torch 2.13).
+        """
+        if torch.jit.is_tracing():
+            raise StateError(
+                f"torch.jit.trace cannot hold the branch that is being let in at {self.place.site.name}; "
+                "trace the model when growth.finish() has decided it, or use torch.export"
+            )
+        self.fork = None
+        try:
+            f = kernel(x)
+        except Exception as error:  # whatever a kernel does, training goes on
+            self.failed = f"{type(error).__name__}: {error}"
+            return y
+        return blended(y, f, alpha)[0]
+
     def watched(self, kernel: LiveKernel, x: Tensor) -> Tensor:
         """Run the kernel on its stream if it has one, and note it if asked to; on CUDA launches are timed."""
         fork, self.fork = self.fork, None
@@ -163,10 +195,11 @@ class KasminaLayer(nn.Module):
         return f
 
     def told(self) -> None:
-        """Pass on what a graph noted of its last run; asked between steps, where waiting is cheap."""
+        """Pass on what a graph or transform noted of its last run; asked between steps: waiting is cheap."""
         finite, self.finite = self.finite, None
-        if finite is not None and not bool(finite):
-            self.on_fault("a non-finite output")
+        failed, self.failed = self.failed, ""
+        if failed or (finite is not None and not bool(finite)):
+            self.on_fault(failed or "a non-finite output")
 
     def watch(self, tap: Tap, x: Tensor, y: Tensor) -> None:
         """Note input, output and, once it flows back, the gradient."""
@@ -187,6 +220,15 @@ class KasminaLayer(nn.Module):
             self.shown = before
             if transient:
                 self.shut()
+
+
+def aloof() -> bool:
+    """Tell whether torch compiles, traces or transforms the pass that is running."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()  # no public question asks for it (torch 2.13)
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def unheard(error: str) -> None:

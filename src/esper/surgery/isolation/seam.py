@@ -12,11 +12,14 @@ from functools import cache, partial
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from esper.surgery.isolation.acting import held, refuse_reading, take
 from esper.surgery.isolation.contexts import slow_path
 
 ATTRIBUTE = "_esper_seam"
+AFTERWARDS = "do so before growth begins, or use torch.export, which calls it"
 
 
 class Gateway(Protocol):
@@ -35,6 +38,11 @@ def seam_class(base: type[nn.Module]) -> type[nn.Module]:
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         gateways, core = self.__dict__[ATTRIBUTE]
+        if args and isinstance(args[0], Proxy):
+            refuse_reading(gateways, "torch.fx", AFTERWARDS)
+            return base.__call__(self, *args, **kwargs)  # a tracer knows modules by identity
+        if type(self) is not seam:  # parametrised while it was open: its tensors are the new class's
+            core = partial(base.__call__, self)
         for role, gateway in gateways:
             if role == "entry":
                 gateway.enter(first_tensor(args, kwargs))
@@ -55,9 +63,24 @@ def seam_class(base: type[nn.Module]) -> type[nn.Module]:
         base.__setstate__(self, state)
         join(self, base, state[ATTRIBUTE])
 
+    def save(self: nn.Module, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        base._save_to_state_dict(self, destination, prefix, keep_vars)
+        for key, tensor in held(gateways_of(self)).items():
+            destination[prefix + key] = tensor if keep_vars else tensor.detach()
+
+    def load(self: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        take(held(gateways_of(self)), state, prefix, rest[-1])
+        base._load_from_state_dict(self, state, prefix, *rest)
+
+    def prepare(self: nn.Module) -> nn.Module:
+        refuse_reading(gateways_of(self), "torch.jit.script", AFTERWARDS)
+        return self
+
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     calls = {"__call__": call, "__reduce_ex__": reduce, "__setstate__": set_state}
-    return type(base.__name__, (base,), {**names, **calls, "_esper_base": base})
+    states = {"_save_to_state_dict": save, "_load_from_state_dict": load, "__prepare_scriptable__": prepare}
+    seam = type(base.__name__, (base,), {**names, **calls, **states, "_esper_base": base})
+    return seam
 
 
 def slowly(core: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -187,5 +210,14 @@ def close_seam(module: nn.Module, role: str, gateway: Gateway) -> None:
     if left:
         module.__dict__[ATTRIBUTE] = (left, core)
     else:
-        module.__class__ = type(core)
+        module.__class__ = rebased(type(module), type(core))
         del module.__dict__[ATTRIBUTE]
+
+
+def rebased(found: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
+    """Return a module's class without its seam; what was made upon that since stands on the plain class."""
+    if found is seam_class(base):
+        return base
+    below = rebased(found.__bases__[0], base)
+    own = {k: v for k, v in vars(found).items() if k not in ("__dict__", "__weakref__")}
+    return type(found.__name__, (below, *found.__bases__[1:]), own)

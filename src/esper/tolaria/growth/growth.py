@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from esper.errors import FinishedError, SiteError, nearest
 from esper.kasmina.recording.flops import Ledger
 from esper.saving.genome import units_of
-from esper.saving.save import save
+from esper.surgery.isolation.undisturbed import undisturbed
 from esper.tolaria.growth.loop import Loop
 from esper.tolaria.growth.opening.presence import Presence, begin
 from esper.tolaria.growth.reporting import report
 from esper.tolaria.growth.resumable import Resumable
 from esper.tolaria.growth.run.account import Report
 from esper.tolaria.growth.run.components import Parts
-from esper.tolaria.growth.run.telling import size_and_cost, warn_of_branch
+from esper.tolaria.growth.run.keeping import keep
+from esper.tolaria.growth.run.telling import size_and_cost
 
 
 class Growth(Resumable):
@@ -134,7 +135,8 @@ class Growth(Resumable):
         self._refuse_finished("finish")
         run, loop = self.run, self.loop
         loop.finish()
-        self.leave()
+        with undisturbed():
+            self.leave()
         if loop.watch is not None:
             loop.watch.close()
         run.parts.forging.close()
@@ -169,22 +171,16 @@ class Growth(Resumable):
     def save(self, directory: str | Path) -> Path:
         """Write the model with its genome, card and a torch-only ``rebuild.py``; see ``esper.load_into``.
 
+        It is the model as it is: a seed that is being let in is written with the strength it has now.
+
         Of several processes one is enough, unless the model is sharded: then all of them call it, and the
         first one writes.
         """
         run, wrapping = self.run, self.wrapping
-        card = {
-            "host parameters": run.parts.host_parameters,
-            "parameters": run.morphable.parameter_count(),
-            "training FLOPs": run.cost.training_flops,
-            "growth FLOPs": run.cost.growth_flops,
-            "steps": run.steps,
-        }
         with wrapping.plain(run.parts.optimizers):
             if wrapping.sharded and run.peers.rank:
                 return Path(directory)
-            warn_of_branch(run)
-            return save(self.host, self.plans, directory, card=card)
+            return keep(run, directory)
 
     def _refuse_finished(self, what: str) -> None:
         if self.run.finished:

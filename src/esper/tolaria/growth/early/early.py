@@ -19,6 +19,7 @@ from esper.kasmina.evidence.reopen import How
 from esper.kasmina.evidence.score import Scored
 from esper.kasmina.evidence.significance import Spending
 from esper.kasmina.widths.places import Place
+from esper.surgery.isolation.undisturbed import undisturbed
 from esper.tolaria.growth.early.hindsight import Hindsight
 from esper.tolaria.growth.early.insertion import Insertion
 from esper.tolaria.growth.early.judged import WORTH, Judged
@@ -232,7 +233,7 @@ class Early:
         try:
             self.insert(record, found, units, before, decisions)
         except BaseException as error:  # Ctrl-C too must leave no half of an event; it is raised again
-            with run.reshaping():
+            with run.reshaping(), undisturbed():
                 self.insertion.restore(before)
             run.events_kept, self.open, record.verdict = kept, None, "nothing"
             record.reason = f"the grown model was put back: {type(error).__name__}: {error}"
@@ -345,19 +346,20 @@ class Early:
             if kept and run.room().events > 0:
                 self.timetable.further(run.steps)
             return True
-        self.open = None
-        judged.record.verdict, judged.record.reason = "taken back", f"{reason}; {WORTH:.0%} less was needed"
-        lost = run.steps - judged.before.step
-        with run.reshaping():
+        lost, record = run.steps - judged.before.step, judged.record
+        with run.reshaping(), undisturbed():
+            self.open = None
+            record.verdict, record.reason = "taken back", f"{reason}; {WORTH:.0%} less was needed"
             self.insertion.restore(judged.before)
-        run.events_kept -= 1
-        run.topology_changed()
-        sizes = {"parameters": run.morphable.parameter_count()}
-        run.tell("taken_back", to=judged.before.step, lost=lost, before=then, now=now, **sizes)
-        for decision in judged.decisions:
-            self.seeds.end(decision, False, reason)
+            run.events_kept -= 1
+            run.topology_changed()
+            sizes = {"parameters": run.morphable.parameter_count()}
+            run.tell("taken_back", to=judged.before.step, lost=lost, before=then, now=now, **sizes)
+            for decision in judged.decisions:
+                self.seeds.end(decision, False, reason)
         return True
 
+    @undisturbed()
     def keep(self, reason: str) -> None:
         """Let the open event stay."""
         judged = self.open

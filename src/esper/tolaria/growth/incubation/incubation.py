@@ -12,6 +12,7 @@ from esper.kasmina.race.orchestrator import UNSEEN
 from esper.kasmina.race.race import AMPLITUDES
 from esper.kasmina.race.schedule import SHARE, Step, first
 from esper.kasmina.race.survey import Measured, measure
+from esper.surgery.isolation.undisturbed import undisturbed
 from esper.tamiyo.controller import Room
 from esper.tolaria.growth.incubation.boundary import same_decision
 from esper.tolaria.growth.incubation.redo import Redo
@@ -50,6 +51,8 @@ class Incubation:
     def act(self, loss: float) -> None:
         """Go on with the seed that is awake, or look whether a decision is due."""
         run, orchestrator = self.run, self.run.orchestrator
+        if orchestrator.untold is not None:  # Ctrl-C came between
+            self.conclude(orchestrator.untold)
         if self.parts.forging.orders:
             self.parts.forging.collect(run.steps)
         if orchestrator.trial is not None:
@@ -69,9 +72,11 @@ class Incubation:
         if why is not None and not run.paused:
             self.decide(why)
 
+    @undisturbed()
     def conclude(self, outcome: Outcome) -> None:
         """Learn what a decision came to."""
         run = self.run
+        run.orchestrator.untold = None
         run.events_kept += outcome.kept
         run.tamiyo.learn(outcome, run.steps)
         run.topology_changed()

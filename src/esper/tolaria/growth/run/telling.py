@@ -13,7 +13,6 @@ from esper.saving.genome import Plan
 from esper.tolaria.growth.run.account import EventRecord, Looked
 from esper.tolaria.growth.run.components import Parts
 from esper.tolaria.growth.run.recipe import Recipe
-from esper.tolaria.growth.run.state import RunState
 
 
 def started(parts: Parts, recipe: Recipe) -> dict[str, Any]:
@@ -130,11 +129,3 @@ def widened(plans: Sequence[Plan], decision: int, site: str, parameters: int) ->
         "difference": 0.0,
         "milliseconds": None,
     }
-
-
-def warn_of_branch(run: RunState) -> None:
-    """Say that a model is saved without a branch that takes part in its output, and is not decided yet."""
-    trial = run.orchestrator.trial
-    if trial is not None and trial.layer.exposed:
-        site = trial.decision.site
-        run.mishaps.say(f"saved without the branch that is tried at {site}; growth.finish() decides it")

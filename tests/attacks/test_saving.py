@@ -3,8 +3,12 @@
 import fcntl
 import json
 import os
+import random
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,20 +17,62 @@ from torch import nn
 
 from esper.errors import SavedModelError, StateError
 from esper.saving.save import load_into, save
+from tests.cases.loops import narrow
 
 WORKER = Path(__file__).with_name("saves_cut_short.py")
 
 
 @pytest.mark.parametrize("before", ["nothing", "earlier"])
 @pytest.mark.parametrize("fault", ["kill", "interrupt", "full"])
-def test_a_save_that_ends_at_any_call_leaves_a_whole_folder(fault: str, before: str) -> None:
+def test_a_save_that_ends_at_any_call_leaves_a_whole_folder(
+    fault: str, before: str, count: Callable[..., None]
+) -> None:
     done = subprocess.run(
         [sys.executable, str(WORKER), fault, before], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
+    count(told["calls"], len(told["faults"]))
     assert told["faults"] == []
     assert told["calls"] > 15
+
+
+@pytest.mark.parametrize("kills", [20, pytest.param(200, marks=pytest.mark.slow)])
+def test_kills_at_random_moments_of_growth_save_lose_nothing(
+    kills: int, tmp_path: Path, count: Callable[..., None]
+) -> None:
+    paths = os.pathsep.join(p for p in sys.path if p)
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "tests.attacks.killed_while_saving", str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        bufsize=1,
+        env=os.environ | {"PYTHONPATH": paths},
+    )
+    assert worker.stdin is not None
+    assert worker.stdout is not None
+    assert worker.stdout.readline() == "ready\n"
+    draw, lost = random.Random(0), []
+    for kill in range(kills):
+        name = f"run{kill}"
+        worker.stdin.write(f"{name}\n")
+        pid, ended = int(worker.stdout.readline()), tmp_path / f"{name}.ended"
+        while not ended.exists():  # one save at least is there to be lost
+            time.sleep(0.001)
+        time.sleep(draw.uniform(0, 0.03))
+        os.kill(pid, signal.SIGKILL)
+        assert worker.stdout.readline() == "over\n"
+        first, last = (int((tmp_path / f"{name}.{kind}").read_text() or -1) for kind in ("ended", "begun"))
+        net = load_into(narrow(), tmp_path / name)
+        known = {first, first + 1} if first > 0 else {last - 1, last}  # a note may be cut short, too
+        if int(net[2].bias[0]) not in known or list(tmp_path.glob(f".{name}.*")):
+            lost.append((kill, first, last, float(net[2].bias[0])))
+    worker.stdin.close()
+    assert worker.wait() == 0
+    worker.stdout.close()
+    count(kills, len(lost))
+    assert lost == []
 
 
 def left_between_two_renames(folder: Path) -> Path:
