@@ -145,9 +145,10 @@ def test_graphs_are_not_joined() -> None:
         return F.cross_entropy(net(batch[0], batch[1]), batch[2])
 
     ran = run(Graph(), loss, graph, steps=80)
-    told = [e.data["why"] for e in ran.events if e.kind == "fallback"]
     assert ran.growth.run.recipe == "incubate"
-    assert any("joined ones do not run" in why for why in told)
+    assert ran.growth.run.parts.joins.apart
+    assert not ran.growth.run.parts.gate.worth.cut
+    assert not [w for w in ran.warnings if "skipped" in w]
     assert ran.growth.steps == 80
 
 

@@ -52,7 +52,7 @@ class Case:
         return x, self.target * x + self.noise * torch.randn(32, 1)
 
     def look(self) -> Any:
-        return self.gate.look(self.layer, self.kernel, self.batch(), seed=3)
+        return self.gate.look(self.layer, self.kernel, [self.batch()], seed=3)
 
 
 def test_a_kernel_that_helps_passes_with_the_gain_it_has() -> None:
@@ -101,7 +101,7 @@ def test_looking_leaves_model_statistics_mode_and_random_numbers_alone() -> None
     case = Case(target=1.0)
     case.host.train()
     before, random = frozen(dict(case.host.state_dict())), torch.get_rng_state()
-    case.gate.look(case.layer, case.kernel, case.probe[0], seed=3)
+    case.gate.look(case.layer, case.kernel, [case.probe[0]], seed=3)
     assert same(dict(case.host.state_dict()), before)
     assert torch.equal(torch.get_rng_state(), random)
     assert case.host.training
@@ -111,13 +111,13 @@ def test_looking_leaves_model_statistics_mode_and_random_numbers_alone() -> None
 
 def test_the_same_look_sees_the_same() -> None:
     case = Case(target=1.0)
-    one, two = (case.gate.look(case.layer, case.kernel, case.probe[0], seed=3) for _ in range(2))
+    one, two = (case.gate.look(case.layer, case.kernel, [case.probe[0]], seed=3) for _ in range(2))
     assert (one.e_value, one.gain) == (two.e_value, two.gain)
 
 
 def test_a_loss_that_cannot_be_batched_is_judged_one_by_one_and_told() -> None:
     case = Case(target=1.0)
-    batched = case.gate.look(case.layer, case.kernel, case.probe[0], seed=3)
+    batched = case.gate.look(case.layer, case.kernel, [case.probe[0]], seed=3)
 
     def stubborn(model: nn.Module, batch: Any) -> Tensor:
         loss = loss_fn(model, batch)
@@ -125,7 +125,7 @@ def test_a_loss_that_cannot_be_batched_is_judged_one_by_one_and_told() -> None:
         return loss
 
     case.gate.loss_fn = stubborn
-    alone = case.gate.look(case.layer, case.kernel, case.probe[0], seed=3)
+    alone = case.gate.look(case.layer, case.kernel, [case.probe[0]], seed=3)
     assert alone.gain == pytest.approx(batched.gain, rel=1e-5)
     assert case.told
     assert set(case.told) == {

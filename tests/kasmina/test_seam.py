@@ -114,12 +114,17 @@ def test_neighbouring_sites_share_a_layer_and_close_in_any_order() -> None:
         assert holdings(net) == held
 
 
-def test_a_consumer_that_runs_alone_says_which_site_to_leave_out() -> None:
+def test_a_consumer_that_runs_alone_gives_its_own_output_and_fails_in_passes_of_ours_only() -> None:
     net, x = HOSTS["mlp"](), batch("mlp")[0]
-    wrapped = esper.wrap(net, x)
-    wrapped.layer("fc1>fc2", print)
-    with pytest.raises(SiteError, match="fc1>fc2: the exit ran before the entry; exclude this site"):
-        net.fc2(torch.randn(2, 3))
+    wrapped, alone = esper.wrap(net, x), torch.randn(2, 3)
+    own = net.fc2(alone)
+    layer = wrapped.layer("fc1>fc2", print)
+    assert torch.equal(net.fc2(alone), own)
+    with (
+        layer.showing(lambda x: x),
+        pytest.raises(SiteError, match="fc1>fc2: the exit ran before the entry; exclude this site"),
+    ):
+        net.fc2(alone)
 
 
 def test_a_tap_shows_input_scale_and_gradient_and_knows_when_it_is_stale() -> None:

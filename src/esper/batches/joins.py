@@ -12,12 +12,12 @@ class Joins:
     """Joins batches of one run.
 
     Attributes:
-        apart: Whether they stay apart, because a pass over joined ones has failed: a graph whose adjacency
-            belongs to its own nodes, say.
+        apart: Whether they stay apart, because the loss couples examples, or a pass over joined ones has
+            failed: a graph whose adjacency belongs to its own nodes, say.
     """
 
-    def __init__(self) -> None:
-        self.apart = False
+    def __init__(self, apart: bool = False) -> None:
+        self.apart = apart
 
     def __call__(self, batches: Sequence[Any]) -> list[Any]:
         """Return the batches, joined if they can be."""

@@ -86,11 +86,11 @@ class Tamiyo:
         units = {name: max(value, self.config.widths.min_units) for name, value in units.items()}
         arms = self.selector.arms(asked, reports, costs, units, most) if room.events > 0 else []
         if not arms:
-            reason = (
-                "the budget is spent"
-                if room.events <= 0 or all(v < 1 for v in most.values())
-                else "no site promises an improvement"
-            )
+            reason = "no site promises an improvement"
+            if room.events <= 0 or (asked and all(v < 1 for v in most.values())):
+                reason = "the budget is spent"
+            elif not asked:
+                reason = "no site is free"
             return Decision(self.decisions, step, "nothing", None, 0, None, f"{why}; {reason}", 1.0, None)
         arm, propensity = self.selector.choose(arms, rng)
         self.pending[self.decisions] = arm

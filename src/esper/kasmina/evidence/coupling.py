@@ -29,11 +29,16 @@ from esper.surgery.isolation.contexts import evaluating, untouched
 
 PARTS = 3  # of a batch: those asked, and the two that stand beside them
 ALIKE = 1e-4  # relative, by which gradients may differ: a term .01 × std(0) moves them by 8e-4
+ASKED = 8  # batches of a probe, until one tells whether the loss couples its examples
 IGNORED = -100  # the target that torch's losses leave out
 
 
 def independent(
-    model: nn.Module, run: Callable[[Any], Tensor], places: Mapping[str, Place], batch: Any
+    model: nn.Module,
+    run: Callable[[Any], Tensor],
+    places: Mapping[str, Place],
+    batch: Any,
+    exactly: bool = False,
 ) -> bool | None:
     """Tell whether what a loss says of an example depends on the others by no more than a common factor.
 
@@ -44,6 +49,8 @@ def independent(
         run: ``run(batch) -> scalar``, a pass to the loss.
         places: Where gradients are looked at.
         batch: Of the probe; it should hold every kind of example.
+        exactly: The factor must be 1: a mean or a sum is made of what single examples lose, but a mean by the
+            weights of their classes, or by counted tokens, is not.
 
     Returns:
         None where it cannot be told: fewer than 3 examples that count, no place that is passed, no gradient,
@@ -63,11 +70,12 @@ def independent(
                 return None
             if not followed(model, run, places, take(batch, rows[: 2 * each])):
                 return False
-            found = compared(model, run, places, batch, rows)
+            found = compared(model, run, places, batch, rows, exactly)
             if found:  # as they come they may be alike: a loss of the hardest half is told by these
                 ranked = rows[by_difficulty(model, run, places, take(batch, rows))]
                 middle, ends = ranked[each : 2 * each], (ranked[:each], ranked[2 * each :])
-                found = compared(model, run, places, batch, torch.cat([middle, *ends])) is not False
+                rows = torch.cat([middle, *ends])
+                found = compared(model, run, places, batch, rows, exactly) is not False
     except (RuntimeError, ValueError, IndexError) as error:  # what torch raises where shapes do not fit
         raise ProbeError(
             f"the loss of {len(kept)} examples can be taken, that of {2 * each} of them cannot ({error}); "
@@ -93,7 +101,12 @@ def ragged(batch: Any, within: bool = False) -> bool:
 
 
 def compared(
-    model: nn.Module, run: Callable[[Any], Tensor], places: Mapping[str, Place], batch: Any, rows: Tensor
+    model: nn.Module,
+    run: Callable[[Any], Tensor],
+    places: Mapping[str, Place],
+    batch: Any,
+    rows: Tensor,
+    exactly: bool,
 ) -> bool | None:
     """Tell whether the first third of some rows gets the same gradients beside the second and the third."""
     own, beside, instead = rows.chunk(PARTS)
@@ -107,7 +120,9 @@ def compared(
         return False  # what stands beside them decides whether they count
     factor = (first @ second) / second.square().sum()
     left = float((first - factor * second).norm() / first.norm())  # NaN where a gradient is not finite
-    return None if math.isnan(left) else bool(factor > 0) and left <= max(ALIKE, roundoff(model))
+    near = max(ALIKE, roundoff(model))
+    fits = abs(float(factor) - 1) <= near if exactly else bool(factor > 0)
+    return None if math.isnan(left) else fits and left <= near
 
 
 def by_difficulty(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +11,17 @@ import numpy as np
 from torch import nn
 from torch.utils.data import IterableDataset
 
-from esper.batches.examples import LossFunction, example_losses
+from esper.batches.examples import LossFunction, count_examples, example_losses
 from esper.config import Gate as GateSettings
 from esper.distributed.collectives import ALONE, Peers
 from esper.errors import ProbeError
 from esper.kasmina.evidence.e_values import weight_of_evidence
+from esper.kasmina.evidence.significance import smallest
+from esper.kasmina.race.worth import ALONE_EACH, Worth, blocks, counted
 from esper.kasmina.seeds.layer import KasminaLayer
 from esper.surgery.isolation.contexts import examining, same_generators, same_randomness, untouched
+
+MOST = 2048  # examples that a look reads of a probe that does not say how many it has
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +34,7 @@ class Verdict:
     threshold: float
     gain: float | None  # mean held-out loss without minus with the kernel
     loss: float | None  # held-out, without
-    examples: int
+    examples: int  # held-out values: examples, or blocks of them
     reason: str
 
 
@@ -45,6 +49,10 @@ class Gate:
         looks: How many looks share the budget.
         on_fallback: Told why examples ran one by one.
         peers: Other processes; what rank 0 finds counts, so give all of them the same probe.
+        worth: What is one value of evidence.
+
+    Attributes:
+        size: Examples in a batch of the loop, of which blocks are made; None before the first look.
     """
 
     def __init__(
@@ -56,18 +64,32 @@ class Gate:
         looks: int,
         on_fallback: Callable[[str, str], None],
         peers: Peers = ALONE,
+        worth: Worth = ALONE_EACH,
     ) -> None:
         self.model, self.loss_fn, self.probe, self.settings = model, loss_fn, probe, settings
-        self.on_fallback, self.peers = on_fallback, peers
+        self.on_fallback, self.peers, self.worth = on_fallback, peers, worth
         self.allowed, self.looks = looks, 0
+        self.size: int | None = None
+        self.told = False  # that examples run one by one
 
-    def look(self, layer: KasminaLayer, kernel: nn.Module, train: Any, seed: int) -> Verdict:
+    @property
+    def threshold(self) -> float:
+        """The weight that evidence must have at each look."""
+        return self.allowed / self.settings.false_keep
+
+    @property
+    def fewest(self) -> int:
+        """The fewest held-out values that could pass."""
+        return smallest(1 / self.threshold, of_blocks=not self.worth.alone)
+
+    def look(self, layer: KasminaLayer, kernel: nn.Module, train: Sequence[Any], seed: int) -> Verdict:
         """Test one kernel at full strength against the host as it is.
 
         Args:
             layer: The site, seams open.
             kernel: The race's winner.
-            train: A training batch; scale and stake of the bet are taken from it.
+            train: Training batches; scale and stake of the bet are taken from the last, or where a batch is
+                one value from all.
             seed: Of the random numbers that both passes share.
         """
         if self.looks >= self.allowed:
@@ -82,10 +104,10 @@ class Gate:
                 "every look of the false-keep budget is spent",
             )
         self.looks += 1
-        threshold = self.allowed / self.settings.false_keep
-        rehearsal = self.differences(layer, kernel, [train], seed)[0]
+        self.size = count_examples(train[-1])
+        rehearsal = self.differences(layer, kernel, train[-1:] if self.worth.alone else train, seed)[0]
         differences, losses = self.differences(layer, kernel, self.probe, seed)
-        weight = weight_of_evidence(differences, rehearsal)
+        weight = weight_of_evidence(differences, rehearsal, blocks=not self.worth.alone)
         found = float(differences.mean()), float(losses.mean()), weight
         gain, loss, value = self.peers.agree(found)
         if not math.isfinite(gain):
@@ -94,21 +116,23 @@ class Gate:
             reason = "no gain on held-out examples"
         elif gain < self.settings.min_gain * abs(loss):
             reason = f"the gain is below {self.settings.min_gain:.1%} of the held-out loss"
-        elif value < threshold:
+        elif value < self.threshold and len(differences) < self.fewest:
+            reason = f"{len(differences)} {self.worth.named} are too few to tell; {self.fewest} could pass"
+        elif value < self.threshold:
             reason = "the held-out gain may be chance"
         else:
             reason = "held-out evidence"
         passed = reason == "held-out evidence"
-        return Verdict(passed, self.looks, value, threshold, gain, loss, len(differences), reason)
+        return Verdict(passed, self.looks, value, self.threshold, gain, loss, len(differences), reason)
 
     def differences(
         self, layer: KasminaLayer, kernel: nn.Module, batches: Iterable[Any], seed: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return, per example, the loss without minus with the kernel, and the loss without."""
+        """Return, value by value, the loss without minus with the kernel, and the loss without."""
         found: list[np.ndarray] = []
         without: list[np.ndarray] = []
         with examining(self.model):
-            for batch in batches:
+            for batch in self.parts(batches):
                 off = self.losses(layer, None, batch, seed)
                 found.append(off - self.losses(layer, kernel, batch, seed))
                 without.append(off)
@@ -118,15 +142,45 @@ class Gate:
             )
         return np.concatenate(found), np.concatenate(without)
 
+    def parts(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """Give the batches as they are judged, without rows that no loss counts."""
+        read = counted(bounded(batches))
+        if self.worth.alone or not self.worth.cut or self.size is None:
+            yield from read
+        else:
+            yield from blocks(read, self.size)
+
     def losses(self, layer: KasminaLayer, kernel: nn.Module | None, batch: Any, seed: int) -> np.ndarray:
-        """Return the held-out loss of every example."""
+        """Return the held-out loss of every example, or the one of the block."""
+        together = True
         with untouched(self.model, seed), layer.showing(kernel):
-            losses, together = example_losses(self.model, self.loss_fn, batch)
-        if not together:
+            if self.worth.per_example is not None:
+                losses = self.worth.per_example(self.model, batch)
+            elif self.worth.alone:
+                losses, together = example_losses(self.model, self.loss_fn, batch)
+            else:
+                losses = self.loss_fn(self.model, batch).reshape(1)
+        if not together and not self.told:
+            self.told = True
             self.on_fallback(
                 "evidence", "the model or loss does not run under vmap; examples were run one by one"
             )
         return losses.double().cpu().numpy()
+
+
+def bounded(probe: Iterable[Any]) -> Iterator[Any]:
+    """Read a probe: to its end, or where it may have none so many examples of it."""
+    given = getattr(probe, "given", probe)  # a probe whose batches are changed on the way
+    try:
+        ends = len(given) >= 0  # pyrefly: ignore  # asked, not assumed
+    except TypeError:
+        ends = False
+    count = 0
+    for batch in probe:
+        yield batch
+        count += count_examples(batch)
+        if not ends and count >= MOST:
+            return
 
 
 def check_probe(probe: Any) -> None:

@@ -77,7 +77,9 @@ def survey(place: Place, x: Tensor, gradient: Tensor, pool: int) -> Survey:
 
 def per_unit(slope: Tensor, axis: int, units: int) -> Tensor:
     """Sum the squares of each unit's slices, (…, units * columns, …) -> (units,)."""
-    return slope.detach().movedim(axis, 0).reshape(units, -1).square().sum(1)
+    rows = slope.detach().movedim(axis, 0).reshape(units, -1)
+    wide = torch.promote_types(rows.dtype, torch.float32)  # squares in half width are nought
+    return rows.to(wide).square().sum(1)
 
 
 def pick(tensor: Tensor, axis: int, units: int, which: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from esper.kasmina.race.guard import Guard, Unguarded
 from esper.kasmina.race.holding import weakly
 from esper.kasmina.race.race import Race
 from esper.kasmina.race.schedule import FIELD, Lessons, Step, first
-from esper.kasmina.race.selection import ask, decide, told
+from esper.kasmina.race.selection import ask, decide, notes, told
 from esper.kasmina.race.survey import Measured, vitals
 from esper.kasmina.race.trial import Given, Timing, Trial, summed, worse
 from esper.surgery.isolation.contexts import same_randomness, untouched
@@ -117,6 +117,8 @@ class SeedOrchestrator:
             self.losses.append(loss)
             self.examples = 0
             return None
+        if why := self.trial.lost(self.model.host):
+            return self.cull(why)
         self.trial.layer.told()
         stage = self.model.layout.stage_of(self.trial.seed)
         if stage is Stage.ERROR:
@@ -157,14 +159,10 @@ class SeedOrchestrator:
         unseen = [first(batch, few) for batch in self.given.join(batches)]
         with self.given.whole():
             final = decide(race, unseen, self.given, self.model.host, trial.decision.id, self.examples)
-            verdict = None if final.kernel is None else ask(trial, final.kernel, batches[-1], self.given)
+            verdict = None if final.kernel is None else ask(trial, final.kernel, batches, self.given)
         decision, site = trial.decision.id, trial.decision.site
         self.tell("race", decision=decision, site=site, **final.facts)
-        if not race.batched:
-            why = "the model or loss does not run under vmap; candidates ran one by one"
-            self.tell("fallback", what="race", why=why)
-        if race.missed:
-            why = f"{race.missed} lessons were missed: the pass did not come by {site}"
+        for why in notes(race, str(site)):
             self.tell("fallback", what="race", why=why)
         if final.kernel is None or verdict is None:
             return self.cull("doing nothing won the race")
@@ -233,7 +231,8 @@ class SeedOrchestrator:
         if self.trial is None or not self.trial.waiting:
             return None
         self.trial.waiting = False
-        return self.fossilise()
+        why = self.trial.lost(self.model.host)
+        return self.cull(why) if why else self.fossilise()
 
     def decay(self, trial: Trial) -> Outcome | None:
         """Ramp α down; the host keeps its progress."""
@@ -302,8 +301,9 @@ class SeedOrchestrator:
         if self.trial is None:
             return None
         trial = self.trial
-        if trial.kernel is None or trial.ending:
-            return self.cull("the run ended")
+        why = trial.lost(self.model.host) or ("the run ended" if trial.kernel is None or trial.ending else "")
+        if why or trial.kernel is None:
+            return self.cull(why)
         seed = self.given.draw("evidence")
         with self.given.whole():
             looked = self.given.gate.differences(trial.layer, trial.kernel, self.given.gate.probe, seed)

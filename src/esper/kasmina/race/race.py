@@ -122,7 +122,9 @@ class Race:
             h = vmap(features, randomness="different")(
                 self.parameters, self.buffers
             )  # (candidates, rows, features)
-            gram, target = h.mT @ h, target.to(h.dtype)  # autocast may leave the gradient in half width
+            wide = solvable(h)  # autocast may leave the gradient in half width
+            h, target = h.to(wide), target.to(wide)
+            gram = h.mT @ h
             ridge = RIDGE * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] + 1e-8
             gram = gram + ridge * torch.eye(gram.shape[-1], device=h.device, dtype=h.dtype)
             solved = torch.linalg.solve(gram, h.mT @ target)  # (candidates, features, out)
@@ -321,6 +323,11 @@ def reached(loss: Tensor, own: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(torch.zeros_like(tensor) if back is None else back for back, tensor in pairs)
 
 
+def solvable(tensor: Tensor) -> torch.dtype:
+    """Return the numbers to solve equations in: linear algebra knows none of half width."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
 def rms(tensor: Tensor) -> Tensor:
-    """Return the root mean square, 0-dim and never zero."""
-    return tensor.square().mean().sqrt().clamp_min(1e-20)
+    """Return the root mean square, 0-dim and never zero; squares of half width would be."""
+    return tensor.to(solvable(tensor)).square().mean().sqrt().clamp_min(1e-20)

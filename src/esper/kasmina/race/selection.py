@@ -79,13 +79,23 @@ def score(
     return torch.nan_to_num(mean, nan=math.inf)
 
 
-def ask(trial: Trial, kernel: LiveKernel, batch: Any, given: Given) -> Verdict:
+def ask(trial: Trial, kernel: LiveKernel, batches: Sequence[Any], given: Given) -> Verdict:
     """Let the gate look at a winner."""
     with given.ledger.growth("gate", trial.decision.id):
-        return given.gate.look(trial.layer, kernel, batch, given.draw("evidence"))
+        return given.gate.look(trial.layer, kernel, batches, given.draw("evidence"))
 
 
 def told(verdict: Verdict) -> dict[str, Any]:
     """Return a verdict as an event tells it."""
     found = {name: number(getattr(verdict, name)) for name in ("e_value", "threshold")}
     return {**asdict(verdict), **found}
+
+
+def notes(race: Race, site: str) -> list[str]:
+    """Say what of a race went otherwise than planned."""
+    found = list[str]()
+    if not race.batched:
+        found.append("the model or loss does not run under vmap; candidates ran one by one")
+    if race.missed:
+        found.append(f"{race.missed} lessons were missed: the pass did not come by {site}")
+    return found

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from esper.batches.examples import join
 from esper.blueprints.kernel import LiveKernel
@@ -22,7 +22,7 @@ from esper.kasmina.race.gate import Gate, Verdict
 from esper.kasmina.race.race import Race
 from esper.kasmina.recording.flops import Ledger
 from esper.kasmina.seeds.layer import KasminaLayer, Tap
-from esper.kasmina.widths.places import Place
+from esper.kasmina.widths.places import Place, gone
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +75,10 @@ class Trial:
     waiting: bool = False  # for growth.rewrap(), where layers cannot change their shapes at any step
     spent: int = 0  # growth FLOPs before this trial
     size: tuple[int, int] = (0, 0)  # the model's parameters and forward FLOPs per example before it
+
+    def lost(self, host: nn.Module) -> str:
+        """Say which layer of its place the user has replaced; "" where all are there."""
+        return next(iter(gone(host, [self.layer.place]).values()), "")
 
 
 @dataclass(frozen=True)

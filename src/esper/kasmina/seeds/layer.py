@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from esper.blueprints.kernel import LiveKernel
 from esper.errors import SiteError, StateError
 from esper.kasmina.seeds.compiling import blended
+from esper.kasmina.seeds.differentiated import differentiated_by
 from esper.kasmina.seeds.streams import Fork, StreamPool
 from esper.kasmina.widths.pairs import Pair
 from esper.kasmina.widths.places import Place
@@ -69,6 +70,7 @@ class KasminaLayer(nn.Module):
         self.tap: Tap | None = None
         self.shown: tuple[Branch | None] | None = None  # in a shadow pass: stands for the kernel, at alpha 1
         self.x: Tensor | None = None
+        self.through = False  # whether the latest pass's input is one that the user differentiates by
         self.sampling = False  # whether the next pass notes what the kernel gave and how long it took
         self.sample: tuple[Tensor, float] | None = None  # output, milliseconds
         self.finite: Tensor | None = None  # in a graph: whether the kernel's last output was; nobody waited
@@ -94,6 +96,7 @@ class KasminaLayer(nn.Module):
         self.shut()
         self.kernel = None
         own = {"tap": None, "shown": None, "fork": None, "sample": None, "alpha": None, "exposed": False}
+        own["through"] = False
         self.__dict__.update(own)  # past nn.Module.__setattr__, 1.5 µs each
 
     def __getstate__(self) -> dict[str, Any]:
@@ -124,23 +127,44 @@ class KasminaLayer(nn.Module):
         self.__dict__["x"] = x  # past nn.Module.__setattr__, which looks for a parameter: 1.5 µs
         if self.exposed and self.pool is not None and self.pool.enabled and not self.serial and x is not None:
             assert self.kernel is not None
+            if differentiated_by(x):
+                return
             self.fork = self.pool.fork(x.detach(), self.kernel)
 
     def leave(self, y: Tensor) -> Tensor:
         """Return what stands for the exit's output."""
         x = y if self.serial else self.x
         if x is None:
-            raise SiteError(f"{self.place.site.name}: the exit ran before the entry; exclude this site")
+            why = f"{self.place.site.name}: the exit ran before the entry; exclude this site"
+            if self.shown is not None:
+                raise SiteError(why)
+            if self.exposed:  # a pass of the user's, who may have replaced the entry just now
+                self.on_fault(why)
+            return y
         if self.shown is not None:
             (branch,) = self.shown
-            return y if branch is None else y.detach() + branch(x.detach()).to(y.dtype)
+            if branch is None:
+                return y
+            read = self.read(x)
+            return (y if self.through else y.detach()) + branch(read).to(y.dtype)
         # In a graph a hook would break it: without a tap every lesson is a shadow pass.
         if self.tap is not None and torch.is_grad_enabled() and not aloof():
             self.watch(self.tap, x, y)
         return self.blend(x, y) if self.exposed else y
 
+    def read(self, x: Tensor) -> Tensor:
+        """Return what a kernel reads: detached until it is kept (measured: costs nothing).
+
+        Where the user differentiates by an input, as physics-informed losses and gradient penalties do, the
+        kernel's part belongs to the derivative. A checkpoint runs again on the way back, and goes by
+        what was found before.
+        """
+        if torch._C._current_graph_task_id() == -1:
+            self.__dict__["through"] = differentiated_by(x)
+        return x if self.through else x.detach()
+
     def blend(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return y + α·k(x); the kernel's input is detached until it is kept (measured: costs nothing)."""
+        """Return y + α·k(x)."""
         kernel, alpha = self.kernel, self.alpha  # once: a module in a module is looked up slowly, 0.7 µs
         assert kernel is not None and alpha is not None
         if torch.compiler.is_compiling():
@@ -151,8 +175,9 @@ class KasminaLayer(nn.Module):
         if aloof():
             return self.apart(kernel, alpha, x.detach(), y)
         try:
+            read = self.read(x)
             plain = self.fork is None and not self.sampling
-            f = kernel(x.detach()) if plain else self.watched(kernel, x.detach())
+            f = kernel(read) if plain else self.watched(kernel, read)
             # One number is read, not a tensor of verdicts: 3.5 µs where isfinite and bool take 11.
             finite = math.isfinite(f.detach().sum(dtype=torch.float32).item())
         except Exception as error:  # the one broad catch: whatever a kernel does, training goes on
@@ -195,7 +220,8 @@ class KasminaLayer(nn.Module):
         return f
 
     def told(self) -> None:
-        """Pass on what a graph or transform noted of its last run; asked between steps: waiting is cheap."""
+        """Let go of what the last pass read, and pass on what a graph noted of it; asked between steps."""
+        self.__dict__["x"] = None
         finite, self.finite = self.finite, None
         failed, self.failed = self.failed, ""
         if failed or (finite is not None and not bool(finite)):

@@ -6,7 +6,7 @@ beside it (parallel) or behind it (serial).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal, Protocol, Self, runtime_checkable
 
 from torch import nn
@@ -54,3 +54,26 @@ class WidenPlace(Place, Protocol):
 
     def refreshed(self) -> Self:
         """Return the place with its layers' facts as they are now."""
+
+
+def gone(model: nn.Module, places: Iterable[Place]) -> dict[str, str]:
+    """Return the places of which a layer is no longer in the model, and which one."""
+    missing = {place.site.name: name for place in places for name in lost(model, place)[:1]}
+    return {place: f"{name} was replaced or removed since esper.grow" for place, name in missing.items()}
+
+
+def lost(model: nn.Module, place: Place) -> list[str]:
+    """List the ends of a place that are no longer in the model."""
+    ends = list(zip((place.site.entry, *place.site.exits), place.ends(), strict=True))
+    if all(at(model, path) is end for path, end in ends):  # the usual answer, without a look at every module
+        return []
+    held = {id(module) for module in model.modules()}
+    return [path for path, end in ends if id(end) not in held]
+
+
+def at(model: nn.Module, path: str) -> nn.Module | None:
+    """Return the module at a path; None where there is none."""
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None

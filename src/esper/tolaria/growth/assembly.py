@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
 from esper.batches.examples import LossFunction, count_examples, smaller
+from esper.batches.heldout import first
 from esper.batches.joins import Joins
 from esper.blueprints.kernel import LiveKernel
 from esper.config import Budget, Config
@@ -20,11 +21,13 @@ from esper.contracts import Event, Observer
 from esper.distributed.collectives import Peers, digest
 from esper.distributed.model_wrapper import Wrapping
 from esper.errors import ProcessError
+from esper.kasmina.evidence.coupling import ASKED
 from esper.kasmina.morphable import MorphableModel
 from esper.kasmina.race.gate import Gate
 from esper.kasmina.race.orchestrator import SeedOrchestrator
 from esper.kasmina.race.own_optimizers import OwnOptimizers
 from esper.kasmina.race.trial import Given, Timing
+from esper.kasmina.race.worth import ALONE_EACH, Worth, worth_of
 from esper.kasmina.recording.flops import Ledger
 from esper.kasmina.seeds.compiling import CompilePolicy, detect
 from esper.kasmina.sites.sites import Sites
@@ -32,8 +35,8 @@ from esper.surgery.isolation.contexts import examining, same_randomness
 from esper.surgery.optimizers.adoption import refuse_homeless
 from esper.tamiyo.controller import Tamiyo
 from esper.tolaria.growth.opening.arguments import averages
-from esper.tolaria.growth.opening.entrance import held_out
-from esper.tolaria.growth.opening.opening import opened
+from esper.tolaria.growth.opening.entrance import Differentiating, held_out
+from esper.tolaria.growth.opening.opening import Opening, opened
 from esper.tolaria.growth.opening.optimizers import named_optimizers
 from esper.tolaria.growth.run.budget import limits, merged_budget
 from esper.tolaria.growth.run.commit import Committer
@@ -74,16 +77,19 @@ def assemble(
         opening = opened(host, loss_fn, per_example, held_out(probe, example), find)
         model, loss_fn, held, batch = opening.model, opening.loss_fn, opening.held, opening.batch
         refuse_branches(model, optimizers)
+        worth = ALONE_EACH
+        if recipe_of(config.growth, model) == "incubate":
+            worth = raced_worth(model, opening, per_example)
     merged = merged_budget(budget, config.budget, model.parameter_count(), model.flops)
     config = config.model_copy(update={"budget": merged})
     model.pool.enabled = config.kernels.streams
-    streams, ledger, joins = Streams(seed), Ledger(peers.world), Joins()
+    streams, ledger, joins = Streams(seed), Ledger(peers.world), Joins(apart=not worth.alone)
     forging = Forging(config.kernels, observe)
 
     def fallback(what: str, why: str) -> None:
         observe(Event("fallback", orchestrator.step, {"what": what, "why": why}))
 
-    gate = Gate(host, loss_fn, held, config.gate, looks(model, config), fallback, peers)
+    gate = Gate(host, loss_fn, held, config.gate, looks(model, config), fallback, peers, worth)
     committer = Committer(
         model, optimizers, ema, lambda: loss_fn(host, batch), config.new_slot_state, observe, peers
     )
@@ -187,6 +193,14 @@ def morphable(
         raced=is_raced(config.growth, host),
         smaller=[lambda model, less=less: loss_fn(model, less) for less in smaller(batch)],
     )
+
+
+def raced_worth(model: MorphableModel, opening: Opening, per_example: PerExample | None) -> Worth:
+    """Say what is one value of the evidence that a race needs."""
+    if per_example is not None:
+        inner = isinstance(opening.loss_fn, Differentiating)
+        return Worth(alone=True, per_example=Differentiating(per_example) if inner else per_example)
+    return worth_of(model.host, opening.loss_fn, model.places, first(opening.held, ASKED))
 
 
 def refuse_strangers(peers: Peers, model: MorphableModel, seed: int, steps: int | None) -> None:

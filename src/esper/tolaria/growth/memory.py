@@ -41,6 +41,7 @@ def capture(run: RunState, early: Early | None, watch: Watch | None) -> dict[str
         "cost": run.cost.state_dict(),
         "flops": run.morphable.flops,
         "looks": parts.gate.looks,
+        "block": parts.gate.size,
         "counters": [run.steps, run.events_kept, parts.epochs, orchestrator.examples],
         "losses": list(orchestrator.losses),
         "cool_until": orchestrator.cool_until,
@@ -103,6 +104,7 @@ def restore(run: RunState, state: Mapping[str, Any], early: Early | None, watch:
     parts.streams.load_state_dict(state["streams"])
     run.cost.load_state_dict(state["cost"])
     run.morphable.flops, parts.gate.looks = state["flops"], state["looks"]
+    parts.gate.size = state.get("block")
     run.steps, run.events_kept, parts.epochs, orchestrator.examples = state["counters"]
     run.clock.count = run.steps
     orchestrator.losses.extend(state["losses"])

@@ -12,7 +12,7 @@ from esper.contracts import Site
 from esper.kasmina.depth.stack import Stack
 from esper.kasmina.evidence.growth_cost import GrowthCost
 from esper.kasmina.widths.layers import in_size, out_size
-from esper.kasmina.widths.places import Place, WidenPlace
+from esper.kasmina.widths.places import Place, WidenPlace, gone
 from esper.tamiyo.controller import Room
 from esper.tamiyo.early import allocate
 from esper.tolaria.growth.early.timetable import Timetable
@@ -70,17 +70,8 @@ class Reach:
 
     def gone(self, names: Iterable[str]) -> dict[str, str]:
         """Return the places of which a layer was replaced by hand, and which one."""
-        held = {id(module) for module in self.run.morphable.host.modules()}
-        found: dict[str, str] = {}
-        for name in names:
-            place = self.run.morphable.places.get(name)
-            if place is None:
-                continue
-            ends = zip((place.site.entry, *place.site.exits), place.ends(), strict=True)
-            lost = next((path for path, end in ends if id(end) not in held), None)
-            if lost is not None:
-                found[name] = f"{lost} was replaced or removed since esper.grow"
-        return found
+        places = self.run.morphable.places
+        return gone(self.run.morphable.host, [places[name] for name in names if name in places])
 
     def untrained(self) -> dict[str, str]:
         """Return the places whose new units would not be trained: a layer is frozen, or its rate is nought.

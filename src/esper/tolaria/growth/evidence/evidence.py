@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from esper.batches.examples import copied, count_examples
 from esper.batches.known import Known
 from esper.batches.portions import largest, portions
-from esper.kasmina.evidence.coupling import followed, independent
+from esper.kasmina.evidence.coupling import ASKED, followed, independent
 from esper.kasmina.evidence.price import look_price
 from esper.kasmina.evidence.reopen import tempered
 from esper.kasmina.evidence.score import Score, Scored
@@ -31,7 +31,6 @@ SHARE = 0.008  # of the examples that a run trains on, which an event reads at m
 LATEST = 2  # training batches on which what has grown must run
 LEAST = 256  # examples it reads all the same: fewer are hardly evidence
 BLOCKS = 32  # batches it reads where the loss couples their examples
-ASKED = 8  # probe batches, until one tells whether the loss couples its examples
 UNTOLD = (
     "batches, each one value: whether the loss couples their examples cannot be told, for they are too few "
     "in a batch, or no gradient or no row of it is theirs"

@@ -12,6 +12,7 @@ from esper.kasmina.race.orchestrator import UNSEEN
 from esper.kasmina.race.race import AMPLITUDES
 from esper.kasmina.race.schedule import SHARE, Step, first
 from esper.kasmina.race.survey import Measured, measure
+from esper.kasmina.widths.places import gone
 from esper.surgery.isolation.undisturbed import undisturbed
 from esper.tamiyo.controller import Room
 from esper.tolaria.growth.incubation.boundary import same_decision
@@ -90,7 +91,12 @@ class Incubation:
         """Choose, with the whole model at hand."""
         run, places = self.run, self.run.morphable.places
         only, run.asked = run.asked, None
-        free = [n for n in places if not run.orchestrator.embargoed(n) and only in (None, n)]
+        lost = gone(run.morphable.host, places.values())
+        for name, missing in lost.items():
+            run.mishaps.say(f"{name} can no longer grow: {missing}")
+        free = [
+            n for n in places if not run.orchestrator.embargoed(n) and only in (None, n) and n not in lost
+        ]
         self.dear = Allowance(run).declined(self.price())
         measured = self.survey(free)
         sites = [places[n].site for n in free]
