@@ -28,10 +28,10 @@ from torch.utils.data import DataLoader
 
 import esper
 from benchmarks.clusters import Clusters, loss_fn, refuse
+from esper.batches.share import Share
 from esper.checkpoint import Batches, CheckpointManager, Run
 from esper.contracts import Event, Stage
 from esper.distributed.launch import leave
-from esper.distributed.share import Share
 
 MODULE = "benchmarks.rank_runs"
 WORLD = 2

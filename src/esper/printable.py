@@ -36,5 +36,10 @@ def shortened(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[:most]}… ({len(text) - most:,} characters more)"
 
 
+def times(count: int) -> str:
+    """Say how often something is called."""
+    return "once" if count == 1 else f"{count} times"
+
+
 def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")

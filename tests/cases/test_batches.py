@@ -13,9 +13,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import esper
+from esper.batches.examples import count_examples, take
+from esper.batches.known import rows_of
 from esper.errors import EsperError, ProbeError
 from tests.cases.loops import Task, cross_entropy, narrow, run
 
@@ -193,3 +196,115 @@ def test_a_layer_of_complex_numbers_is_no_place() -> None:
     assert list(wrapped.places) == ["second.0>second.2"]
     assert any("complex" in refusal.reason for refusal in wrapped.refusals)
     assert issubclass(ProbeError, EsperError)
+
+
+class Sequences(nn.Module):
+    """Reads a list of sequences of unlike length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(10, 1), nn.Linear(1, 10)
+
+    def forward(self, given: Any) -> Tensor:
+        """Return logits."""
+        parts = given.unbind() if isinstance(given, Tensor) else given
+        return self.b(torch.tanh(self.a(torch.stack([one.sum(0) for one in parts]))))
+
+
+def sequences(lengths: int = 5) -> Callable[[int], tuple[list[Tensor], Tensor]]:
+    task, chance = Task(), random.Random(0)
+
+    def draw(n: int = 48) -> tuple[list[Tensor], Tensor]:
+        x, y = task(n)
+        return [one.repeat(k, 1) / k for one in x for k in (chance.randint(1, lengths),)], y
+
+    return draw
+
+
+@pytest.mark.parametrize("lengths", [5, 1])
+def test_a_list_of_sequences_has_an_example_in_each(lengths: int) -> None:
+    net = Sequences()
+    assert count_examples(sequences(lengths)(7)) == 7
+    assert count_examples(sequences()(7)[0]) == 7, "nothing beside it"
+    made = run(net, draw=sequences(lengths))
+    assert net.a.out_features > 1
+    assert not made.warnings
+
+
+def test_a_batch_that_is_a_list_of_its_parts_is_none_of_examples() -> None:
+    x, y = Task()(7)
+    assert count_examples([x, y]) == 7
+    assert count_examples([x, torch.zeros(3, 10), torch.zeros(4, 10)]) == 7
+    assert count_examples([x, [torch.zeros(3, 2), torch.zeros(4, 2)]]) == 7, "a table of two"
+
+
+def test_images_of_unlike_size_with_tables_beside_them() -> None:
+    images = [torch.zeros(3, 5, k) for k in (4, 6, 5)]
+    batch = images, [{"boxes": torch.zeros(k, 4)} for k in (1, 2, 9)]
+    assert count_examples(batch) == 3
+    few = take(batch, torch.tensor([2, 0]))
+    assert [one.shape[-1] for one in few[0]] == [5, 4]
+    assert [len(one["boxes"]) for one in few[1]] == [9, 1]
+    assert len(rows_of(batch)[1]) == 3
+
+
+@pytest.mark.parametrize(
+    ("turned", "named"),
+    [
+        (lambda x: x.to_sparse(), "a sparse tensor"),
+        (lambda x: x.to_sparse_csr(), "a sparse tensor"),
+        (lambda x: torch.nested.nested_tensor([*x], layout=torch.jagged), "a nested tensor"),
+        (lambda x: torch.nested.nested_tensor([*x]), "a nested tensor"),
+    ],
+    ids=["coo", "csr", "jagged", "strided"],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_tensors_of_which_no_examples_can_be_taken_are_refused_by_name(turned: Any, named: str) -> None:
+    task = Task()
+
+    def dense(model: nn.Module, batch: Any) -> Tensor:
+        x = torch.stack(list(batch[0].unbind())) if batch[0].is_nested else batch[0].to_dense()
+        return F.cross_entropy(model(x), batch[1])
+
+    def draw(n: int = 48) -> Any:
+        x, y = task(n)
+        return turned(x), y
+
+    with pytest.raises(ProbeError, match=named):
+        run(narrow(), dense, draw)
+
+
+def by_sample(model: nn.Module, batch: Any) -> Tensor:
+    """Return a loss with per-sample gradients of the weights."""
+
+    def one(weights: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(functional_call(model, weights, (x[None],)), y[None])
+
+    found = vmap(grad(one), in_dims=(None, 0, 0))(dict(model.named_parameters()), *batch)
+    return cross_entropy(model, batch) + sum(g.square().mean() for g in found.values())
+
+
+def by_input(model: nn.Module, batch: Any) -> Tensor:
+    """Return a loss with per-sample gradients of the inputs."""
+    slopes = vmap(grad(lambda x: model(x).sum()))(batch[0])
+    return cross_entropy(model, batch) + slopes.square().mean()
+
+
+@pytest.mark.parametrize("mode", ["early", "incubate"])
+@pytest.mark.parametrize(
+    "loss", [by_sample, by_input, lambda m, b: F.cross_entropy(vmap(m)(b[0]), b[1])], ids=["p", "x", "all"]
+)
+def test_a_model_inside_torch_func_is_refused_by_name(loss: Any, mode: str) -> None:
+    with pytest.raises(EsperError, match=r"inside torch\.func"):
+        run(narrow(), loss, growth=mode)
+
+
+def test_torch_func_beside_the_model_is_no_fault() -> None:
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        y = model(batch[0])
+        return F.cross_entropy(y, batch[1]) + 1e-3 * vmap(lambda row: row.square().sum())(y).mean()
+
+    net = narrow()
+    run(net, loss)
+    assert net[0].out_features > 1

@@ -79,9 +79,9 @@ class Padded(nn.Module):
         return y
 
 
-def sequences(n: int = 40) -> tuple[list[Tensor], Tensor]:
-    """Draw sequences of unlike length."""
-    return [torch.randn(2 + i % 5, 4) for i in range(n)], torch.randint(0, 2, (n,))
+def sequences(n: int = 40, lengths: int = 40) -> tuple[list[Tensor], Tensor]:
+    """Draw sequences of unlike length; by default no two are of one, nor are any two parts as filled up."""
+    return [torch.randn(2 + i % lengths, 4) for i in range(n)], torch.randint(0, 2, (n,))
 
 
 UNKNOWN: dict[str, tuple[Any, Any, Any]] = {
@@ -232,3 +232,10 @@ def test_a_run_on_a_sorted_probe_sees_its_loss() -> None:
     (other,) = [record.held_out for record in shuffled.growth.loop.early.records][:1]
     assert told == pytest.approx(other, rel=0.05)
     assert net[0].out_features > 1
+
+
+def test_sequences_in_a_list_are_asked_like_rows() -> None:
+    torch.manual_seed(0)
+    independent, warned = asked(Padded(), cross_entropy, [sequences(lengths=5) for _ in range(4)])
+    assert independent is True
+    assert not warned

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import esper
+from esper.batches.cropped import trials
 from esper.kasmina.proving.proving import Proof
 
 X = torch.randn(12, 6, generator=torch.Generator().manual_seed(0))
@@ -122,16 +123,6 @@ def test_what_does_not_come_out_exact_is_refused_at_the_start(kind: str) -> None
     wrapped = esper.wrap(nn.Sequential(net, *beside), x, blueprints=["widen"])
     assert [name for name in wrapped.places if name == "1>3"] == ["1>3"], "the others stay places"
     assert any(reason in one.reason for one in wrapped.refusals)
-
-
-def masked() -> nn.Module:
-    net = two(lambda s, x: s.b(torch.tanh(s.a(x))))
-    mask = torch.ones(8, 6)
-    net.a.weight.register_hook(lambda gradient: gradient * mask)
-    return net
-
-
-INEXACT["a mask on a gradient"] = (masked, X, "may know its shape")
 
 
 def masked() -> nn.Module:
@@ -258,3 +249,76 @@ def test_an_error_in_the_middle_leaves_the_host_as_it_was() -> None:
         Proof(net, [interrupted]).unproven(pairs)
     assert facts(net) == before
     assert net.a.out_features == 8
+
+
+TIMES = torch.randn(12, 8, 6, generator=torch.Generator().manual_seed(0))
+SIZED: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
+    "a length read from the input": (lambda: two(lambda s, x: s.b(torch.tanh(s.a(x)) / x.shape[1])), TIMES),
+    "all but the last position": (
+        lambda: two(lambda s, x: s.b(torch.tanh(s.a(x))[:, : x.shape[1] - 1])),
+        TIMES,
+    ),
+    "an image made as large as it was": (
+        lambda: convolution(
+            lambda s, x: s.l(F.interpolate(F.max_pool2d(s.c(x), 2), size=x.shape[2:])),
+            nn.Conv2d(1, 4, 3, padding=1),
+            l=nn.Conv2d(4, 1, 1),
+        ),
+        IMAGES,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SIZED)
+def test_units_that_work_at_one_size_only_are_refused(kind: str) -> None:
+    build, x = SIZED[kind]
+    with pytest.raises(esper.SiteError, match=r"with inputs of another size.* follow from the tensor"):
+        esper.wrap(build(), x, blueprints=["widen"])
+
+
+FREE: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
+    "any length": (lambda: two(lambda s, x: s.b(torch.tanh(s.a(x)).mean(1))), TIMES),
+    "one size by itself": (
+        lambda: nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)),
+        IMAGES,
+    ),
+    "one length by itself": (
+        lambda: two(
+            lambda s, x: s.b(torch.tanh(s.a(x)) / x.shape[1]) + s.p, p=nn.Parameter(torch.ones(8, 3))
+        ),
+        TIMES,
+    ),
+    "any size": (
+        lambda: nn.Sequential(
+            nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
+        ),
+        IMAGES,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FREE)
+def test_a_host_of_one_size_is_no_fault(kind: str) -> None:
+    build, x = FREE[kind]
+    assert len(esper.wrap(build(), x, blueprints=["widen"]).places) == 1
+
+
+def test_a_batch_of_other_sizes_is_cut_alike_in_all_its_parts() -> None:
+    def shapes(batch: Any, fixed: tuple[int, ...] = ()) -> list[list[tuple[int, ...]]]:
+        return [[tuple(leaf.shape) for leaf in one] for one in trials(batch, fixed)[1]]
+
+    tokens = torch.zeros(8, 6, dtype=torch.long)
+    assert shapes((tokens, tokens, torch.ones(6, 6))) == [[(4, 3), (4, 3), (3, 3)]]
+    assert shapes((torch.ones(8, 6, 5), torch.ones(8)), (5,)) == [[(4, 3, 5), (4,)]]
+    assert shapes((torch.ones(8, 6), torch.ones(8)), (6,)) == []
+    assert shapes((torch.ones(8, 3, 6, 4), torch.ones(8, 6, 4))) == [
+        [(4, 3, 3, 2), (4, 3, 2)],
+        [(4, 3, 5, 3), (4, 5, 3)],
+    ]
+
+
+def test_a_squeeze_of_any_axis_is_refused_with_what_to_write() -> None:
+    with pytest.raises(esper.SiteError, match=r"squeeze over the output of a .* give it a dim="):
+        esper.wrap(two(lambda s, x: s.b(torch.tanh(s.a(x)).squeeze())), TIMES[:, :1], blueprints=["widen"])
+    net = two(lambda s, x: s.b(torch.tanh(s.a(x)).unsqueeze(1).squeeze(1)))
+    assert list(esper.wrap(net, X, blueprints=["widen"]).places) == ["a>b"]

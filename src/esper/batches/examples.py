@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from esper.batches.layout import chosen, flatten, joined, unflatten
+from esper.batches.layout import PARTS, chosen, flatten, is_list, joined, unflatten
 from esper.batches.layout import rows as rows_in
 from esper.errors import ProbeError
 
@@ -29,6 +29,7 @@ def split_batch(batch: Any) -> tuple[list[Any], list[bool], Any, int]:
     sizes = [
         n for n, leaf in zip(counts, leaves, strict=True) if n is not None and not isinstance(leaf, list)
     ]
+    sizes = sizes or [len(leaf) for leaf in leaves if isinstance(leaf, list) and not is_list(leaf)]
     if not sizes:
         kinds = ", ".join(sorted({type(leaf).__name__ for leaf in leaves})) or "nothing"
         raise ProbeError(
@@ -45,9 +46,30 @@ def count_examples(batch: Any) -> int:
         ProbeError: No tensor tells how many examples there are.
     """
     first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-    if isinstance(first, Tensor) and first.dim() > 0:
-        return first.shape[0]
+    if isinstance(first, Tensor) and first.dim() > 0 and not (isinstance(batch, list) and len(batch) > PARTS):
+        return first.size(0)
     return split_batch(batch)[3]
+
+
+def refuse_layouts(batch: Any) -> None:
+    """Refuse a batch with tensors of which no examples can be taken.
+
+    Raises:
+        ProbeError: It holds a nested tensor, or a sparse one with a row for each example.
+    """
+    leaves = [leaf for leaf in flatten(batch)[0] if isinstance(leaf, Tensor)]
+    if any(leaf.is_nested for leaf in leaves):
+        raise ProbeError(
+            "a batch holds a nested tensor, of which evidence can take no examples; give a list with one "
+            "tensor per example and nest it in loss_fn, or pad it"
+        )
+    sparse = next((leaf for leaf in leaves if leaf.layout != torch.strided), None)
+    if sparse is not None and len(sparse) == count_examples(batch):
+        raise ProbeError(
+            f"a batch holds a sparse tensor ({sparse.layout}) with a row for each example, and evidence can "
+            "take none of them; give indices and values per example and make it sparse in loss_fn, or "
+            "to_dense()"
+        )
 
 
 def take(batch: Any, rows: Tensor) -> Any:
@@ -67,7 +89,9 @@ def own(leaf: Any) -> Any:
     """Copy a leaf that can be written to; a tensor comes without the graph behind it."""
     if isinstance(leaf, Tensor):
         return leaf.detach().clone().requires_grad_(leaf.requires_grad)
-    return copy.copy(leaf)  # an array's, or a list of labels
+    if isinstance(leaf, list):
+        return [copied(one) for one in leaf]
+    return copy.copy(leaf)  # an array's
 
 
 def smaller(batch: Any) -> list[Any]:

@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from esper.batches.examples import split_batch
+from esper.batches.layout import PLAIN, flatten
 
 SHARE = 0.5  # of the held-out examples, above which they say nothing of others
 DISTINCT = 0.5  # of them that differ: of fewer kinds than that there are few
@@ -53,7 +55,7 @@ def rows_of(batch: Any) -> list[np.ndarray]:
 def entries(leaf: Any, count: int) -> np.ndarray:
     """Return entries of every example from all over a leaf, as whole numbers that tell them apart."""
     if isinstance(leaf, list):
-        return np.array([[hash(one)] for one in leaf])
+        return np.array([[mark(one)] for one in leaf])
     flat = torch.as_tensor(leaf).detach().reshape(count, -1)
     few = flat[:, :: math.ceil(max(flat.shape[1], 1) / ENTRIES)].cpu()
     if few.is_complex():
@@ -61,6 +63,13 @@ def entries(leaf: Any, count: int) -> np.ndarray:
     if few.is_floating_point():
         return few.double().contiguous().view(torch.int64).numpy()
     return few.long().numpy()
+
+
+def mark(value: Any) -> int:
+    """Return a number for what one example is in a list: a label, a text, a sequence, a table of them."""
+    if isinstance(value, Tensor):
+        return hash((tuple(value.shape), entries(value[None], 1).tobytes()))
+    return hash(value) if isinstance(value, PLAIN) else hash(tuple(mark(one) for one in flatten(value)[0]))
 
 
 def digests(rows: Sequence[np.ndarray]) -> list[int]:

@@ -1,14 +1,15 @@
 """How a batch is laid out: its leaves, and the way back to a batch from them.
 
 torch's pytree takes tuples, lists and dicts apart. Batches come as dataclasses and as mappings of other kinds
-too (``UserDict``, which tokenizers return), and a list of labels is one leaf with an entry per example.
+too (``UserDict``, which tokenizers return), and a list of labels is one leaf with an entry per example; so is
+one of tensors where each is an example's own, as sequences of unlike length are.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 import numpy as np
@@ -17,13 +18,16 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 PLAIN = (bool, int, float, str)  # what a list of labels or texts holds
+PARTS = 4  # of a batch that is a list: inputs, targets, a mask; of more that are alike, each is an example
 
 
 def rows(leaf: Any) -> int | None:
     """Count a leaf's entries along its first axis; None where it has none."""
-    if isinstance(leaf, Tensor | np.ndarray):
+    if isinstance(leaf, Tensor):
+        return leaf.size(0) if leaf.dim() > 0 else None  # a nested tensor has no shape
+    if isinstance(leaf, np.ndarray):
         return leaf.shape[0] if leaf.ndim > 0 else None
-    return len(leaf) if is_list(leaf) else None
+    return len(leaf) if isinstance(leaf, list) else None  # others are taken apart
 
 
 def is_list(value: Any) -> bool:
@@ -38,15 +42,46 @@ def is_record(value: Any) -> bool:
     return isinstance(value, MutableMapping) and type(value).__module__ != "builtins"
 
 
+def is_series(value: Any, examples: int | None = None) -> bool:
+    """Tell a list with something of every example: tensors of unlike shape, or as many as there are examples.
+
+    Args:
+        value: Anything.
+        examples: As many as another part of the batch has; None where none tells.
+    """
+    if not isinstance(value, list) or len(value) < 2:
+        return False
+    if not all(isinstance(one, Tensor) for one in value):
+        return len(value) == examples and all(isinstance(one, Mapping) for one in value)
+    shapes = {one.shape for one in value}
+    if len({(one.dtype, one.dim()) for one in value}) > 1:
+        return False
+    return len(shapes) > 1 or (len(value) == examples and value[0].shape[:1] != (examples,))
+
+
+def series_in(batch: Any) -> Callable[[Any], bool]:
+    """Return what tells the lists in a batch that have something of every example."""
+    if is_series(batch) and len(batch) > PARTS:
+        return lambda one: one is batch
+    parts = list(batch.values()) if isinstance(batch, dict) else batch
+    parts = parts if isinstance(parts, (tuple, list)) else []
+    plain = [rows(one) for one in parts if isinstance(one, Tensor | np.ndarray) or is_list(one)]
+    lists = [len(one) for one in parts if is_series(one)]
+    lists += [len(one) for one in parts if isinstance(one, list) and one and isinstance(one[0], Mapping)]
+    examples = next(iter([*plain, *lists]), None)
+    return lambda one: one is not batch and is_series(one, examples)
+
+
 def flatten(batch: Any) -> tuple[list[Any], Any]:
     """Take a batch apart; the second value compares equal for batches that are laid out alike."""
-    tops, nest = tree_flatten(batch, is_leaf=lambda one: is_list(one) or is_record(one))
+    series = series_in(batch)
+    tops, nest = tree_flatten(batch, is_leaf=lambda one: is_list(one) or is_record(one) or series(one))
     leaves: list[Any] = []
     inner: list[Any] = []
     for top in tops:
         if is_record(top):
             facts = facts_of(top)
-            within, below = flatten(list(facts.values()) or None)
+            within, below = flatten(tuple(facts.values()) or None)
             leaves += within
             inner.append((Record(top), tuple(facts), below, len(within)))
         else:
@@ -66,7 +101,7 @@ def unflatten(leaves: list[Any], layout: Any) -> Any:
             at += 1
             continue
         record, names, below, count = one
-        values = unflatten(leaves[at : at + count], below) or []
+        values = unflatten(leaves[at : at + count], below) or ()
         at += count
         tops.append(record.filled(dict(zip(names, values, strict=True))))
     return tree_unflatten(tops, nest)

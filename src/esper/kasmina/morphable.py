@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from esper.arguments import flag, texts, whole
-from esper.batches.examples import smaller
+from esper.batches.cropped import trials
+from esper.batches.examples import count_examples, refuse_layouts
 from esper.contracts import Refusal, Stage
 from esper.errors import EsperError, ProbeError, SiteError
 from esper.kasmina.branches.blocks import find_blocks
@@ -26,6 +27,7 @@ from esper.kasmina.seeds.streams import StreamPool
 from esper.kasmina.sites.selecting import Sites, refuse_selectors
 from esper.kasmina.sites.sites import find_pairs, racing, reachable, select, uncoded
 from esper.kasmina.sites.uncalled import not_read_elsewhere
+from esper.kasmina.widths.layers import features
 from esper.kasmina.widths.places import Place, WidenPlace
 from esper.printable import shortened
 from esper.surgery.isolation.contexts import examining, untouched
@@ -65,7 +67,7 @@ class MorphableModel(nn.Module):
         deepen: Whether stacks of blocks are places too; a race cannot take them.
         raced: Whether to leave out what a race cannot take: layers with several consumers, or called several
             times in one pass.
-        smaller: Calls it on fewer examples; growth is proven at both sizes.
+        trials: Call it on fewer examples, and on such of other sizes; growth is proven there, too.
     """
 
     def __init__(
@@ -81,7 +83,7 @@ class MorphableModel(nn.Module):
         sampling: int = 10,
         deepen: bool = False,
         raced: bool = False,
-        smaller: Sequence[Pass] = (),
+        trials: tuple[Sequence[Pass], Sequence[Pass]] = ((), ()),
     ) -> None:
         super().__init__()
         run = lambda: call(host)  # noqa: E731
@@ -89,7 +91,7 @@ class MorphableModel(nn.Module):
         self.policy = policy or CompilePolicy("none", host)
         self.seeds_per_site = seeds_per_site
         self.examples, self.blueprints, self.raced = examples, tuple(blueprints), raced
-        found, self.refusals = self.proven(*self.find(run), [call, *smaller])
+        found, self.refusals = self.proven(*self.find(run), Proof(host, [call, *trials[0]], trials[1]))
         found, codes = uncoded(found, sites)
         self.refusals = [*self.refusals, *codes]
         if sites == "auto" and deepen:  # a run is to follow, whose batches may go other ways
@@ -129,13 +131,13 @@ class MorphableModel(nn.Module):
         return found, refusals
 
     def proven(
-        self, found: Sequence[Place], refusals: Sequence[Refusal], calls: Sequence[Pass]
+        self, found: Sequence[Place], refusals: Sequence[Refusal], proof: Proof
     ) -> tuple[list[Place], list[Refusal]]:
         """Keep the widenings that come out exact on copies; the others are refused with the reason."""
         pairs = {place.site.name: place for place in found if isinstance(place, WidenPlace)}
         if not pairs:
             return list(found), list(refusals)
-        why = Proof(self.host, calls).unproven(pairs)
+        why = proof.unproven(pairs)
         barred = [Refusal(pairs[name].site.entry, reason) for name, reason in why.items()]
         return [place for place in found if place.site.name not in why], [*refusals, *barred]
 
@@ -299,23 +301,25 @@ def wrap(
     given = tensors((args, kwargs))
     if not given:
         raise ProbeError("example_inputs holds no tensor; give what the model is called with")
-    if not given[0].dim():
+    if not given[0].is_nested and not given[0].dim():
         raise ProbeError("the first tensor of example_inputs is a number; examples lie along its axis 0")
+    refuse_layouts((args, kwargs))
     try:
         policy = detect(model)
         host = policy.host
+        few, others = trials((args, kwargs), features(host))
         with policy.uncompiled(), at_first(host):
             return MorphableModel(
                 host,
                 called(args, kwargs),
-                len(given[0]),
+                count_examples((args, kwargs)),
                 sites,
                 seeds_per_site,
                 blueprints,
                 policy=policy,
                 raced=raced,
                 deepen=deepen,
-                smaller=[called(*less) for less in smaller((args, kwargs))],
+                trials=([called(*less) for less in few], [called(*less) for less in others]),
             )
     except EsperError:
         raise

@@ -214,8 +214,11 @@ def extend(old: Tensor, new: Tensor, axis: int, chunks: int = 1) -> Tensor:
 
 def _layout(tensor: Tensor) -> torch.memory_format:
     # By strides, not is_contiguous(): a (C, 1, 3, 3) depthwise weight is contiguous in both formats.
-    last, plain = _LAYOUTS.get(tensor.dim()), torch.empty(tensor.shape, device="meta")
-    if last and tensor.stride() == plain.to(memory_format=last).stride() != plain.stride():
+    last = _LAYOUTS.get(tensor.dim())
+    if last is None:
+        return torch.contiguous_format
+    plain = torch.empty(tensor.shape, device="meta")
+    if tensor.stride() == plain.to(memory_format=last).stride() != plain.stride():
         return last
     return torch.contiguous_format
 

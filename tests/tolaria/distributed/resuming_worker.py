@@ -21,10 +21,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 import esper
+from esper.batches.share import Share
 from esper.checkpoint import Batches, CheckpointManager, FolderStorage, Run
 from esper.contracts import Event
 from esper.distributed.launch import leave
-from esper.distributed.share import Share
 from esper.errors import StateError, StoreError
 from esper.tolaria.trainer import Trainer
 from tests.tolaria.distributed.forks import Ranks, play

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from esper.batches.share import Share
 from esper.checkpoint.contents.randomness import Generator, capture_randomness, restore_randomness
-from esper.distributed.share import Share
 from esper.errors import ConfigError, StateError
 
 

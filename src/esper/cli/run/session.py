@@ -16,6 +16,7 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from esper.batches.share import Share
 from esper.checkpoint import FolderStorage, Storage
 from esper.cli.run import resolve
 from esper.cli.run.recipe import Call, Recipe, growth_settings, read_recipe
@@ -24,7 +25,6 @@ from esper.cli.run.seeding import seed_all
 from esper.cli.run.settings import settings_of
 from esper.contracts import Observer, ignore
 from esper.distributed.launch import join, launched, replicated
-from esper.distributed.share import Share
 from esper.errors import ConfigError
 from esper.nissa.run.journal import RunJournal
 from esper.tolaria.trainer import Trainer

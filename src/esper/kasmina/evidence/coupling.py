@@ -54,14 +54,14 @@ def independent(
 
     Returns:
         None where it cannot be told: fewer than 3 examples that count, no place that is passed, no gradient,
-        examples of unlike length in a list, of which no rows can be taken.
+        or none of one shape, as where sequences are filled up to the longest of a batch.
 
     Raises:
         ProbeError: The loss of a part of the batch cannot be taken.
     """
     kept = counted_rows(batch)
     each = len(kept) // PARTS
-    if each == 0 or ragged(batch):
+    if each == 0:
         return None
     rows = kept[: PARTS * each]
     try:
@@ -88,16 +88,6 @@ def learns(model: nn.Module, run: Callable[[Any], Tensor], batch: Any) -> bool:
     """Tell whether a loss has gradients at all."""
     with untouched(model, seed=0):
         return run(batch).requires_grad
-
-
-def ragged(batch: Any, within: bool = False) -> bool:
-    """Tell whether a batch holds a list of examples that differ in length."""
-    parts = list(batch.values()) if isinstance(batch, Mapping) else batch
-    if not isinstance(parts, (list, tuple)):
-        return False
-    sizes = {one.shape[0] for one in parts if isinstance(one, Tensor) and one.dim()}
-    alike = not within or len(sizes) < 2 or not all(isinstance(one, Tensor) for one in parts)
-    return not alike or any(ragged(one, within=True) for one in parts)
 
 
 def compared(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from esper.contracts import WidenEdit, WidenPlan
 
 Key = tuple[str, str]  # a place, and the key of an edit in its plan
+Positions: TypeAlias = "range | Tensor"  # along one axis; a range where they stand together
 
 
 class Embedded:
@@ -21,23 +23,27 @@ class Embedded:
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        self.old: dict[str, list[Tensor]] = {}  # positions of the first entries, for tensors that grew
-        self.new: dict[Key, tuple[WidenEdit, Tensor]] = {}
+        self.old: dict[str, list[Positions]] = {}  # positions of the first entries, for tensors that grew
+        self.new: dict[Key, tuple[WidenEdit, Positions]] = {}
         self.along: dict[tuple[str, int], list[Key]] = {}  # keys of what was brought along an axis
 
     def note(self, site: str, plan: WidenPlan) -> None:
         """Follow one widening, carried out after those noted before."""
         for key, edit in plan.keyed():
-            kept = moved(edit, torch.arange(edit.old))
-            axes = self.old.setdefault(edit.name, [torch.arange(n) for n in self.shapes[edit.name]])
-            axes[edit.axis] = kept[axes[edit.axis]]
+            whole: list[Positions] = [range(n) for n in self.shapes[edit.name]]
+            axes = self.old.setdefault(edit.name, whole)
             brought = self.along.setdefault((edit.name, edit.axis), [])
-            for known in brought:
-                other, where = self.new[known]
-                self.new[known] = other, kept[where]
-            fresh = torch.ones(edit.new, dtype=torch.bool)
-            fresh[kept] = False
-            self.new[site, key] = edit, fresh.nonzero().flatten()
+            fresh: Positions = range(edit.old, edit.new)  # behind all others, which stay where they are
+            if edit.chunks > 1:
+                kept = moved(edit, torch.arange(edit.old))
+                axes[edit.axis] = kept[spread(axes[edit.axis])]
+                for known in brought:
+                    other, where = self.new[known]
+                    self.new[known] = other, kept[spread(where)]
+                left = torch.ones(edit.new, dtype=torch.bool)
+                left[kept] = False
+                fresh = left.nonzero().flatten()
+            self.new[site, key] = edit, fresh
             brought.append((site, key))
 
     def own(self, name: str, tensor: Tensor) -> Tensor:
@@ -50,9 +56,10 @@ class Embedded:
 
     def put(self, key: Key, tensor: Tensor, value: Tensor) -> None:
         """Write these entries."""
-        tensor[torch.meshgrid(*(one.to(tensor.device) for one in self.axes(key)), indexing="ij")] = value
+        axes = [spread(one).to(tensor.device) for one in self.axes(key)]
+        tensor[torch.meshgrid(*axes, indexing="ij")] = value
 
-    def axes(self, key: Key) -> list[Tensor]:
+    def axes(self, key: Key) -> list[Positions]:
         """Return the positions of an edit's entries, axis by axis."""
         edit, where = self.new[key]
         axes = list(self.old[edit.name])
@@ -66,9 +73,20 @@ def moved(edit: WidenEdit, positions: Tensor) -> Tensor:
     return positions // before * after + positions % before
 
 
-def picked(tensor: Tensor, axes: Sequence[Tensor]) -> Tensor:
+def spread(positions: Positions) -> Tensor:
+    """Write out positions."""
+    if isinstance(positions, Tensor):
+        return positions
+    return torch.arange(positions.start, positions.stop)
+
+
+def picked(tensor: Tensor, axes: Sequence[Positions]) -> Tensor:
     """Return the entries at some positions of every axis."""
     for axis, where in enumerate(axes):
-        if len(where) < tensor.shape[axis]:
+        if len(where) == tensor.shape[axis]:
+            continue
+        if isinstance(where, range):
+            tensor = tensor.narrow(axis, where.start, len(where))
+        else:
             tensor = tensor.index_select(axis, where.to(tensor.device))
     return tensor

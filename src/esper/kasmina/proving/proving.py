@@ -2,7 +2,8 @@
 
 What a kernel adds beside the host as it is, and what the same units do once they are rows and columns of its
 layers, is one function in two forms: the results and every gradient must be equal, in training and in
-evaluation, at two batch sizes. What no recording shows, shows here: a ``forward`` of the user's own or a
+evaluation, at two batch sizes, the second with smaller images or shorter sequences where the host runs on
+such. What no recording shows, shows here: a ``forward`` of the user's own or a
 hook, a number read from a width, a literal ``view``, an autograd function with another backward, dropout that
 is always on.
 """
@@ -35,6 +36,7 @@ from esper.surgery.widen_layers import Holders, asked, widen
 
 Pass: TypeAlias = "Callable[[nn.Module], Any]"  # calls a model once
 Kernels: TypeAlias = "dict[str, HostKernel[Any]]"
+Plans: TypeAlias = "dict[str, WidenPlan]"
 Laid: TypeAlias = "dict[str, dict[str, Tensor]]"  # units in the order of the host's tensors
 
 SHARE = 8  # an eighth of the width is added, so that a number read from it shows
@@ -53,6 +55,7 @@ class Mode:
     name: str
     training: bool
     call: int  # which of the passes
+    fallback: int = 0  # the one that is taken where that does not run
 
 
 @dataclass
@@ -81,12 +84,29 @@ class Proof:
     Args:
         host: Only copies of what it holds are changed.
         calls: Each calls it on a batch of its own; the others are smaller.
+        cropped: Call it on inputs of another size. The first that the host can take is used.
     """
 
-    def __init__(self, host: nn.Module, calls: Sequence[Pass]) -> None:
-        self.host, self.calls = host, calls
+    def __init__(self, host: nn.Module, calls: Sequence[Pass], cropped: Sequence[Pass] = ()) -> None:
+        self.host, self.calls, self.cropped = host, list(calls), list(cropped)
         last = len(calls) - 1
         self.modes = [Mode("training", True, 0), Mode("evaluation", False, last)]
+        self.now = self.modes[0]  # the one that is run
+
+    def settle(self) -> None:
+        """Let evaluation run on inputs of another size, where the host does that at all."""
+        evaluation = self.modes[-1]
+        for call in self.cropped:
+            self.calls.append(call)
+            mode = Mode("evaluation, with inputs of another size", False, len(self.calls) - 1)
+            try:
+                self.run(mode, [])
+            except Exception:  # the user's code at a size nobody promised: it raises what it likes
+                self.calls.pop()
+                continue
+            self.modes[-1] = replace(mode, fallback=evaluation.call)
+            break
+        self.cropped = []
 
     def unproven(self, places: Mapping[str, WidenPlace]) -> dict[str, str]:
         """Return the places whose growth is not proven, and why.
@@ -107,16 +127,21 @@ class Proof:
 
     def fails(self, places: Mapping[str, WidenPlace]) -> str:
         """Grow these places together; returns what differs, "" if nothing does."""
-        kernels = {name: drawn(place) for name, place in places.items()}
-        laid = {name: kernel.slices(kernel.plan()) for name, kernel in kernels.items()}
+        with same_randomness(0), torch.no_grad():
+            kernels = {name: drawn(place) for name, place in places.items()}
+        plans = {name: kernel.plan() for name, kernel in kernels.items()}
+        laid = {name: kernel.slices(plans[name]) for name, kernel in kernels.items()}
         with on_copies(self.host):
+            if self.cropped:
+                self.settle()
             try:
                 with beside(places, kernels) as passage:
-                    before = [self.beside(mode, kernels, passage) for mode in self.modes]
+                    before = [self.beside(mode, kernels, plans, passage) for mode in self.modes]
             except FAILURES as error:
+                mode = self.now
                 if self.breaks():
                     return self.fails(places)
-                return f"new units do not run beside them ({first_line(error)})"
+                return f"new units do not run beside them in {mode.name} ({first_line(error)})"
             if passage.missing:
                 site = places[passage.missing[0]].site
                 return f"{site.entry} does not lead to {site.exit} at every call"
@@ -157,17 +182,19 @@ class Proof:
                 where.put(key, tensors[key[1]], value)
         return where
 
-    def beside(self, mode: Mode, kernels: Kernels, passage: Passage) -> Numbers:
+    def beside(self, mode: Mode, kernels: Kernels, plans: Plans, passage: Passage) -> Numbers:
         """Run the host as it is, with the kernels beside it."""
         passage.begin()
         units = {(name, own): p for name, kernel in kernels.items() for own, p in kernel.named_parameters()}
         results, gradients, back = self.run(mode, list(units.values()))
         passage.end(mode.training)
-        of = dict(zip(units, back, strict=False))  # none in evaluation
+        if not mode.training:
+            return Numbers(results, gradients, {})
+        of = dict(zip(units, back, strict=True))
         slices = {
             (name, key): kernel.lay(edit, of[name, edit.source])
             for name, kernel in kernels.items()
-            for key, edit in alone(kernel.plan())
+            for key, edit in alone(plans[name])
             if (name, edit.source) in of
         }
         return Numbers(results, gradients, slices)
@@ -183,6 +210,7 @@ class Proof:
         self, mode: Mode, units: Sequence[Tensor]
     ) -> tuple[list[Tensor], dict[str, Tensor], list[Tensor]]:
         """Run the host once; returns results, its gradients and those of units, in training only."""
+        self.now = mode
         host = {name: p for name, p in self.host.named_parameters() if p.requires_grad}
         self.host.train(mode.training)
         learns = mode.training
@@ -218,7 +246,9 @@ class Proof:
         before = self.modes
         ran = {mode: self.runs(mode) for mode in before}
         self.modes = [
-            mode if ran[mode] else replace(mode, call=0) for mode in before if ran[mode] or mode.call
+            mode if ran[mode] else replace(mode, call=mode.fallback, fallback=0)
+            for mode in before
+            if ran[mode] or mode.call
         ]
         return self.modes != before
 
@@ -245,14 +275,13 @@ def drawn(place: WidenPlace) -> HostKernel[Any]:
     """Draw units that make a difference, as large as the consumers' own."""
     site = place.site
     units = site.granularity * max(1, site.width // SHARE // site.granularity)
-    with same_randomness(0), torch.no_grad():
-        kernel = place.kernel(units if site.most is None else min(units, site.most))
-        assert isinstance(kernel, HostKernel)
-        for name, outlet in zip(kernel.outgoing, place.outlets, strict=True):
-            host = weight_of(outlet.consumer).detach().float()
-            size = float(host.square().mean().sqrt())
-            size = size if 0 < size < math.inf else host[0].numel() ** -0.5
-            getattr(kernel, name).normal_(std=size)
+    kernel = place.kernel(units if site.most is None else min(units, site.most))
+    assert isinstance(kernel, HostKernel)
+    for name, outlet in zip(kernel.outgoing, place.outlets, strict=True):
+        host = weight_of(outlet.consumer).detach().float()
+        size = float(host.square().mean().sqrt())
+        size = size if 0 < size < math.inf else host[0].numel() ** -0.5
+        getattr(kernel, name).normal_(std=size)
     return kernel
 
 
@@ -293,39 +322,53 @@ def unlike(before: Numbers, after: Numbers, within: float) -> str:
     """
     if [r.shape for r in before.results] != [r.shape for r in after.results]:
         return "the results have another shape"
-    pairs = zip(before.results, after.results, strict=True)
-    if any(differ(one, other, within) for one, other in pairs):
+    if differ(before.results, after.results, within, 0.0):
         return "the results differ"
-    floor = FLOOR * norm(list(before.gradients.values()))
-    for name, gradient in before.gradients.items():
-        if differ(gradient, after.gradients[name], within, floor):
-            return f"the gradients of {name} differ"
-    for (site, key), gradient in before.slices.items():
-        other = after.slices.get((site, key))
-        if other is None or other.shape != gradient.shape:
-            continue  # a recurrent layer's, whose rows and columns grow together
-        if differ(gradient, other, within, floor):
-            return f"the gradients of new units in {key} differ"
+    names, own = list(before.gradients), list(before.gradients.values())
+    lengths = norms(own)
+    floor = FLOOR * math.hypot(*lengths)
+    if found := differ(own, [after.gradients[name] for name in names], within, floor, lengths):
+        return f"the gradients of {names[found[0]]} differ"
+    keys = [key for key, one in before.slices.items() if same_shape(one, after.slices.get(key))]
+    slices = [before.slices[key] for key in keys], [after.slices[key] for key in keys]
+    if found := differ(*slices, within, floor):
+        return f"the gradients of new units in {keys[found[0]][1]} differ"
     return ""
 
 
-def differ(one: Tensor, other: Tensor, within: float, floor: float = 0.0) -> bool:
-    """Tell whether two tensors differ by more than rounding; what is not finite in the first says nothing.
+def same_shape(one: Tensor, other: Tensor | None) -> bool:
+    """Tell gradients that can be compared; a recurrent layer's rows and columns grow together."""
+    return other is not None and one.shape == other.shape
+
+
+def differ(
+    before: Sequence[Tensor],
+    after: Sequence[Tensor],
+    within: float,
+    floor: float,
+    lengths: Sequence[float] | None = None,
+) -> list[int]:
+    """List the tensors that differ by more than rounding; what is not finite at first says nothing.
 
     Args:
-        one: As it should be.
-        other: Of the same shape.
-        within: Relative to the larger of its length
+        before: As they should be.
+        after: Of the same shapes.
+        within: Relative to the larger of a tensor's length
         floor: and this.
+        lengths: Of the first, where they are known.
     """
-    if not one.isfinite().all():
-        return False
-    return not norm([one - other]) <= within * max(norm([one]), floor) + 1e-12
+    apart = norms([one - other for one, other in zip(before, after, strict=True)])
+    sizes = norms(before) if lengths is None else lengths
+    alike = [off <= within * max(own, floor) + 1e-12 for own, off in zip(sizes, apart, strict=True)]
+    return [index for index, own in enumerate(sizes) if math.isfinite(own) and not alike[index]]
 
 
-def norm(all_: Sequence[Tensor]) -> float:
-    """Return the length of some tensors as one vector."""
-    return sum(float(one.detach().abs().double().square().sum()) for one in all_) ** 0.5
+def norms(all_: Sequence[Tensor]) -> list[float]:
+    """Return the length of each tensor, in as many reads as there are devices."""
+    lengths = [torch.linalg.vector_norm(one.detach(), dtype=torch.float64) for one in all_ if one.numel()]
+    read = torch.stack([one.to(lengths[0].device) for one in lengths]).tolist() if lengths else []
+    rest = iter(read)
+    return [next(rest) if one.numel() else 0.0 for one in all_]
 
 
 def first_line(error: Exception) -> str:

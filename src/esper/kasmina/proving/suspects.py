@@ -44,6 +44,11 @@ def hint(place: WidenPlace, ends: list[tuple[str, nn.Module]], why: str) -> str:
         )
     if "evaluation" in why and any("dropout" in label for label in place.site.between):
         return "dropout draws in evaluation, too; use nn.Dropout, or give it training=self.training"
+    if "another size" in why:
+        return (
+            "a size of the input is read there, and new units would keep that of the first batch; let it "
+            "follow from the tensor (-1, mean, scale_factor=)"
+        )
     if "does not run" in why:
         return "a size is written as a number somewhere; use -1, flatten, or the size of the tensor itself"
     return "a number may be read from the width or from the weights; keep it as a constant"

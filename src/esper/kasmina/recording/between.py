@@ -90,6 +90,18 @@ class Replay(Step):
         return named_replay, (self.label, self.args, dict(self.kwargs), self.switches)
 
 
+@dataclass(frozen=True)
+class Counted(Replay):
+    """A call of a norm without weights, which only knows how many channels it takes."""
+
+    name: str = ""
+    module: Any = field(default=None, compare=False)
+
+    def attributes(self, units: int) -> tuple[tuple[str, str, int], ...]:
+        """Raise that number: the norm would warn of another."""
+        return ((self.name, "num_features", int(self.module.num_features) + units),)
+
+
 def named_replay(label: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], switches: bool) -> Replay:
     """Build a replay of a torch function from its name."""
     return Replay(label, function(label), args, kwargs, switches)

@@ -2,7 +2,7 @@
 
 Symbolic tracing gives up at the first data-dependent ``if``; a recorded run does not. Nothing is installed in
 the model: a ``TorchFunctionMode`` sees every call while the recording lasts, and layers are recognised by the
-parameters they pass.
+parameters they pass (norms that pass none, by hooks that last as long).
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten
+
+from esper.kasmina.recording.weightless import norms_noted
 
 # Reads of facts about a tensor, not of its values; they do not make a second consumer.
 METADATA = frozenset(
@@ -61,7 +64,9 @@ class Recording:
     shapes: list[torch.Size] = field(default_factory=list)  # of each value
     outputs: frozenset[int] = frozenset()  # values the run returned
     makers: dict[int, int] = field(default_factory=dict)  # value -> the call that made it
+    norms: dict[int, str] = field(default_factory=dict)  # call -> the norm without tensors that made it
     again: Callable[[], Any] | None = None  # the run itself
+    transformed: bool = False  # whether layers were called inside torch.func
 
     def settle(self, outputs: frozenset[int], run: Callable[[], Any]) -> Recording:
         """Note what the run returned, and who made what."""
@@ -115,6 +120,7 @@ class Recorder(TorchFunctionMode):
         given = tensors((args, kwargs))
         named = tuple(self.names[id(t)] for t in given if id(t) in self.names)
         reads = tuple(self.value(t) for t in given if id(t) not in self.names)
+        self.recording.transformed |= name in OPERATORS and any(map(is_functorch_wrapped_tensor, given))
         result = func(*args, **kwargs)
         made = tensors(result)
         if not made and name in METADATA:
@@ -154,6 +160,6 @@ def record(model: nn.Module, run: Callable[[], Any]) -> Recording:
         run: Calls the model once, for example ``lambda: loss_fn(model, batch)``.
     """
     recorder = Recorder(tensor_names(model))
-    with recorder:
+    with norms_noted(model, recorder.recording.calls, recorder.recording.norms), recorder:
         result = run()
     return recorder.recording.settle(frozenset(recorder.value(t) for t in tensors(result)), run)

@@ -44,6 +44,11 @@ def moved(call: Call, before: Sequence[int], axis: int, batch: int) -> Moved | N
         if call.shape is not None and len(call.shape) == dims:
             gone = set()  # the axis is longer than 1: nothing goes
         return left_out(replay, gone, axis, batch)
+    if call.name == "unsqueeze":
+        spot = int(call.argument(1, "dim")) % (dims + 1)
+        return Moved(
+            Replay("unsqueeze", torch.unsqueeze, (spot,)), axis + (spot <= axis), batch + (spot <= batch)
+        )
     if call.name in REDUCE:
         return reduced(call, dims, axis, batch)
     return None

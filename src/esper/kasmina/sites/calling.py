@@ -13,10 +13,11 @@ from typing import TypeAlias
 
 from esper.contracts import Site
 from esper.kasmina.recording.recorder import Refused
-from esper.kasmina.sites.finder import Finder, times
+from esper.kasmina.sites.finder import Finder
 from esper.kasmina.widths.fork import Fork
 from esper.kasmina.widths.gated import GatedPair
 from esper.kasmina.widths.pairs import Pair
+from esper.printable import times
 
 View: TypeAlias = "Pair | Fork | GatedPair"
 

@@ -15,8 +15,6 @@ from esper.kasmina.recording.between import (
     ELEMENTWISE,
     RESHAPE,
     SPATIAL,
-    BatchNorm,
-    Depthwise,
     Flatten,
     GroupNorm,
     Replay,
@@ -29,6 +27,7 @@ from esper.kasmina.recording.scalars import scalar
 from esper.kasmina.recording.shaping import moved
 from esper.kasmina.recording.tracks import Met, Parted, Track
 from esper.kasmina.sites.attention import Behind, attentions
+from esper.kasmina.sites.norms import layered, weightless
 from esper.kasmina.sites.proof import Entered, around, entered
 from esper.kasmina.sites.uncalled import UNCALLED
 from esper.kasmina.widths.layers import (
@@ -42,8 +41,8 @@ from esper.kasmina.widths.layers import (
     out_size,
 )
 from esper.kasmina.widths.pairs import Pair
+from esper.printable import times
 
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 FAST = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
 PRODUCTS = frozenset({"mul", "__mul__", "mul_", "multiply", "__imul__"})
 RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
@@ -91,6 +90,8 @@ class Finder:
         call = self.calls_of(name)[turn]
         if any(parameter.is_complex() for parameter in producer.parameters(recurse=False)):
             raise Refused(f"{name} computes with complex numbers")
+        if out_size(producer) == 0:
+            raise Refused(f"{name} makes nothing: it has a width of 0, and so has nothing to start from")
         if getattr(producer, "groups", 1) != 1:
             raise Refused(f"{name} is a grouped convolution")
         if isinstance(producer, CONVOLUTIONS) and len(call.shape or ()) != len(producer.kernel_size) + 2:
@@ -164,6 +165,11 @@ class Finder:
 
     def own_calls(self, name: str) -> list[Call]:
         """Look for the calls of a layer."""
+        if self.recording.transformed:
+            raise Refused(
+                "the model is called inside torch.func (vmap, grad, jacrev), where no unit can be added to a "
+                "call; take such gradients with torch.autograd.grad"
+            )
         module = self.modules[name]
         for own in ("weight", "bias"):
             made = getattr(module, own, None) is not None and own not in module._parameters
@@ -307,7 +313,10 @@ class Finder:
             raise Refused(f"the output of {name} meets another tensor in {call.name}")
         if call.parameters:
             one = scalar(call, self.modules) if before == after else None
-            return one or self.layered(call, axis, name), axis
+            return one or layered(self, call, axis, name), axis
+        norm = weightless(self, call, axis, name)
+        if norm is not None:
+            return norm, axis
         kwargs = {k: v for k, v in call.kwargs.items() if not isinstance(v, Tensor)}
         args = tuple(a for a in call.args if not isinstance(a, Tensor))
         if call.name in RESHAPE:
@@ -328,47 +337,9 @@ class Finder:
                 f"{call.name} cuts the output of {name} into parts (a fused gate, for example): new units "
                 "would be rows in its middle; write the parts as layers of their own"
             )
+        if call.name == "squeeze":
+            raise Refused(f"squeeze over the output of {name} might take the channels away; give it a dim=")
         raise Refused(f"{call.name} over the output of {name} does not treat every channel alone")
-
-    def layered(self, call: Call, axis: int, name: str) -> Step:
-        """Turn a call that owns parameters into a step."""
-        path = call.parameters[0].rpartition(".")[0]
-        module = self.modules.get(path)
-        label = f"{type(module).__name__} {path}"
-        owned = tuple(
-            n
-            for n in ("weight", "bias", "running_mean", "running_var")
-            if getattr(module, n, None) is not None
-        )
-        if any(len(self.owners[p]) > 1 for p in call.parameters):
-            raise Refused(f"{path} between {name} and its consumer shares its tensors")
-        runs = len(self.called.get(name, ())) or 1  # a recurrent layer has one, and none is kept
-        most = max(len(set(self.uses(p))) for p in call.parameters)
-        if most != runs:  # in every chain once: twice in one, it would grow twice
-            beside = f"; {name} is called {times(runs)}" if runs > 1 else ""
-            raise Refused(
-                f"{path} between {name} and its consumer is called {times(most)}, or read elsewhere{beside}"
-            )
-        if (
-            axis == 1
-            and isinstance(module, NORMS)
-            and module.momentum is not None
-            and call.name == "batch_norm"
-        ):
-            return BatchNorm(label, path, owned, module)
-        if isinstance(module, NORMS) and module.momentum is None:
-            raise Refused(
-                f"{label} stands between {name} and its consumer and averages over all batches "
-                "(momentum=None), where new channels would come late; give it a momentum"
-            )
-        if axis == 1 and isinstance(module, nn.GroupNorm) and call.name == "group_norm":
-            return GroupNorm(label, path, owned, module)
-        if axis == 1 and module is not None and is_depthwise(module):
-            self.calls_of(path)
-            return Depthwise(label, path, owned, module)
-        raise Refused(
-            f"{label} ({call.name}) stands between {name} and its consumer and mixes or owns channels"
-        )
 
 
 def is_loss(call: Call) -> bool:
@@ -379,11 +350,6 @@ def is_loss(call: Call) -> bool:
 def itself(readers: Sequence[Call], value: int) -> bool:
     """Tell a tensor viewed as itself."""
     return len(readers) == 1 and readers[0].name == "view_as" and set(readers[0].reads) == {value}
-
-
-def times(count: int) -> str:
-    """Say how often something is called."""
-    return "once" if count == 1 else f"{count} times"
 
 
 def labels(steps: Sequence[Step]) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from esper.contracts import Refusal
 from esper.errors import SiteError, nearest
 from esper.kasmina.recording.recorder import record
 from esper.kasmina.sites.calling import described
-from esper.kasmina.sites.finder import Finder, Refused, times
+from esper.kasmina.sites.finder import Finder, Refused
 from esper.kasmina.sites.joining import joined
 from esper.kasmina.sites.look import Found, look
 from esper.kasmina.sites.reasons import why_not
@@ -28,7 +28,7 @@ from esper.kasmina.sites.uncalled import UNCALLED
 from esper.kasmina.widths.layers import in_size, is_depthwise, is_layer, is_linear, out_size
 from esper.kasmina.widths.pairs import Pair
 from esper.kasmina.widths.places import Place
-from esper.printable import quoted
+from esper.printable import quoted, times
 from esper.surgery.isolation.contexts import same_modes, same_randomness, slow_path
 from esper.surgery.isolation.seam import look_through
 

@@ -78,7 +78,8 @@ def grown_inputs(path: str, layer: nn.Module, added: int) -> list[tuple[str, str
 
 def counts(path: str, layer: nn.Module, names: tuple[str, ...], value: int) -> list[tuple[str, str, int]]:
     """Give a value to those of some attributes that a layer has."""
-    return [(path, name, value) for name in names if isinstance(getattr(layer, name, None), int)]
+    held = vars(layer)  # torch says at length what a module has not: getattr would take ten times as long
+    return [(path, name, value) for name in names if isinstance(held.get(name), int)]
 
 
 def affine(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -95,3 +96,8 @@ def affine(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
     func = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}[len(layer.kernel_size)]
     turned = weight.transpose(0, 1)
     return func(x, turned, bias, layer.stride, layer.padding, layer.output_padding, 1, layer.dilation)
+
+
+def features(model: nn.Module) -> set[int]:
+    """List the numbers of inputs that linear layers of a model take."""
+    return {layer.in_features for layer in model.modules() if isinstance(layer, nn.Linear)}

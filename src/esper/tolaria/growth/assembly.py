@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
-from esper.batches.examples import LossFunction, count_examples, smaller
+from esper.batches.cropped import trials
+from esper.batches.examples import LossFunction, count_examples
 from esper.batches.heldout import first
 from esper.batches.joins import Joins
 from esper.blueprints.kernel import LiveKernel
@@ -31,6 +32,7 @@ from esper.kasmina.race.worth import ALONE_EACH, Worth, worth_of
 from esper.kasmina.recording.flops import Ledger
 from esper.kasmina.seeds.compiling import CompilePolicy, detect
 from esper.kasmina.sites.sites import Sites
+from esper.kasmina.widths.layers import features
 from esper.surgery.isolation.contexts import examining, same_randomness
 from esper.surgery.optimizers.adoption import refuse_homeless
 from esper.tamiyo.controller import Tamiyo
@@ -180,6 +182,7 @@ def morphable(
     host: nn.Module, policy: CompilePolicy, sites: Sites, config: Config, loss_fn: LossFunction, batch: Any
 ) -> MorphableModel:
     """Find the places of a host by a batch."""
+    few, others = ([of(loss_fn, one) for one in some] for some in trials(batch, features(host)))
     return MorphableModel(
         host,
         lambda model: loss_fn(model, batch),
@@ -191,7 +194,7 @@ def morphable(
         sampling=config.telemetry.sampling,
         deepen=config.growth in ("auto", "early"),
         raced=is_raced(config.growth, host),
-        smaller=[lambda model, less=less: loss_fn(model, less) for less in smaller(batch)],
+        trials=(few, others),
     )
 
 
@@ -201,6 +204,11 @@ def raced_worth(model: MorphableModel, opening: Opening, per_example: PerExample
         inner = isinstance(opening.loss_fn, Differentiating)
         return Worth(alone=True, per_example=Differentiating(per_example) if inner else per_example)
     return worth_of(model.host, opening.loss_fn, model.places, first(opening.held, ASKED))
+
+
+def of(loss_fn: LossFunction, batch: Any) -> Callable[[nn.Module], Tensor]:
+    """Return what takes the loss of a batch."""
+    return lambda model: loss_fn(model, batch)
 
 
 def refuse_strangers(peers: Peers, model: MorphableModel, seed: int, steps: int | None) -> None:

@@ -16,6 +16,7 @@ from esper.kasmina.widths.places import Place, WidenPlace, gone
 from esper.tamiyo.controller import Room
 from esper.tamiyo.early import allocate
 from esper.tolaria.growth.early.timetable import Timetable
+from esper.tolaria.growth.run.proven import Proven
 from esper.tolaria.growth.run.state import RunState
 
 WAITS = "it waits: blocks come first, as long as another fits the budget"
@@ -34,6 +35,7 @@ class Reach:
         self.run, self.timetable = run, timetable
         self.settings = run.config.early
         self.resting: dict[str, str] = {}  # places that cannot learn at present, and why
+        self.proven = Proven(run)
         self.barred: dict[str, str] = {}  # places that are closed for the rest of the run, and why
 
     def places(self) -> dict[str, Place]:
@@ -44,7 +46,7 @@ class Reach:
         block fits the budget, all widths are next.
         """
         self.barred.update(self.gone(self.run.morphable.places))
-        self.resting = self.untrained()
+        self.resting = {**self.untrained(), **self.proven.refused(self.barred)}
         closed = {**self.resting, **self.barred}
         found = {n: p for n, p in self.run.morphable.places.items() if n not in closed}
         stacks = {n: p for n, p in found.items() if isinstance(p, Stack)}

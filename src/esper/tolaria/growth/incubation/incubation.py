@@ -18,6 +18,7 @@ from esper.tamiyo.controller import Room
 from esper.tolaria.growth.incubation.boundary import same_decision
 from esper.tolaria.growth.incubation.redo import Redo
 from esper.tolaria.growth.run.allowance import Allowance
+from esper.tolaria.growth.run.proven import Proven
 from esper.tolaria.growth.run.state import RunState
 from esper.tolaria.growth.run.telling import decided, surveyed
 
@@ -37,6 +38,7 @@ class Incubation:
     def __init__(self, run: RunState, redo: Redo) -> None:
         self.run, self.parts, self.redo = run, run.parts, redo
         self.dear = ""  # why a decision could not be paid for
+        self.proven = Proven(run)
 
     def step(self, loss: float) -> None:
         """Do one step's work; what goes wrong in it ends the seed that is awake, not training."""
@@ -91,12 +93,8 @@ class Incubation:
         """Choose, with the whole model at hand."""
         run, places = self.run, self.run.morphable.places
         only, run.asked = run.asked, None
-        lost = gone(run.morphable.host, places.values())
-        for name, missing in lost.items():
-            run.mishaps.say(f"{name} can no longer grow: {missing}")
-        free = [
-            n for n in places if not run.orchestrator.embargoed(n) and only in (None, n) and n not in lost
-        ]
+        shut = self.shut()
+        free = [n for n in places if n not in shut and only in (None, n)]
         self.dear = Allowance(run).declined(self.price())
         measured = self.survey(free)
         sites = [places[n].site for n in free]
@@ -112,6 +110,17 @@ class Incubation:
         if decision.site is not None:
             latest = count_examples(run.batches[-1])
             run.orchestrator.germinate(decision, measured[decision.site], run.steps, latest)
+
+    def shut(self) -> set[str]:
+        """Return the places where nothing can be tried now; those that a change has shut are told once."""
+        run, places = self.run, self.run.morphable.places
+        lost = gone(run.morphable.host, places.values())
+        refused = self.proven.refused(lost)
+        for name, missing in lost.items():
+            run.mishaps.say(f"{name} can no longer grow: {missing}")
+        for name in refused:
+            run.mishaps.say(f"{name} is left out: {refused[name]}", f"left out: {name}")
+        return {n for n in places if run.orchestrator.embargoed(n)} | lost.keys() | refused.keys()
 
     def room(self) -> Room:
         """Return what the budget allows; no event that could not be paid for."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from esper.batches.examples import count_examples
+from esper.batches.examples import count_examples, refuse_layouts
 from esper.errors import EsperError, LossError, ProbeError, SiteError
 from esper.kasmina.race.gate import check_probe
 from esper.surgery.isolation.contexts import examining, same_generators
@@ -107,6 +107,7 @@ def first_probe(probe: Any, model: nn.Module, loss_fn: Any) -> Any:
         raise LossError(
             f"the loss has shape {tuple(loss.shape)}; a scalar without axes is needed: return its mean()"
         )
+    refuse_layouts(batch)
     if count_examples(batch) == 0:
         raise ProbeError("the first probe batch has no examples; growth needs held-out examples as evidence")
     return batch

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from torch import Tensor
-from torch.utils._pytree import tree_map
+from esper.batches.layout import flatten, rows, unflatten
 
 
 class Share:
@@ -29,15 +28,17 @@ class Share:
     def __iter__(self) -> Iterator[Any]:
         """Hand out this process's rows."""
         for batch in self.batches:
-            yield tree_map(self.rows, batch)
+            leaves, nest = flatten(batch)
+            yield unflatten([self.rows(leaf) for leaf in leaves], nest)
 
     def __len__(self) -> int:
         """Count the batches, if the loader knows."""
         return len(self.batches)
 
     def rows(self, leaf: Any) -> Any:
-        """Return this process's rows of a tensor; what is not a tensor is everybody's."""
-        if not isinstance(leaf, Tensor) or leaf.dim() == 0:
+        """Return this process's rows of a tensor, an array or a list; what has none is everybody's."""
+        count = rows(leaf)
+        if count is None:
             return leaf
-        even = len(leaf) // self.world * self.world
+        even = count // self.world * self.world
         return leaf[self.rank : even : self.world]

@@ -1,0 +1,40 @@
+"""What a proof relied on besides numbers: which modules there are, of which class, with which hooks."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+
+from esper.surgery.isolation.seam import is_open
+
+Surroundings: TypeAlias = "list[tuple[Any, ...]]"
+HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_hooks",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+)
+
+
+def surroundings(model: nn.Module) -> Surroundings:
+    """List what would make a place another one; sizes, modes and what learns are not among it.
+
+    Of modules and hooks it holds the ids, and nothing that keeps them alive.
+    """
+    return [about(path, module) for path, module in model.named_modules()]
+
+
+def about(path: str, module: nn.Module) -> tuple[Any, ...]:
+    """Describe one module."""
+    held = vars(module)
+    kind = type(module).__mro__[1] if is_open(module) else type(module)  # a seam is Esper's own
+    hooks = [tuple(held[table]) for table in HOOKS if held.get(table)]
+    tensors = [(name, look(one)) for name, one in module._parameters.items() if one is not None]
+    calls = held.get("forward")  # of the object itself
+    return path, id(module), kind, hooks, None if is_open(module) else id(calls), tensors
+
+
+def look(tensor: Tensor) -> tuple[Any, ...]:
+    """Describe a parameter."""
+    return type(tensor), tensor.dtype, tuple(tensor._backward_hooks or ())

@@ -1,0 +1,113 @@
+"""What a place was proven in is changed in the middle of a run: it is proven again, or refused in words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import weight_norm
+
+import esper
+from esper.kasmina.proving.proving import Proof
+from tests.cases.loops import Ran, Task, narrow, run
+
+WHEN = 9  # between the first event and the second
+
+
+def masked(net: nn.Sequential) -> None:
+    mask = torch.ones_like(net[2].weight)
+    net[2].weight.register_hook(lambda gradient: gradient * mask)
+
+
+def halved(net: nn.Sequential) -> None:
+    layer = net[2]
+    layer.forward = lambda x: F.linear(x * 0.5, layer.weight, layer.bias)
+
+
+CHANGES: dict[str, tuple[Callable[[nn.Sequential], object], str]] = {
+    "a hook": (lambda net: net[2].register_forward_hook(lambda m, args, y: y * 0.5), "2 has a forward hook"),
+    "a pre-hook": (
+        lambda net: net[2].register_forward_pre_hook(lambda m, args: (args[0] * 0.5,)),
+        "2 has a forward pre-hook",
+    ),
+    "a mask on a gradient": (masked, "does not run once it is wider"),
+    "a forward of its own": (halved, "the model is not what it was at esper.grow"),
+    "another activation": (lambda net: net.__setitem__(1, nn.ReLU()), "the results differ"),
+    "one over the width": (lambda net: net.__setitem__(1, nn.Softmax(-1)), "the results differ"),
+    "pruned": (lambda net: prune.l1_unstructured(net[2], "weight", 1), "parametrised (or pruned) since"),
+    "parametrised": (lambda net: weight_norm(net[2]), "parametrised (or pruned) since"),
+    "frozen": (lambda net: net[0].requires_grad_(False), "0 is frozen"),
+}
+HARMLESS: dict[str, Callable[[nn.Sequential], object]] = {
+    "a hook that only looks": lambda net: net[2].register_forward_hook(lambda m, args, y: None),
+    "dropout": lambda net: net.__setitem__(1, nn.Sequential(nn.Tanh(), nn.Dropout(0.1))),
+}
+
+
+def changed(change: Callable[[nn.Sequential], object]) -> tuple[Ran, list[int]]:
+    """Train a host that is changed on the way; returns the run, and the width then and in the end."""
+    net = narrow()
+    optimizer = torch.optim.Adam(net.parameters(), 0.01)
+    widths: list[int] = []
+
+    def each(step: int, growth: esper.Growth) -> None:
+        if step == WHEN:
+            widths.append(net[0].out_features)
+            change(net)
+            known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            new = [p for p in net.parameters() if id(p) not in known]
+            if new:
+                optimizer.add_param_group({"params": new})
+
+    made = run(net, each=each, optimizer=optimizer)
+    return made, [*widths, net[0].out_features]
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_a_change_is_noticed_before_the_next_event_uses_the_place(kind: str) -> None:
+    change, reason = CHANGES[kind]
+    made, (then, at_last) = changed(change)
+    assert at_last == then > 1
+    assert any(reason in one for one in made.reasons)
+    assert not any("put back" in one for one in made.reasons)
+
+
+@pytest.mark.parametrize("kind", HARMLESS)
+def test_a_harmless_change_is_proven_again(kind: str) -> None:
+    _, (then, at_last) = changed(HARMLESS[kind])
+    assert at_last > then > 1
+
+
+def test_nothing_is_proven_again_where_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    proofs: list[int] = []
+    own = Proof.unproven
+
+    def counted(self: Proof, places: object) -> dict[str, str]:
+        proofs.append(1)
+        return own(self, places)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Proof, "unproven", counted)
+    net = narrow()
+    run(net)
+    assert net[0].out_features > 2
+    assert len(proofs) == 1
+
+
+def test_a_race_leaves_out_what_is_no_place_any_more() -> None:
+    net, task = narrow(), Task()
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    def each(step: int, growth: esper.Growth) -> None:
+        if step == 0:
+            net[1] = nn.Softmax(-1)
+
+    made = run(net, loss, task, each=each, growth="incubate")
+    assert net[0].out_features == 1
+    assert any("0>2 is left out: the model is not what it was" in one for one in made.warnings)
+    assert not any("put back" in one["reason"] for one in made.outcomes())
