@@ -20,7 +20,6 @@ import esper
 from esper.contracts import Decision, Event
 from esper.errors import SurgeryError
 from esper.saving.genome import GraftPlan
-from esper.surgery.branches import GrownBranches
 from esper.surgery.isolation.seam import is_open
 from tests.integration.grafting_hosts import HOSTS, INPUTS, Sequences
 
@@ -104,7 +103,7 @@ def test_what_stays_equals_the_branch_and_learns(kept: Kept) -> None:
     kept.step()
     kept.step()
     assert all(not torch.equal(before[name], p) for name, p in kept.net.named_parameters() if name in added)
-    assert list(kept.net.state_dict())[: len(kept.plain.state_dict())] == list(kept.plain.state_dict())
+    assert [name for name in kept.net.state_dict() if name not in added] == list(kept.plain.state_dict())
 
 
 def test_it_is_saved_rebuilt_without_esper_copied_and_exported(kept: Kept, tmp_path: Path) -> None:
@@ -134,7 +133,9 @@ def test_it_is_saved_rebuilt_without_esper_copied_and_exported(kept: Kept, tmp_p
 def test_several_branches_at_one_place_and_their_undoing() -> None:
     kept = Kept("sequences", "blocks.0+bottleneck_adapter")
     assert [type(plan) for plan in kept.growth.plans] == [GraftPlan]
-    assert isinstance(kept.net.get_submodule("grown"), GrownBranches)
+    assert [type(module) for module in kept.net.modules()] == [
+        type(module) for module in kept.plain.modules()
+    ]
     again = kept.growth.run.morphable.places["blocks.0+bottleneck_adapter"].kernel(4)
     plan = kept.growth.run.parts.committer.plan_for(
         kept.growth.run.morphable.places["blocks.0+bottleneck_adapter"],
@@ -143,7 +144,9 @@ def test_several_branches_at_one_place_and_their_undoing() -> None:
     with pytest.raises(SurgeryError, match="differ from the branch"):
         kept.growth.run.parts.committer.attach(plan, again, None, torch.randn(24, 5, 8))  # type: ignore[arg-type]
     assert torch.equal(kept.net(kept.x), kept.grown)
-    assert len(kept.net.get_submodule("grown")._modules) == 1
+    own = [name for name in kept.net.state_dict() if "grown_" in name]
+    assert own
+    assert all(name.startswith("blocks.0.grown_0_bottleneck_adapter_") for name in own)
 
 
 def test_averages_and_recomputed_blocks_follow() -> None:
@@ -161,9 +164,9 @@ def test_averages_and_recomputed_blocks_follow() -> None:
 
 def test_a_model_with_an_attribute_of_that_name_is_left_as_it_was() -> None:
     net = Sequences()
-    net.grown = 3  # type: ignore[assignment]
+    net.blocks[0].grown_0_bottleneck_adapter_down_weight = 3  # type: ignore[assignment]
     kept = Kept("sequences", "blocks.0+bottleneck_adapter", net)
-    assert "has an attribute 'grown' of its own" in kept.why
+    assert "has an attribute 'grown_0_bottleneck_adapter_down_weight' of its own" in kept.why
     assert not any(is_open(module) for module in net.modules())
     assert torch.equal(kept.grown, kept.before)
 

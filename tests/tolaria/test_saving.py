@@ -215,9 +215,9 @@ def test_rebuild_refuses_damage_too(folder: Path, new_host: Callable, damage: st
 
 def test_an_unknown_format_is_refused(folder: Path, new_host: Callable) -> None:
     recipe = json.loads((folder / "genome.json").read_text())
-    (folder / "genome.json").write_text(json.dumps(recipe | {"format": 4}))
+    (folder / "genome.json").write_text(json.dumps(recipe | {"format": 5}))
     sign(folder)
-    with pytest.raises(SavedModelError, match="format 4, this Esper reads 3: update"):
+    with pytest.raises(SavedModelError, match="format 5, this Esper reads 4: update"):
         load_into(new_host(), folder)
     assert "refused: " in (stderr := rebuild(folder).stderr)
     assert "or is newer" in stderr

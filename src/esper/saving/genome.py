@@ -15,26 +15,31 @@ from esper.contracts import DeepenPlan, Signature, WidenEdit, WidenPlan
 from esper.errors import BlueprintError, SavedModelError, nearest
 from esper.printable import quoted
 from esper.saving.genome_form import require_plan, require_plans, require_shapes
-from esper.surgery.branches import CHILD
+from esper.surgery.adding import DIRECT, Holder
+from esper.surgery.branches import weight_name
 from esper.surgery.isolation.acting import own_state
 
 
 @dataclass(frozen=True, slots=True)
 class GraftPlan:
-    """Growth beside existing layers: a kernel that became a registered child of the host."""
+    """Growth beside existing layers: a kernel that the last of them adds to what it returns."""
 
     site: str
-    name: str  # of the child, under the host's module of grown branches
+    name: str  # by which the layer's new parameters are called
     entry: str  # module paths
     exit: str
     graph: str  # canonical JSON
     signature: Signature
     hidden: int
+    reads: tuple[Holder, ...] = DIRECT.reads  # see kasmina.adding.Passing
+    writes: tuple[Holder, ...] = DIRECT.writes
 
 
 FORMAT = 2
 DEEP = 3  # with blocks, which readers of 2 do not know
-READABLE = (1, 2, 3)  # 1 knew widenings only
+BESIDE = 4  # with branches whose weights are the layer's own; before, they hung under the model's root
+READABLE = (1, 2, 3, 4)  # 1 knew widenings only
+ROOT = "grown"  # where they hung
 SHOWN = 40  # names of tensors that an error lists
 Plan: TypeAlias = "WidenPlan | GraftPlan | DeepenPlan"
 Shapes: TypeAlias = dict[str, list[int]]  # of a state_dict
@@ -54,7 +59,8 @@ def encode(model: nn.Module, plans: Sequence[Plan], shapes: Shapes | None = None
     base, names = shapes_of(model) if shapes is None else shapes, aliases(model)
     for plan in reversed(plans):
         resize(base, plan, names, grow=False)
-    form = DEEP if any(isinstance(plan, DeepenPlan) for plan in plans) else FORMAT
+    forms = {WidenPlan: FORMAT, DeepenPlan: DEEP, GraftPlan: BESIDE}
+    form = max((forms[type(plan)] for plan in plans), default=FORMAT)
     genome = {"format": form, "base": base, "plans": [written(plan) for plan in plans]}
     return json.dumps(genome, indent=1).encode()
 
@@ -105,7 +111,7 @@ def decode(genome: bytes) -> tuple[Shapes, list[Plan]]:
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise SavedModelError(f"the genome is not of format {FORMAT}: {quoted(error)}") from error
     raise SavedModelError(
-        f"the genome has format {quoted(form)}, this Esper reads {DEEP}: update esper-morph"
+        f"the genome has format {quoted(form)}, this Esper reads {BESIDE}: update esper-morph"
     )
 
 
@@ -122,7 +128,8 @@ def plan_from(data: Mapping[str, Any]) -> Plan:
 
 def _plan_from(data: Mapping[str, Any]) -> Plan:
     if "graph" in data:
-        facts: dict[str, Any] = {f.name: data[f.name] for f in fields(GraftPlan)}
+        facts: dict[str, Any] = {f.name: data[f.name] for f in fields(GraftPlan) if f.name in data}
+        facts |= {n: tuple((k, at) for k, at in data[n]) for n in ("reads", "writes") if n in data}
         facts["signature"] = Signature.from_dict(data["signature"])
         return GraftPlan(**facts)
     if "container" in data:
@@ -180,13 +187,24 @@ def resize(shapes: Shapes, plan: Plan, names: Mapping[str, Sequence[str]], *, gr
 def branch(shapes: Shapes, plan: GraftPlan, *, grow: bool) -> None:
     """Add the tensors of a branch, or take them away."""
     for weight in program_of(plan).weights:
-        name = f"{CHILD}.{plan.name}.{weight.name}"
+        name = f"{plan.exit}.{weight_name(plan.name, weight.name)}"
         if grow:
             shapes[name] = list(weight.shape)
         elif shapes.pop(name, None) != list(weight.shape):
             raise SavedModelError(
                 f"the branch {plan.name!r} has no {name!r}: the plans do not belong to this model"
             )
+
+
+def settled(weights: Mapping[str, Tensor], plans: Sequence[Plan]) -> dict[str, Tensor]:
+    """Return weights of a save of any format by the names they have now."""
+    names = {
+        f"{ROOT}.{plan.name}.{weight.name}": f"{plan.exit}.{weight_name(plan.name, weight.name)}"
+        for plan in plans
+        if isinstance(plan, GraftPlan)
+        for weight in program_of(plan).weights
+    }
+    return {names.get(name, name): tensor for name, tensor in weights.items()}
 
 
 def block(shapes: Shapes, plan: DeepenPlan, *, grow: bool) -> None:

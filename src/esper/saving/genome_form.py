@@ -106,6 +106,9 @@ def _graft(plan: Any) -> str | None:
         return "name or graph"
     if not count(plan.hidden, 1):
         return "hidden"
+    places = (*plan.reads, *plan.writes)
+    if not plan.reads or not all(text(kind) and (text(at) or count(at)) for kind, at in places):
+        return "reads or writes"
     return None if _signature(plan.signature) else "signature"
 
 

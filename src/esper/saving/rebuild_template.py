@@ -8,11 +8,13 @@ import copy
 import functools
 import hashlib
 import json
+import operator
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPES |= {"C64": torch.complex64, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16}
@@ -26,69 +28,85 @@ FUNCTIONS = frozenset(  # all that a branch may call
 )
 
 
-class Branch(nn.Module):
-    """What grew beside a layer: instructions in order over its weights; "%" is a value, "@" a weight."""
-
-    def __init__(self, program: dict[str, Any], serial: bool) -> None:
-        super().__init__()
-        self.program, self.serial = program, serial
-        self.x: Any = None
-        for name, shape in program["weights"]:
-            self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
-        for _, function, _ in program["instructions"]:
-            if function not in FUNCTIONS:
-                raise ValueError(f"a branch calls {function!r}, which is not one of its functions")
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Run every instruction."""
-        values: dict[str, Any] = {
-            "%x": x,
-            **{f"@{name}": weight for name, weight in self._parameters.items()},
-        }
-
-        def resolve(given: Any) -> Any:
-            if isinstance(given, list) and given and isinstance(given[0], str):
-                return [values[name] for name in given]
-            return values[given] if isinstance(given, str) and given[:1] in "%@" else given
-
-        for result, function, arguments in self.program["instructions"]:
-            call: Any = functools.reduce(getattr, function.split(".")[1:], torch)
-            values[f"%{result}"] = call(*map(resolve, arguments))
-        return values[self.program["result"]]
-
-    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """Keep what the layer was called with; a hook."""
-        given = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.is_floating_point()]
-        self.x = given[0] if given else None
-
-    def leave(self, module: nn.Module, args: Any, y: Any) -> Any:
-        """Add to the first tensor the layer returned; a hook."""
-        if isinstance(y, Tensor):
-            return y + self(y if self.serial else self.x).to(y.dtype)
-        if isinstance(y, dict):
-            first = next(name for name, value in y.items() if isinstance(value, Tensor))
-            return {**y, first: self.leave(module, args, y[first])}
-        first = next(index for index, value in enumerate(y) if isinstance(value, Tensor))
-        return type(y)([*y[:first], self.leave(module, args, y[first]), *y[first + 1 :]])
-
-
-class Branches(nn.Module):
-    """Holds the branches; in a Sequential it lets the input pass."""
-
-    def forward(self, x: Any) -> Any:
-        """Return the input."""
-        return x
-
-
 def graft(model: Any, plan: dict[str, Any]) -> None:
-    """Hang a branch under the model and beside its layer."""
-    if "grown" not in model._modules:
-        model.add_module("grown", Branches())
-    branch = Branch(plan["program"], plan["signature"]["port"] == "serial")
-    branch.to(next(model.parameters()))
-    model.grown.add_module(plan["name"], branch)
-    model.get_submodule(plan["entry"]).register_forward_pre_hook(branch.enter, with_kwargs=True)
-    model.get_submodule(plan["exit"]).register_forward_hook(branch.leave)
+    """Let a layer add what a branch computes: by weights of its own, and a hook that is a torch.fx module."""
+    entry, last = model.get_submodule(plan["entry"]), model.get_submodule(plan["exit"])
+    serial, like = plan["signature"]["port"] == "serial", next(model.parameters())
+    apart = entry is not last and not serial
+    graph = fx.Graph()
+    held = graph.placeholder("kept") if apart else None
+    module, args, kwargs, output = (graph.placeholder(n) for n in ("module", "args", "kwargs", "output"))
+    y = found(graph, output, plan["writes"])
+    if held is not None:
+        x = graph.call_method("pop", (held, "x"))
+    else:
+        x = y if serial else found(graph, args if plan["reads"][0][0] == "args" else kwargs, plan["reads"])
+    values = {"%x": x}
+    for name, shape in plan["program"]["weights"]:
+        own = f"grown_{plan['name']}_{name}"
+        last.register_parameter(own, nn.Parameter(like.new_zeros(shape)))
+        values[f"@{name}"] = graph.call_function(getattr, (module, own))
+    for result, name, arguments in plan["program"]["instructions"]:
+        if name not in FUNCTIONS:
+            raise ValueError(f"a branch calls {name!r}, which is not one of its functions")
+        call: Any = functools.reduce(getattr, name.split(".")[1:], torch)
+        values[f"%{result}"] = graph.call_function(call, tuple(resolved(one, values) for one in arguments))
+    dtype = graph.call_function(getattr, (y, "dtype"))
+    part = graph.call_method("to", (values[plan["program"]["result"]], dtype))
+    graph.output(renewed(graph, output, plan["writes"], graph.call_function(torch.add, (y, part))))
+    hook: Any = fx.GraphModule(nn.Module(), graph, class_name="Branch")
+    if apart:
+        kept: dict[str, Any] = {}  # empty between passes
+        first = functools.partial(keeping(plan["reads"]), kept)
+        entry.register_forward_pre_hook(first, with_kwargs=True)
+        hook = functools.partial(hook, kept)
+    last.register_forward_hook(hook, with_kwargs=True)
+    for one in (entry, last):  # torch's compiler guards on this, and not on hooks
+        one.__dict__.setdefault("forward", MethodType(type(one).forward, one))
+
+
+def keeping(reads: list[Any]) -> nn.Module:
+    """Return a hook that keeps what a layer is called with, for the layer that ends the branch's place."""
+    graph = fx.Graph()
+    held, _, args, kwargs = (graph.placeholder(name) for name in ("kept", "module", "args", "kwargs"))
+    x = found(graph, args if reads[0][0] == "args" else kwargs, reads)
+    graph.call_method("update", (held, {"x": x}))
+    graph.output(None)
+    return fx.GraphModule(nn.Module(), graph, class_name="Kept")
+
+
+def resolved(given: Any, values: dict[str, Any]) -> Any:
+    """Return what an instruction's argument stands for: "%" is a value, "@" a weight."""
+    if isinstance(given, list) and given and isinstance(given[0], str):
+        return [values[name] for name in given]
+    return values[given] if isinstance(given, str) and given[:1] in "%@" else given
+
+
+def found(graph: fx.Graph, holder: Any, path: list[Any]) -> Any:
+    """Return what lies at a path of nested tuples and mappings."""
+    for kind, key in path:
+        holder = graph.call_function(getattr if kind == "field" else operator.getitem, (holder, key))
+    return holder
+
+
+def renewed(graph: fx.Graph, holder: Any, path: list[Any], new: Any) -> Any:
+    """Return what holds a tensor with another one in its place."""
+    if not path:
+        return new
+    kind, key = path[0]
+    inner = renewed(graph, found(graph, holder, path[:1]), path[1:], new)
+    if kind in ("tuple", "list"):
+        one = (inner,) if kind == "tuple" else [inner]
+        before = graph.call_function(operator.getitem, (holder, slice(None, key)))
+        behind = graph.call_function(operator.getitem, (holder, slice(key + 1, None)))
+        begun = graph.call_function(operator.add, (before, one))
+        return graph.call_function(operator.add, (begun, behind))
+    if kind == "field":
+        return graph.call_method("_replace", (holder,), {key: inner})
+    if kind == "dict":
+        return graph.call_function(operator.or_, (holder, {key: inner}))
+    graph.call_method("__setitem__", (holder, key, inner))
+    return holder
 
 
 def deepen(model: Any, plan: dict[str, Any], weights: dict[str, Tensor]) -> None:
@@ -124,7 +142,7 @@ def load(model: nn.Module, folder: str | Path = Path(__file__).parent) -> nn.Mod
         raise ValueError(f"SHA256SUMS in {folder} is damaged")
     genome, data = json.loads(content["genome.json"]), content["model.safetensors"]
     shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    if genome["format"] not in (2, 3) or genome["base"] != shapes:
+    if genome["format"] not in (2, 3, 4) or genome["base"] != shapes:
         raise ValueError(
             f"{folder} was grown from another model than this {type(model).__name__}, or is newer"
         )

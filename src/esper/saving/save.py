@@ -14,7 +14,6 @@ import os
 import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,7 +30,8 @@ from esper.kasmina.depth.deepen import duplicate, insert
 from esper.printable import quoted, shortened
 from esper.saving import genome, rebuild_template
 from esper.storage.replacing import mend, publish, reason, standing, write_file
-from esper.surgery.branches import attach, detach
+from esper.surgery.adding import Passing
+from esper.surgery.branches import attach
 from esper.surgery.isolation.acting import own_state
 from esper.surgery.widen_layers import empty_slices, widen
 
@@ -118,7 +118,7 @@ def load_into(model: Model, directory: str | Path) -> Model:
     needed = f"{folder} needs the model as it was before it grew, and this {kind} is not"
     genome.require_fit(shapes, genome.shapes_of(model), needed)
     try:
-        names, weights = genome.aliases(model), safetensors.torch.load(tensors)
+        names, weights = genome.aliases(model), genome.settled(safetensors.torch.load(tensors), plans)
     except SafetensorError as error:
         raise SavedModelError(
             f"{folder / TENSORS} is not in the safetensors format: {shortened(str(error), 300)}"
@@ -150,8 +150,7 @@ def _repeat(model: nn.Module, plan: genome.Plan) -> Callable[[], None]:
         return insert(model, plan, duplicate(model, plan.donor)).undo
     ends = model.get_submodule(plan.entry), model.get_submodule(plan.exit)
     kernel = GraphKernel(genome.program_of(plan), next(model.parameters()))
-    attach(model, plan.name, kernel, ends, plan.signature.port)
-    return partial(detach, model, plan.name, ends)
+    return attach(plan.name, kernel, ends, plan.signature.port, Passing(plan.reads, plan.writes))
 
 
 def _portable(state: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -1,100 +1,100 @@
-"""Branches that stay: kernels kept beside the user's layers become registered children of the host.
+"""Branches that stay: from the moment they are kept they are plain torch, and nothing of Esper's is needed.
 
-They hang under one thin module at the host's root, so ``parameters()``, ``to``, ``state_dict`` and
-``deepcopy`` see them and no existing key changes. The site itself keeps a seam to its kernel.
+The kernel's weights become parameters of the layer whose output it is added to: ``parameters()``, ``to``,
+``state_dict`` and ``deepcopy`` see them, no existing key changes, and no container gets one more child. A
+forward hook adds what they compute; it is a ``torch.fx.GraphModule`` (see adding.py) that holds no weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from types import MethodType
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
+from torch.utils.hooks import RemovableHandle
 
-from esper.blueprints.kernel import LiveKernel
+from esper.blueprints.kernel import GraphKernel
 from esper.errors import SurgeryError
-from esper.surgery.isolation.seam import close_seam, open_seam
+from esper.surgery.adding import DIRECT, Passing, adding, keeping
+from esper.surgery.isolation.seam import plain_class
 
-CHILD = "grown"  # the name of the thin module under the host
-
-
-class GrownBranches(nn.Module):
-    """Holds the grown branches by name; in a Sequential, which would run it, it lets the input pass."""
-
-    def forward(self, x: Any) -> Any:
-        """Return the input."""
-        return x
+PREFIX = "grown"  # of the parameters' names
 
 
-class Fossil:
-    """A gateway that adds a kept kernel's output: ``y + k(x)``, or ``y + k(y)`` where it is serial."""
-
-    def __init__(self, kernel: LiveKernel, port: Literal["parallel", "serial"]) -> None:
-        self.kernel, self.serial = kernel, port == "serial"
-        self.x: Tensor | None = None
-
-    def enter(self, x: Tensor | None) -> None:
-        """Keep the input until the next pass, so that a checkpointed exit can be recomputed."""
-        self.x = None if self.serial else x
-
-    def leave(self, y: Tensor) -> Tensor:
-        """Return the sum."""
-        x = y if self.serial else self.x
-        return y if x is None else y + self.kernel(x).to(y.dtype)
-
-    def part(self) -> Mapping[str, Tensor]:
-        """Return nothing that the host's state has not."""
-        return {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave the last input behind; it may hang on a graph."""
-        return {**self.__dict__, "x": None}
-
-
-def branches(host: nn.Module) -> GrownBranches | None:
-    """Return the host's module of grown branches."""
-    found = host._modules.get(CHILD)
-    return found if isinstance(found, GrownBranches) else None
+def weight_name(branch: str, weight: str) -> str:
+    """Return the name under which a layer holds a weight of a branch."""
+    return f"{PREFIX}_{branch}_{weight}"
 
 
 def attach(
-    host: nn.Module,
     name: str,
-    kernel: LiveKernel,
+    kernel: GraphKernel,
     ends: tuple[nn.Module, nn.Module],
     port: Literal["parallel", "serial"],
-) -> None:
-    """Register a kernel under the host and let its site add it from now on.
+    passing: Passing = DIRECT,
+) -> Callable[[], None]:
+    """Let the layer at the end of a place add a kernel's output to its own from now on.
+
+    Args:
+        name: Of the branch; no other branch of the layer has it.
+        kernel: Whose parameters, the objects themselves, the layer gets.
+        ends: The place.
+        port: What the kernel reads: what the first of them is given, or what the last one returns.
+        passing: Where in calls these tensors are.
+
+    Returns:
+        A function that takes the branch out again; the layers are exactly as before then.
 
     Raises:
-        SurgeryError: The host has something else of that name.
+        SurgeryError: The layer has something else of such a name; nothing was changed.
     """
-    holder = branches(host)
-    if holder is None:
-        if hasattr(host, CHILD):
-            raise SurgeryError(
-                f"the model has an attribute {CHILD!r} of its own, the name grown branches are kept under; "
-                "rename it to grow branches"
-            )
-        holder = GrownBranches()
-        host.add_module(CHILD, holder)
-    if name in holder._modules:
-        raise SurgeryError(f"the model has a grown branch {name!r} already")
-    holder.add_module(name, kernel)
-    fossil = Fossil(kernel, port)
-    open_seam(ends[0], "entry", fossil)
-    open_seam(ends[1], "exit", fossil)
+    entry, exit_ = ends
+    names = {weight.name: weight_name(name, weight.name) for weight in kernel.program.weights}
+    if taken := [own for own in names.values() if hasattr(exit_, own)]:
+        raise SurgeryError(
+            f"the {plain_class(exit_).__name__} has an attribute {taken[0]!r} of its own, the name that a "
+            "weight of the branch would have; rename it to grow branches"
+        )
+    with ExitStack() as back:
+        for weight, own in names.items():
+            exit_.register_parameter(own, kernel.get_parameter(weight))
+            back.callback(exit_._parameters.pop, own)
+        apart = port == "parallel" and entry is not exit_
+        hook: Any = adding(kernel.program, names, passing, port == "serial", apart)
+        if apart:
+            kept: dict[str, Any] = {}  # empty between passes, so that the model can be copied
+            hook = partial(hook, kept)
+            first: Any = partial(keeping(passing), kept)
+            back.callback(entry.register_forward_pre_hook(first, with_kwargs=True).remove)
+            back.callback(mark(entry))
+        back.callback(hooked(exit_, hook).remove)
+        back.callback(mark(exit_))
+        return back.pop_all().close
 
 
-def detach(host: nn.Module, name: str, ends: tuple[nn.Module, nn.Module]) -> None:
-    """Take a branch out again; without any left the host is exactly as before it grew branches."""
-    holder = branches(host)
-    if holder is None or name not in holder._modules:
-        raise SurgeryError(f"the model has no grown branch {name!r}")
-    kernel = holder._modules.pop(name)
-    for module, role in zip(ends, ("entry", "exit"), strict=True):
-        for own, gateway in module.__dict__["_esper_seam"][0]:
-            if own == role and isinstance(gateway, Fossil) and gateway.kernel is kernel:
-                close_seam(module, role, gateway)
-    if not holder._modules:
-        del host._modules[CHILD]
+def hooked(module: nn.Module, hook: Any) -> RemovableHandle:
+    """Register a forward hook behind all that there are."""
+    return module.register_forward_hook(hook, with_kwargs=True)
+
+
+def mark(module: nn.Module) -> Callable[[], None]:
+    """Let torch's compiler tell a module with a branch from its like.
+
+    It does not guard on hooks: of two blocks of one class, compiled each by itself, the second ran the graph
+    of the first, without its branch and without a word (tried, torch 2.13). It does guard on ``forward`` of
+    an instance, so the module gets its class's own as one.
+
+    Returns:
+        A function that takes it away again.
+    """
+    if "forward" in module.__dict__:  # an earlier branch's, or the user's own
+        return unmarked
+    module.__dict__["forward"] = MethodType(plain_class(module).forward, module)
+    return partial(module.__dict__.pop, "forward")
+
+
+def unmarked() -> None:
+    """Take nothing away."""

@@ -19,7 +19,7 @@ from esper.blueprints.kernel import GraphKernel
 from esper.blueprints.program import Program
 from esper.contracts import Signature, WidenPlan
 from esper.kasmina.race.own_optimizers import OwnOptimizers
-from esper.surgery.branches import attach, detach
+from esper.surgery.branches import attach
 from esper.surgery.optimizers.adoption import adopt
 from esper.surgery.optimizers.averages import copy_of, widen_average
 from esper.surgery.optimizers.kinds import KINDS, kind_of
@@ -106,16 +106,15 @@ class Training:
             nn.init.normal_(parameter, std=0.1)
         ends = [self.model.get_submodule(end) for end in (entry, exit_)]
         twin = copy_of(self.ema, {entry, exit_})
-        pairs = [(self.model, ends, kernel)]
-        pairs.append((twin, [twin.get_submodule(end) for end in (entry, exit_)], copy.deepcopy(kernel)))
-        for host, (first, last), one in pairs:
-            attach(host, where, one, (first, last), "parallel")
+        pairs = [(ends, kernel)]
+        pairs.append(([twin.get_submodule(end) for end in (entry, exit_)], copy.deepcopy(kernel)))
+        undone = [attach(where, one, (first, last), "parallel") for (first, last), one in pairs]
         undo = adopt(self.optimizers, ends, kernel, None, f"grown.{where}.")
 
         def back() -> None:
             undo()
-            for host, (first, last), _ in pairs:
-                detach(host, where, (first, last))
+            for take_out in undone:
+                take_out()
 
         return kernel, back
 

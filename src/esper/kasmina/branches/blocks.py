@@ -21,7 +21,6 @@ from esper.contracts import Refusal, Signature, Site
 from esper.errors import BlueprintError
 from esper.kasmina.branches.geometry import channels, signatures
 from esper.kasmina.recording.flops import FlopMeter
-from esper.surgery.branches import GrownBranches
 from esper.surgery.isolation.contexts import same_modes
 from esper.surgery.isolation.seam import open_seam
 
@@ -29,8 +28,8 @@ Ends = tuple[nn.Module, nn.Module]
 Port = Literal["parallel", "serial"]
 WIDEST = 4  # hidden width over channels up to which a price that is not linear is drawn as a line
 GRANULES = (1, 2, 4, 8, 16)  # smallest hidden widths tried: attention needs a multiple of its heads
-SILENT = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase, GrownBranches)
-NEVER = (*SILENT, nn.ModuleList, nn.ModuleDict, GraphKernel, torch.jit.ScriptModule)
+SILENT = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)
+NEVER = (*SILENT, nn.ModuleList, nn.ModuleDict, torch.jit.ScriptModule)
 
 
 @dataclass(frozen=True)

@@ -44,5 +44,5 @@ def report(run: RunState, early: Early | None) -> Report:
         flops=(parts.host_flops, run.morphable.flops),
         cost=run.cost.growth_flops / training if training else None,
         due=due,
-        advice=[*([lost] if lost else []), *advice],
+        advice=[*([lost] if lost else []), *run.mishaps.unsaid, *advice],
     )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from esper.errors import SurgeryError
 from esper.kasmina.morphable import MorphableModel
+from esper.surgery.adding import Passing, passing_of
 from esper.surgery.isolation.contexts import evaluating, slow_path, untouched
 from esper.surgery.isolation.seam import look_through
 
@@ -44,6 +45,34 @@ def outputs(
     if missed := layers.keys() - found.keys():
         raise SurgeryError(f"the probe did not reach the grown layer {', '.join(sorted(missed))}".rstrip())
     return found
+
+
+def passing(
+    model: MorphableModel, ends: tuple[nn.Module, nn.Module], run: Callable[[], Any], serial: bool
+) -> Passing:
+    """Return where in calls the tensors are that a branch at a place reads and is added to.
+
+    Raises:
+        SurgeryError: The probe does not reach it, or no plain code could add to its output.
+    """
+    calls: list[tuple[Any, Any]] = []
+    made: list[Any] = []
+    entry, exit_ = ends
+
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+        calls.append((args, kwargs))
+
+    def leave(module: nn.Module, args: Any, y: Any) -> None:
+        made.append(y)
+
+    with ExitStack() as stack:
+        stack.callback(entry.register_forward_pre_hook(enter, with_kwargs=True).remove)
+        stack.callback(exit_.register_forward_hook(leave).remove)
+        with evaluating(model), untouched(model.host, seed=0), slow_path():
+            run()
+    if not (calls and made):
+        raise SurgeryError("the probe did not reach the layer that grows")
+    return passing_of(*calls[-1], made[-1], serial)
 
 
 def deviation(branch: Tensor, grown: Tensor) -> float:

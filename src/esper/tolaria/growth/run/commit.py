@@ -7,6 +7,7 @@ where algebra allows it, or stays as a branch, registered under the host.
 from __future__ import annotations
 
 import copy
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -27,12 +28,13 @@ from esper.kasmina.depth.deepen import duplicate, insert, remove, twin_of
 from esper.kasmina.depth.stack import Stack
 from esper.kasmina.morphable import MorphableModel, slug
 from esper.saving.genome import GraftPlan, Plan, program_of
-from esper.surgery.branches import CHILD, attach, detach
+from esper.surgery.adding import Passing
+from esper.surgery.branches import PREFIX, attach, weight_name
 from esper.surgery.optimizers.adoption import adopt, let_go
 from esper.surgery.optimizers.averages import copy_of, widen_average
 from esper.surgery.optimizers.widening import widen_state
 from esper.surgery.widen_layers import empty_slices, widen
-from esper.tolaria.growth.run.check import deviation, output
+from esper.tolaria.growth.run.check import deviation, output, passing
 
 # What surgery may run into; everything is put back then.
 FAILURES = (SurgeryError, RuntimeError, ValueError, TypeError, IndexError)
@@ -218,11 +220,16 @@ class Committer:
         return difference
 
     def plan_for(self, place: Block, hidden: int) -> GraftPlan:
-        """Write down a branch that stays; its name counts branches, so one place can have several."""
-        count = sum(isinstance(plan, GraftPlan) for plan in self.plans)
-        name, site = f"{count}_{slug(place.site.name)}", place.site
-        graph = place.graph.to_json()
-        return GraftPlan(site.name, name, site.entry, site.exit, graph, place.signature, hidden)
+        """Write down a branch that stays; its name counts the model's branches, those of earlier runs too."""
+        host, site = self.model.host, place.site
+        paths = [path for path, one in host.named_modules(remove_duplicate=False) if one is place.exit]
+        if len(paths) > 1:
+            raise SurgeryError(f"{' and '.join(paths)} are one layer; a branch needs one with one name")
+        own = [name.rpartition(".")[2] for name in host.state_dict()]
+        count = next(n for n in itertools.count() if not any(o.startswith(f"{PREFIX}_{n}_") for o in own))
+        at = passing(self.model, place.ends(), self.run, place.port == "serial")
+        facts = f"{count}_{slug(place.graph.name)}", site.entry, site.exit, place.graph.to_json()
+        return GraftPlan(site.name, *facts, place.signature, hidden, at.reads, at.writes)
 
     def attach(
         self,
@@ -233,21 +240,20 @@ class Committer:
         step: int = 0,
     ) -> float:
         """Register a branch in host and averages and let the optimizer adopt it; all or nothing."""
-        host, port = self.model.host, plan.signature.port
+        host, port, at = self.model.host, plan.signature.port, Passing(plan.reads, plan.writes)
         ends = host.get_submodule(plan.entry), host.get_submodule(plan.exit)
         difference = 0.0
         with ExitStack() as back:
             with self.everywhere():
-                attach(host, plan.name, kernel, ends, port)
-                back.callback(detach, host, plan.name, ends)
+                back.callback(attach(plan.name, kernel, ends, port, at))
                 if branch is not None:
                     difference = deviation(branch, output(self.model, ends[1], self.run))
                 for average in self.averages:
                     twin = copy_of(average, {plan.entry, plan.exit})
                     theirs = twin.get_submodule(plan.entry), twin.get_submodule(plan.exit)
-                    attach(twin, plan.name, copy.deepcopy(kernel), theirs, port)
-                    back.callback(detach, twin, plan.name, theirs)
-                adopted = adopt(self.optimizers, ends, kernel, optimizer, f"{CHILD}.{plan.name}.")
+                    back.callback(attach(plan.name, copy.deepcopy(kernel), theirs, port, at))
+                prefix = f"{plan.exit}.{weight_name(plan.name, '')}"
+                adopted = adopt(self.optimizers, ends, kernel, optimizer, prefix)
                 back.callback(adopted)
             back.pop_all()
         self.tell_lost(adopted.lines, step)

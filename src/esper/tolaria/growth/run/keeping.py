@@ -16,7 +16,7 @@ from esper.kasmina.seeds.layer import KasminaLayer
 from esper.kasmina.widths.widen import HostKernel
 from esper.saving.genome import Plan, aliases
 from esper.saving.save import save
-from esper.surgery.branches import CHILD
+from esper.surgery.branches import weight_name
 from esper.surgery.isolation.acting import own_state
 from esper.surgery.widen_layers import extended
 from esper.tolaria.growth.run.commit import Committer
@@ -63,5 +63,5 @@ def as_it_is(committer: Committer, layer: KasminaLayer, width: int) -> tuple[Pla
     graft = committer.plan_for(layer.place, width)
     for name, parameter in kernel.named_parameters():
         factor = strength if name in kernel.outgoing else 1.0
-        state[f"{CHILD}.{graft.name}.{name}"] = parameter.detach() * factor
+        state[f"{graft.exit}.{weight_name(graft.name, name)}"] = parameter.detach() * factor
     return graft, state

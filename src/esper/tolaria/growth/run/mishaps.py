@@ -49,6 +49,7 @@ class Mishaps:
     def __init__(self, run: Told) -> None:
         self.run = run
         self.told: set[str] = set()
+        self.unsaid: list[str] = []  # what a config cannot say of the grown model
 
     @contextmanager
     def contained(self, what: str, skip: Callable[[str], None]) -> Iterator[None]:
