@@ -194,12 +194,17 @@ def put_in_place(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
                 if buffer is not None and buffer.shape == tensor.shape:
                     buffer.copy_(tensor)
                 else:
-                    module._buffers[leaf] = tensor.clone()
+                    module._buffers[leaf] = like(tensor, buffer)
             elif own.shape == tensor.shape:
                 own.copy_(tensor)
             else:
-                _put_back(own, tensor.clone(), None)
+                _put_back(own, like(tensor, own), None)
     _hold_weights(recurrent)
+
+
+def like(tensor: Tensor, now: Tensor | None) -> Tensor:
+    """Copy a tensor to where the one is that it takes the place of: it may have been put aside."""
+    return tensor.clone() if now is None else tensor.to(now.device, copy=True)
 
 
 def extend(old: Tensor, new: Tensor, axis: int, chunks: int = 1) -> Tensor:

@@ -142,7 +142,7 @@ def greedy(left: Sequence[Tensor], slope: Sequence[Tensor], units: int, group: i
         power = torch.stack([worth(*one) for one in zip(slope, sizes, strict=True)]).sum(0)
         groups = power.view(-1, group).sum(1).topk(units // group).indices
         return (groups[:, None] * group + torch.arange(group, device=device)).flatten()
-    left, slope = [one.clone() for one in left], list(slope)
+    left, slope = [one.clone() for one in left], [turned(one) for one in slope]
     floors = [1e-6 * float(one.diagonal().max().clamp_min(1e-30)) for one in left]
     free = torch.ones(pool, dtype=torch.bool, device=device)
     picked_: list[Tensor] = []
@@ -157,6 +157,11 @@ def greedy(left: Sequence[Tensor], slope: Sequence[Tensor], units: int, group: i
             slope[index] = slope[index] - share[:, None] * slope[index][best]
             left[index] = left[index] - share[:, None] * left[index][best]
     return torch.stack(picked_)
+
+
+def turned(slope: Tensor) -> Tensor:
+    """Return rows of the same lengths and angles, in as few numbers: more is not asked of them."""
+    return torch.linalg.qr(slope.T, mode="r").R.T if slope.shape[1] > len(slope) else slope
 
 
 def worth(slope: Tensor, size: Tensor) -> Tensor:

@@ -82,6 +82,7 @@ class Score:
         self.pools: dict[str, LiveKernel] = {}
         self.sums: dict[str, list[Sums]] = {}  # one per consumer
         self.chosen: dict[str, Scored] = {}
+        self.found: dict[str, list[Tensor]] = {}  # held-out values so far
         self.seen: dict[str, dict[str, float]] = {}
         self.failed: dict[str, str] = {}  # places where the units do not run, and what was raised
         self.flops = 0  # beyond the host's own passes
@@ -93,23 +94,42 @@ class Score:
             runs: Passes to mean losses, each with its number of examples.
             seed: Of the pools.
         """
+        self.draw(seed)
+        with self.reading(seed):
+            self.learn_from(runs)
+            self.settle(list(self.sums))
+
+    def draw(self, seed: int) -> None:
+        """Draw the pools."""
         with same_randomness(seed):
             for name, place in self.places.items():
                 self.pools[name] = place.kernel(pool_size(place, self.units[name]))
                 if isinstance(self.pools[name], DepthKernel):
                     judged(self.pools[name])
+
+    @contextmanager
+    def reading(self, seed: int) -> Iterator[None]:
+        """Run passes forth and back that leave no trace."""
         with judging(self.model), untouched(self.model, seed), torch.enable_grad():
-            if self.inner:
-                for pool in host_kernels(self.pools).values():
-                    spread(pool)
-            for sights, examples in passes(self.model, self.places, runs, self.columns):
-                for name in sights:
-                    with self.alone(name):
-                        self.learn(name, sights[name], examples)
-                sights.clear()
-            for name in [n for n in self.sums if n not in self.failed]:
+            yield
+
+    def learn_from(self, runs: Sequence[Run]) -> None:
+        """Add passes over training examples to the sums of all places."""
+        if self.inner and not self.sums:
+            for pool in host_kernels(self.pools).values():
+                spread(pool)
+        for sights, examples in passes(self.model, self.places, runs, self.columns):
+            for name in sights:
                 with self.alone(name):
-                    self.choose(name)
+                    self.learn(name, sights[name], examples)
+            sights.clear()
+
+    def settle(self, names: Sequence[str]) -> None:
+        """Pick units and their directions, once all training examples have been seen."""
+        for name in [one for one in names if one not in self.failed]:
+            with self.alone(name):
+                self.choose(name)
+                del self.sums[name]  # as large as the weights, and told all they had to tell
 
     def columns(self) -> dict[str, Inlay]:
         """Inlay the pools' columns where the gradients of the outputs do not tell all."""
@@ -233,16 +253,23 @@ class Score:
             seed: Of random numbers in the passes.
             shared: Whether every process looks at the same examples; else all of theirs count.
         """
-        found: dict[str, list[Tensor]] = {name: [] for name in self.chosen}
-        with judging(self.model), untouched(self.model, seed), torch.enable_grad():
-            for sights, examples in passes(self.model, self.places, runs, self.steps):
-                for name in found.keys() & sights.keys():
-                    with self.alone(name):
-                        values = self.values(name, sights[name], examples)
-                        found[name].append(values if alone else values.mean(0, keepdim=True))
-                sights.clear()
-        for name, parts in found.items():
-            if parts and name not in self.failed:
+        with self.reading(seed):
+            self.weigh(runs, alone)
+        self.conclude(shared)
+
+    def weigh(self, runs: Sequence[Run], alone: bool) -> None:
+        """Take down what passes over held-out examples say of each direction."""
+        for sights, examples in passes(self.model, self.places, runs, self.steps):
+            for name in self.chosen.keys() & sights.keys():
+                with self.alone(name):
+                    values = self.values(name, sights[name], examples)
+                    self.found.setdefault(name, []).append(values if alone else values.mean(0, keepdim=True))
+            sights.clear()
+
+    def conclude(self, shared: bool = True) -> None:
+        """Give every place its held-out values, once all examples have been seen."""
+        for name in self.chosen:
+            if (parts := self.found.get(name)) and name not in self.failed:
                 own = torch.cat(parts)
                 joined = (own if shared else self.peers.gather(own)).double().cpu().numpy()
                 heard = self.peers.hear(joined.tobytes()) if self.peers.world > 1 else joined.tobytes()

@@ -15,6 +15,7 @@ from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.modules.batchnorm import _NormBase
 
 from esper.kasmina.depth.stack import Stack
@@ -68,6 +69,7 @@ class Eye:
         self.inlay = inlay
         self.back: dict[tuple[int, int], Tensor] = {}  # to what is inlaid, by exit and call
         self.entered: list[Tensor | None] = []  # call by call
+        self.edges: list[GradientEdge] = []  # where the gradients of its exits' outputs come by
         self.exits = [ExitEye(self, index) for index in range(len(place.ends()) - 1)]
         self.open = True  # until the loss is there: a checkpoint calls layers again on the way back
         self.visits: Visits | None = None  # of a block, whose calls take more than a tensor
@@ -141,6 +143,7 @@ class ExitEye:
         self.seen.append(seen)
         if y.requires_grad:
             y.register_hook(partial(receive, seen))
+            self.eye.edges.append(get_gradient_edge(y))
         return y
 
 
@@ -191,7 +194,8 @@ def passes(
 ) -> Iterator[tuple[dict[str, tuple[Sight, ...]], int]]:
     """Run passes forth and back; yields what was seen at the places passed, call by call, and the examples.
 
-    Clear what was yielded, and the memory of one pass is enough for many.
+    Clear what was yielded, and the memory of one pass is enough for many. The way back goes no further than
+    the exits: the gradients of the weights are a third of a pass, and as large as the model.
 
     Args:
         model: The host.
@@ -207,13 +211,15 @@ def passes(
             for eye in eyes.values():
                 eye.close()
             leaves = [(name, at, leaf) for name, one in inlays.items() for at, leaf in one.leaves.items()]
-            given = [*host, *(leaf for *_, leaf in leaves)]
-            back = torch.autograd.grad(loss, given, allow_unused=True)[len(host) :]
+            edges = [edge for eye in eyes.values() for edge in eye.edges]
+            ends = edges or [get_gradient_edge(p) for p in host]
+            given = [*ends, *(get_gradient_edge(leaf) for *_, leaf in leaves)]
+            back = torch.autograd.grad(loss, given, allow_unused=True)[len(ends) :]
         for (name, at, _), gradient in zip(leaves, back, strict=True):
             if gradient is not None:
                 eyes[name].back[at] = gradient
         shown = {name: sights for name, eye in eyes.items() if (sights := eye.sights())}
-        del eyes, loss, inlays, leaves, given, back
+        del eyes, loss, inlays, leaves, edges, ends, given, back
         yield shown, examples
 
 

@@ -249,18 +249,23 @@ def others(group: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key != "params"}
 
 
-def duplicate(value: Any) -> Any:
-    """Copy state there or back: tensors without their graph, containers of them, numbers."""
+def duplicate(value: Any, kept: Callable[[Tensor], Any] = Kept.of) -> Any:
+    """Copy state there or back: tensors without their graph, containers of them, numbers.
+
+    Args:
+        value: To copy.
+        kept: Makes the copy of a tensor.
+    """
     if isinstance(value, Tensor):
-        return Kept.of(value)
+        return kept(value)
     if isinstance(value, Kept):
         return value.copy.to(value.device, copy=True)
     if isinstance(value, dict):
-        return {key: duplicate(item) for key, item in value.items()}
+        return {key: duplicate(item, kept) for key, item in value.items()}
     if isinstance(value, list):
-        return [duplicate(item) for item in value]
+        return [duplicate(item, kept) for item in value]
     if type(value) is tuple:
-        return tuple(duplicate(item) for item in value)
+        return tuple(duplicate(item, kept) for item in value)
     return copy.deepcopy(value)
 
 

@@ -163,7 +163,7 @@ class Loop:
         if self.early is None:
             self.examined()
             self.change(run.orchestrator.settle)
-        elif self.early.open is not None:
+        elif self.early.open is not None or self.early.asking is not None:
             with run.morphable.policy.uncompiled(), run.parts.wrapping.opened(run.parts.optimizers):
                 self.early.finish()
         run.cost.seconds += time.perf_counter() - begun

@@ -17,6 +17,7 @@ from esper.kasmina.widths.places import WidenPlace
 from esper.surgery.isolation.contexts import same_modes, untouched
 from esper.surgery.optimizers.averages import copy_of
 from esper.surgery.optimizers.foreign import kept_outside
+from esper.tolaria.growth.early.aside import MUCH, give_back
 from esper.tolaria.growth.early.takeback import Before
 from esper.tolaria.growth.run.check import deviation, outputs
 from esper.tolaria.growth.run.commit import FAILURES, Committer
@@ -51,6 +52,7 @@ class Insertion:
     def remember(self, step: int) -> Before:
         """Copy the run as it is."""
         self.flops = self.model.flops
+        self.trim()
         return Before.of(self.models, self.committer.optimizers, step, len(self.committer.plans))
 
     def carry_out(
@@ -159,6 +161,12 @@ class Insertion:
         """Bring sites and costs up to date."""
         self.model.refresh(self.committer.run)
         self.model.meter(self.committer.run)
+        self.trim()
+
+    def trim(self) -> None:
+        """Give back what a look or tensors that have grown left behind, where it is much."""
+        if sum(one.numel() * one.element_size() for one in self.model.host.parameters()) >= MUCH:
+            give_back()
 
     def restore(self, before: Before) -> None:
         """Take an event back."""

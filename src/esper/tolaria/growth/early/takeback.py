@@ -20,7 +20,8 @@ from esper.surgery.optimizers.adoption import let_go
 from esper.surgery.optimizers.averages import copy_of
 from esper.surgery.optimizers.history import forget
 from esper.surgery.widen_layers import put_in_place
-from esper.tolaria.governor.rollback import duplicate, read_back, write, written
+from esper.tolaria.governor.rollback import Kept, duplicate, read_back, write, written
+from esper.tolaria.growth.early.aside import copies
 
 State = dict[str, Any]
 
@@ -56,16 +57,16 @@ class Before:
             plans: How many there are.
         """
         names = {id(p): name for name, p in models[0].named_parameters()}
-        return cls(
-            step,
-            plans,
-            [{n: t.detach().clone() for n, t in named(model)} for model in models],
-            [],
-            [
-                {names[id(p)]: duplicate(state) for p, state in o.state.items() if id(p) in names}
-                for o in optimizers.values()
-            ],
-        )
+        own = [dict(named(model)) for model in models]
+        states = [
+            {names[id(p)]: s for p, s in o.state.items() if id(p) in names} for o in optimizers.values()
+        ]
+        known = list[Tensor]()
+        duplicate(states, known.append)
+        held = [tensor for one in own for tensor in one.values()]
+        copied = iter(copies([*held, *known], kept=len(known)))
+        tensors = [{name: next(copied) for name in one} for one in own]
+        return cls(step, plans, tensors, [], duplicate(states, lambda t: Kept(next(copied), t.device)))
 
     def note(self, model: nn.Module, plan: WidenPlan) -> None:
         """Note the counts that a plan is about to change."""

@@ -16,14 +16,14 @@ from esper.batches.known import Known
 from esper.batches.portions import largest, portions
 from esper.kasmina.evidence.coupling import ASKED, followed, independent
 from esper.kasmina.evidence.price import look_price
-from esper.kasmina.evidence.reopen import tempered
-from esper.kasmina.evidence.score import Score, Scored
+from esper.kasmina.evidence.score import Scored
 from esper.kasmina.evidence.sight import Run, differentiates, judging
 from esper.kasmina.evidence.significance import Spending, p_value, smallest
 from esper.kasmina.race.schedule import first
 from esper.kasmina.widths.places import Place
 from esper.surgery.isolation.contexts import evaluating, examining, same_generators, untouched
-from esper.tolaria.growth.evidence.held import held_batches, refuse_not_finite, thinned
+from esper.tolaria.growth.evidence.held import held_batches, refuse_not_finite
+from esper.tolaria.growth.evidence.looking import DEAR, Look
 from esper.tolaria.growth.evidence.saturation import Saturation
 from esper.tolaria.growth.run.state import RunState
 
@@ -71,6 +71,7 @@ class Evidence:
     )
     shared = True  # every process reads the same held-out examples
     waiting: str | None = None  # why the event came whose evidence is still being gathered
+    dear: float = DEAR
     judged_by = 0  # latest losses that tell what the held-out loss is by now
 
     def __init__(self, run: RunState) -> None:
@@ -84,6 +85,7 @@ class Evidence:
         self.independent: bool | None = None
         self.inner = False  # whether the loss takes gradients inside itself
         self.known = Known()
+        self.under_way: Look | None = None  # what an event is measuring
         self.read: list[Any] = []  # held-out batches that an event is about to look at
         self.empty: list[int] = []  # batches of the probe in which no target counts
         held = self.named_probe()
@@ -107,6 +109,8 @@ class Evidence:
     def collect(self, batch: Any, loss: float) -> None:
         """Keep a training batch, and as many before it as an event reads."""
         self.losses.append(loss)
+        if self.under_way is not None:
+            return
         self.batches.append(copied(batch))
         size = max(count_examples(batch), 1)
         self.size = max(self.size, size)
@@ -139,7 +143,7 @@ class Evidence:
 
     def abandon(self) -> None:
         """Gather no more for an event that is skipped."""
-        self.read = []
+        self.read, self.under_way = list[Any](), None
 
     def learn_loss(self, held: Sequence[Any]) -> None:
         """Find out once what kind of loss this is."""
@@ -155,31 +159,50 @@ class Evidence:
             self.inner = differentiates(self.host, places, lambda: self.loss_of(few))
         self.saturation.learn(lambda: self.parts.loss_of(few))
 
-    def look(self, places: Mapping[str, Place], units: Mapping[str, int]) -> Found:
-        """Measure places.
+    @property
+    def step_flops(self) -> int:
+        """What a training step costs."""
+        return 3 * self.run.morphable.flops * self.size
+
+    @property
+    def spread(self) -> bool:
+        """Whether a look takes several steps: in one process, and where it would hold the loop up."""
+        return self.step_flops >= self.dear and self.run.peers.world == 1
+
+    @property
+    def concluding(self) -> bool:
+        """Whether a look that is spread has read all, and only its event is left."""
+        return self.under_way is not None and self.under_way.spread and self.under_way.complete
+
+    def begin(self, places: Mapping[str, Place], units: Mapping[str, int], spread: bool = False) -> None:
+        """Begin to measure places.
 
         Args:
             places: By name.
             units: To test, by name.
+            spread: Whether it may take several steps.
         """
         held, self.read = self.read or self.probe(), list[Any]()
         seed = self.parts.streams.draw("evidence")
-        saturation = self.saturation
-        saturation.fitted = self.fit_of(self.batches)
-        score = Score(self.host, places, units, self.run.peers, self.inner)
-        alone = self.independent is True
-        with tempered(saturation.outputs, saturation.temper):
-            score.fit(self.runs([*self.batches], alone), seed)
-            shown = thinned(held, self.most, self.parts.seed) if alone else held
-            score.test(self.runs(shown, alone), alone, seed, shared=self.shared)
+        self.under_way = Look(self, places, units, held, seed, spread and self.spread)
+
+    def go_on(self) -> Found | None:
+        """Measure what is due in this step; None while more is to come."""
+        look = self.under_way
+        assert look is not None
+        if not look.go_on():
+            return None
+        score, held = look.score, look.held
+        score.conclude(self.shared)
         examples = sum(count_examples(batch) for batch in held)
         seen = sum(count_examples(batch) for batch in self.batches)
-        often = 3 if saturation.fitted is None else 4
+        often = 3 if self.saturation.fitted is None else 4
         flops = score.flops + self.run.morphable.flops * (often * min(seen, self.most) + 4 * examples)
         self.latest = [*self.batches][-LATEST:]
         self.batches.clear()
-        values = examples if alone else len(held)
-        return Found(score.chosen, self.held_out(held), values, alone, flops, score.failed)
+        self.under_way = None
+        values = examples if look.alone else len(held)
+        return Found(score.chosen, look.held_out, values, look.alone, flops, score.failed)
 
     def fit_of(self, batches: Iterable[Any]) -> float | None:
         """Return the mean loss of training examples where it could tell a saturated host, else None.
@@ -213,7 +236,7 @@ class Evidence:
 
     def laid_out(self, batches: Sequence[Any], alone: bool | None) -> Iterator[Any]:
         """Lay batches out as they are to go through the model."""
-        most = largest(self.size, self.run.morphable.flops)
+        most = self.size if self.spread else largest(self.size, self.run.morphable.flops)
         return portions(batches, most) if alone else iter(batches)
 
     def loss_of(self, batch: Any) -> Tensor:
@@ -303,10 +326,13 @@ class Evidence:
     def state_dict(self) -> dict[str, Any]:
         """Return what was kept for the next event."""
         kept = {"batches": list(self.batches), "losses": list(self.losses)}
-        return {**kept, "most": self.most, "size": self.size}
+        look = None if self.under_way is None else self.under_way.state_dict()
+        return {**kept, "most": self.most, "size": self.size, "look": look}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on."""
         self.batches.extend(state["batches"])
         self.losses.extend(state["losses"])
         self.most, self.size = state["most"], state.get("size", 0)
+        if state.get("look") is not None:
+            self.under_way = Look.from_state(state["look"], self, self.probe())

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from esper.batches.examples import copied, count_examples
-from esper.kasmina.widths.places import Place
 from esper.tolaria.growth.evidence.evidence import RECENT, Evidence, Found
 from esper.tolaria.growth.run.state import RunState
 
@@ -38,6 +37,7 @@ class Streamed(Evidence):
         "for runs that see each example once; hold examples out, and pass them as probe="
     )
     shared = False
+    dear = math.inf
     judged_by = RECENT
 
     def __init__(self, run: RunState) -> None:
@@ -76,10 +76,10 @@ class Streamed(Evidence):
         """Return the example."""
         return {"the example": self.parts.example}
 
-    def look(self, places: Mapping[str, Place], units: Mapping[str, int]) -> Found:
-        """Measure places at the weights the batches have not been learned by."""
+    def go_on(self) -> Found | None:
+        """Measure places at the weights the batches have not been learned by; all at once, for these go."""
         with self.at_earlier_weights():
-            found = super().look(places, units)
+            found = super().go_on()
         self.sample = sampled(self.coming)
         self.abandon()
         return found

@@ -11,6 +11,10 @@ Verdict = Literal["nothing", "open", "kept", "taken back"]
 
 CHANCE = 0.05  # p-values above it are none at all
 NO_EVIDENCE = "no evidence on held-out examples"
+INSERTED = "inserted: the output is unchanged"
+SPENT = "the budget is spent"
+NONE_LEFT = "no place is left"
+OVER = "the run ended before all its evidence was read"
 
 
 @dataclass

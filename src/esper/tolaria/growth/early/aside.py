@@ -1,0 +1,60 @@
+"""Put large tensors aside: into a file without a name, mapped, so that a copy of a run takes no memory.
+
+A run's weights and what Adam knows of them are three quarters of what training it needs; a copy in memory,
+kept until an event is judged, would nearly double that.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+LARGE = 2**28  # bytes from which on copies go to disk
+MUCH = 2**26  # bytes of weights from which on memory that was freed goes back to the system
+SPARE = 2  # times the bytes that the disk must have free
+
+
+def copies(tensors: Sequence[Tensor], kept: int = 0) -> list[Tensor]:
+    """Copy tensors: in memory, or mapped from the disk where they are large and it has room.
+
+    Args:
+        tensors: To copy; their graphs are left behind.
+        kept: How many, the last, go to the host's memory; copies of the others stay where these are.
+    """
+    size = sum(one.numel() * one.element_size() for one in tensors)
+    if size >= LARGE and shutil.disk_usage(tempfile.gettempdir()).free >= SPARE * size:
+        try:
+            return mapped([one.detach() for one in tensors])
+        except (OSError, RuntimeError):  # torch's writer raises the latter; in memory they are safe, too
+            pass
+    stay = len(tensors) - kept
+    own = [one.detach().clone() for one in tensors[:stay]]
+    return own + [one.detach().to("cpu", copy=True) for one in tensors[stay:]]
+
+
+def mapped(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Write tensors to a file, map it, and take its name away: it is gone once nobody holds them."""
+    handle, path = tempfile.mkstemp(prefix="esper-")
+    os.close(handle)
+    sums = torch.serialization.get_crc32_options()
+    try:
+        torch.serialization.set_crc32_options(False)  # half of the time, and nobody else reads this file
+        torch.save(list(tensors), path)
+        found: list[Tensor] = torch.load(path, mmap=True, weights_only=True, map_location="cpu")
+        return found
+    finally:
+        torch.serialization.set_crc32_options(sums)
+        os.unlink(path)
+
+
+def give_back() -> None:
+    """Return memory that was freed to the system: glibc keeps the holes that smaller tensors leave."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
