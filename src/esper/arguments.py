@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from esper.errors import ConfigError, EsperError, nearest
 from esper.printable import quoted
 
 
 def whole(
-    name: str, value: Any, *, least: int, most: int, none: bool = False, error: type[EsperError] = ConfigError
+    name: str, value: object, *, least: int, most: int, none: bool = False, error: type[EsperError] = ConfigError
 ) -> None:
     """Refuse what is no whole number within bounds.
 
@@ -25,7 +24,7 @@ def whole(
         raise error(f"{name}={quoted(value)}; give a whole number from {least:,} to {most:,}{end}")
 
 
-def flag(name: str, value: Any, *, error: type[EsperError] = ConfigError) -> None:
+def flag(name: str, value: object, *, error: type[EsperError] = ConfigError) -> None:
     """Refuse what is not True or False.
 
     Raises:
@@ -35,7 +34,7 @@ def flag(name: str, value: Any, *, error: type[EsperError] = ConfigError) -> Non
         raise error(f"{name}={quoted(value)}; give True or False")
 
 
-def word(name: str, value: Any, known: Sequence[str], *, error: type[EsperError] = ConfigError) -> None:
+def word(name: str, value: object, known: Sequence[str], *, error: type[EsperError] = ConfigError) -> None:
     """Refuse what is none of the known words.
 
     Raises:
@@ -46,7 +45,7 @@ def word(name: str, value: Any, known: Sequence[str], *, error: type[EsperError]
         raise error(f"{name}={quoted(value)}; {hint}")
 
 
-def function(name: str, value: Any, takes: str, *, error: type[EsperError] = ConfigError) -> None:
+def function(name: str, value: object, takes: str, *, error: type[EsperError] = ConfigError) -> None:
     """Refuse what cannot be called.
 
     Raises:
@@ -56,7 +55,7 @@ def function(name: str, value: Any, takes: str, *, error: type[EsperError] = Con
         raise error(f"{name}={quoted(value)} cannot be called; give a function {takes}")
 
 
-def texts(name: str, value: Any, needed: str, *, error: type[EsperError] = ConfigError) -> None:
+def texts(name: str, value: object, needed: str, *, error: type[EsperError] = ConfigError) -> None:
     """Refuse what is not a list of texts; a text alone is none, though it can be iterated.
 
     Raises:
@@ -67,7 +66,7 @@ def texts(name: str, value: Any, needed: str, *, error: type[EsperError] = Confi
         raise error(f"{name}={quoted(value)}; give a list of {needed}")
 
 
-def batches(name: str, value: Any, *, error: type[EsperError] = ConfigError) -> None:
+def batches(name: str, value: object, *, error: type[EsperError] = ConfigError) -> None:
     """Refuse what cannot be iterated, or holds letters and not batches.
 
     Raises:

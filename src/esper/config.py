@@ -102,10 +102,10 @@ class Config(BaseSettings):
         return init_settings, Variables(settings_cls)
 
 
-ConfigLike: TypeAlias = Config | Mapping[str, Any] | str | Path | None
+ConfigLike: TypeAlias = Config | Mapping[str, object] | str | Path | None
 
 
-def load_config(source: ConfigLike = None, **overrides: Any) -> Config:
+def load_config(source: ConfigLike = None, **overrides: object) -> Config:
     """Read settings from a YAML file, a mapping or a ``Config``.
 
     Args:
@@ -118,7 +118,7 @@ def load_config(source: ConfigLike = None, **overrides: Any) -> Config:
     if isinstance(source, Config) and not overrides:
         return source
     if isinstance(source, Config):
-        data: dict[str, Any] = source.model_dump()
+        data: dict[str, object] = source.model_dump()
     elif source is None:
         data = {}
     elif isinstance(source, Mapping):
@@ -135,7 +135,7 @@ def load_config(source: ConfigLike = None, **overrides: Any) -> Config:
     return Config(**{**data, **overrides})
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, object]:
     """Read a YAML file whose top level is a mapping.
 
     Raises:

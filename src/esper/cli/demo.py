@@ -60,7 +60,7 @@ def compare(task: Any, data: Any, folder: Path, seed: int, plain: bool) -> dict[
             "name": f"{show(task.small)} grown to {show(net.widths)}",
             "accuracy": data.accuracy(net),
             "parameters": totals["parameters_after"],
-            "flops": totals["training_flops"] + totals["growth_flops"],
+            "flops": (totals["training_flops"] or 0) + (totals["growth_flops"] or 0),
             "seconds": totals["seconds"],
         }
     ]

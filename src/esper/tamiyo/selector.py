@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
@@ -36,6 +36,14 @@ class Arm:
     def name(self) -> tuple[str, float, str]:
         """Identify the arm across decisions; widths shrink and grow with the budget, shares stay."""
         return self.site, self.share, self.start
+
+
+class SelectorState(TypedDict):
+    """What was learned, as JSON values."""
+
+    bandit: Mapping[str, object]
+    tried: dict[str, int]
+    kept: dict[str, int]
 
 
 class SeedSelector:
@@ -106,11 +114,11 @@ class SeedSelector:
         )
         return arms[index], propensity
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> SelectorState:
         """Return what was learned."""
         return {"bandit": self.bandit.state_dict(), "tried": dict(self.tried), "kept": dict(self.kept)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: SelectorState) -> None:
         """Take it back."""
         self.bandit.load_state_dict(state["bandit"])
         self.tried, self.kept = dict(state["tried"]), dict(state["kept"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time as clock
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,6 +134,8 @@ def revive(kernel: Kernel) -> tuple[Program, dict[str, Tensor], Form | None]:
         name, device, shape = (kernel.report[key] for key in ("pipeline", "device", "shape"))
     except KeyError as error:
         raise KernelError(f"kernel {kernel.id} has no {error} in its report; build it again") from error
+    if not isinstance(name, str) or not isinstance(device, str) or not isinstance(shape, Sequence):
+        raise KernelError(f"kernel {kernel.id} has a report that names no pipeline, device and shape; build it again")
     if name == REFERENCE:
         return program, weights, None
     chosen = pipeline(name)
@@ -150,8 +152,7 @@ def pipeline(name: str) -> Pipeline:
     Raises:
         RegistryError: There is none of this name; the message lists those that exist.
     """
-    found: Pipeline = PIPELINES.get(name)
-    return found
+    return PIPELINES.get(name)
 
 
 def warm() -> None:

@@ -110,7 +110,7 @@ def read_recipe(path: Path) -> Recipe:
         ConfigError: The file cannot be read; a key is unknown (the nearest is named), missing or wrong.
     """
     try:
-        return Recipe(**read_yaml(path))
+        return Recipe.model_validate(read_yaml(path))
     except ValidationError as error:
         raise ConfigError(f"{path}: {explain(error, Recipe)}") from None
 

@@ -7,11 +7,11 @@ once, as the new process tells it. Lines are never rewritten; readers leave out 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
 
 from esper.contracts import Event
+from esper.nissa.run.facts import DecisionFacts, facts_of
 
 BEGINS = ("run_started", "resumed")
 LASTING = (*BEGINS, "ranks")  # befell the run, whatever became of the step they befell it at
@@ -91,7 +91,7 @@ def standing(events: Iterable[Event]) -> list[Event]:
     return kept.events
 
 
-def decided_after(events: Iterable[Event], step: int) -> dict[int, Mapping[str, Any]]:
+def decided_after(events: Iterable[Event], step: int) -> dict[int, DecisionFacts]:
     """Return the decisions that a run going on from ``step`` takes again as they were journalled.
 
     A later process's decision replaces an earlier one's of the same step, and a process that passed a step
@@ -100,9 +100,9 @@ def decided_after(events: Iterable[Event], step: int) -> dict[int, Mapping[str, 
     Returns:
         Data of decision events by their steps, in order.
     """
-    found: dict[int, Mapping[str, Any]] = {}
-    earlier: dict[int, Mapping[str, Any]] = {}
-    nothing: dict[int, Mapping[str, Any]] = {}
+    found: dict[int, DecisionFacts] = {}
+    earlier: dict[int, DecisionFacts] = {}
+    nothing: dict[int, DecisionFacts] = {}
     base, mine, moved = 0, set[int](), True
     for event in events:
         if event.kind == "run_started" and event.step == 0:
@@ -116,7 +116,7 @@ def decided_after(events: Iterable[Event], step: int) -> dict[int, Mapping[str, 
             for passed in [at for at in found if base < at < event.step and at not in mine]:
                 del found[passed]
             if event.kind == "decision":
-                found[event.step] = event.data
+                found[event.step] = facts_of(event, DecisionFacts)
                 mine.add(event.step)
     found = found if moved else earlier
     return {at: found[at] for at in sorted(found) if at > step}

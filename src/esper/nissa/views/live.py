@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from esper.contracts import Event
+from esper.nissa.run.facts import LookFacts, ReopenedFacts, facts_of
 from esper.nissa.run.history import RunHistory, fold
 from esper.nissa.run.records import DecisionHistory, SeedHistory
 from esper.nissa.run.survival import notes, of_ranks, reopened, rewrapped, took_back, went_on
@@ -116,7 +117,7 @@ class LiveView:
                 yield f"decision {data['decision']}: {what} ({data['reason']})"
             case "gate":
                 word = "passed" if data["passed"] else "refused"
-                yield f"gate {word} at {data['site']}: gain {short(data['gain'])}, {evidence(data)} needed"
+                yield f"gate {word} at {data['site']}: gain {short(data['gain'])}, {evidence(facts_of(event, LookFacts))} needed"
             case "widened":
                 yield f"{data['site']} grew by {data['units']} units, {data['parameters']:,} parameters now"
             case "deepened":
@@ -148,7 +149,7 @@ class LiveView:
             case "rolled_back":
                 yield str(data["message"])
             case "reopened":
-                yield reopened(data)
+                yield reopened(facts_of(event, ReopenedFacts))
             case "taken_back":
                 yield f"taken back: {took_back(event)}"
             case "ranks":

@@ -68,4 +68,4 @@ def require(pipeline: Pipeline) -> None:
         raise CompileError(f"{pipeline.name} is unavailable: {reason}")
 
 
-PIPELINES = Registry("esper.tezzeret.pipelines", "esper.pipelines")
+PIPELINES: Registry[Pipeline] = Registry("esper.tezzeret.pipelines", "esper.pipelines")
