@@ -10,7 +10,13 @@ from esper.printable import quoted
 
 
 def whole(
-    name: str, value: object, *, least: int, most: int, none: bool = False, error: type[EsperError] = ConfigError
+    name: str,
+    value: object,
+    *,
+    least: int,
+    most: int,
+    none: bool = False,
+    error: type[EsperError] = ConfigError,
 ) -> None:
     """Refuse what is no whole number within bounds.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, TypedDict
 
 import typer
 
@@ -16,6 +16,29 @@ from esper.printable import printable, quoted
 
 MAKER = "esper.cli.run.session:open_session"
 DASH = "–"
+
+
+class FaultRow(TypedDict):
+    """What became of a run with one fault, as ``chaos.rehearsal.Result``."""
+
+    fault: str
+    survived: bool | None
+    seconds: float | None
+    steps_lost: int | None
+    equal: bool | None
+    reason: str | None
+    what: str
+
+
+class Rehearsed(TypedDict):
+    """What became of a config's runs."""
+
+    config: str
+    seed: int
+    steps: int
+    seconds: float
+    faults: list[FaultRow]
+    survived: bool
 
 
 def chaos(
@@ -66,7 +89,7 @@ def chosen(faults: str | None, known: list[str]) -> list[str]:
 
 def rehearse(
     config: Path, names: list[str], seed: int, epochs: int | None, run_dir: Path | None
-) -> dict[str, Any]:
+) -> Rehearsed:
     """Run undisturbed and with every fault; return what became of them."""
     from esper.chaos.rehearsal import Rehearsal
     from esper.cli.run.recipe import growth_settings, read_recipe
@@ -89,7 +112,7 @@ def rehearse(
         "seed": seed,
         "steps": whole.steps,
         "seconds": whole.seconds,
-        "faults": [asdict(row) for row in rows],
+        "faults": [FaultRow(**asdict(row)) for row in rows],
         "survived": all(row.survived is not False for row in rows),
     }
 
@@ -99,7 +122,7 @@ def progress(line: str) -> None:
     say(f"chaos: {line}", error=True)
 
 
-def lines(found: dict[str, Any]) -> list[str]:
+def lines(found: Rehearsed) -> list[str]:
     """Write one row per fault, and below what happened."""
     rows = found["faults"]
     drawn = [f"{'fault':<22} {'survived':<9} {'s to next step':>14} {'steps lost':>10}  bits equal"]

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -106,7 +106,7 @@ class Digits:
     @classmethod
     def split(cls, seed: int) -> Digits:
         """Split by a seed, each digit in proportion."""
-        bunch: Any = load_digits()
+        bunch: Any = load_digits()  # scikit-learn has no types
         labels = bunch.target
         rest, test = train_test_split(range(len(labels)), test_size=0.25, stratify=labels, random_state=seed)
         train, probe = train_test_split(rest, test_size=0.2, stratify=labels[rest], random_state=seed)
@@ -133,6 +133,15 @@ class Digits:
             right = (net(x).argmax(1) == y).float().mean()
         net.train()
         return float(right)
+
+
+class Cost(TypedDict):
+    """What a net came to, and what it cost."""
+
+    accuracy: float
+    parameters: int
+    flops: int  # of training
+    seconds: float
 
 
 def loss_fn(net: nn.Module, batch: Batch) -> Tensor:
@@ -170,9 +179,7 @@ def train_grown(
     return net, growth
 
 
-def train_fixed(
-    task: Task, widths: Widths, data: Digits, folder: Path, seed: int, watch: Observer
-) -> dict[str, Any]:
+def train_fixed(task: Task, widths: Widths, data: Digits, folder: Path, seed: int, watch: Observer) -> Cost:
     """Train a net of given widths the same way without growing; its run folder tells its curves.
 
     Returns:
@@ -186,12 +193,12 @@ def train_fixed(
     begun = time.perf_counter()
     with RunJournal(folder) as journal:
 
-        def tell(kind: str, **facts: Any) -> None:
+        def tell(kind: str, **facts: object) -> None:
             event = Event(kind, step, facts)
             journal(event)
             watch(event)
 
-        def progress() -> dict[str, Any]:
+        def progress() -> dict[str, object]:
             seconds = time.perf_counter() - begun
             return {"parameters": parameters, "growth_flops": 0, "training_flops": spent, "seconds": seconds}
 

@@ -135,7 +135,9 @@ def revive(kernel: Kernel) -> tuple[Program, dict[str, Tensor], Form | None]:
     except KeyError as error:
         raise KernelError(f"kernel {kernel.id} has no {error} in its report; build it again") from error
     if not isinstance(name, str) or not isinstance(device, str) or not isinstance(shape, Sequence):
-        raise KernelError(f"kernel {kernel.id} has a report that names no pipeline, device and shape; build it again")
+        raise KernelError(
+            f"kernel {kernel.id} has a report that names no pipeline, device and shape; build it again"
+        )
     if name == REFERENCE:
         return program, weights, None
     chosen = pipeline(name)

@@ -1,7 +1,7 @@
-"""What events say, as types: their data as `contracts.EVENT_FIELDS` promises it, for those who read it.
+"""What events say, as types: their data as ``contracts.EVENT_FIELDS`` promises it, for those who read it.
 
-Nothing is checked here: `contracts.Event` refuses an event that lacks a field, and `damage.fitting` turns what
-an odd value leads to into an error.
+Nothing is checked here: ``contracts.Event`` refuses an event that lacks a field, and ``damage.fitting`` turns
+what an odd value leads to into an error.
 """
 
 from __future__ import annotations

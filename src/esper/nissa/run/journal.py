@@ -42,7 +42,9 @@ DURABLE = frozenset(
 
 
 OTHER = "another run_dir"
-Plain: TypeAlias = "str | bool | int | float | dict[str, Plain] | list[Plain] | None"  # what strict JSON holds
+Plain: TypeAlias = (
+    "str | bool | int | float | dict[str, Plain] | list[Plain] | None"  # what strict JSON holds
+)
 
 
 class RunJournal:

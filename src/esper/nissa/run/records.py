@@ -71,7 +71,9 @@ class DecisionHistory:
     id: int
     step: int
     survey: list[Mapping[str, object]] = field(default_factory=list)
-    chosen: DecisionFacts = field(default_factory=DecisionFacts)  # the decision event; empty while only surveyed
+    chosen: DecisionFacts = field(
+        default_factory=DecisionFacts
+    )  # the decision event; empty while only surveyed
     race: RaceFacts | None = None
     looks: list[LookFacts] = field(default_factory=list)  # of the gate, in order
     outcome: OutcomeFacts | None = None

@@ -167,7 +167,9 @@ def metric_name(history: RunHistory) -> str | None:
     return ordered[0] if ordered else None
 
 
-def _line(axis: Axes, series: Series, label: str, colour: str, dash: Dash, drawstyle: str = "default") -> None:
+def _line(
+    axis: Axes, series: Series, label: str, colour: str, dash: Dash, drawstyle: str = "default"
+) -> None:
     values = [float("nan") if value is None else value for value in series.values]
     axis.plot(series.steps, values, label=label, color=colour, linestyle=dash, drawstyle=drawstyle)
 
@@ -239,9 +241,7 @@ def _mark_survival(axis: Axes, history: RunHistory) -> list[Line2D]:
                 linestyle="",
                 markersize=6,
             )
-            keys.append(
-                Line2D([], [], label=kind, marker=marker, color=colour, linestyle="", markersize=6)
-            )
+            keys.append(Line2D([], [], label=kind, marker=marker, color=colour, linestyle="", markersize=6))
     return keys
 
 

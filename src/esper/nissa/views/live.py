@@ -117,7 +117,8 @@ class LiveView:
                 yield f"decision {data['decision']}: {what} ({data['reason']})"
             case "gate":
                 word = "passed" if data["passed"] else "refused"
-                yield f"gate {word} at {data['site']}: gain {short(data['gain'])}, {evidence(facts_of(event, LookFacts))} needed"
+                proof = evidence(facts_of(event, LookFacts))
+                yield f"gate {word} at {data['site']}: gain {short(data['gain'])}, {proof} needed"
             case "widened":
                 yield f"{data['site']} grew by {data['units']} units, {data['parameters']:,} parameters now"
             case "deepened":
