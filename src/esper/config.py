@@ -73,19 +73,20 @@ class Config(BaseSettings):
         "zeros", description="optimizer state of new units; zeros measured best, see docs/decisions.md"
     )
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, **values: object) -> None:
         """Check what is given.
 
         Raises:
             ConfigError: A key is unknown (the nearest is named), or a value out of kind or range.
         """
+        given: dict[str, Any] = values  # pydantic checks them
         known = type(self).model_fields
         unknown = [name for name in values if name not in known]  # pydantic-settings' own too: _env_file …
         if unknown:
             said = (f"unknown key {quoted(name)}; {nearest(name, known)}" for name in unknown[:MOST_FAULTS])
             raise ConfigError("; ".join(said))
         try:
-            super().__init__(**values)
+            super().__init__(**given)
         except ValidationError as error:
             raise ConfigError(explain(error, Config)) from None
 

@@ -57,7 +57,7 @@ class GraphKernel(LiveKernel):
         """Run a compiled form from now on, or the program again; weights and their identity stay."""
         self.form, self.pipeline = form, pipeline if form is not None else "eager"
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """Leave the compiled form behind; a copy runs eagerly until it is given one."""
         return {**self.__dict__, "form": None, "pipeline": "eager"}
 

@@ -6,7 +6,6 @@ import functools
 import time as clock
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import safetensors.torch
 from safetensors import SafetensorError
@@ -57,7 +56,7 @@ class Built:
     """A form that passed, and what it took."""
 
     form: Form
-    report: dict[str, Any]
+    report: dict[str, object]
 
 
 def request_id(request: KernelRequest) -> str:
@@ -86,7 +85,7 @@ def build(request: KernelRequest) -> Kernel:
     program = graph.lower(request.signature, request.hidden)
     weights = initial_weights(program, request.seed)
     example = example_input(program.signature, request.shape).to(request.device)
-    kept, tried = request.pipeline, dict[str, Any]()
+    kept, tried = request.pipeline, dict[str, object]()
     if kept == AUTO:
         kept, built, tried = _choose(request, program, weights, example)
     else:
@@ -186,11 +185,11 @@ def _compiled(chosen: Pipeline, program: Program, weights: Mapping[str, Tensor],
 
 def _choose(
     request: KernelRequest, program: Program, weights: Mapping[str, Tensor], example: Tensor
-) -> tuple[str, Built, dict[str, Any]]:
+) -> tuple[str, Built, dict[str, object]]:
     """Compile what is allowed and within the budget, time what is right; return the best and all findings."""
     start = clock.perf_counter()
     built = {REFERENCE: _compiled(pipeline(REFERENCE), program, weights, example)}
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     if request.deterministic:
         return REFERENCE, built[REFERENCE], found
     for name in request.candidates or _quick():

@@ -7,7 +7,6 @@ import statistics
 import time as clock
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +32,7 @@ class Figures:
     rounds: int
     tags: tuple[str, ...] = ()  # "fast": the fastest, by the margin; "small": the least memory
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return it as JSON values."""
         return {**asdict(self), "tags": list(self.tags)}
 

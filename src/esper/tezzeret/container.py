@@ -58,7 +58,7 @@ def seal(kernel: Kernel, key: bytes) -> bytes:
     """
     parts = {WEIGHTS: kernel.weights}
     parts |= {f"variant:{name}": kernel.variants[name] for name in sorted(kernel.variants)}
-    table: list[dict[str, Any]] = []
+    table: list[dict[str, object]] = []
     offset = 0
     for name, content in parts.items():
         table.append({"name": name, "offset": offset, "sha256": _sha(content), "size": len(content)})
@@ -184,7 +184,7 @@ def _check_types(facts: Mapping[str, Any]) -> None:
         raise KernelError("the manifest's toolchain is not a line of text")
 
 
-def _read_parts(table: list[Any], parts: bytes) -> dict[str, bytes]:
+def _read_parts(table: list[object], parts: bytes) -> dict[str, bytes]:
     """Cut the parts out; they lie in order, end to end: the weights, then variants by name."""
     contents: dict[str, bytes] = {}
     position = 0
@@ -211,7 +211,7 @@ def _read_parts(table: list[Any], parts: bytes) -> dict[str, bytes]:
     return contents
 
 
-def _read_signature(facts: Mapping[str, Any]) -> Signature:
+def _read_signature(facts: Mapping[str, object]) -> Signature:
     if facts.keys() != {field.name for field in fields(Signature)}:
         raise KernelError(f"the manifest's signature has other fields: {', '.join(facts)[:200]}")
     shapes = [facts[name] for name in ("kernel_size", "stride", "padding", "dilation")]

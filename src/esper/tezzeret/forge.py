@@ -13,16 +13,15 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from esper.contracts import Event, Kernel, Observer, ignore
 from esper.errors import ConfigError, EsperError, ForgeError
 from esper.tezzeret import wire
 from esper.tezzeret.limits import Limits
 from esper.tezzeret.process import Death, Worker, WorkerProcess
-from esper.tezzeret.ticket import State, Ticket
+from esper.tezzeret.ticket import Forged, State, Ticket
 
-Build = Callable[[Any], Kernel]
+Build = Callable[..., Kernel]  # of a request, which is the build's own dataclass
 BUILD, WARM = "esper.tezzeret.build:build", "esper.tezzeret.build:warm"
 
 
@@ -221,7 +220,7 @@ class Forge:
             if not answer.again or attempt > self.retries:
                 break
             attempt, start = attempt + 1, clock.monotonic()
-        facts = {
+        facts: Forged = {
             "seconds": clock.monotonic() - start,
             "waited": waited,
             "attempts": attempt,
@@ -236,9 +235,7 @@ class Forge:
             state: State = "done" if isinstance(outcome, Kernel) else "cancelled" if cancelled else "failed"
             self._finish(ticket, outcome, state, facts)
 
-    def _finish(
-        self, ticket: Ticket, outcome: Kernel | EsperError, state: State, facts: dict[str, Any]
-    ) -> None:
+    def _finish(self, ticket: Ticket, outcome: Kernel | EsperError, state: State, facts: Forged) -> None:
         """Hand a ticket to the thread that tells; the caller holds the lock."""
         ticket.state = state
         if state != "done" and self._tickets.get(ticket.id) is ticket:

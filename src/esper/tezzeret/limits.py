@@ -18,7 +18,6 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from esper.errors import ConfigError, ForgeError
 
@@ -125,7 +124,7 @@ def leave_network() -> str:
     return "namespace and audit hook" if separate else "audit hook"
 
 
-def refuse_network(event: str, given: tuple[Any, ...]) -> None:
+def refuse_network(event: str, given: tuple[object, ...]) -> None:
     """Refuse every outward use of a socket.
 
     Raises:

@@ -6,7 +6,6 @@ import math
 import time as clock
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +34,7 @@ class Verified:
     gradient_error: float | None  # likewise over input and weights; None for inference
     milliseconds: float
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return it as JSON values."""
         return {**asdict(self), "shapes": [list(shape) for shape in self.shapes]}
 

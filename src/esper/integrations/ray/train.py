@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, TypeVar
 
 from esper.errors import ConfigError, MissingExtraError, ProcessError
 
@@ -22,10 +22,19 @@ except ImportError:
 
 GLOO, NCCL = "gloo", "cpu:gloo,cuda:nccl"  # growth's records travel between CPUs
 
+Result = TypeVar("Result")
+
+
+class Told(TypedDict):
+    """What a process of the cluster is told."""
+
+    function: Callable[..., object]
+    arguments: dict[str, object]
+
 
 def train(
-    function: Callable[..., Any],
-    arguments: Mapping[str, Any] | None = None,
+    function: Callable[..., Result],
+    arguments: Mapping[str, object] | None = None,
     *,
     workers: int | tuple[int, int] = 2,
     restarts: int = 3,
@@ -33,7 +42,7 @@ def train(
     resources: Mapping[str, float] | None = None,
     storage: str | Path | None = None,
     address: str | None = None,
-) -> Any:
+) -> Result:
     """Train on a Ray cluster: the one this program has joined, or else a running one, or one started here.
 
     When a process fails, or is lost with its node, Ray ends the others and calls the function anew in fresh
@@ -67,7 +76,7 @@ def train(
         raise ConfigError(f"restarts={restarts!r}: 0 or more")
     if not ray.is_initialized():
         ray.init(address=address, include_dashboard=False)
-    trainer: Any = TorchTrainer(
+    trainer = TorchTrainer(
         begin,
         train_loop_config={"function": function, "arguments": dict(arguments or {})},
         torch_config=TorchConfig(backend=NCCL if gpus else GLOO),
@@ -90,6 +99,6 @@ def train(
         ) from error
 
 
-def begin(told: Mapping[str, Any]) -> Any:
+def begin(told: Told) -> object:
     """Call the function, in a process of the cluster."""
     return told["function"](**told["arguments"])
