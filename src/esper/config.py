@@ -110,7 +110,7 @@ def load_config(source: ConfigLike = None, **overrides: object) -> Config:
     """Read settings from a YAML file, a mapping or a ``Config``.
 
     Args:
-        source: A path to a YAML file, a mapping of sections, a ``Config``, or None for the defaults.
+        source: Path of a YAML file, a mapping of sections, a ``Config``, or None for the defaults.
         overrides: Sections that replace what the source says.
 
     Raises:

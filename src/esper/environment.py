@@ -21,8 +21,8 @@ def from_environment(model: type[BaseModel], variables: Mapping[str, str] | None
     """Read the settings that variables give, by section.
 
     Args:
-        model: The settings.
-        variables: Instead of the process's own.
+        model: Model of the settings.
+        variables: Variables by name; None: the process's own.
 
     Raises:
         ConfigError: A variable stands for no setting (the nearest is named), or holds no value.

@@ -13,7 +13,7 @@ def printable(text: str, *, keep: str = "\n\t") -> str:
     """Write whatever is no printable character as its escape, as Python's repr does.
 
     Args:
-        text: Of a file, a name, a path, an error of somebody else's code.
+        text: Text of a file, a name, a path, an error of somebody else's code.
         keep: Characters that may stay; "" where the text is one line among others.
     """
     if text.isprintable():

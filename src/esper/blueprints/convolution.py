@@ -59,8 +59,8 @@ def _centred(step: Step, slack: Pair) -> Pair:
     """Return the padding that gives exactly the site's size.
 
     Args:
-        step: The node.
-        slack: By how much the site's padding exceeds its window, along both axes.
+        step: Node that is lowered.
+        slack: Pixels by which the site's padding exceeds its window, (height, width).
     """
     reach = step.integer("dilation") * (step.integer("kernel") - 1)
     twice = (slack[0] + reach, slack[1] + reach)

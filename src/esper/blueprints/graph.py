@@ -146,8 +146,8 @@ class Graph:
         """Build the graph for one signature.
 
         Args:
-            signature: The tensors it must fit.
-            hidden: The free width; without effect where the graph does not scale.
+            signature: Tensors it must fit.
+            hidden: Free width, in units; without effect where the graph does not scale.
 
         Raises:
             BlueprintError: The graph does not fit; the message names the node and the reason.

@@ -28,8 +28,8 @@ class GraphKernel(LiveKernel):
     """Runs a program; a compiled form can take the program's place at any time, over the same weights.
 
     Args:
-        program: What to compute.
-        like: Device and dtype follow this tensor.
+        program: Program to run.
+        like: Tensor whose device and dtype the weights get; None: the default ones.
 
     Attributes:
         form: The compiled form in use, None while it runs eagerly; not part of copies or saved states.

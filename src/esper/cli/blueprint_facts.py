@@ -75,7 +75,7 @@ def costs(graph: Graph, hidden: int | None) -> list[Cost]:
     """Count what a blueprint costs at every typical place it fits.
 
     Args:
-        graph: The blueprint.
+        graph: Blueprint whose cost is counted.
         hidden: Free width, in units; None: the usual one.
     """
     found: list[Cost] = []

@@ -44,8 +44,8 @@ class Tamiyo:
 
     Args:
         config: Settings.
-        steps: Optimizer steps of the run, if known.
-        widenings: How many the budget has room for when each is as small as it may be.
+        steps: Number of optimizer steps of the run; None: not known.
+        widenings: Number the budget has room for when each is as small as it may be.
     """
 
     def __init__(self, config: Config, steps: int | None, widenings: int) -> None:
@@ -75,13 +75,13 @@ class Tamiyo:
         """Choose what to do.
 
         Args:
-            step: Now.
-            why: What made the decision due.
+            step: Optimizer step now.
+            why: Reason the decision is due.
             sites: Places free to grow.
-            reports: What was measured there.
-            room: What the budget allows.
+            reports: Measurements there, by site.
+            room: Rest of the budget.
             rng: The policy's own random stream.
-            only: A site the user asked for.
+            only: Name of a site the user asked for; None: any.
         """
         self.decisions += 1
         left = max(1, min(room.events, 1 + len(self.trigger.due)))

@@ -50,7 +50,7 @@ class SeedSelector:
     """Chooses among the arms with a bandit.
 
     Args:
-        bandit: Learns which arms pay.
+        bandit: Bandit that learns which arms pay.
         shares: Widths to try, as multiples of the even share.
     """
 
@@ -71,10 +71,10 @@ class SeedSelector:
 
         Args:
             sites: Places free to grow.
-            reports: What was measured there; a site without an improvement cannot be chosen.
+            reports: Measurements there, by site; one without an improvement cannot be chosen.
             costs: Share of the remaining budget that one unit takes, per site.
             units: Even share per site, in units.
-            room: Most units the budget allows per site.
+            room: Most units the budget allows, per site.
         """
         scores = {}
         for site in sites:

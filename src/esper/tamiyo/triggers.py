@@ -25,8 +25,8 @@ class Trigger:
 
     Args:
         settings: Warm-up, end and stall test.
-        steps: Optimizer steps of the run; None leaves only the stall test.
-        decisions: How many decisions to spread.
+        steps: Number of optimizer steps of the run; None leaves only the stall test.
+        decisions: Number of decisions to spread.
     """
 
     def __init__(self, settings: Schedule, steps: int | None, decisions: int) -> None:

@@ -84,9 +84,9 @@ def open_sealed(container: bytes, key: bytes, kernel: str | None = None) -> Kern
     """Check a container and return its kernel; nothing is parsed that was not signed.
 
     Args:
-        container: What ``seal`` wrote.
-        key: It was sealed with.
-        kernel: The id that was asked for; another kernel's container is refused.
+        container: Bytes that ``seal`` wrote.
+        key: Key it was sealed with, bytes.
+        kernel: Id that was asked for; another kernel's container is refused.
 
     Raises:
         KernelError: It is damaged, unsigned, sealed with another key, of another version or not what it says.
@@ -124,8 +124,8 @@ def publish(kernel: Kernel, weights: bytes) -> Kernel:
     """Return a kernel with trained weights, under an id of its own that follows from them.
 
     Args:
-        kernel: Initial or published.
-        weights: Safetensors with the names, types and shapes of the kernel's.
+        kernel: Kernel, initial or published.
+        weights: Safetensors bytes with the names, types and shapes of the kernel's.
 
     Raises:
         KernelError: The weights are not those of this kernel.

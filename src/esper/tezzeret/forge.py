@@ -33,15 +33,15 @@ class Forge:
     its workers with it (Linux); their folders stay below the temporary directory.
 
     Args:
-        build: What builds: a function a worker can import, or its ``"module:function"``.
-        warm: What a worker calls once before its first build, likewise; imports done there are not charged
-            to a request.
-        workers: Processes at most.
-        limits: What each may use.
-        retries: Further attempts after a worker died; a limit that was hit is not tried again.
+        build: Builder: a function a worker can import, or its ``"module:function"``.
+        warm: Function a worker calls once before its first build, likewise; imports done there are not
+            charged to a request.
+        workers: Largest number of processes.
+        limits: Limits of each process; None: the usual ones.
+        retries: Number of further attempts after a worker died; a limit that was hit is not tried again.
         cache: Folder of Inductor's compiled code, shared by workers; without it each has its own, and it is
             lost with the worker.
-        observe: Told about workers that died, on the forge's own thread, once their ticket is final.
+        observe: Function told about workers that died, on the forge's own thread, once their ticket is final.
 
     Raises:
         ConfigError: A number is out of range.
@@ -86,9 +86,10 @@ class Forge:
         """Ask for a kernel; returns at once.
 
         Args:
-            request: A frozen dataclass of JSON values; the same facts give the same ticket. A failed or
+            request: Frozen dataclass of JSON values; the same facts give the same ticket. A failed or
                 cancelled one is forgotten, so asking again tries again.
-            priority: Higher goes first, equal ones in order; asking again can only raise it.
+            priority: Rank in the queue: higher goes first, equal ones in order; asking again can only raise
+                it.
             step: Training step, for the forge's events.
 
         Raises:

@@ -49,11 +49,11 @@ def verify(
     zero with the outgoing weights at zero.
 
     Args:
-        program: The truth.
-        weights: Initial ones, by name.
-        form: What a pipeline made of the program.
-        example: Device, dtype and first size.
-        trains: Compare gradients; otherwise everything runs under ``torch.no_grad``.
+        program: Program the form must equal.
+        weights: Initial tensors, by name.
+        form: Compiled form of the program.
+        example: Input of the device, the dtype and the first size, batch first.
+        trains: True to compare gradients too; otherwise everything runs under ``torch.no_grad``.
 
     Raises:
         CompileError: What differs, or what the form raised.

@@ -35,8 +35,8 @@ def go_on(trainer: Trainer, *, override: bool = False) -> Manifest | None:
     """Resume, if there is something to resume from.
 
     Args:
-        trainer: Fresh; its settings are the manager's ``run.config``.
-        override: Whether settings that are not as they were hold, instead of being refused.
+        trainer: A trainer that has not begun; its settings are the manager's ``run.config``.
+        override: True where settings that are not as they were hold, instead of being refused.
 
     Raises:
         ConfigError: Settings are not as they were; each is listed.

@@ -71,7 +71,7 @@ def resolve(name: str, key: str = "call") -> Callable[..., Any]:
     """Find ``module:callable``.
 
     Args:
-        name: As the config writes it.
+        name: ``module:callable``, as the config writes it.
         key: The config's key, for messages.
 
     Raises:
@@ -153,11 +153,11 @@ def bound(
     """Bind a call's arguments, and check that they fit before anything runs.
 
     Args:
-        function: What is called.
-        spec: Its arguments by name.
-        positional: Those by place.
+        function: Callable whose arguments are bound.
+        spec: Its name and its arguments by name.
+        positional: Its arguments by place.
         key: The config's key, for messages.
-        later: How many more are given by place whenever it is called; 0: whatever it still needs.
+        later: Number of arguments given by place whenever it is called; 0: whatever it still needs.
 
     Raises:
         ConfigError: They do not fit.

@@ -17,9 +17,9 @@ def claim(folder: Path, *, resume: bool, fresh: bool) -> Path | None:
     """Let a run begin, or go on, in a folder.
 
     Args:
-        folder: The run's.
-        resume: Whether it goes on with the run that is there.
-        fresh: Whether to move that out of the way.
+        folder: Path of the run's folder.
+        resume: True to go on with the run that is there.
+        fresh: True to move that out of the way.
 
     Returns:
         Where the earlier run is now, if it was moved.

@@ -53,14 +53,14 @@ def open_session(
     batch, and gradients are averaged.
 
     Args:
-        config: The YAML file.
-        run_dir: Where to write.
-        epochs: Instead of the config's.
-        growth: Sections of settings over the config's.
-        keep: Whether to keep checkpoints, in the run folder.
+        config: Path of the YAML file.
+        run_dir: Path of the folder to write.
+        epochs: Number of epochs; None: the config's.
+        growth: Sections of settings over the config's, by name.
+        keep: True to keep checkpoints, in the run folder.
         every: Optimizer steps between checkpoints; None: from their measured cost.
-        wrap: Put around the storage of checkpoints.
-        on_event: Called with every event.
+        wrap: Function put around the storage of checkpoints.
+        on_event: Function called with every event.
 
     Raises:
         ConfigError: The config, or what it names, is wrong.

@@ -20,10 +20,10 @@ def settings_of(path: Path, recipe: Recipe, growth: Config, data: Data) -> dict[
     """Describe a run; called once its model and data are made, so that their modules are loaded.
 
     Args:
-        path: Of the config.
-        recipe: As it was read.
-        growth: Growth's settings, those of the environment among them.
-        data: What is trained and judged on, by name.
+        path: Path of the config.
+        recipe: The config as it was read.
+        growth: Settings of growth, those of the environment among them.
+        data: Batches trained and judged on, by name.
     """
     given = recipe.model_dump(mode="json", exclude={"growth", "run_dir", "checkpoints"})
     return {

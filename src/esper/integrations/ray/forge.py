@@ -36,13 +36,14 @@ class RayForge(Forge):
     may have come to use it.
 
     Args:
-        build: What builds, importable on every node, or its ``"module:function"``.
-        warm: What a worker calls once before its first build, likewise.
-        workers: Actors at most; each takes one CPU of the cluster.
-        limits: What each may use on its node.
-        retries: Further attempts after a worker, actor or node died.
-        address: Of the cluster, as ``ray.init`` takes it; None finds a running one or starts one here.
-        observe: Told about workers that died.
+        build: Builder, importable on every node, or its ``"module:function"``.
+        warm: Function a worker calls once before its first build, likewise.
+        workers: Largest number of actors; each takes one CPU of the cluster.
+        limits: Limits of each on its node; None: the usual ones.
+        retries: Number of further attempts after a worker, actor or node died.
+        address: Address of the cluster, as ``ray.init`` takes it; None finds a running one or starts one
+            here.
+        observe: Function told about workers that died.
 
     Raises:
         ConfigError: A number is out of range.

@@ -52,15 +52,16 @@ def train(
     A cluster that is started here asks for a token and stays until ``ray.shutdown()`` or the program's end.
 
     Args:
-        function: What every process calls; found by name on all nodes, or defined in the program's own file.
-        arguments: Its keyword arguments.
-        workers: Processes; or the fewest and the most of them, for a cluster whose nodes come and go. Ray
-            waits until there is room for them.
-        restarts: How often a failed run begins again.
-        gpus: Whether each process has a GPU.
-        resources: What each process takes of the cluster, as Ray counts it; by default one CPU, or one GPU.
-        storage: Where Ray keeps its own notes of the run; all nodes must share it. None: as Ray does.
-        address: Of the cluster, as ``ray.init`` takes it.
+        function: Function every process calls; found by name on all nodes, or defined in the program's own
+            file.
+        arguments: Its keyword arguments, by name.
+        workers: Number of processes; or the fewest and the most of them, for a cluster whose nodes come and
+            go. Ray waits until there is room for them.
+        restarts: Number of times a failed run begins again.
+        gpus: True where each process has a GPU.
+        resources: Share of the cluster each process takes, as Ray counts it; by default one CPU, or one GPU.
+        storage: Folder of Ray's own notes of the run; all nodes must share it. None: as Ray does.
+        address: Address of the cluster, as ``ray.init`` takes it.
 
     Returns:
         What the function returned in the first process.

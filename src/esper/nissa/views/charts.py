@@ -77,9 +77,9 @@ def learning(history: RunHistory, others: Mapping[str, RunHistory] | None = None
     """Draw the training loss and the first held-out metric over steps, growth events marked.
 
     Args:
-        history: The run.
-        others: Runs to compare with (the no-growth twin, the fixed net), by name.
-        name: What to call the run itself.
+        history: History of the run drawn.
+        others: Histories to compare with (the no-growth twin, the fixed net), by name.
+        name: The run's own name in the legend.
     """
     runs = {name: history, **(others or {})}
     metric = metric_name(history)

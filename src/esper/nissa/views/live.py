@@ -50,10 +50,11 @@ class LiveView:
         """Choose where to show.
 
         Args:
-            console: Where to write; standard error by default, so that standard output stays the program's.
-            plain: Lines instead of a screen; by default wherever the console is not a terminal.
-            transient: Take the screen away at the end.
-            past: What the journal holds already, where a run goes on: shown with the rest, not said again.
+            console: Rich console written to; standard error by default, so that standard output stays the
+                program's.
+            plain: True for lines instead of a screen; by default wherever the console is not a terminal.
+            transient: True to take the screen away at the end.
+            past: Events the journal holds already, where a run goes on: shown with the rest, not said again.
         """
         self.history = fold(past)
         self._console = console or Console(stderr=True)

@@ -47,10 +47,10 @@ def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
     """Write the report of a run.
 
     Args:
-        run_dir: A run folder. Where it holds ``comparison.json``, a list of rows ``{name, accuracy,
+        run_dir: Path of a run folder. Where it holds ``comparison.json``, a list of rows ``{name, accuracy,
             parameters, flops, seconds}``, the report compares; a row's ``run``, a folder below this one, adds
             its curves to the pictures.
-        out: The file to write; ``report.html`` in the run folder by default.
+        out: Path of the file to write; ``report.html`` in the run folder by default.
 
     Returns:
         The file written.

@@ -53,8 +53,8 @@ def why(history: RunHistory, decision: int | None = None) -> list[Story]:
     """Explain one decision, or all of them in order.
 
     Args:
-        history: The run.
-        decision: The id of a decision; None explains every one.
+        history: History of the run.
+        decision: Id of a decision; None explains every one.
 
     Raises:
         RunError: The run has no such decision.

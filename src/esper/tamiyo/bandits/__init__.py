@@ -17,7 +17,7 @@ class Bandit(Protocol):
         """Return the index of the chosen arm and the probability with which it was chosen.
 
         Args:
-            arms: What may be chosen now; names persist between calls.
+            arms: Names of what may be chosen now; they persist between calls.
             priors: (arms,) expected reward before any experience, in [0, 1].
             rng: The policy's own random stream.
         """

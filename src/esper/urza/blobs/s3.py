@@ -42,12 +42,12 @@ class S3Store:
     message. Every request has a time limit and is tried up to four times.
 
     Args:
-        bucket: Its name.
-        prefix: Put before every key, with a slash between.
+        bucket: Name of the bucket.
+        prefix: Text put before every key, with a slash between.
         endpoint: URL of a server that is not Amazon's; None: ``$AWS_ENDPOINT_URL_S3``, or Amazon's.
-        region: None: what boto3 is set up for.
-        conditional: The server knows ``If-Match`` and ``If-None-Match``, so that two writers find out about
-            each other for certain.
+        region: Name of the region; None: what boto3 is set up for.
+        conditional: True where the server knows ``If-Match`` and ``If-None-Match``, so that two writers find
+            out about each other for certain.
 
     Raises:
         ConfigError: The bucket's name, the prefix or the endpoint is not one.
