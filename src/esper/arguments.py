@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 
 from esper.errors import ConfigError, EsperError, nearest
@@ -80,13 +79,3 @@ def batches(name: str, value: object, *, error: type[EsperError] = ConfigError) 
     """
     if isinstance(value, str | bytes | bytearray) or not isinstance(value, Iterable):
         raise error(f"{name}={quoted(value)}; give batches that can be iterated again, like a DataLoader")
-
-
-def positive(name: str, value: float, *, error: type[EsperError] = ConfigError) -> None:
-    """Refuse what is not a positive, finite number.
-
-    Raises:
-        EsperError: ``error``, with what was given.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise error(f"{name}={quoted(value)}; give a positive number")

@@ -83,14 +83,6 @@ class Standing:
         return any(item.kind == event.kind and item.data == event.data for item in self.events)
 
 
-def standing(events: Iterable[Event]) -> list[Event]:
-    """Return the events of a journal's last run that stand."""
-    kept = Standing()
-    for event in events:
-        kept.add(event)
-    return kept.events
-
-
 def decided_after(events: Iterable[Event], step: int) -> dict[int, DecisionFacts]:
     """Return the decisions that a run going on from ``step`` takes again as they were journalled.
 
