@@ -19,6 +19,14 @@ def whole(
 ) -> None:
     """Refuse what is no whole number within bounds.
 
+    Args:
+        name: Name of the argument, for messages.
+        value: Value the caller gave.
+        least: Smallest that fits.
+        most: Largest that fits.
+        none: True where None fits too.
+        error: Class of the error raised.
+
     Raises:
         EsperError: ``error``, with what was given.
     """
@@ -42,6 +50,12 @@ def flag(name: str, value: object, *, error: type[EsperError] = ConfigError) -> 
 def word(name: str, value: object, known: Sequence[str], *, error: type[EsperError] = ConfigError) -> None:
     """Refuse what is none of the known words.
 
+    Args:
+        name: Name of the argument, for messages.
+        value: Value the caller gave.
+        known: Words that fit.
+        error: Class of the error raised.
+
     Raises:
         EsperError: ``error``, naming the nearest.
     """
@@ -53,6 +67,12 @@ def word(name: str, value: object, known: Sequence[str], *, error: type[EsperErr
 def function(name: str, value: object, takes: str, *, error: type[EsperError] = ConfigError) -> None:
     """Refuse what cannot be called.
 
+    Args:
+        name: Name of the argument, for messages.
+        value: Value the caller gave.
+        takes: Its arguments in words, for messages.
+        error: Class of the error raised.
+
     Raises:
         EsperError: ``error``, with what would be called how.
     """
@@ -62,6 +82,12 @@ def function(name: str, value: object, takes: str, *, error: type[EsperError] = 
 
 def texts(name: str, value: object, needed: str, *, error: type[EsperError] = ConfigError) -> None:
     """Refuse what is not a list of texts; a text alone is none, though it can be iterated.
+
+    Args:
+        name: Name of the argument, for messages.
+        value: Value the caller gave.
+        needed: Name of what the texts are, for messages.
+        error: Class of the error raised.
 
     Raises:
         EsperError: ``error``, with what was given.

@@ -158,7 +158,19 @@ class Kernel:
 
 
 def kernel_id(graph: str, signature: Signature, hidden: int, seed: int, pipeline: str, toolchain: str) -> str:
-    """Return the digest of everything a kernel follows from: the same request is the same kernel."""
+    """Return the digest of everything a kernel follows from: the same request is the same kernel.
+
+    Args:
+        graph: Canonical JSON of the blueprint.
+        signature: Tensors the kernel fits.
+        hidden: Free width, in units.
+        seed: Seed of the initial weights.
+        pipeline: Name of what compiles it.
+        toolchain: Versions and device the compiled forms are for.
+
+    Returns:
+        SHA-256 digest, 64 hexadecimal digits.
+    """
     facts = [graph, asdict(signature), hidden, seed, pipeline, toolchain]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

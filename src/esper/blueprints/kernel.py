@@ -33,7 +33,7 @@ class GraphKernel(LiveKernel):
 
     Attributes:
         form: The compiled form in use, None while it runs eagerly; not part of copies or saved states.
-        pipeline: What compiled it, "eager" without.
+        pipeline: Name of what compiled it, "eager" without.
     """
 
     def __init__(self, program: Program, like: Tensor | None = None) -> None:

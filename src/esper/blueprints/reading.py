@@ -77,6 +77,13 @@ def check_header(
 ) -> None:
     """Refuse a graph whose name, words, layouts or ports are not what they must be.
 
+    Args:
+        name: Lower case, at most 48 characters.
+        summary: Line of at most 600 characters.
+        source: Paper or place it is from, at most 600 characters.
+        layouts: Layouts it fits, each once.
+        ports: Ports it fits, each once.
+
     Raises:
         BlueprintError: With the field.
     """

@@ -90,7 +90,19 @@ def chosen(faults: str | None, known: list[str]) -> list[str]:
 def rehearse(
     config: Path, names: list[str], seed: int, epochs: int | None, run_dir: Path | None
 ) -> Rehearsed:
-    """Run undisturbed and with every fault; return what became of them."""
+    """Run undisturbed and with every fault; return what became of them.
+
+    Args:
+        config: Path of the YAML file.
+        names: Names of faults, in the order they are put in.
+        seed: Seed of when faults come and what they hit.
+        epochs: Number of epochs; None: the config's.
+        run_dir: Path of the folder that keeps the runs; None: they are deleted.
+
+    Raises:
+        ConfigError: The config is wrong.
+        RunError: The folder cannot be made.
+    """
     from esper.chaos.rehearsal import Rehearsal
     from esper.cli.run.recipe import growth_settings, read_recipe
 

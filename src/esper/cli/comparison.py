@@ -24,7 +24,15 @@ class Comparison(TypedDict):
 
 
 def compare(task: digits.Task, data: digits.Digits, folder: Path, seed: int, plain: bool) -> Comparison:
-    """Train a task's three nets and write down how they compare."""
+    """Train a task's three nets and write down how they compare.
+
+    Args:
+        task: Host, its widths and how it is trained.
+        data: Digits trained and judged on.
+        folder: Path of the run's folder.
+        seed: Seed of weights, order and growth.
+        plain: True for progress as lines; False: as the terminal allows.
+    """
     with LiveView(plain=plain or None) as view:
         net, growth = digits.train_grown(task, data, folder, seed, view)
     growth.save(folder / "model")

@@ -61,8 +61,8 @@ class CNN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (batch, 64) to (batch, 10)."""
-        x = self.pool(self.conv1(x.view(-1, 1, 8, 8)).relu())
-        x = self.pool(self.conv2(x).relu())
+        x = self.pool(self.conv1(x.view(-1, 1, 8, 8)).relu())  # (batch, first, 4, 4)
+        x = self.pool(self.conv2(x).relu())  # (batch, second, 2, 2)
         return self.out(x.flatten(1))
 
     @property
@@ -130,7 +130,7 @@ class Digits:
         x, y = self.test
         net.eval()
         with torch.no_grad():
-            right = (net(x).argmax(1) == y).float().mean()
+            right = (net(x).argmax(1) == y).float().mean()  # (examples, 10) → (examples,) → ()
         net.train()
         return float(right)
 
@@ -152,7 +152,15 @@ def loss_fn(net: nn.Module, batch: Batch) -> Tensor:
 def train_grown(
     task: Task, data: Digits, folder: Path, seed: int, watch: Observer
 ) -> tuple[MLP | CNN, Growth]:
-    """Train and grow a task's host: a plain loop with Esper's three lines."""
+    """Train and grow a task's host: a plain loop with Esper's three lines.
+
+    Args:
+        task: Host, its widths and how it is trained.
+        data: Digits trained and judged on.
+        folder: Path of the run's folder.
+        seed: Seed of weights, order and growth.
+        watch: Function called with every event.
+    """
     net = task.build(task.small, seed)
     optimizer = torch.optim.Adam(net.parameters(), lr=task.rate)
     growth = grow(
@@ -181,6 +189,14 @@ def train_grown(
 
 def train_fixed(task: Task, widths: Widths, data: Digits, folder: Path, seed: int, watch: Observer) -> Cost:
     """Train a net of given widths the same way without growing; its run folder tells its curves.
+
+    Args:
+        task: Host and how it is trained.
+        widths: Units or channels of its layers, in order.
+        data: Digits trained and judged on.
+        folder: Path of the run's folder.
+        seed: Seed of weights and order.
+        watch: Function called with every event.
 
     Returns:
         Accuracy, parameters, training FLOPs and seconds.

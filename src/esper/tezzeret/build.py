@@ -31,11 +31,11 @@ class KernelRequest:
 
     Attributes:
         graph: A blueprint's JSON.
-        shape: Of a typical input, batch first; the kernel runs at every size.
+        shape: Shape of a typical input, batch first; the kernel runs at every size.
         pipeline: A name, or "auto": the fastest right one on this device, eager unless one is 5 % faster.
         budget_seconds: For what "auto" compiles and times; a pipeline once begun is finished.
         deterministic: No clock decides: "auto" is eager, any other name is itself.
-        candidates: What "auto" tries besides eager; empty for every pipeline that trains and compiles in
+        candidates: Pipelines "auto" tries besides eager; empty for every pipeline that trains and compiles in
             milliseconds.
     """
 

@@ -42,7 +42,7 @@ class Limits:
         request: Bytes of the largest request.
         answer: Bytes of the largest kernel.
         start: Seconds a worker may take to start and warm up.
-        niceness: How far it steps behind training, 0 to 19.
+        niceness: Steps it stands behind training, 0 to 19.
     """
 
     wall: float = 120.0

@@ -35,7 +35,7 @@ class Ticket:
         id: Digest of the request.
         priority: Higher goes first.
         step: Training step the request was made at; the forge's events carry it.
-        state: Where it stands; the last three are final.
+        state: State it is in; the last three are final.
         facts: Once final: ``seconds`` of the last attempt, ``waited`` before the first, ``attempts``,
             ``peak_memory`` in bytes (None: not measured), and ``held``: by which means each limit was in
             force. Empty where the build was never begun.

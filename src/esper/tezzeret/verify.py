@@ -124,7 +124,7 @@ def larger(program: Program, example: Tensor) -> tuple[int, ...]:
     channels = 1 if program.signature.layout == "image" else example.dim() - 1
     more = [2, *range(1, example.dim())]  # height and width by different amounts
     more[channels] = 0
-    return tuple(size + add for size, add in zip(example.shape, more, strict=True))
+    return tuple(size + add for size, add in zip(example.shape, more, strict=True))  # batch first
 
 
 def _expected(

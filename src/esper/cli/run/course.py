@@ -30,7 +30,15 @@ def run(trainer: Trainer, *, resume: bool, override: bool) -> int | None:
 
 
 def end(trainer: Trainer, folder: Path, view: LiveView | None, ended_by: int | None, *, json: bool) -> None:
-    """Save the model, and say what became of the run; or end as a signal does."""
+    """Save the model, and say what became of the run; or end as a signal does.
+
+    Args:
+        trainer: Trainer whose ``fit`` has come back.
+        folder: Path of the run's folder.
+        view: View of the first process; None in the others.
+        ended_by: Number of the signal that stopped it; None: none did.
+        json: True to print the totals as JSON.
+    """
     if ended_by is not None:
         if view is not None:
             print(stopped_line(trainer), file=sys.stderr, flush=True)

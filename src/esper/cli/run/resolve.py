@@ -133,6 +133,13 @@ def call(spec: Call, *positional: object, key: str = "call") -> object:
 def called(key: str, spec: Call, kind: type[Given], needed: str, *positional: object) -> Given:
     """Call what a recipe names, and hold that it gives what is needed.
 
+    Args:
+        key: The config's key, for messages.
+        spec: Its name and its arguments by name.
+        kind: Class of what it must give.
+        needed: Name of that, for messages.
+        positional: Its arguments by place.
+
     Raises:
         ConfigError: It gives something else.
     """
@@ -175,7 +182,11 @@ def bound(
 
 
 def loss_of(spec: Call, key: str = "loss") -> Callable[[nn.Module, Sequence[Tensor]], Tensor]:
-    """Make ``(model, batch) -> loss`` of a recipe's loss; a named one reads a batch as (inputs, targets)."""
+    """Make ``(model, batch) -> loss`` of a recipe's loss; a named one reads a batch as (inputs, targets).
+
+    Raises:
+        ConfigError: There is no such loss (the nearest is named), or its arguments do not fit.
+    """
     if ":" in spec.call:
         return bound(resolve(spec.call, key), spec, (), key=key, later=2)
     if spec.call not in LOSSES:
@@ -187,7 +198,11 @@ def loss_of(spec: Call, key: str = "loss") -> Callable[[nn.Module, Sequence[Tens
 
 
 def metric_of(spec: Call, key: str = "metrics") -> Callable[[nn.Module, Sequence[Tensor]], float]:
-    """Make ``(model, batch) -> number`` of a recipe's metric."""
+    """Make ``(model, batch) -> number`` of a recipe's metric.
+
+    Raises:
+        ConfigError: There is no such metric (the nearest is named), or its arguments do not fit.
+    """
     if ":" in spec.call:
         return measured(bound(resolve(spec.call, key), spec, (), key=key, later=2), spec, key)
     if spec.call == "accuracy":
@@ -217,7 +232,7 @@ def measured(
 
 def accuracy(model: nn.Module, batch: Sequence[Tensor]) -> float:
     """Share of examples whose largest output is the target."""
-    return float((model(batch[0]).argmax(dim=-1) == batch[1]).float().mean())
+    return float((model(batch[0]).argmax(dim=-1) == batch[1]).float().mean())  # (batch, classes) → (batch,)
 
 
 def batches_of(data: object, spec: Call) -> Data:

@@ -273,7 +273,15 @@ def number(value: float | str | None) -> float | None:
 
 
 def plain(value: object, where: str) -> Plain:
-    """Turn ``value`` into what strict JSON holds."""
+    """Turn ``value`` into what strict JSON holds.
+
+    Args:
+        value: JSON value, or one that holds tuples and non-finite numbers.
+        where: Name of what holds it, for messages.
+
+    Raises:
+        RunError: It is none, or a key is no text.
+    """
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, float):

@@ -22,7 +22,7 @@ class Standing:
     """Takes a journal's events, one by one, and keeps those that stand.
 
     Attributes:
-        events: What stands, in order.
+        events: Events that stand, in order.
         revision: Goes up whenever something that stood does not stand any more.
     """
 

@@ -51,7 +51,11 @@ class UCB:
         }
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Take counts and sums back."""
+        """Take counts and sums back.
+
+        Raises:
+            StateError: It is not what ``state_dict`` returned.
+        """
         told = state["arms"]
         if not isinstance(told, list):
             raise StateError(f"the bandit's arms are {quoted(told)}; a list of (arm, pulls, sum) is needed")
