@@ -42,6 +42,17 @@ FOREIGN_ERRORS = {
     "ValueError",
 }
 
+# Rooms in which ``Any`` is counted, and how many a thousand lines may hold; "": the files beside the rooms.
+ANY_LIMITS = dict.fromkeys(
+    ("", "blueprints", "cli", "integrations", "nissa", "tamiyo", "testing", "tezzeret", "urza"), 5.0
+)
+ANY_APART = {
+    "cli/application.py": "overrides typer's own copy of click, whose types are private",
+    "integrations/ray/forge.py": "Ray has no types, and what travels are plain values",
+    "tezzeret/container.py": "reads a manifest: a codec",
+    "yaml_text.py": "overrides PyYAML's composer, whose types are wrong: a codec",
+}
+
 
 @dataclass(frozen=True)
 class Source:
@@ -56,6 +67,11 @@ class Source:
     @property
     def room(self) -> str:
         return self.path.relative_to(SRC).parts[0].removesuffix(".py")
+
+    @property
+    def house(self) -> str:
+        """The room as a folder; "" for a file beside them."""
+        return "" if self.path.parent == SRC else self.room
 
     @cached_property
     def lines(self) -> list[str]:
@@ -103,6 +119,27 @@ def test_no_import_hides_in_a_function() -> None:
         return [name for function in functions for node in ast.walk(function) for name in imports(node)]
 
     assert offenders(lambda source: source.room != "cli" and hidden(source)) == {}
+
+
+def anys(node: ast.AST) -> int:
+    return sum(isinstance(one, ast.Name) and one.id == "Any" for one in ast.walk(node))
+
+
+@pytest.mark.parametrize("room", ANY_LIMITS)
+def test_any_is_rare(room: str) -> None:
+    counted = [source for source in SOURCES if source.house == room and source.name not in ANY_APART]
+    found = {source.name: many for source in counted if (many := sum(map(anys, source.nodes[:1])))}
+    lines = sum(len(source.lines) for source in counted)
+    assert sum(found.values()) <= ANY_LIMITS[room] * lines / 1000, found
+
+
+def test_no_parameter_is_any() -> None:
+    def loose(source: Source) -> list[str]:
+        arguments = [node for node in source.nodes if isinstance(node, ast.arg) and node.annotation]
+        return [node.arg for node in arguments if node.annotation is not None and anys(node.annotation)]
+
+    counted = [source for source in SOURCES if source.house in ANY_LIMITS and source.name not in ANY_APART]
+    assert {source.name: wrong for source in counted if (wrong := loose(source))} == {}
 
 
 def test_no_room_is_imported_for_its_types_only() -> None:

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from esper.errors import ConfigError, EsperError, nearest
 from esper.printable import quoted
 
 
 def whole(
-    name: str, value: Any, *, least: int, most: int, none: bool = False, error: type[EsperError] = ConfigError
+    name: str,
+    value: object,
+    *,
+    least: int,
+    most: int,
+    none: bool = False,
+    error: type[EsperError] = ConfigError,
 ) -> None:
     """Refuse what is no whole number within bounds.
+
+    Args:
+        name: Name of the argument, for messages.
+        value: Value the caller gave.
+        least: Smallest that fits.
+        most: Largest that fits.
+        none: True where None fits too.
+        error: Class of the error raised.
 
     Raises:
         EsperError: ``error``, with what was given.
@@ -25,7 +37,7 @@ def whole(
         raise error(f"{name}={quoted(value)}; give a whole number from {least:,} to {most:,}{end}")
 
 
-def flag(name: str, value: Any, *, error: type[EsperError] = ConfigError) -> None:
+def flag(name: str, value: object, *, error: type[EsperError] = ConfigError) -> None:
     """Refuse what is not True or False.
 
     Raises:
@@ -35,8 +47,14 @@ def flag(name: str, value: Any, *, error: type[EsperError] = ConfigError) -> Non
         raise error(f"{name}={quoted(value)}; give True or False")
 
 
-def word(name: str, value: Any, known: Sequence[str], *, error: type[EsperError] = ConfigError) -> None:
+def word(name: str, value: object, known: Sequence[str], *, error: type[EsperError] = ConfigError) -> None:
     """Refuse what is none of the known words.
+
+    Args:
+        name: Name of the argument, for messages.
+        value: Value the caller gave.
+        known: Words that fit.
+        error: Class of the error raised.
 
     Raises:
         EsperError: ``error``, naming the nearest.
@@ -46,8 +64,14 @@ def word(name: str, value: Any, known: Sequence[str], *, error: type[EsperError]
         raise error(f"{name}={quoted(value)}; {hint}")
 
 
-def function(name: str, value: Any, takes: str, *, error: type[EsperError] = ConfigError) -> None:
+def function(name: str, value: object, takes: str, *, error: type[EsperError] = ConfigError) -> None:
     """Refuse what cannot be called.
+
+    Args:
+        name: Name of the argument, for messages.
+        value: Value the caller gave.
+        takes: Its arguments in words, for messages.
+        error: Class of the error raised.
 
     Raises:
         EsperError: ``error``, with what would be called how.
@@ -56,8 +80,14 @@ def function(name: str, value: Any, takes: str, *, error: type[EsperError] = Con
         raise error(f"{name}={quoted(value)} cannot be called; give a function {takes}")
 
 
-def texts(name: str, value: Any, needed: str, *, error: type[EsperError] = ConfigError) -> None:
+def texts(name: str, value: object, needed: str, *, error: type[EsperError] = ConfigError) -> None:
     """Refuse what is not a list of texts; a text alone is none, though it can be iterated.
+
+    Args:
+        name: Name of the argument, for messages.
+        value: Value the caller gave.
+        needed: Name of what the texts are, for messages.
+        error: Class of the error raised.
 
     Raises:
         EsperError: ``error``, with what was given.
@@ -67,7 +97,7 @@ def texts(name: str, value: Any, needed: str, *, error: type[EsperError] = Confi
         raise error(f"{name}={quoted(value)}; give a list of {needed}")
 
 
-def batches(name: str, value: Any, *, error: type[EsperError] = ConfigError) -> None:
+def batches(name: str, value: object, *, error: type[EsperError] = ConfigError) -> None:
     """Refuse what cannot be iterated, or holds letters and not batches.
 
     Raises:
@@ -75,13 +105,3 @@ def batches(name: str, value: Any, *, error: type[EsperError] = ConfigError) -> 
     """
     if isinstance(value, str | bytes | bytearray) or not isinstance(value, Iterable):
         raise error(f"{name}={quoted(value)}; give batches that can be iterated again, like a DataLoader")
-
-
-def positive(name: str, value: float, *, error: type[EsperError] = ConfigError) -> None:
-    """Refuse what is not a positive, finite number.
-
-    Raises:
-        EsperError: ``error``, with what was given.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise error(f"{name}={quoted(value)}; give a positive number")

@@ -73,19 +73,20 @@ class Config(BaseSettings):
         "zeros", description="optimizer state of new units; zeros measured best, see docs/decisions.md"
     )
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, **values: object) -> None:
         """Check what is given.
 
         Raises:
             ConfigError: A key is unknown (the nearest is named), or a value out of kind or range.
         """
+        given: dict[str, Any] = values  # pydantic checks them
         known = type(self).model_fields
         unknown = [name for name in values if name not in known]  # pydantic-settings' own too: _env_file …
         if unknown:
             said = (f"unknown key {quoted(name)}; {nearest(name, known)}" for name in unknown[:MOST_FAULTS])
             raise ConfigError("; ".join(said))
         try:
-            super().__init__(**values)
+            super().__init__(**given)
         except ValidationError as error:
             raise ConfigError(explain(error, Config)) from None
 
@@ -102,14 +103,14 @@ class Config(BaseSettings):
         return init_settings, Variables(settings_cls)
 
 
-ConfigLike: TypeAlias = Config | Mapping[str, Any] | str | Path | None
+ConfigLike: TypeAlias = Config | Mapping[str, object] | str | Path | None
 
 
-def load_config(source: ConfigLike = None, **overrides: Any) -> Config:
+def load_config(source: ConfigLike = None, **overrides: object) -> Config:
     """Read settings from a YAML file, a mapping or a ``Config``.
 
     Args:
-        source: A path to a YAML file, a mapping of sections, a ``Config``, or None for the defaults.
+        source: Path of a YAML file, a mapping of sections, a ``Config``, or None for the defaults.
         overrides: Sections that replace what the source says.
 
     Raises:
@@ -118,7 +119,7 @@ def load_config(source: ConfigLike = None, **overrides: Any) -> Config:
     if isinstance(source, Config) and not overrides:
         return source
     if isinstance(source, Config):
-        data: dict[str, Any] = source.model_dump()
+        data: dict[str, object] = source.model_dump()
     elif source is None:
         data = {}
     elif isinstance(source, Mapping):
@@ -135,7 +136,7 @@ def load_config(source: ConfigLike = None, **overrides: Any) -> Config:
     return Config(**{**data, **overrides})
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, object]:
     """Read a YAML file whose top level is a mapping.
 
     Raises:

@@ -12,7 +12,7 @@ import time as clock
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import IntEnum
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NotRequired, Protocol, TypedDict
 
 EVENTS_VERSION = 1
 
@@ -135,7 +135,7 @@ class Signature:
     padding_mode: str = "zeros"
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Signature:
+    def from_dict(cls, data: Mapping[str, object]) -> Signature:
         """Rebuild from what ``dataclasses.asdict`` made of it, through JSON or not."""
         facts: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
         return cls(**facts)
@@ -154,11 +154,23 @@ class Kernel:
     toolchain: str  # versions and device the compiled forms are for
     weights: bytes = field(repr=False)  # initial ones, safetensors
     variants: Mapping[str, bytes] = field(default_factory=dict, repr=False)  # compiled forms by pipeline
-    report: Mapping[str, Any] = field(default_factory=dict)  # what verification measured
+    report: Mapping[str, object] = field(default_factory=dict)  # what verification measured
 
 
 def kernel_id(graph: str, signature: Signature, hidden: int, seed: int, pipeline: str, toolchain: str) -> str:
-    """Return the digest of everything a kernel follows from: the same request is the same kernel."""
+    """Return the digest of everything a kernel follows from: the same request is the same kernel.
+
+    Args:
+        graph: Canonical JSON of the blueprint.
+        signature: Tensors the kernel fits.
+        hidden: Free width, in units.
+        seed: Seed of the initial weights.
+        pipeline: Name of what compiles it.
+        toolchain: Versions and device the compiled forms are for.
+
+    Returns:
+        SHA-256 digest, 64 hexadecimal digits.
+    """
     facts = [graph, asdict(signature), hidden, seed, pipeline, toolchain]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
@@ -197,6 +209,17 @@ class HealthReport:
     gradient_norm: float | None = None
 
 
+class ArmFacts(TypedDict):
+    """One thing that could have been done, as decisions and events tell it; early events tell the half."""
+
+    site: str
+    share: NotRequired[float]  # of the even share per event
+    width: int  # units
+    start: NotRequired[str]
+    score: float | None  # first-order improvement per share of the budget
+    prior: NotRequired[float]
+
+
 @dataclass(frozen=True, slots=True)
 class Decision:
     """What to do at one decision boundary, and why: nothing, or grow one site."""
@@ -210,7 +233,7 @@ class Decision:
     reason: str
     propensity: float  # probability with which this arm was chosen
     predicted: float | None  # first-order loss decrease per FLOP
-    arms: tuple[Mapping[str, Any], ...] = ()
+    arms: tuple[ArmFacts, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Literal, get_args, get_origin
 
 from pydantic import BaseModel
 
@@ -17,18 +17,18 @@ PREFIX = "ESPER_"
 OTHERS = ("ESPER_KERNEL_STORE", "ESPER_KERNEL_KEY")  # of the kernel store, no settings
 
 
-def from_environment(model: type[BaseModel], variables: Mapping[str, str] | None = None) -> dict[str, Any]:
+def from_environment(model: type[BaseModel], variables: Mapping[str, str] | None = None) -> dict[str, object]:
     """Read the settings that variables give, by section.
 
     Args:
-        model: The settings.
-        variables: Instead of the process's own.
+        model: Model of the settings.
+        variables: Variables by name; None: the process's own.
 
     Raises:
         ConfigError: A variable stands for no setting (the nearest is named), or holds no value.
     """
     known = dict(_settings(model))
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     for name, text in sorted((os.environ if variables is None else variables).items()):
         upper = name.upper()
         if not upper.startswith(PREFIX) or upper in OTHERS:
@@ -38,12 +38,14 @@ def from_environment(model: type[BaseModel], variables: Mapping[str, str] | None
         *sections, key = upper[len(PREFIX) :].lower().split("__")
         place = found
         for section in sections:
-            place = place.setdefault(section, {})
-        place[key] = _value(name, text, known[upper])  # a section comes before its fields: P before P__F
+            inner = place.setdefault(section, {})
+            assert isinstance(inner, dict)  # a section comes before its fields: P before P__F
+            place = inner
+        place[key] = _value(name, text, known[upper])
     return found
 
 
-def _settings(model: type[BaseModel], prefix: str = PREFIX) -> Iterator[tuple[str, Any]]:
+def _settings(model: type[BaseModel], prefix: str = PREFIX) -> Iterator[tuple[str, object]]:
     """List the variables of every setting and section, with what may stand there."""
     for name, field in model.model_fields.items():
         yield prefix + name.upper(), field.annotation
@@ -51,14 +53,14 @@ def _settings(model: type[BaseModel], prefix: str = PREFIX) -> Iterator[tuple[st
             yield from _settings(field.annotation, f"{prefix}{name.upper()}__")
 
 
-def _nearest(name: str, known: Mapping[str, Any]) -> str:
+def _nearest(name: str, known: Iterable[str]) -> str:
     """Name what was probably meant: a section or setting, or a setting of the section that is named."""
     section = name.rpartition("__")[0]
     inside = [one for one in known if section in known and one.startswith(f"{section}__")]
     return nearest(name, inside or [*(one for one in known if "__" not in one), *OTHERS])
 
 
-def _value(name: str, text: str, annotation: Any) -> Any:
+def _value(name: str, text: str, annotation: object) -> object:
     """Read a variable as YAML, which JSON is too; where text is asked for, it is the text."""
     if annotation is str or get_origin(annotation) is Literal or Path in get_args(annotation):
         return text

@@ -26,11 +26,11 @@ def read_regular(
     """Return what a regular file holds.
 
     Args:
-        path: Of the file. A pipe, a device or a folder is refused, none of them is waited for.
-        limit: Most bytes; a larger file is refused, and never read whole.
-        what: The file in words, for the message.
-        error: What is raised.
-        follow: Whether the path may be a link; not where a run's folder should hold the file itself.
+        path: Path of the file. A pipe, a device or a folder is refused, none of them is waited for.
+        limit: Largest number of bytes; a larger file is refused, and never read whole.
+        what: Name of the file in words, for the message.
+        error: Class of the error raised.
+        follow: True where the path may be a link; not where a run's folder should hold the file itself.
 
     Raises:
         EsperError: ``error``, with the reason the file cannot be read.

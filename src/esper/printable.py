@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import reprlib
-from typing import Any
 
 QUOTE = 80  # characters of an input that a message repeats
 _brief = reprlib.Repr()
@@ -14,7 +13,7 @@ def printable(text: str, *, keep: str = "\n\t") -> str:
     """Write whatever is no printable character as its escape, as Python's repr does.
 
     Args:
-        text: Of a file, a name, a path, an error of somebody else's code.
+        text: Text of a file, a name, a path, an error of somebody else's code.
         keep: Characters that may stay; "" where the text is one line among others.
     """
     if text.isprintable():
@@ -22,7 +21,7 @@ def printable(text: str, *, keep: str = "\n\t") -> str:
     return "".join(c if c.isprintable() or c in keep else _escaped(c) for c in text)
 
 
-def quoted(value: Any) -> str:
+def quoted(value: object) -> str:
     """Return the beginning of a value's repr, as a message repeats it."""
     try:
         text = printable(_brief.repr(value), keep="")

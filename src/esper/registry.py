@@ -8,9 +8,11 @@ from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
-from typing import Any
+from typing import Generic, TypeVar
 
 from esper.errors import MissingExtraError, RegistryError, nearest
+
+Found = TypeVar("Found")
 
 
 @cache
@@ -19,7 +21,7 @@ def _registered(group: str, path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
     return tuple(entry_points(group=group))
 
 
-class Registry:
+class Registry(Generic[Found]):
     """Finds the implementations of one thing.
 
     ``Registry("esper.tamiyo.bandits", group="esper.bandits")`` knows ``ucb`` because there is a file
@@ -40,7 +42,7 @@ class Registry:
         own = self._files()
         return own + sorted({entry.name for entry in self._entries()} - set(own))
 
-    def get(self, name: str) -> Any:
+    def get(self, name: str) -> Found:
         """Import what ``name`` stands for.
 
         Raises:
@@ -68,14 +70,14 @@ class Registry:
     def _entries(self) -> tuple[EntryPoint, ...]:
         return _registered(self.group, tuple(sys.path))
 
-    def _export(self, name: str) -> Any:
+    def _export(self, name: str) -> Found:
         module = import_module(f"{self.package}.{name}")
         exports = getattr(module, "__all__", ())
         if len(exports) != 1:
             raise RegistryError(f"{module.__name__} must name one object in __all__, not {list(exports)}")
         return getattr(module, exports[0])
 
-    def _load(self, entry: EntryPoint) -> Any:
+    def _load(self, entry: EntryPoint) -> Found:
         try:
             return entry.load()
         except MissingExtraError:

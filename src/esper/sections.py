@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -23,7 +23,7 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _listed(cls, value: Any) -> Any:
+    def _listed(cls, value: object) -> object:
         """Take a list where a tuple is kept: YAML and JSON have no tuples."""
         return tuple(value) if isinstance(value, list) else value
 
@@ -186,7 +186,7 @@ class Budget(Section):
 
     @field_validator("parameters", "model_flops", mode="before")
     @classmethod
-    def _whole(cls, value: Any) -> Any:
+    def _whole(cls, value: object) -> object:
         """Take 1e6 where a count is meant, and refuse a fraction."""
         if not isinstance(value, float):
             return value
@@ -216,7 +216,7 @@ class Kernels(Section):
 
     @field_validator("store", mode="before")
     @classmethod
-    def _path(cls, value: Any) -> Any:
+    def _path(cls, value: object) -> object:
         """Take text for a path."""
         return Path(value) if isinstance(value, str) else value
 

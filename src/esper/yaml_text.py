@@ -8,6 +8,7 @@ text is asked for, refused where a number or a truth value is.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import yaml
@@ -35,7 +36,7 @@ class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader within limits, with fewer and stricter kinds of value."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 - PyYAML's own
-    yaml_constructors: dict[Any, Any] = {}  # noqa: RUF012
+    yaml_constructors: dict[str | None, Callable[..., object]] = {}  # noqa: RUF012
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -43,7 +44,7 @@ class _Loader(yaml.SafeLoader):
         self.count = 0
         self.sizes: dict[int, int] = {}  # values in a node, by its identity; a node under way has none
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         """Compose within the limits; an alias counts for all it stands for."""
         alias = self.check_event(yaml.AliasEvent)
         before = self.count
@@ -62,9 +63,9 @@ class _Loader(yaml.SafeLoader):
         self.sizes.setdefault(id(node), self.count - before)
         return node
 
-    def compose_mapping_node(self, anchor: Any) -> Any:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """Refuse a key that is no text or stands twice: readers would not agree on which counts."""
-        node: Any = super().compose_mapping_node(anchor)
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
         seen = set[str]()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode) or key.tag not in (STRING, MERGE, UNCLEAR):
@@ -75,8 +76,8 @@ class _Loader(yaml.SafeLoader):
             seen.add(key.value)
         return node
 
-    def _refuse(self, reason: str, node: Any = None) -> None:
-        mark = node.start_mark if node is not None else self.get_mark()  # pyrefly: ignore - of its reader
+    def _refuse(self, reason: str, node: yaml.Node | None = None) -> None:
+        mark = node.start_mark if node is not None else self.get_mark()
         raise ConfigError(f"line {mark.line + 1}: {reason}")
 
 
@@ -102,21 +103,21 @@ _resolver(
 )
 
 
-def _integer(loader: _Loader, node: Any) -> int:
+def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
     text = loader.construct_scalar(node).replace("_", "")
     return int(text, 8 if text.startswith("0o") else 0)
 
 
-def _float(loader: _Loader, node: Any) -> float:
+def _float(loader: _Loader, node: yaml.ScalarNode) -> float:
     text = loader.construct_scalar(node).lower()
     return float(text.replace(".inf", "inf").replace(".nan", "nan"))
 
 
-def _unclear(loader: _Loader, node: Any) -> Unclear:
+def _unclear(loader: _Loader, node: yaml.ScalarNode) -> Unclear:
     return Unclear(loader.construct_scalar(node))
 
 
-def _refused_tag(loader: _Loader, node: Any) -> None:
+def _refused_tag(loader: _Loader, node: yaml.Node) -> None:
     loader._refuse(f"the tag {quoted(node.tag)} stands for no value a config holds; take it out", node)
 
 
@@ -130,7 +131,7 @@ for _kind in ("bool", "null", "str", "seq", "map"):
 _Loader.yaml_constructors[None] = _refused_tag  # of every other tag
 
 
-def parse(text: str) -> Any:
+def parse(text: str) -> object:
     """Read one YAML document.
 
     Raises:

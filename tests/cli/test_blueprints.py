@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from esper.blueprints import CATALOGUE
-from esper.cli.blueprints import find
+from esper.cli.blueprint_facts import find
 from esper.errors import BlueprintError, RegistryError
 from tests.cli.conftest import Command
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import esper as library
-from esper.cli import demo, digits
+from esper.cli import comparison, digits
 from esper.nissa.run.history import fold
 from esper.nissa.run.journal import read_events
 from esper.nissa.views.report import write_report
@@ -25,7 +25,7 @@ def test_no_digit_is_used_twice(data: digits.Digits) -> None:
 
 @pytest.mark.parametrize("task", digits.TASKS, ids=lambda task: task.name)
 def test_a_task_is_grown_and_compared(task: digits.Task, data: digits.Digits, tmp_path: Path) -> None:
-    result = demo.compare(replace(task, epochs=8), data, tmp_path, seed=0, plain=True)
+    result = comparison.compare(replace(task, epochs=8), data, tmp_path, seed=0, plain=True)
     rows = result["rows"]
     grown, twin = fold(read_events(tmp_path)), fold(read_events(tmp_path / "no-growth"))
     assert rows[0]["parameters"] == grown.totals["parameters_after"]

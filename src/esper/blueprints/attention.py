@@ -9,6 +9,18 @@ def attention(step: Step, query: Value, key: Value, value: Value) -> Value:
     """Mix the time steps of a sequence, head by head (Vaswani et al., 2017, arXiv:1706.03762).
 
     ``causal`` lets every step see itself and the past only; nothing depends on the number of steps.
+
+    Args:
+        step: Node that is lowered.
+        query: Value (batch, time, c).
+        key: Value (batch, time, c).
+        value: Value (batch, time, d).
+
+    Returns:
+        Value (batch, time, d).
+
+    Raises:
+        BlueprintError: Shapes do not go together, or ``heads`` does not divide c and d.
     """
     for given in (query, key, value):
         step.rank(given, 3)

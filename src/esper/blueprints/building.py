@@ -140,7 +140,11 @@ class Step:
             self.refuse(f"{what}, not {' and '.join(str(value.shape) for value in values)}")
 
     def refuse(self, reason: str) -> NoReturn:
-        """Raise, naming the graph, the node and the reason."""
+        """Raise, naming the graph, the node and the reason.
+
+        Raises:
+            BlueprintError: Always.
+        """
         raise BlueprintError(f"graph {self.building.graph!r}, node {self.node!r} ({self.operator}): {reason}")
 
 

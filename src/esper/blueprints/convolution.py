@@ -25,12 +25,12 @@ def conv(step: Step, x: Value) -> Value:
     h, w = (conv_size(x.shape[2 + a], kernel[a], stride[a], padding[a], dilation[a]) for a in (0, 1))
     if h < 1 or w < 1:
         step.refuse(f"a {kernel[0]}×{kernel[1]} window does not fit in {x.shape[2]}×{x.shape[3]} pixels")
-    weight = step.weight("weight", (channels, x.channels // groups, *kernel))
+    weight = step.weight("weight", (channels, x.channels // groups, *kernel))  # (out, in of a group, h, w)
     bias = step.weight("bias", (channels,), "zeros") if step.attributes["bias"] else None
     if mode != "zeros" and any(padding):
         sides = (padding[1], padding[1], padding[0], padding[0])  # left, right, top, bottom
         shape = (*x.shape[:2], x.shape[2] + 2 * padding[0], x.shape[3] + 2 * padding[1])
-        x, padding = step.emit("pad", x.name, sides, mode, shape=shape), (0, 0)
+        x, padding = step.emit("pad", x.name, sides, mode, shape=shape), (0, 0)  # (batch, in, h + …, w + …)
     return step.emit(
         "conv2d", x.name, weight, bias, stride, padding, dilation, groups, shape=(x.shape[0], channels, h, w)
     )
@@ -59,8 +59,8 @@ def _centred(step: Step, slack: Pair) -> Pair:
     """Return the padding that gives exactly the site's size.
 
     Args:
-        step: The node.
-        slack: By how much the site's padding exceeds its window, along both axes.
+        step: Node that is lowered.
+        slack: Pixels by which the site's padding exceeds its window, (height, width).
     """
     reach = step.integer("dilation") * (step.integer("kernel") - 1)
     twice = (slack[0] + reach, slack[1] + reach)

@@ -117,11 +117,13 @@ def split(step: Step, x: Value) -> Value:
 def transpose(step: Step, x: Value) -> Value:
     """Swap the time steps and channels of a sequence."""
     step.rank(x, 3)
-    return step.emit("transpose", x.name, 1, 2, shape=(x.shape[0], x.shape[2], x.shape[1]))
+    return step.emit(
+        "transpose", x.name, 1, 2, shape=(x.shape[0], x.shape[2], x.shape[1])
+    )  # (batch, c, time)
 
 
 def matmul(step: Step, a: Value, b: Value) -> Value:
-    """Multiply the matrices (time, c) of two sequences, example by example."""
+    """Multiply the matrices of two sequences: (batch, m, k) by (batch, k, n) is (batch, m, n)."""
     step.rank(a, 3)
     step.rank(b, 3)
     if a.shape[2] != b.shape[1]:

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, cast
+from typing import Literal
 
 from esper.blueprints import dimensions, lowering, reading
 from esper.blueprints.building import Constant
@@ -67,9 +67,18 @@ class Graph:
         """
         data = reading.read(text)
         nodes = tuple(
-            node(one["name"], one["op"], *one["inputs"], **one["attributes"]) for one in data.pop("nodes")
+            node(one["name"], one["op"], *one["inputs"], **one["attributes"]) for one in data["nodes"]
         )
-        return cls(nodes=nodes, **cast("dict[str, Any]", data))
+        return cls(
+            data["name"],
+            data["summary"],
+            data["source"],
+            data["layouts"],
+            data["ports"],
+            nodes,
+            data["output"],
+            data["experimental"],
+        )
 
     def to_json(self) -> str:
         """Return the canonical text: sorted keys, no spaces, nodes as they stand."""
@@ -137,8 +146,8 @@ class Graph:
         """Build the graph for one signature.
 
         Args:
-            signature: The tensors it must fit.
-            hidden: The free width; without effect where the graph does not scale.
+            signature: Tensors it must fit.
+            hidden: Free width, in units; without effect where the graph does not scale.
 
         Raises:
             BlueprintError: The graph does not fit; the message names the node and the reason.

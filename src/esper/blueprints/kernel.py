@@ -28,12 +28,12 @@ class GraphKernel(LiveKernel):
     """Runs a program; a compiled form can take the program's place at any time, over the same weights.
 
     Args:
-        program: What to compute.
-        like: Device and dtype follow this tensor.
+        program: Program to run.
+        like: Tensor whose device and dtype the weights get; None: the default ones.
 
     Attributes:
         form: The compiled form in use, None while it runs eagerly; not part of copies or saved states.
-        pipeline: What compiled it, "eager" without.
+        pipeline: Name of what compiled it, "eager" without.
     """
 
     def __init__(self, program: Program, like: Tensor | None = None) -> None:
@@ -57,7 +57,7 @@ class GraphKernel(LiveKernel):
         """Run a compiled form from now on, or the program again; weights and their identity stay."""
         self.form, self.pipeline = form, pipeline if form is not None else "eager"
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """Leave the compiled form behind; a copy runs eagerly until it is given one."""
         return {**self.__dict__, "form": None, "pipeline": "eager"}
 

@@ -14,6 +14,13 @@ from esper.errors import BlueprintError
 def lower(graph: str, structure: Structure, output: str, signature: Signature, hidden: int) -> Program:
     """Build a graph for one signature.
 
+    Args:
+        graph: Name of the graph, for messages.
+        structure: Nodes in order, and which is the last affine.
+        output: Name of the node whose value is added to the site's output.
+        signature: Tensors it must fit.
+        hidden: Free width, in units.
+
     Raises:
         BlueprintError: The message names the node and the reason.
     """

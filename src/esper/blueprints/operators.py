@@ -51,7 +51,7 @@ class Operator:
         affine: An affine map of its inputs taken together, whatever its weights.
         role: ``last`` may end a graph, with weights that start at zero; ``linear`` may follow the last
             affine, because it maps zero to zero and scales with its input; ``inner`` may do neither.
-        mixes: Whether what comes out at one position depends on others: ``past``, ``all``.
+        mixes: Positions besides its own that an output depends on: ``past``, ``all``.
     """
 
     build: Callable[..., Value]

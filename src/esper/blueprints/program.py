@@ -107,7 +107,7 @@ class Program:
         """Count the numbers in all weights."""
         return sum(math.prod(weight.shape) for weight in self.weights)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, object]:
         """Return what a torch-only reader needs to run it."""
         return {
             "weights": [[w.name, list(w.shape)] for w in self.weights],
@@ -118,7 +118,7 @@ class Program:
         }
 
 
-def _resolve(argument: Argument, values: dict[str, Tensor]) -> Any:
+def _resolve(argument: Argument, values: dict[str, Tensor]) -> Tensor | list[Tensor] | Argument:
     if isinstance(argument, str):
         return values[argument] if argument[:1] in "%@" else argument
     if isinstance(argument, tuple) and argument and isinstance(argument[0], str):
@@ -126,7 +126,7 @@ def _resolve(argument: Argument, values: dict[str, Tensor]) -> Any:
     return argument
 
 
-def _plain(argument: Argument) -> Any:
+def _plain(argument: Argument) -> Argument | list[int | str]:
     return list(argument) if isinstance(argument, tuple) else argument
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypedDict, TypeVar
 
+from esper.blueprints.building import Constant
 from esper.blueprints.structure import MAX_NODES, NAME
 from esper.errors import BlueprintError, nearest
+
+if TYPE_CHECKING:
+    from esper.blueprints.graph import Layout, Port
 
 MAX_TEXT = 1 << 18  # characters; the largest valid graph needs less
 MAX_WORDS = 600  # characters of a summary or source
@@ -14,9 +18,32 @@ LAYOUTS = ("vector", "sequence", "image")
 PORTS = ("parallel", "serial")
 FIELDS = ("name", "summary", "source", "layouts", "ports", "nodes", "output")
 NODE_FIELDS = ("name", "op", "inputs", "attributes")
+Typed = TypeVar("Typed")
 
 
-def read(text: str) -> dict[str, Any]:
+class NodeFields(TypedDict):
+    """A node's fields."""
+
+    name: str
+    op: str
+    inputs: tuple[str, ...]
+    attributes: dict[str, Constant]
+
+
+class GraphFields(TypedDict):
+    """A graph's fields, each of its type; whether a layout or port is known, the graph checks."""
+
+    name: str
+    summary: str
+    source: str
+    layouts: tuple[Layout, ...]
+    ports: tuple[Port, ...]
+    nodes: list[NodeFields]
+    output: str
+    experimental: bool
+
+
+def read(text: str) -> GraphFields:
     """Return a graph's fields with the types they must have; their meaning is checked by the graph.
 
     Raises:
@@ -50,6 +77,13 @@ def check_header(
 ) -> None:
     """Refuse a graph whose name, words, layouts or ports are not what they must be.
 
+    Args:
+        name: Lower case, at most 48 characters.
+        summary: Line of at most 600 characters.
+        source: Paper or place it is from, at most 600 characters.
+        layouts: Layouts it fits, each once.
+        ports: Ports it fits, each once.
+
     Raises:
         BlueprintError: With the field.
     """
@@ -63,8 +97,8 @@ def check_header(
             _refuse(f"graph {name!r}: {field} must name some of {', '.join(known)}, each once")
 
 
-def _node(one: Any, number: int) -> None:
-    _fields(one, NODE_FIELDS[:2], NODE_FIELDS[2:], f"node {number}")
+def _node(given: object, number: int) -> None:
+    one = _fields(given, NODE_FIELDS[:2], NODE_FIELDS[2:], f"node {number}")
     for name in ("name", "op"):
         _typed(one[name], str, f"node {number}: {name} must be text")
     one["inputs"] = _texts(
@@ -79,28 +113,28 @@ def _node(one: Any, number: int) -> None:
             _refuse(f"node {one['name'][:60]!r}: {name[:60]} must be a text, a number, true or false")
 
 
-def _fields(data: Any, needed: tuple[str, ...], optional: tuple[str, ...], what: str) -> None:
-    _typed(data, dict, f"{what} must be an object")
+def _fields(given: object, needed: tuple[str, ...], optional: tuple[str, ...], what: str) -> dict[str, Any]:
+    data = _typed(given, dict, f"{what} must be an object")
     if missing := [name for name in needed if name not in data]:
         _refuse(f"{what} lacks {', '.join(missing)}")
     known = (*needed, *optional)
     if extra := [name for name in data if name not in known]:
         _refuse(f"{what} has a field {extra[0][:60]!r}; {nearest(extra[0][:60], known)}")
+    return data
 
 
-def _texts(value: Any, problem: str) -> tuple[str, ...]:
-    _typed(value, list, problem)
+def _texts(given: object, problem: str) -> tuple[str, ...]:
+    value = _typed(given, list, problem)
     if not all(isinstance(one, str) for one in value):
         _refuse(problem)
     return tuple(value)
 
 
-def _typed(value: Any, kind: type, problem: str) -> None:
-    if not isinstance(value, kind):
-        _refuse(problem)
+def _typed(value: object, kind: type[Typed], problem: str) -> Typed:
+    return value if isinstance(value, kind) else _refuse(problem)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """Refuse an object that says one thing twice: readers would not agree on which counts."""
     found = dict(pairs)
     if len(found) < len(pairs):

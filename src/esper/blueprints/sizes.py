@@ -54,7 +54,15 @@ def site_size(signature: Signature, axis: int, size: int) -> int:
 
 
 def conv_size(size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
-    """Return a convolution's output size along one axis."""
+    """Return a convolution's output size along one axis, in pixels.
+
+    Args:
+        size: Input size, in pixels.
+        kernel: Kernel size, in pixels.
+        stride: Pixels between windows.
+        padding: Pixels at either end.
+        dilation: Pixels between the kernel's own.
+    """
     return (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
 
 

@@ -38,7 +38,7 @@ class Structure:
         order: The nodes so that inputs come first: by depth first from the output, so that it follows from
             the wiring alone and not from how the nodes are listed.
         last: The affine node whose weights start at zero.
-        mixes: Which other positions of a sequence the output depends on.
+        mixes: Other positions of a sequence that the output depends on.
     """
 
     order: tuple[Node, ...]

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -24,8 +23,9 @@ WORDS = {True: "pass", False: "FAIL", None: "skip"}
 def list_blueprints(json: Json = False) -> None:
     """List the catalogue, other packages' blueprints included."""
     from esper.blueprints import CATALOGUE
+    from esper.cli.blueprint_facts import row as row_of
 
-    rows = [_row(CATALOGUE.get(name)) for name in CATALOGUE.names()]
+    rows = [row_of(CATALOGUE.get(name)) for name in CATALOGUE.names()]
     if json:
         print_json(rows)
         return
@@ -47,8 +47,11 @@ def show(
     """Show a blueprint: its nodes as lines, where it comes from, and what it costs at typical places."""
     import json as text
 
+    from esper.cli.blueprint_facts import costs as costs_of
+    from esper.cli.blueprint_facts import find, lines
+
     graph = find(name)
-    costs = _costs(graph, hidden)
+    costs = costs_of(graph, hidden)
     if json:
         facts = {
             "digest": graph.digest(),
@@ -64,7 +67,7 @@ def show(
     say(f"for {', '.join(graph.layouts)}; ports {', '.join(graph.ports)}; digest {graph.digest()[:12]}")
     merge = "affine: can be merged into a layer" if graph.affine else "not affine: stays a branch"
     say(f"{merge}; mixes positions: {graph.mixes}")
-    for line in _lines(graph):
+    for line in lines(graph):
         say(f"  {line}")
     for cost in costs:
         say(f"{cost['place']}: {cost['parameters']} parameters, {cost['flops']} FLOPs for {cost['input']}")
@@ -77,6 +80,7 @@ def check(
     json: Json = False,
 ) -> None:
     """Prove a blueprint: identity start, shapes, gradients, export, learnability …; exit 1 if one fails."""
+    from esper.cli.blueprint_facts import find
     from esper.testing.blueprint import Check, checks
 
     graph, started = find(file), time.monotonic()
@@ -84,12 +88,12 @@ def check(
     for result in checks(graph):
         results.append(result)
         if not json:
-            _print_check(result)
+            say(check_line(result.passed, result.name, result.place, result.detail))
         if time.monotonic() - started > seconds:
             late = Check("time", result.place, False, f"stopped after {seconds:g} s; the rest is not proven")
             results.append(late)
             if not json:
-                _print_check(late)
+                say(check_line(late.passed, late.name, late.place, late.detail))
             break
     passed = all(result.passed is not False for result in results)
     if json:
@@ -102,74 +106,6 @@ def check(
         raise typer.Exit(FAILED)
 
 
-def find(name: str) -> Any:
-    """Return a blueprint by its name, or read it from a file.
-
-    Raises:
-        BlueprintError: The file cannot be read or is no valid blueprint.
-        RegistryError: There is neither such a file nor such a name.
-    """
-    from esper.blueprints import CATALOGUE
-    from esper.kasmina.branches.choice import read_graph
-
-    if not name.endswith(".json") and not os.path.isfile(name):
-        return CATALOGUE.get(name)
-    return read_graph(name)
-
-
-def _row(graph: Any) -> dict[str, Any]:
-    from esper.blueprints.representative import HIDDEN, describe, representative
-
-    places = representative(graph)
-    program = graph.lower(places[0], HIDDEN) if places else None
-    return {
-        "name": graph.name,
-        "layouts": list(graph.layouts),
-        "ports": list(graph.ports),
-        "parameters": program.parameter_count() if program else None,
-        "place": describe(places[0]) if places else None,
-        "hidden": HIDDEN,
-        "experimental": graph.experimental,
-        "affine": graph.affine,
-        "mixes": graph.mixes,
-        "summary": graph.summary,
-    }
-
-
-def _costs(graph: Any, hidden: int | None) -> list[dict[str, Any]]:
-    import torch
-
-    from esper.blueprints.kernel import GraphKernel
-    from esper.blueprints.representative import HIDDEN, describe, representative
-    from esper.blueprints.sizes import example_shapes
-    from esper.kasmina.recording.flops import FlopMeter
-
-    costs: list[dict[str, Any]] = []
-    for place in representative(graph):
-        program = graph.lower(place, hidden or HIDDEN)
-        shape = (1, *example_shapes(place)[0][0][1:])
-        with torch.no_grad(), FlopMeter() as meter:
-            GraphKernel(program)(torch.zeros(shape))
-        costs.append(
-            {
-                "place": describe(place),
-                "hidden": hidden or HIDDEN,
-                "parameters": program.parameter_count(),
-                "flops": meter.total,
-                "input": list(shape),
-            }
-        )
-    return costs
-
-
-def _lines(graph: Any) -> list[str]:
-    lines: list[str] = []
-    for one in graph.structure.order:
-        given = [*one.inputs, *(f"{name}={value}" for name, value in one.attributes)]
-        end = "   # starts at zero" * (one.name == graph.structure.last)
-        lines.append(f"{one.name} = {one.op}({', '.join(given)}){end}")
-    return [*lines, f"return {graph.output}"]
-
-
-def _print_check(result: Any) -> None:
-    say(f"{WORDS[result.passed]}  {result.name:<13} {result.place}: {result.detail}")
+def check_line(passed: bool | None, name: str, place: str, detail: str) -> str:
+    """Write what a check came to; None: it was skipped."""
+    return f"{WORDS[passed]}  {name:<13} {place}: {detail}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, TypedDict
 
 import typer
 
@@ -16,6 +16,29 @@ from esper.printable import printable, quoted
 
 MAKER = "esper.cli.run.session:open_session"
 DASH = "–"
+
+
+class FaultRow(TypedDict):
+    """What became of a run with one fault, as ``chaos.rehearsal.Result``."""
+
+    fault: str
+    survived: bool | None
+    seconds: float | None
+    steps_lost: int | None
+    equal: bool | None
+    reason: str | None
+    what: str
+
+
+class Rehearsed(TypedDict):
+    """What became of a config's runs."""
+
+    config: str
+    seed: int
+    steps: int
+    seconds: float
+    faults: list[FaultRow]
+    survived: bool
 
 
 def chaos(
@@ -66,8 +89,20 @@ def chosen(faults: str | None, known: list[str]) -> list[str]:
 
 def rehearse(
     config: Path, names: list[str], seed: int, epochs: int | None, run_dir: Path | None
-) -> dict[str, Any]:
-    """Run undisturbed and with every fault; return what became of them."""
+) -> Rehearsed:
+    """Run undisturbed and with every fault; return what became of them.
+
+    Args:
+        config: Path of the YAML file.
+        names: Names of faults, in the order they are put in.
+        seed: Seed of when faults come and what they hit.
+        epochs: Number of epochs; None: the config's.
+        run_dir: Path of the folder that keeps the runs; None: they are deleted.
+
+    Raises:
+        ConfigError: The config is wrong.
+        RunError: The folder cannot be made.
+    """
     from esper.chaos.rehearsal import Rehearsal
     from esper.cli.run.recipe import growth_settings, read_recipe
 
@@ -89,7 +124,7 @@ def rehearse(
         "seed": seed,
         "steps": whole.steps,
         "seconds": whole.seconds,
-        "faults": [asdict(row) for row in rows],
+        "faults": [FaultRow(**asdict(row)) for row in rows],
         "survived": all(row.survived is not False for row in rows),
     }
 
@@ -99,7 +134,7 @@ def progress(line: str) -> None:
     say(f"chaos: {line}", error=True)
 
 
-def lines(found: dict[str, Any]) -> list[str]:
+def lines(found: Rehearsed) -> list[str]:
     """Write one row per fault, and below what happened."""
     rows = found["faults"]
     drawn = [f"{'fault':<22} {'survived':<9} {'s to next step':>14} {'steps lost':>10}  bits equal"]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import datetime
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 import typer
 
@@ -14,6 +15,7 @@ from esper.cli.output import print_json, say
 from esper.errors import StateError, nearest
 from esper.nissa.wording import short
 from esper.printable import printable, quoted
+from esper.storage.protocol import Storage
 
 checkpoints = typer.Typer(
     help="List, verify, prune and export checkpoints in PLACE: a run's folder, its checkpoints', or a URL.",
@@ -27,24 +29,46 @@ MOST_PLACE = 1000  # characters of a path that a message repeats
 INSIDE = "checkpoints"  # of a run's folder
 
 
+class Row(TypedDict):
+    """A checkpoint as lists print it; of a damaged one nothing is known but why."""
+
+    name: str
+    damaged: str | None
+    step: NotRequired[int]
+    time: NotRequired[float]  # seconds since the epoch
+    bytes: NotRequired[int]
+    metrics: NotRequired[dict[str, float | None]]
+    code: NotRequired[dict[str, str]]  # versions
+    summary: NotRequired[Mapping[str, Any]]  # JSON that the manifest holds
+
+
 @checkpoints.command("list")
 def list_checkpoints(place: Place, json: Json = False) -> None:
     """List checkpoints, oldest first; a damaged one is listed with the reason. Parts are not read."""
     from esper.checkpoint.format.manifest import read_manifest
 
     storage, names = opened(place)
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     for name in names:
         try:
             manifest = read_manifest(storage, name)
         except StateError as error:
             rows.append({"name": name, "damaged": str(error)})
             continue
-        facts = {"step": manifest.step, "time": manifest.time, "bytes": manifest.size}
-        more = {"metrics": dict(manifest.metrics), "code": dict(manifest.code), **manifest.summary}
-        rows.append({"name": name, "damaged": None, **facts, **more})
+        rows.append(
+            Row(
+                name=name,
+                damaged=None,
+                step=manifest.step,
+                time=manifest.time,
+                bytes=manifest.size,
+                metrics=dict(manifest.metrics),
+                code=dict(manifest.code),
+                summary=manifest.summary,
+            )
+        )
     if json:
-        print_json(rows)
+        print_json([flat(row) for row in rows])
     elif rows:
         say("\n".join(table(rows)))
     else:
@@ -130,7 +154,7 @@ def export(
     say(f"{to}: the model of {found.manifest.name}; seeds that were awake are not part of it")
 
 
-def opened(place: str) -> tuple[Any, list[str]]:
+def opened(place: str) -> tuple[Storage, list[str]]:
     """Return the storage in a run's folder, in a folder itself, or at a URL, and its checkpoints.
 
     Raises:
@@ -169,7 +193,7 @@ def verdicts(found: dict[str, dict[str, str]]) -> list[str]:
     return lines
 
 
-def metric_of(text: str | None) -> Any:
+def metric_of(text: str | None) -> tuple[str, Literal["min", "max"]] | None:
     """Read ``loss:min``."""
     if text is None:
         return None
@@ -179,7 +203,13 @@ def metric_of(text: str | None) -> Any:
     return name, sense
 
 
-def table(rows: list[dict[str, Any]]) -> list[str]:
+def flat(row: Row) -> dict[str, object]:
+    """Lay a row's summary out beside what every checkpoint has."""
+    facts = {name: value for name, value in row.items() if name != "summary"}
+    return {**facts, **row.get("summary", {})}
+
+
+def table(rows: list[Row]) -> list[str]:
     """Write the list as lines."""
     lines = [
         f"{'checkpoint':<14} {'written':<20} {'bytes':>12} {'parameters':>12} {'grown':>5}  awake, metrics"
@@ -189,8 +219,12 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
             lines.append(f"{row['name']:<14} damaged: {row['damaged']}")
             continue
         when = datetime.datetime.fromtimestamp(row["time"], datetime.UTC).strftime("%Y-%m-%d %H:%M:%SZ")
-        more = [*row.get("awake", []), *(f"{name} {short(value)}" for name, value in row["metrics"].items())]
-        parameters, grown = shown(row.get("parameters")), shown(row.get("grown"))
+        summary = row["summary"]
+        more = [
+            *summary.get("awake", []),
+            *(f"{name} {short(value)}" for name, value in row["metrics"].items()),
+        ]
+        parameters, grown = shown(summary.get("parameters")), shown(summary.get("grown"))
         lines.append(
             f"{row['name']:<14} {when:<20} {row['bytes']:>12,} {parameters:>12} {grown:>5}  "
             f"{', '.join(more)}".rstrip()

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -61,8 +61,8 @@ class CNN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (batch, 64) to (batch, 10)."""
-        x = self.pool(self.conv1(x.view(-1, 1, 8, 8)).relu())
-        x = self.pool(self.conv2(x).relu())
+        x = self.pool(self.conv1(x.view(-1, 1, 8, 8)).relu())  # (batch, first, 4, 4)
+        x = self.pool(self.conv2(x).relu())  # (batch, second, 2, 2)
         return self.out(x.flatten(1))
 
     @property
@@ -106,7 +106,7 @@ class Digits:
     @classmethod
     def split(cls, seed: int) -> Digits:
         """Split by a seed, each digit in proportion."""
-        bunch: Any = load_digits()
+        bunch: Any = load_digits()  # scikit-learn has no types
         labels = bunch.target
         rest, test = train_test_split(range(len(labels)), test_size=0.25, stratify=labels, random_state=seed)
         train, probe = train_test_split(rest, test_size=0.2, stratify=labels[rest], random_state=seed)
@@ -130,9 +130,18 @@ class Digits:
         x, y = self.test
         net.eval()
         with torch.no_grad():
-            right = (net(x).argmax(1) == y).float().mean()
+            right = (net(x).argmax(1) == y).float().mean()  # (examples, 10) → (examples,) → ()
         net.train()
         return float(right)
+
+
+class Cost(TypedDict):
+    """What a net came to, and what it cost."""
+
+    accuracy: float
+    parameters: int
+    flops: int  # of training
+    seconds: float
 
 
 def loss_fn(net: nn.Module, batch: Batch) -> Tensor:
@@ -143,7 +152,15 @@ def loss_fn(net: nn.Module, batch: Batch) -> Tensor:
 def train_grown(
     task: Task, data: Digits, folder: Path, seed: int, watch: Observer
 ) -> tuple[MLP | CNN, Growth]:
-    """Train and grow a task's host: a plain loop with Esper's three lines."""
+    """Train and grow a task's host: a plain loop with Esper's three lines.
+
+    Args:
+        task: Host, its widths and how it is trained.
+        data: Digits trained and judged on.
+        folder: Path of the run's folder.
+        seed: Seed of weights, order and growth.
+        watch: Function called with every event.
+    """
     net = task.build(task.small, seed)
     optimizer = torch.optim.Adam(net.parameters(), lr=task.rate)
     growth = grow(
@@ -170,10 +187,16 @@ def train_grown(
     return net, growth
 
 
-def train_fixed(
-    task: Task, widths: Widths, data: Digits, folder: Path, seed: int, watch: Observer
-) -> dict[str, Any]:
+def train_fixed(task: Task, widths: Widths, data: Digits, folder: Path, seed: int, watch: Observer) -> Cost:
     """Train a net of given widths the same way without growing; its run folder tells its curves.
+
+    Args:
+        task: Host and how it is trained.
+        widths: Units or channels of its layers, in order.
+        data: Digits trained and judged on.
+        folder: Path of the run's folder.
+        seed: Seed of weights and order.
+        watch: Function called with every event.
 
     Returns:
         Accuracy, parameters, training FLOPs and seconds.
@@ -186,12 +209,12 @@ def train_fixed(
     begun = time.perf_counter()
     with RunJournal(folder) as journal:
 
-        def tell(kind: str, **facts: Any) -> None:
+        def tell(kind: str, **facts: object) -> None:
             event = Event(kind, step, facts)
             journal(event)
             watch(event)
 
-        def progress() -> dict[str, Any]:
+        def progress() -> dict[str, object]:
             seconds = time.perf_counter() - begun
             return {"parameters": parameters, "growth_flops": 0, "training_flops": spent, "seconds": seconds}
 

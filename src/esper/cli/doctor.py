@@ -6,7 +6,7 @@ import os
 import platform
 import re
 from importlib import metadata
-from typing import Annotated, Any
+from typing import Annotated, TypedDict
 
 import typer
 
@@ -16,6 +16,36 @@ from esper.cli.output import print_json, say
 DISTRIBUTION = "esper-morph"
 _REQUIREMENT = re.compile(r"^([A-Za-z0-9._-]+)(?:\[([^\]]*)\])?")
 _EXTRA = re.compile(r"extra\s*==\s*['\"]([^'\"]+)['\"]")
+
+
+class Extra(TypedDict):
+    """An extra: its packages with their versions, and how to get it where one is missing."""
+
+    present: bool
+    packages: dict[str, str | None]
+    install: str | None
+
+
+class Torch(TypedDict):
+    """What torch runs on."""
+
+    version: str
+    threads: int
+    cuda: list[str]  # names of devices
+
+
+class Examination(TypedDict):
+    """An installation; versions are None where a package is missing."""
+
+    esper: str | None
+    python: str
+    system: str
+    cores: int
+    threads: str | None
+    complete: bool
+    core: dict[str, str | None]
+    torch: Torch | None
+    extras: dict[str, Extra]
 
 
 def doctor(
@@ -31,11 +61,11 @@ def doctor(
         raise typer.Exit(FAILED)
 
 
-def examine() -> dict[str, Any]:
+def examine() -> Examination:
     """Look at this installation: versions are None where a package is missing."""
     needs = requirements()
     core = {name: version(name) for name in sorted(needs.pop("", ()))}
-    extras = {}
+    extras: dict[str, Extra] = {}
     for extra, names in sorted(needs.items()):
         packages = {name: version(name) for name in sorted(names)}
         present = None not in packages.values()
@@ -95,7 +125,7 @@ def version(package: str) -> str | None:
         return None
 
 
-def torch_facts() -> dict[str, Any]:
+def torch_facts() -> Torch:
     """Ask torch what it runs on."""
     import torch
 
@@ -103,7 +133,7 @@ def torch_facts() -> dict[str, Any]:
     return {"version": torch.__version__, "threads": torch.get_num_threads(), "cuda": devices}
 
 
-def print_examination(found: dict[str, Any]) -> None:
+def print_examination(found: Examination) -> None:
     """Print what ``examine`` found, one fact per line."""
     say(f"esper-morph {found['esper'] or 'is not installed, only its source is on the path'}")
     say(f"Python {found['python']} on {found['system']}, {found['cores']} cores")
@@ -113,8 +143,7 @@ def print_examination(found: dict[str, Any]) -> None:
     for name, installed in found["core"].items():
         say(f"  {name:<20} {installed or f'MISSING: pip install {name}'}")
     for extra, facts in found["extras"].items():
-        say(
-            f"extra {extra}: {'present' if facts['present'] else 'missing, get it with: ' + facts['install']}"
-        )
+        state = "present" if facts["present"] else f"missing, get it with: {facts['install']}"
+        say(f"extra {extra}: {state}")
         for name, installed in facts["packages"].items():
             say(f"  {name:<20} {installed or 'missing'}")

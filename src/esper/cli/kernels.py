@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json as text
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, NotRequired, TypedDict
 
 import typer
 
@@ -29,6 +29,26 @@ Store = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 SHORT = 12  # digits of an id in a table; 2⁴⁸ kernels would have to meet before two look alike
+
+
+class Row(TypedDict):
+    """A kernel as lists print it; of a refused one nothing is known but why."""
+
+    id: str
+    refused: str | None
+    blueprint: NotRequired[str | None]
+    layout: NotRequired[str]
+    port: NotRequired[str]
+    inputs: NotRequired[int]
+    outputs: NotRequired[int]
+    hidden: NotRequired[int]
+    seed: NotRequired[int]
+    published: NotRequired[bool]
+    pipeline: NotRequired[str]
+    variants: NotRequired[dict[str, int]]  # bytes of each
+    toolchain: NotRequired[str]
+    tensors: NotRequired[int]
+    weight_bytes: NotRequired[int]
 
 
 @kernels.command("list")
@@ -126,7 +146,7 @@ def opened(shelf: FolderStore, kernel: str, key: bytes) -> Kernel:
     return open_sealed(container, key, kernel)
 
 
-def examine(shelf: FolderStore, kernel: str, key: bytes) -> dict[str, Any]:
+def examine(shelf: FolderStore, kernel: str, key: bytes) -> Row:
     """Describe one kernel; of a refused one nothing is known but why."""
     try:
         return describe(opened(shelf, kernel, key))
@@ -134,7 +154,7 @@ def examine(shelf: FolderStore, kernel: str, key: bytes) -> dict[str, Any]:
         return {"id": kernel, "refused": str(error)}
 
 
-def describe(kernel: Kernel) -> dict[str, Any]:
+def describe(kernel: Kernel) -> Row:
     """Say what a sound kernel is, as JSON values."""
     table = tensor_table(kernel.weights, "weights")
     return {
@@ -156,7 +176,7 @@ def describe(kernel: Kernel) -> dict[str, Any]:
     }
 
 
-def print_table(rows: list[dict[str, Any]]) -> None:
+def print_table(rows: list[Row]) -> None:
     """Draw the list, refused kernels below it."""
     from rich.console import Console
     from rich.table import Table

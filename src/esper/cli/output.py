@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from typing import Any
 
 from esper.nissa.run.history import RunHistory
 from esper.nissa.run.journal import plain
@@ -13,7 +12,7 @@ from esper.nissa.wording import count, duration, short
 from esper.printable import printable
 
 
-def print_json(value: Any) -> None:
+def print_json(value: object) -> None:
     """Print a value as strict JSON in ASCII; non-finite numbers become the strings of the journal."""
     text = json.dumps(plain(value, "the result"), indent=2, allow_nan=False)
     print(text.replace("\x7f", "\\u007f"))  # DEL is the one control character that JSON leaves as it is

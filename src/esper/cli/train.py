@@ -6,12 +6,10 @@ import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from esper.cli.application import FAILED
-from esper.cli.output import growth_lines, print_json, say
 from esper.contracts import ignore
 
 
@@ -60,7 +58,8 @@ def train(
     if aside is not None:
         print(f"the earlier run is in {aside} now", file=sys.stderr)
 
-    from esper.cli.run.session import open_session  # torch takes seconds: a mistake is told before
+    from esper.cli.run.course import end, run  # torch takes seconds: a mistake is told before
+    from esper.cli.run.session import open_session
     from esper.nissa.run.journal import known_events
     from esper.nissa.views.live import LiveView
 
@@ -70,53 +69,3 @@ def train(
         trainer = open_session(config, folder, keep=kept, on_event=view or ignore)
         ended_by = run(trainer, resume=resume is not None, override=override)
     end(trainer, folder, view, ended_by, json=json)
-
-
-def run(trainer: Any, *, resume: bool, override: bool) -> int | None:
-    """Train; return the signal that ended it, None at its end."""
-    from esper.cli.run.going_on import go_on
-    from esper.cli.run.stopping import stopped_by_signals
-    from esper.distributed.launch import launched
-
-    if resume:
-        go_on(trainer, override=override)
-    if trainer.manager is None or launched():  # torchrun ends those that wait for a lost one by SIGTERM
-        trainer.fit()
-        return None
-    with stopped_by_signals(trainer) as asked:
-        trainer.fit()
-    return asked.signum if trainer.stopped else None
-
-
-def end(trainer: Any, folder: Path, view: Any, ended_by: int | None, *, json: bool) -> None:
-    """Save the model, and say what became of the run; or end as a signal does."""
-    from esper.cli.run.last_save import save_model
-    from esper.cli.run.stopping import end_as
-    from esper.distributed.launch import launched, leave
-
-    if ended_by is not None:
-        if view is not None:
-            print(stopped_line(trainer), file=sys.stderr, flush=True)
-        end_as(ended_by)
-    elif view is not None:
-        model = save_model(trainer, folder)
-        if json:
-            print_json(
-                {**view.history.totals, "run": str(folder), "model": None if model is None else str(model)}
-            )
-        else:
-            say("\n".join(growth_lines(view.history)))
-            say(f"run folder: {folder} (esper report {folder} draws it, esper why {folder} explains it)")
-        if model != folder / "model":
-            raise typer.Exit(FAILED)
-    if launched():
-        leave()
-
-
-def stopped_line(trainer: Any) -> str:
-    """Say where a run was stopped, and how it goes on."""
-    if trainer.manager.last is None:
-        return "esper: stopped by a signal; no checkpoint could be written"
-    return (
-        f"esper: stopped by a signal; the same command with --resume auto goes on from {trainer.manager.last}"
-    )

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 UNKNOWN = "–"
 
 
-def short(value: Any, digits: int = 4) -> str:
+def short(value: object, digits: int = 4) -> str:
     """Write a value of an event in a few characters; None is a dash."""
     if value is None:
         return UNKNOWN

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
 from esper.config import Config
-from esper.contracts import Decision, HealthReport, Outcome, Site
+from esper.contracts import ArmFacts, Decision, HealthReport, Outcome, Site
 from esper.registry import Registry
-from esper.tamiyo.selector import Arm, SeedSelector
-from esper.tamiyo.triggers import Trigger
+from esper.tamiyo.bandits import Bandit
+from esper.tamiyo.selector import Arm, SeedSelector, SelectorState
+from esper.tamiyo.triggers import Trigger, TriggerState
 
-BANDITS = Registry("esper.tamiyo.bandits", "esper.bandits")
+BANDITS: Registry[Callable[[], Bandit]] = Registry("esper.tamiyo.bandits", "esper.bandits")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +28,24 @@ class Room:
     model_flops: float | None
 
 
+class TamiyoState(TypedDict):
+    """What a run that goes on must know, as JSON values."""
+
+    trigger: TriggerState
+    selector: SelectorState
+    pending: dict[str, list[Any]]  # an arm's fields in their order, by the decision's id
+    refused: int
+    decisions: int
+    best_gain: float
+
+
 class Tamiyo:
     """Decides when, where and what to grow.
 
     Args:
         config: Settings.
-        steps: Optimizer steps of the run, if known.
-        widenings: How many the budget has room for when each is as small as it may be.
+        steps: Number of optimizer steps of the run; None: not known.
+        widenings: Number the budget has room for when each is as small as it may be.
     """
 
     def __init__(self, config: Config, steps: int | None, widenings: int) -> None:
@@ -63,13 +75,13 @@ class Tamiyo:
         """Choose what to do.
 
         Args:
-            step: Now.
-            why: What made the decision due.
+            step: Optimizer step now.
+            why: Reason the decision is due.
             sites: Places free to grow.
-            reports: What was measured there.
-            room: What the budget allows.
+            reports: Measurements there, by site.
+            room: Rest of the budget.
             rng: The policy's own random stream.
-            only: A site the user asked for.
+            only: Name of a site the user asked for; None: any.
         """
         self.decisions += 1
         left = max(1, min(room.events, 1 + len(self.trigger.due)))
@@ -94,10 +106,7 @@ class Tamiyo:
             return Decision(self.decisions, step, "nothing", None, 0, None, f"{why}; {reason}", 1.0, None)
         arm, propensity = self.selector.choose(arms, rng)
         self.pending[self.decisions] = arm
-        listed = tuple(
-            {name: getattr(arm, name) for name in ("site", "share", "width", "start", "score", "prior")}
-            for arm in arms
-        )
+        listed = tuple(facts(arm) for arm in arms)
         among = len({a.site for a in arms})
         reason = f"{why}; {arm.site} promises most for its share of the budget among {among} sites"
         improvement, flops = reports[arm.site].improvement, {s.name: s.unit_flops for s in asked}
@@ -122,10 +131,13 @@ class Tamiyo:
         """
         self.pending.pop(decision.id, None)
         if decision.site is not None and decision.start is not None:
-            what = {"site": decision.site, "width": decision.width, "start": decision.start}
-            arm = next((a for a in decision.arms if {k: a[k] for k in what} == what), {})
-            share, score, prior = arm.get("share", 1.0), arm.get("score", 0.0), arm.get("prior", 0.0)
-            self.pending[decision.id] = Arm(**what, share=share, score=score, prior=prior)
+            what = decision.site, decision.width, decision.start
+            alike = (a for a in decision.arms if (a["site"], a["width"], a.get("start")) == what)
+            arm = next(alike, None) or ArmFacts(site=decision.site, width=decision.width, score=None)
+            share, score, prior = arm.get("share", 1.0), arm["score"] or 0.0, arm.get("prior", 0.0)
+            self.pending[decision.id] = Arm(
+                decision.site, share, decision.width, decision.start, score, prior
+            )
 
     def most(self, site: Site, room: Room) -> int:
         """Return the most units the parameter budget allows at a site."""
@@ -149,7 +161,7 @@ class Tamiyo:
             self.trigger.again(step)
         self.selector.learn(arm, outcome.kept, max(reward, 0.0))
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> TamiyoState:
         """Return everything learned and pending, as JSON values."""
         pending = {
             str(i): [a.site, a.share, a.width, a.start, a.score, a.prior] for i, a in self.pending.items()
@@ -163,7 +175,7 @@ class Tamiyo:
             "best_gain": self.best_gain,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: TamiyoState) -> None:
         """Go on deciding."""
         self.trigger.load_state_dict(state["trigger"])
         self.selector.load_state_dict(state["selector"])
@@ -173,3 +185,10 @@ class Tamiyo:
             state["decisions"],
             state["best_gain"],
         )
+
+
+def facts(arm: Arm) -> ArmFacts:
+    """Tell an arm as decisions and events do."""
+    return ArmFacts(
+        site=arm.site, share=arm.share, width=arm.width, start=arm.start, score=arm.score, prior=arm.prior
+    )

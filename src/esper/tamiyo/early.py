@@ -34,10 +34,10 @@ def placed(shares: Sequence[float], rates: Sequence[float] | None, steps: int) -
     warm-up of OneCycle the loss of a digits CNN .053 instead of .060).
 
     Args:
-        shares: Of the learning, in (0, 1).
-        rates: Of every step, or at points that lie evenly in the run; None is not known, and taken for a
-            cosine: too early costs less than too late.
-        steps: Of the run.
+        shares: Shares of the learning, each in (0, 1).
+        rates: Learning rates of every step, or at points that lie evenly in the run; None is not known, and
+            taken for a cosine: too early costs less than too late.
+        steps: Number of optimizer steps of the run.
     """
     if rates is None:
         points = min(steps, POINTS)
@@ -64,10 +64,12 @@ def allocate(sites: Sequence[Site], most: float, left: int, room: Room, cost: Co
 
     Args:
         sites: Places that may grow.
-        most: By which an event may multiply a width.
-        left: Events to come, this one included: together they spend the budget, or as much of it as they can.
-        room: What is left.
-        cost: What units cost together: two layers that both double have four times the weights between them.
+        most: Largest factor by which an event may multiply a width.
+        left: Number of events to come, this one included: together they spend the budget, or as much of it as
+            they can.
+        room: Rest of the budget.
+        cost: Function of units by site to their cost together: two layers that both double have four times
+            the weights between them.
     """
 
     def grown(factor: float) -> dict[str, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
@@ -38,11 +38,19 @@ class Arm:
         return self.site, self.share, self.start
 
 
+class SelectorState(TypedDict):
+    """What was learned, as JSON values."""
+
+    bandit: Mapping[str, object]
+    tried: dict[str, int]
+    kept: dict[str, int]
+
+
 class SeedSelector:
     """Chooses among the arms with a bandit.
 
     Args:
-        bandit: Learns which arms pay.
+        bandit: Bandit that learns which arms pay.
         shares: Widths to try, as multiples of the even share.
     """
 
@@ -63,10 +71,10 @@ class SeedSelector:
 
         Args:
             sites: Places free to grow.
-            reports: What was measured there; a site without an improvement cannot be chosen.
+            reports: Measurements there, by site; one without an improvement cannot be chosen.
             costs: Share of the remaining budget that one unit takes, per site.
             units: Even share per site, in units.
-            room: Most units the budget allows per site.
+            room: Most units the budget allows, per site.
         """
         scores = {}
         for site in sites:
@@ -106,11 +114,11 @@ class SeedSelector:
         )
         return arms[index], propensity
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> SelectorState:
         """Return what was learned."""
         return {"bandit": self.bandit.state_dict(), "tried": dict(self.tried), "kept": dict(self.kept)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: SelectorState) -> None:
         """Take it back."""
         self.bandit.load_state_dict(state["bandit"])
         self.tried, self.kept = dict(state["tried"]), dict(state["kept"])

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
 from esper.config import Schedule
+
+
+class TriggerState(TypedDict):
+    """What a trigger goes on with, as JSON values."""
+
+    due: list[int]  # steps
+    losses: list[float]
 
 
 class Trigger:
@@ -18,8 +25,8 @@ class Trigger:
 
     Args:
         settings: Warm-up, end and stall test.
-        steps: Optimizer steps of the run; None leaves only the stall test.
-        decisions: How many decisions to spread.
+        steps: Number of optimizer steps of the run; None leaves only the stall test.
+        decisions: Number of decisions to spread.
     """
 
     def __init__(self, settings: Schedule, steps: int | None, decisions: int) -> None:
@@ -73,11 +80,11 @@ class Trigger:
         error = math.sqrt(float(old.var(ddof=1) + new.var(ddof=1)) / len(new))
         return not float(new.mean()) < float(old.mean()) - error
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> TriggerState:
         """Return what is still due and the losses seen."""
         return {"due": list(self.due), "losses": list(self.losses)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: TriggerState) -> None:
         """Go on watching."""
         self.due = list(state["due"])
         self.losses = deque(state["losses"], maxlen=self.losses.maxlen)

@@ -38,11 +38,11 @@ def check(
     """Hold a blueprint to every demand at every place.
 
     Args:
-        graph: The blueprint.
+        graph: Blueprint to prove.
         places: Signatures; the representative ones it fits by default.
-        hidden: Its free width.
-        seed: Of weights and examples.
-        device: Where to run.
+        hidden: Its free width, in units.
+        seed: Seed of weights and examples.
+        device: Device to run on.
         demands: Names from ``DEMANDS``; all by default.
     """
     return list(checks(graph, places, hidden, seed, device, demands))

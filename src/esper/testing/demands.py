@@ -152,11 +152,11 @@ def vmap(subject: Subject) -> Verdict:
     """Candidates run together give what each gives alone: races are batched."""
     kernels = [subject.grown(seed=number) for number in range(3)]
     x = subject.example(dtype=torch.float64)
-    stacked = [
+    stacked = [  # one tensor (kernels, …) per weight
         torch.stack([kernel.get_parameter(weight.name) for kernel in kernels])
         for weight in subject.program.weights
     ]
-    together = torch.func.vmap(partial(subject.program.run, x))(stacked)
+    together = torch.func.vmap(partial(subject.program.run, x))(stacked)  # (kernels, batch, …)
     apart = _apart(together, torch.stack([kernel(x) for kernel in kernels]))
     return apart <= CLOSE, f"{apart:.2g} off the loop"
 
@@ -168,7 +168,7 @@ def export(subject: Subject) -> Verdict:
         exported = torch.export.export(kernel, (x,), dynamic_shapes={"x": {0: torch.export.Dim("batch")}})
     except AttributeError as error:  # a build of torch without export
         return None, f"this torch cannot export: {error}"
-    more = torch.cat([x, x.flip(0)])
+    more = torch.cat([x, x.flip(0)])  # (2 · batch, …)
     apart = _apart(exported.module()(more), kernel(more))
     return apart <= CLOSE, f"{apart:.2g} off at another batch size"
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any
 
 from esper.blueprints import dimensions
 from esper.blueprints.graph import Graph, Layout, Node, node
-from esper.blueprints.operators import OPERATORS
+from esper.blueprints.operators import OPERATORS, Constant
 from esper.blueprints.sizes import PADDING_MODES
 from esper.contracts import Signature
 from esper.errors import MissingExtraError
@@ -81,7 +80,7 @@ class _Growing:
         self.now = "x"
         self.reduced = not signature.stride  # the image has the site's output size
 
-    def add(self, op: str, *inputs: str, width: int | None, **attributes: Any) -> str:
+    def add(self, op: str, *inputs: str, width: int | None, **attributes: Constant) -> str:
         """Append a node; without a width nothing but the next node may read it."""
         name = f"n{len(self.nodes)}"
         self.nodes.append(node(name, op, *inputs, **attributes))
@@ -89,9 +88,9 @@ class _Growing:
             self.widths[name], self.now = width, name
         return name
 
-    def dimension(self) -> tuple[Any, int]:
+    def dimension(self) -> tuple[dimensions.Dimension, int]:
         """Draw a width, and what it comes to here."""
-        base: Any = self.draw(st.sampled_from((*dimensions.SYMBOLS, 1, 4, 6)))
+        base: dimensions.Dimension = self.draw(st.sampled_from((*dimensions.SYMBOLS, 1, 4, 6)))
         if isinstance(base, str):
             base += self.draw(st.sampled_from(("", "*2", "//2", "*3//2", "*2*2")))
         site = self.signature
@@ -123,7 +122,7 @@ class _Growing:
         groups = self.divisor(self.widths[self.now], width)
         self.convolve(given, width, groups, "site" if self.draw(st.booleans()) else "same")
 
-    def convolve(self, given: Any, width: int, groups: int, geometry: str) -> None:
+    def convolve(self, given: dimensions.Dimension, width: int, groups: int, geometry: str) -> None:
         """Add a convolution; the site's window is used once, where it changes the size."""
         before = self.now
         kernel, dilation = self.draw(st.sampled_from((1, 3, 5))), self.draw(st.integers(1, 2))

@@ -17,7 +17,7 @@ def check_storage(new: Callable[[], Storage]) -> list[tuple[str, bool]]:
     """Hold a storage to every demand of its contract.
 
     Args:
-        new: Returns an empty storage, another one each time.
+        new: Function that returns an empty storage, another one each time.
 
     Returns:
         Each demand, and whether it holds.

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import functools
 import time as clock
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import safetensors.torch
 from safetensors import SafetensorError
@@ -32,11 +31,11 @@ class KernelRequest:
 
     Attributes:
         graph: A blueprint's JSON.
-        shape: Of a typical input, batch first; the kernel runs at every size.
+        shape: Shape of a typical input, batch first; the kernel runs at every size.
         pipeline: A name, or "auto": the fastest right one on this device, eager unless one is 5 % faster.
         budget_seconds: For what "auto" compiles and times; a pipeline once begun is finished.
         deterministic: No clock decides: "auto" is eager, any other name is itself.
-        candidates: What "auto" tries besides eager; empty for every pipeline that trains and compiles in
+        candidates: Pipelines "auto" tries besides eager; empty for every pipeline that trains and compiles in
             milliseconds.
     """
 
@@ -57,7 +56,7 @@ class Built:
     """A form that passed, and what it took."""
 
     form: Form
-    report: dict[str, Any]
+    report: dict[str, object]
 
 
 def request_id(request: KernelRequest) -> str:
@@ -86,7 +85,7 @@ def build(request: KernelRequest) -> Kernel:
     program = graph.lower(request.signature, request.hidden)
     weights = initial_weights(program, request.seed)
     example = example_input(program.signature, request.shape).to(request.device)
-    kept, tried = request.pipeline, dict[str, Any]()
+    kept, tried = request.pipeline, dict[str, object]()
     if kept == AUTO:
         kept, built, tried = _choose(request, program, weights, example)
     else:
@@ -134,6 +133,10 @@ def revive(kernel: Kernel) -> tuple[Program, dict[str, Tensor], Form | None]:
         name, device, shape = (kernel.report[key] for key in ("pipeline", "device", "shape"))
     except KeyError as error:
         raise KernelError(f"kernel {kernel.id} has no {error} in its report; build it again") from error
+    if not isinstance(name, str) or not isinstance(device, str) or not isinstance(shape, Sequence):
+        raise KernelError(
+            f"kernel {kernel.id} has a report that names no pipeline, device and shape; build it again"
+        )
     if name == REFERENCE:
         return program, weights, None
     chosen = pipeline(name)
@@ -150,8 +153,7 @@ def pipeline(name: str) -> Pipeline:
     Raises:
         RegistryError: There is none of this name; the message lists those that exist.
     """
-    found: Pipeline = PIPELINES.get(name)
-    return found
+    return PIPELINES.get(name)
 
 
 def warm() -> None:
@@ -183,11 +185,11 @@ def _compiled(chosen: Pipeline, program: Program, weights: Mapping[str, Tensor],
 
 def _choose(
     request: KernelRequest, program: Program, weights: Mapping[str, Tensor], example: Tensor
-) -> tuple[str, Built, dict[str, Any]]:
+) -> tuple[str, Built, dict[str, object]]:
     """Compile what is allowed and within the budget, time what is right; return the best and all findings."""
     start = clock.perf_counter()
     built = {REFERENCE: _compiled(pipeline(REFERENCE), program, weights, example)}
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     if request.deterministic:
         return REFERENCE, built[REFERENCE], found
     for name in request.candidates or _quick():

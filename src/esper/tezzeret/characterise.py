@@ -7,7 +7,6 @@ import statistics
 import time as clock
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +32,7 @@ class Figures:
     rounds: int
     tags: tuple[str, ...] = ()  # "fast": the fastest, by the margin; "small": the least memory
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return it as JSON values."""
         return {**asdict(self), "tags": list(self.tags)}
 
@@ -44,10 +43,10 @@ def characterise(
     """Measure forms in turns, so that whatever else the machine does hits all alike.
 
     Args:
-        forms: Verified ones by pipeline, eager among them; the first is no better placed than the last.
-        weights: In the program's order.
-        example: What to run on.
-        budget_seconds: No round starts after it; at least five are run.
+        forms: Verified forms by pipeline, eager among them; the first is no better placed than the last.
+        weights: Tensors in the program's order.
+        example: Input of the runs, batch first.
+        budget_seconds: Seconds after which no round starts; at least five are run.
     """
     end = clock.perf_counter() + budget_seconds
     leaves = [tensor.detach().clone().requires_grad_() for tensor in (example, *weights)]

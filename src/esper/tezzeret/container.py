@@ -58,7 +58,7 @@ def seal(kernel: Kernel, key: bytes) -> bytes:
     """
     parts = {WEIGHTS: kernel.weights}
     parts |= {f"variant:{name}": kernel.variants[name] for name in sorted(kernel.variants)}
-    table: list[dict[str, Any]] = []
+    table: list[dict[str, object]] = []
     offset = 0
     for name, content in parts.items():
         table.append({"name": name, "offset": offset, "sha256": _sha(content), "size": len(content)})
@@ -84,9 +84,9 @@ def open_sealed(container: bytes, key: bytes, kernel: str | None = None) -> Kern
     """Check a container and return its kernel; nothing is parsed that was not signed.
 
     Args:
-        container: What ``seal`` wrote.
-        key: It was sealed with.
-        kernel: The id that was asked for; another kernel's container is refused.
+        container: Bytes that ``seal`` wrote.
+        key: Key it was sealed with, bytes.
+        kernel: Id that was asked for; another kernel's container is refused.
 
     Raises:
         KernelError: It is damaged, unsigned, sealed with another key, of another version or not what it says.
@@ -124,8 +124,8 @@ def publish(kernel: Kernel, weights: bytes) -> Kernel:
     """Return a kernel with trained weights, under an id of its own that follows from them.
 
     Args:
-        kernel: Initial or published.
-        weights: Safetensors with the names, types and shapes of the kernel's.
+        kernel: Kernel, initial or published.
+        weights: Safetensors bytes with the names, types and shapes of the kernel's.
 
     Raises:
         KernelError: The weights are not those of this kernel.
@@ -184,7 +184,7 @@ def _check_types(facts: Mapping[str, Any]) -> None:
         raise KernelError("the manifest's toolchain is not a line of text")
 
 
-def _read_parts(table: list[Any], parts: bytes) -> dict[str, bytes]:
+def _read_parts(table: list[object], parts: bytes) -> dict[str, bytes]:
     """Cut the parts out; they lie in order, end to end: the weights, then variants by name."""
     contents: dict[str, bytes] = {}
     position = 0
@@ -211,7 +211,7 @@ def _read_parts(table: list[Any], parts: bytes) -> dict[str, bytes]:
     return contents
 
 
-def _read_signature(facts: Mapping[str, Any]) -> Signature:
+def _read_signature(facts: Mapping[str, object]) -> Signature:
     if facts.keys() != {field.name for field in fields(Signature)}:
         raise KernelError(f"the manifest's signature has other fields: {', '.join(facts)[:200]}")
     shapes = [facts[name] for name in ("kernel_size", "stride", "padding", "dilation")]

@@ -37,7 +37,7 @@ _TORN = (
 _STRING, _BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL), re.compile(r"[\[\]{}]")
 
 
-def canonical(value: Any) -> bytes:
+def canonical(value: object) -> bytes:
     """Write a value in the only form that is accepted back: sorted keys, no spaces, UTF-8, finite numbers.
 
     Raises:
@@ -60,7 +60,7 @@ def parse_object(data: bytes, where: str) -> dict[str, Any]:
     def refuse(what: str) -> NoReturn:
         raise KernelError(f"{where} {what}")
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
         found = dict(pairs)
         return found if len(found) == len(pairs) else refuse("repeats a key")
 
@@ -122,7 +122,7 @@ def tensor_table(data: bytes, where: str) -> dict[str, tuple[str, tuple[int, ...
     return table
 
 
-def _tensor(name: str, entry: Any, where: str) -> tuple[int, int, tuple[str, tuple[int, ...]]]:
+def _tensor(name: str, entry: object, where: str) -> tuple[int, int, tuple[str, tuple[int, ...]]]:
     if not TENSOR_NAME.fullmatch(name):
         raise KernelError(f"{where} has a tensor named {name[:80]!r}; letters, digits, _ . and - are allowed")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
@@ -137,7 +137,7 @@ def _tensor(name: str, entry: Any, where: str) -> tuple[int, int, tuple[str, tup
     return offsets[0], offsets[1], (dtype, tuple(shape))
 
 
-def whole_numbers(values: Any, most: int) -> bool:
+def whole_numbers(values: object, most: int) -> bool:
     """Tell a short list of integers from 0 to 2⁴⁰ from everything else; True and 1.0 are not integers."""
     return (
         isinstance(values, list)

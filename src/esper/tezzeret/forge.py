@@ -13,16 +13,15 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from esper.contracts import Event, Kernel, Observer, ignore
 from esper.errors import ConfigError, EsperError, ForgeError
 from esper.tezzeret import wire
 from esper.tezzeret.limits import Limits
 from esper.tezzeret.process import Death, Worker, WorkerProcess
-from esper.tezzeret.ticket import State, Ticket
+from esper.tezzeret.ticket import Forged, State, Ticket
 
-Build = Callable[[Any], Kernel]
+Build = Callable[..., Kernel]  # of a request, which is the build's own dataclass
 BUILD, WARM = "esper.tezzeret.build:build", "esper.tezzeret.build:warm"
 
 
@@ -34,15 +33,15 @@ class Forge:
     its workers with it (Linux); their folders stay below the temporary directory.
 
     Args:
-        build: What builds: a function a worker can import, or its ``"module:function"``.
-        warm: What a worker calls once before its first build, likewise; imports done there are not charged
-            to a request.
-        workers: Processes at most.
-        limits: What each may use.
-        retries: Further attempts after a worker died; a limit that was hit is not tried again.
+        build: Builder: a function a worker can import, or its ``"module:function"``.
+        warm: Function a worker calls once before its first build, likewise; imports done there are not
+            charged to a request.
+        workers: Largest number of processes.
+        limits: Limits of each process; None: the usual ones.
+        retries: Number of further attempts after a worker died; a limit that was hit is not tried again.
         cache: Folder of Inductor's compiled code, shared by workers; without it each has its own, and it is
             lost with the worker.
-        observe: Told about workers that died, on the forge's own thread, once their ticket is final.
+        observe: Function told about workers that died, on the forge's own thread, once their ticket is final.
 
     Raises:
         ConfigError: A number is out of range.
@@ -87,9 +86,10 @@ class Forge:
         """Ask for a kernel; returns at once.
 
         Args:
-            request: A frozen dataclass of JSON values; the same facts give the same ticket. A failed or
+            request: Frozen dataclass of JSON values; the same facts give the same ticket. A failed or
                 cancelled one is forgotten, so asking again tries again.
-            priority: Higher goes first, equal ones in order; asking again can only raise it.
+            priority: Rank in the queue: higher goes first, equal ones in order; asking again can only raise
+                it.
             step: Training step, for the forge's events.
 
         Raises:
@@ -221,7 +221,7 @@ class Forge:
             if not answer.again or attempt > self.retries:
                 break
             attempt, start = attempt + 1, clock.monotonic()
-        facts = {
+        facts: Forged = {
             "seconds": clock.monotonic() - start,
             "waited": waited,
             "attempts": attempt,
@@ -236,9 +236,7 @@ class Forge:
             state: State = "done" if isinstance(outcome, Kernel) else "cancelled" if cancelled else "failed"
             self._finish(ticket, outcome, state, facts)
 
-    def _finish(
-        self, ticket: Ticket, outcome: Kernel | EsperError, state: State, facts: dict[str, Any]
-    ) -> None:
+    def _finish(self, ticket: Ticket, outcome: Kernel | EsperError, state: State, facts: Forged) -> None:
         """Hand a ticket to the thread that tells; the caller holds the lock."""
         ticket.state = state
         if state != "done" and self._tickets.get(ticket.id) is ticket:

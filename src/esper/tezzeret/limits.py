@@ -18,7 +18,6 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from esper.errors import ConfigError, ForgeError
 
@@ -43,7 +42,7 @@ class Limits:
         request: Bytes of the largest request.
         answer: Bytes of the largest kernel.
         start: Seconds a worker may take to start and warm up.
-        niceness: How far it steps behind training, 0 to 19.
+        niceness: Steps it stands behind training, 0 to 19.
     """
 
     wall: float = 120.0
@@ -125,7 +124,7 @@ def leave_network() -> str:
     return "namespace and audit hook" if separate else "audit hook"
 
 
-def refuse_network(event: str, given: tuple[Any, ...]) -> None:
+def refuse_network(event: str, given: tuple[object, ...]) -> None:
     """Refuse every outward use of a socket.
 
     Raises:

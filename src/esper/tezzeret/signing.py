@@ -25,9 +25,10 @@ def load_key(path: Path | None = None, *, store: Path | None = None, create: boo
     """Read the signing key.
 
     Args:
-        path: The key's file; None: ``key_path()``.
-        store: The folder of the containers; a key inside it would travel with them and is refused.
-        create: Make a new key where there is none; of several processes at once, all get the same one.
+        path: Path of the key's file; None: ``key_path()``.
+        store: Folder of the containers; a key inside it would travel with them and is refused.
+        create: True to make a new key where there is none; of several processes at once, all get the
+            same one.
 
     Raises:
         KernelError: There is no key, it is a link, others may read it, another user owns it, it is not 32

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import time as clock
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, Literal
+from typing import Literal, TypedDict
 
 from esper.contracts import Kernel
 from esper.errors import EsperError
 from esper.tezzeret.wire import Encoded
 
 State = Literal["queued", "running", "done", "failed", "cancelled"]
+
+
+class Forged(TypedDict, total=False):
+    """What forging a kernel took; empty where the build was never begun."""
+
+    seconds: float  # of the last attempt
+    waited: float  # seconds before the first
+    attempts: int
+    peak_memory: int | None  # bytes; None: not measured
+    held: dict[str, str]  # by which means each limit was in force
 
 
 class Ticket:
@@ -25,7 +35,7 @@ class Ticket:
         id: Digest of the request.
         priority: Higher goes first.
         step: Training step the request was made at; the forge's events carry it.
-        state: Where it stands; the last three are final.
+        state: State it is in; the last three are final.
         facts: Once final: ``seconds`` of the last attempt, ``waited`` before the first, ``attempts``,
             ``peak_memory`` in bytes (None: not measured), and ``held``: by which means each limit was in
             force. Empty where the build was never begun.
@@ -34,7 +44,7 @@ class Ticket:
     def __init__(self, request: Encoded, priority: int, step: int, cancel: Callable[[Ticket], bool]) -> None:
         self.id, self.priority, self.step = request.id, priority, step
         self.state: State = "queued"
-        self.facts: Mapping[str, Any] = {}
+        self.facts: Forged = {}
         self.frame, self.asked = request.frame, clock.monotonic()
         self._cancel = cancel
         self._answer: Future[Kernel] = Future()
@@ -71,7 +81,7 @@ class Ticket:
         """Call back on the forge's own thread once the state is final, or now and here if it is."""
         self._answer.add_done_callback(lambda _: callback(self))
 
-    def settle(self, outcome: Kernel | EsperError, state: State, facts: Mapping[str, Any]) -> None:
+    def settle(self, outcome: Kernel | EsperError, state: State, facts: Forged) -> None:
         """Make the state final; for the forge."""
         self.state, self.facts, self.frame = state, facts, b""
         if isinstance(outcome, Kernel):

@@ -37,11 +37,11 @@ def exported(program: Program, example: Tensor, free: bool) -> ExportedProgram:
     """Trace a program.
 
     Args:
-        program: A straight line; its constants follow from the signature, so no size of the example enters
-            the graph.
-        example: What to trace with.
-        free: Also prove it to whoever compiles the graph: the batch is a symbol, and time, height and width
-            where the exporter can keep them. Costs 75–290 ms instead of 20–40.
+        program: Straight line of calls; its constants follow from the signature, so no size of the example
+            enters the graph.
+        example: Input to trace with, batch first.
+        free: True to prove it also to whoever compiles the graph: the batch is a symbol, and time, height and
+            width where the exporter can keep them. Costs 75–290 ms instead of 20–40.
 
     Raises:
         CompileError: The exporter refuses the program, or must fix the batch at the example's.

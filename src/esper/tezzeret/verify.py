@@ -6,7 +6,6 @@ import math
 import time as clock
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +34,7 @@ class Verified:
     gradient_error: float | None  # likewise over input and weights; None for inference
     milliseconds: float
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return it as JSON values."""
         return {**asdict(self), "shapes": [list(shape) for shape in self.shapes]}
 
@@ -50,11 +49,11 @@ def verify(
     zero with the outgoing weights at zero.
 
     Args:
-        program: The truth.
-        weights: Initial ones, by name.
-        form: What a pipeline made of the program.
-        example: Device, dtype and first size.
-        trains: Compare gradients; otherwise everything runs under ``torch.no_grad``.
+        program: Program the form must equal.
+        weights: Initial tensors, by name.
+        form: Compiled form of the program.
+        example: Input of the device, the dtype and the first size, batch first.
+        trains: True to compare gradients too; otherwise everything runs under ``torch.no_grad``.
 
     Raises:
         CompileError: What differs, or what the form raised.
@@ -125,7 +124,7 @@ def larger(program: Program, example: Tensor) -> tuple[int, ...]:
     channels = 1 if program.signature.layout == "image" else example.dim() - 1
     more = [2, *range(1, example.dim())]  # height and width by different amounts
     more[channels] = 0
-    return tuple(size + add for size, add in zip(example.shape, more, strict=True))
+    return tuple(size + add for size, add in zip(example.shape, more, strict=True))  # batch first
 
 
 def _expected(

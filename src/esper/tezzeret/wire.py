@@ -10,14 +10,14 @@ import hashlib
 import importlib
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Any, BinaryIO, TypeAlias, cast, get_args, get_type_hints
 
 from esper.contracts import Kernel, Signature, kernel_id
 from esper.errors import BlueprintError, CompileError, EsperError, ForgeError, KernelError
 
-Request: TypeAlias = Any  # a frozen dataclass of JSON values, tuples and other such dataclasses
+Request: TypeAlias = object  # a frozen dataclass of JSON values, tuples and other such dataclasses
 Frame: TypeAlias = tuple[dict[str, Any], dict[str, bytes]]  # header, parts by name
 
 _LENGTHS = struct.Struct(">QI")  # of all that follows, of the header
@@ -33,7 +33,7 @@ class Encoded:
     frame: bytes
 
 
-def pack(header: Mapping[str, Any], parts: Mapping[str, bytes] | None = None) -> bytes:
+def pack(header: Mapping[str, object], parts: Mapping[str, bytes] | None = None) -> bytes:
     """Write one frame."""
     given = parts or {}
     lengths = [[name, len(part)] for name, part in given.items()]
@@ -165,7 +165,7 @@ def _error(told: Mapping[str, str]) -> EsperError:
     return _TRAVELLING.get(told["kind"], ForgeError)(told["message"])
 
 
-def name_of(thing: Any) -> str:
+def name_of(thing: Callable[..., object]) -> str:
     """Return ``"module:name"`` of a class or function.
 
     Raises:
@@ -195,13 +195,13 @@ def load(name: str) -> Any:
     return found
 
 
-def _rebuild(kind: type, facts: Mapping[str, Any]) -> Any:
+def _rebuild(kind: type, facts: Mapping[str, object]) -> object:
     """Undo ``asdict`` and JSON: nested dataclasses by their hints, lists back to tuples."""
     hints = get_type_hints(kind)
     return kind(**{name: _value(hints.get(name), value) for name, value in facts.items()})
 
 
-def _value(hint: Any, value: Any) -> Any:
+def _value(hint: object, value: object) -> object:
     if isinstance(value, dict):
         nested = [one for one in (hint, *get_args(hint)) if isinstance(one, type) and is_dataclass(one)]
         return _rebuild(cast(type, nested[0]), value) if nested else value

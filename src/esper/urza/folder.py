@@ -35,7 +35,7 @@ class FolderStore(KernelStore):
     one stays. Below the folder no symbolic link is followed.
 
     Args:
-        folder: Created with the first container.
+        folder: Path of the folder; created with the first container.
     """
 
     def __init__(self, folder: str | Path) -> None:

@@ -13,7 +13,7 @@ from esper.errors import ConfigError, StateError
 from esper.tolaria.trainer import Trainer
 
 SHOWN = 12  # differences an error lists
-Difference = tuple[str, Any, Any]
+Difference = tuple[str, object, object]  # setting, what it was, what it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class Fresh:
     """What the config asks of parts that a checkpoint overwrites."""
 
     groups: list[dict[str, Any]]  # of the optimizer
-    scheduler: dict[str, Any]
+    scheduler: dict[str, object]
 
     @classmethod
     def of(cls, trainer: Trainer) -> Fresh:
@@ -35,8 +35,8 @@ def go_on(trainer: Trainer, *, override: bool = False) -> Manifest | None:
     """Resume, if there is something to resume from.
 
     Args:
-        trainer: Fresh; its settings are the manager's ``run.config``.
-        override: Whether settings that are not as they were hold, instead of being refused.
+        trainer: A trainer that has not begun; its settings are the manager's ``run.config``.
+        override: True where settings that are not as they were hold, instead of being refused.
 
     Raises:
         ConfigError: Settings are not as they were; each is listed.
@@ -46,7 +46,7 @@ def go_on(trainer: Trainer, *, override: bool = False) -> Manifest | None:
     given, fresh, found = trainer.manager.run.config, Fresh.of(trainer), list[Difference]()
     told: list[str] = []
 
-    def judge(saved: Any) -> None:
+    def judge(saved: object) -> None:
         if not isinstance(saved, Mapping):
             told.append("the checkpoint does not say what it was asked to do; differences cannot be told")
             return
@@ -111,11 +111,19 @@ def apply(trainer: Trainer, found: Sequence[Difference], fresh: Fresh) -> set[st
                 unapplied.add(name)
             else:
                 setattr(trainer.scheduler, key, fresh.scheduler[key])
-        elif name == "seed":
+        elif name == "seed" and isinstance(new, int):
             seed_all(new)
-        elif name == "loaded.train.batches" and old and new and trainer.batches is not None:
-            trainer.batches.index = trainer.batches.skip = trainer.batches.index * new // old
+        elif name == "loaded.train.batches":
+            follow(trainer, old, new)
     return unapplied
+
+
+def follow(trainer: Trainer, old: object, new: object) -> None:
+    """Stand at the same share of the data where its batches are of another number; None: it is not known."""
+    if not isinstance(old, int) or not isinstance(new, int) or not old or not new:
+        return
+    if trainer.batches is not None:
+        trainer.batches.index = trainer.batches.skip = trainer.batches.index * new // old
 
 
 def set_in_groups(trainer: Trainer, key: str, fresh: Fresh) -> bool:

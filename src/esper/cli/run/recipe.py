@@ -23,10 +23,10 @@ class Call(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True)
 
     call: str
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, object] = {}
 
 
-def _as_call(value: Any) -> Any:
+def _as_call(value: object) -> object:
     """Accept the short form, and name the nearest key of an unknown one."""
     if isinstance(value, str):
         return {"call": value}
@@ -38,7 +38,7 @@ def _as_call(value: Any) -> Any:
     return value
 
 
-def _refuse_unclear(value: Any, where: str) -> None:
+def _refuse_unclear(value: object, where: str) -> None:
     """Refuse a word that may mean a truth value or a number: no type says here which is meant."""
     if isinstance(value, Unclear):
         raise ConfigError(
@@ -110,7 +110,7 @@ def read_recipe(path: Path) -> Recipe:
         ConfigError: The file cannot be read; a key is unknown (the nearest is named), missing or wrong.
     """
     try:
-        return Recipe(**read_yaml(path))
+        return Recipe.model_validate(read_yaml(path))
     except ValidationError as error:
         raise ConfigError(f"{path}: {explain(error, Recipe)}") from None
 

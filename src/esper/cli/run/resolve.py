@@ -7,18 +7,32 @@ import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, SupportsFloat, TypedDict, TypeVar
 
 from esper.cli.run.recipe import Call, Recipe
 from esper.errors import ConfigError, EsperError, MissingExtraError, nearest
 from esper.printable import quoted, shortened
 
+if TYPE_CHECKING:  # torch takes seconds: a mistake in the config is told before
+    from torch import Tensor, nn
+
+Given = TypeVar("Given")
+
 LOSSES = {"cross_entropy": "torch.nn.functional:cross_entropy", "mse": "torch.nn.functional:mse_loss"}
 PARTS = ("train", "val", "probe")
 MOST_TOLD = 500  # characters of somebody else's error
+
+
+class Data(TypedDict):
+    """Batches that can be iterated again; the probe is held out of training."""
+
+    train: Iterable[object]
+    val: Iterable[object] | None
+    probe: Iterable[object]
 
 
 def see_folder(path: Path, recipe: Recipe) -> None:
@@ -57,7 +71,7 @@ def resolve(name: str, key: str = "call") -> Callable[..., Any]:
     """Find ``module:callable``.
 
     Args:
-        name: As the config writes it.
+        name: ``module:callable``, as the config writes it.
         key: The config's key, for messages.
 
     Raises:
@@ -77,7 +91,7 @@ def resolve(name: str, key: str = "call") -> Callable[..., Any]:
     return found
 
 
-def _imported(name: str, key: str) -> Any:
+def _imported(name: str, key: str) -> ModuleType:
     """Import a module the config names; whatever it raises is the config's mistake."""
     try:
         return importlib.import_module(name)
@@ -101,7 +115,7 @@ def told(error: BaseException) -> str:
     return f"{type(error).__name__}: {words}{where}"
 
 
-def call(spec: Call, *positional: Any, key: str = "call") -> Any:
+def call(spec: Call, *positional: object, key: str = "call") -> object:
     """Call what a recipe names.
 
     Raises:
@@ -116,8 +130,15 @@ def call(spec: Call, *positional: Any, key: str = "call") -> Any:
         raise ConfigError(f"{key}: {spec.call} raised {told(error)}") from error
 
 
-def called(key: str, spec: Call, kind: type | tuple[type, ...], needed: str, *positional: Any) -> Any:
+def called(key: str, spec: Call, kind: type[Given], needed: str, *positional: object) -> Given:
     """Call what a recipe names, and hold that it gives what is needed.
+
+    Args:
+        key: The config's key, for messages.
+        spec: Its name and its arguments by name.
+        kind: Class of what it must give.
+        needed: Name of that, for messages.
+        positional: Its arguments by place.
 
     Raises:
         ConfigError: It gives something else.
@@ -129,21 +150,21 @@ def called(key: str, spec: Call, kind: type | tuple[type, ...], needed: str, *po
 
 
 def bound(
-    function: Callable[..., Any],
+    function: Callable[..., Given],
     spec: Call,
-    positional: tuple[Any, ...],
+    positional: tuple[object, ...],
     *,
     key: str = "call",
     later: int = 0,
-) -> Callable[..., Any]:
+) -> Callable[..., Given]:
     """Bind a call's arguments, and check that they fit before anything runs.
 
     Args:
-        function: What is called.
-        spec: Its arguments by name.
-        positional: Those by place.
+        function: Callable whose arguments are bound.
+        spec: Its name and its arguments by name.
+        positional: Its arguments by place.
         key: The config's key, for messages.
-        later: How many more are given by place whenever it is called; 0: whatever it still needs.
+        later: Number of arguments given by place whenever it is called; 0: whatever it still needs.
 
     Raises:
         ConfigError: They do not fit.
@@ -160,8 +181,12 @@ def bound(
     return partial(function, *positional, **spec.arguments)
 
 
-def loss_of(spec: Call, key: str = "loss") -> Callable[[Any, Any], Any]:
-    """Make ``(model, batch) -> loss`` of a recipe's loss; a named one reads a batch as (inputs, targets)."""
+def loss_of(spec: Call, key: str = "loss") -> Callable[[nn.Module, Sequence[Tensor]], Tensor]:
+    """Make ``(model, batch) -> loss`` of a recipe's loss; a named one reads a batch as (inputs, targets).
+
+    Raises:
+        ConfigError: There is no such loss (the nearest is named), or its arguments do not fit.
+    """
     if ":" in spec.call:
         return bound(resolve(spec.call, key), spec, (), key=key, later=2)
     if spec.call not in LOSSES:
@@ -172,8 +197,12 @@ def loss_of(spec: Call, key: str = "loss") -> Callable[[Any, Any], Any]:
     return lambda model, batch: function(model(batch[0]), batch[1])
 
 
-def metric_of(spec: Call, key: str = "metrics") -> Callable[[Any, Any], float]:
-    """Make ``(model, batch) -> number`` of a recipe's metric."""
+def metric_of(spec: Call, key: str = "metrics") -> Callable[[nn.Module, Sequence[Tensor]], float]:
+    """Make ``(model, batch) -> number`` of a recipe's metric.
+
+    Raises:
+        ConfigError: There is no such metric (the nearest is named), or its arguments do not fit.
+    """
     if ":" in spec.call:
         return measured(bound(resolve(spec.call, key), spec, (), key=key, later=2), spec, key)
     if spec.call == "accuracy":
@@ -187,10 +216,12 @@ def metric_of(spec: Call, key: str = "metrics") -> Callable[[Any, Any], float]:
     )
 
 
-def measured(metric: Callable[[Any, Any], Any], spec: Call, key: str) -> Callable[[Any, Any], float]:
+def measured(
+    metric: Callable[..., SupportsFloat], spec: Call, key: str
+) -> Callable[[nn.Module, Sequence[Tensor]], float]:
     """Return a metric of the user's own; what it raises, or gives instead of a number, names its key."""
 
-    def measure(model: Any, batch: Any) -> float:
+    def measure(model: nn.Module, batch: Sequence[Tensor]) -> float:
         try:
             return float(metric(model, batch))
         except Exception as error:  # of the user's code
@@ -199,12 +230,12 @@ def measured(metric: Callable[[Any, Any], Any], spec: Call, key: str) -> Callabl
     return measure
 
 
-def accuracy(model: Any, batch: Any) -> float:
+def accuracy(model: nn.Module, batch: Sequence[Tensor]) -> float:
     """Share of examples whose largest output is the target."""
-    return float((model(batch[0]).argmax(dim=-1) == batch[1]).float().mean())
+    return float((model(batch[0]).argmax(dim=-1) == batch[1]).float().mean())  # (batch, classes) → (batch,)
 
 
-def batches_of(data: Any, spec: Call) -> dict[str, Any]:
+def batches_of(data: object, spec: Call) -> Data:
     """Take train, val and probe out of what a recipe's data call returned.
 
     Raises:
@@ -218,4 +249,4 @@ def batches_of(data: Any, spec: Call) -> dict[str, Any]:
                 f"{', '.join(PARTS)}: batches that can be iterated again, the probe held out of the training "
                 "data (val may be None)"
             )
-    return {name: found.get(name) for name in PARTS}
+    return Data(train=found["train"], val=found.get("val"), probe=found["probe"])

@@ -17,9 +17,9 @@ def claim(folder: Path, *, resume: bool, fresh: bool) -> Path | None:
     """Let a run begin, or go on, in a folder.
 
     Args:
-        folder: The run's.
-        resume: Whether it goes on with the run that is there.
-        fresh: Whether to move that out of the way.
+        folder: Path of the run's folder.
+        resume: True to go on with the run that is there.
+        fresh: True to move that out of the way.
 
     Returns:
         Where the earlier run is now, if it was moved.
@@ -52,7 +52,11 @@ def claim(folder: Path, *, resume: bool, fresh: bool) -> Path | None:
 
 
 def holds(folder: Path) -> str | None:
-    """Say what of a run is in a folder; None: nothing."""
+    """Say what of a run is in a folder; None: nothing.
+
+    Raises:
+        RunError: The folder cannot be read.
+    """
     events, kept = folder / EVENTS_FILE, folder / CHECKPOINTS
     try:
         if kept.is_dir() and (names := sorted(path.name for path in kept.glob("step-*"))):
@@ -65,7 +69,11 @@ def holds(folder: Path) -> str | None:
 
 
 def beside(place: Path) -> Path:
-    """Return a free name for an earlier run, with the time it was moved."""
+    """Return a free name for an earlier run, with the time it was moved.
+
+    Raises:
+        RunError: None of a hundred names is free.
+    """
     stem = f"{place.name}.{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
     names = [stem, *(f"{stem}-{number}" for number in range(2, 100))]
     for name in names:

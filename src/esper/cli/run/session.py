@@ -9,7 +9,6 @@ import secrets
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -29,6 +28,8 @@ from esper.errors import ConfigError
 from esper.nissa.run.journal import RunJournal
 from esper.tolaria.trainer import Trainer
 
+SCHEDULER = "a torch.optim.lr_scheduler.LRScheduler"
+
 
 def as_it_is(storage: Storage) -> Storage:
     """Put nothing around a storage."""
@@ -40,7 +41,7 @@ def open_session(
     run_dir: Path,
     *,
     epochs: int | None = None,
-    growth: Mapping[str, Any] | None = None,
+    growth: Mapping[str, Mapping[str, object]] | None = None,
     keep: bool = True,
     every: int | None = None,
     wrap: Callable[[Storage], Storage] = as_it_is,
@@ -52,14 +53,14 @@ def open_session(
     batch, and gradients are averaged.
 
     Args:
-        config: The YAML file.
-        run_dir: Where to write.
-        epochs: Instead of the config's.
-        growth: Sections of settings over the config's.
-        keep: Whether to keep checkpoints, in the run folder.
+        config: Path of the YAML file.
+        run_dir: Path of the folder to write.
+        epochs: Number of epochs; None: the config's.
+        growth: Sections of settings over the config's, by name.
+        keep: True to keep checkpoints, in the run folder.
         every: Optimizer steps between checkpoints; None: from their measured cost.
-        wrap: Put around the storage of checkpoints.
-        on_event: Called with every event.
+        wrap: Function put around the storage of checkpoints.
+        on_event: Function called with every event.
 
     Raises:
         ConfigError: The config, or what it names, is wrong.
@@ -83,7 +84,9 @@ def open_session(
         model,
         optimizer,
         resolve.loss_of(recipe.loss),
-        **data,
+        train=data["train"],
+        val=data["val"],
+        probe=data["probe"],
         scheduler=scheduler_of(recipe.scheduler, optimizer),
         metrics={name: resolve.metric_of(spec, f"metrics.{name}") for name, spec in recipe.metrics.items()},
         config=settings,
@@ -99,7 +102,7 @@ def open_session(
     )
 
 
-def journal_of(run_dir: Path, asked: Mapping[str, Any]) -> RunJournal | Path:
+def journal_of(run_dir: Path, asked: Mapping[str, object]) -> RunJournal | Path:
     """Open the run's journal, with an id and a digest of what it is asked to do; the first process does.
 
     Raises:
@@ -124,16 +127,14 @@ def cadence_of(recipe: Recipe) -> int | timedelta | None:
 def optimizer_of(spec: Call, model: nn.Module) -> Optimizer:
     """Make a recipe's optimizer of a model's parameters."""
     needed = "a torch.optim.Optimizer"
-    made: Optimizer = resolve.called("optimizer", spec, Optimizer, needed, model.parameters())
-    return made
+    return resolve.called("optimizer", spec, Optimizer, needed, model.parameters())
 
 
 def scheduler_of(spec: Call | None, optimizer: Optimizer) -> LRScheduler | None:
     """Make a recipe's scheduler."""
     if spec is None:
         return None
-    needed = "a torch.optim.lr_scheduler.LRScheduler"
-    made: LRScheduler = resolve.called("scheduler", spec, LRScheduler, needed, optimizer)
+    made = resolve.called("scheduler", spec, LRScheduler, SCHEDULER, optimizer)
     if type(made).__module__ == LRScheduler.__module__:  # one of the user's own may count its calls
         rehearse(spec, optimizer)
     return made
@@ -149,10 +150,12 @@ def rehearse(spec: Call, optimizer: Optimizer) -> None:
     for group in params:
         group.pop("initial_lr", None)
     stand_in = SGD(params, lr=1.0)
-    trial = resolve.call(spec, stand_in, key="scheduler")
-    given = [0.0] if isinstance(trial, ReduceLROnPlateau) else []
+    trial = resolve.called("scheduler", spec, LRScheduler, SCHEDULER, stand_in)
     try:
         stand_in.step()
-        trial.step(*given)
+        if isinstance(trial, ReduceLROnPlateau):
+            trial.step(0.0)
+        else:
+            trial.step()
     except Exception as error:  # whatever its arithmetic raises
         raise ConfigError(f"scheduler: {spec.call} raised {resolve.told(error)} at its first step") from error

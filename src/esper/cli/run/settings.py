@@ -7,23 +7,23 @@ import sys
 import sysconfig
 from collections.abc import Mapping, Sized
 from pathlib import Path
-from typing import Any
 
 from esper.cli.run.recipe import Recipe
+from esper.cli.run.resolve import Data
 from esper.config import Config
 
 ELSEWHERE = ("purelib", "platlib", "stdlib")
 COMPARED = ("model", "data", "loss", "optimizer", "scheduler", "metrics", "seed", "growth", "code", "loaded")
 
 
-def settings_of(path: Path, recipe: Recipe, growth: Config, data: Mapping[str, Any]) -> dict[str, Any]:
+def settings_of(path: Path, recipe: Recipe, growth: Config, data: Data) -> dict[str, object]:
     """Describe a run; called once its model and data are made, so that their modules are loaded.
 
     Args:
-        path: Of the config.
-        recipe: As it was read.
-        growth: Growth's settings, those of the environment among them.
-        data: What is trained and judged on, by name.
+        path: Path of the config.
+        recipe: The config as it was read.
+        growth: Settings of growth, those of the environment among them.
+        data: Batches trained and judged on, by name.
     """
     given = recipe.model_dump(mode="json", exclude={"growth", "run_dir", "checkpoints"})
     return {
@@ -50,7 +50,7 @@ def code_beside(path: Path) -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
-def sizes(batches: Any) -> dict[str, int | None]:
+def sizes(batches: object) -> dict[str, int | None]:
     """Count the batches and, where there is a dataset, its examples and those of a batch."""
     size = getattr(batches, "batch_size", None)
     return {
@@ -60,7 +60,7 @@ def sizes(batches: Any) -> dict[str, int | None]:
     }
 
 
-def length(of: Any) -> int | None:
+def length(of: object) -> int | None:
     """Return a length, None where there is none."""
     try:
         return len(of) if isinstance(of, Sized) else None
@@ -68,11 +68,11 @@ def length(of: Any) -> int | None:
         return None
 
 
-def differences(saved: Any, given: Any, where: str = "") -> list[tuple[str, Any, Any]]:
+def differences(saved: object, given: object, where: str = "") -> list[tuple[str, object, object]]:
     """Name every setting that is not as it was, with what it was and is."""
     if isinstance(saved, Mapping) and isinstance(given, Mapping):
         keys = [*saved, *(key for key in given if key not in saved)]
-        found: list[tuple[str, Any, Any]] = []
+        found: list[tuple[str, object, object]] = []
         for key in keys:
             found += differences(saved.get(key), given.get(key), f"{where}.{key}" if where else str(key))
         return found

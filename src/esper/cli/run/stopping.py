@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
 
 from esper.tolaria.trainer import Trainer
 
@@ -25,7 +24,7 @@ class Asked:
 def stopped_by_signals(trainer: Trainer) -> Iterator[Asked]:
     """While it is open, the first signal asks the trainer to stop; a second one does what it always does."""
     asked = Asked()
-    before: dict[int, Any] = {}
+    before: dict[int, Callable[[int, FrameType | None], object] | int | None] = {}
 
     def put_back() -> None:
         for signum, handler in before.items():

@@ -36,13 +36,14 @@ class RayForge(Forge):
     may have come to use it.
 
     Args:
-        build: What builds, importable on every node, or its ``"module:function"``.
-        warm: What a worker calls once before its first build, likewise.
-        workers: Actors at most; each takes one CPU of the cluster.
-        limits: What each may use on its node.
-        retries: Further attempts after a worker, actor or node died.
-        address: Of the cluster, as ``ray.init`` takes it; None finds a running one or starts one here.
-        observe: Told about workers that died.
+        build: Builder, importable on every node, or its ``"module:function"``.
+        warm: Function a worker calls once before its first build, likewise.
+        workers: Largest number of actors; each takes one CPU of the cluster.
+        limits: Limits of each on its node; None: the usual ones.
+        retries: Number of further attempts after a worker, actor or node died.
+        address: Address of the cluster, as ``ray.init`` takes it; None finds a running one or starts one
+            here.
+        observe: Function told about workers that died.
 
     Raises:
         ConfigError: A number is out of range.
@@ -74,18 +75,20 @@ class Smithy:
     def __init__(self, build: str, warm: str | None, limits: dict[str, Any]) -> None:
         self.worker = WorkerProcess(build, warm, Limits(**limits), None)
 
-    def start(self) -> dict[str, Any]:
+    def start(self) -> dict[str, object]:
         """Start and warm up the process."""
         return self.told(self.worker.start())
 
-    def forge(self, frame: bytes) -> dict[str, Any]:
+    def forge(self, frame: bytes) -> dict[str, object]:
         """Answer one request."""
         return self.told(self.worker.forge(frame))
 
-    def told(self, answer: Frame | Death | None) -> dict[str, Any]:
+    def told(self, answer: Frame | Death | None) -> dict[str, object]:
         """Write an answer as plain values."""
-        facts = {"held": self.worker.held, "peak": self.worker.peak}
-        return facts | ({"death": asdict(answer)} if isinstance(answer, Death) else {"frame": answer})
+        facts: dict[str, object] = {"held": self.worker.held, "peak": self.worker.peak}
+        if isinstance(answer, Death):
+            return {**facts, "death": asdict(answer)}
+        return {**facts, "frame": answer}
 
     def close(self) -> None:
         """End the process and remove its folder."""
@@ -99,7 +102,7 @@ class ActorWorker:
         self.build, self.warm, self.limits, self.address = build, warm, limits, address
         self.held: dict[str, str] = {}
         self.peak: int | None = None
-        self._actor: Any = None
+        self._actor: Any = None  # Ray has no types for it
         self._stopped: str | None = None
         self._lock = threading.Lock()
 
@@ -111,7 +114,7 @@ class ActorWorker:
             with _joining:
                 if not ray.is_initialized():
                     ray.init(address=self.address, log_to_driver=False, include_dashboard=False)
-            place: Any = ray.remote(Smithy).options(num_cpus=1)
+            place = ray.remote(Smithy).options(num_cpus=1)
             actor = place.remote(self.build, self.warm, asdict(self.limits))
         except (ConnectionError, RayError, RuntimeError, ValueError) as error:
             return Death(f"no actor could be placed on the Ray cluster: {error}", again=True)
@@ -128,10 +131,11 @@ class ActorWorker:
         if death is not None:
             return death
         answer = self._ask(self._actor.forge.remote(frame), self.limits.start + self.limits.wall)
-        if not isinstance(answer, Death):
-            header, parts = answer
-            return dict(header), dict(parts)
-        return answer
+        if isinstance(answer, Death):
+            return answer
+        assert answer is not None  # of a request, not of a start
+        header, parts = answer
+        return dict(header), dict(parts)
 
     def stop(self, reason: str | None) -> None:
         """Kill the actor; its process goes with it."""
@@ -152,7 +156,7 @@ class ActorWorker:
             return
         ray.kill(actor)
 
-    def _ask(self, told: Any, seconds: float) -> Any:
+    def _ask(self, told: ray.ObjectRef, seconds: float) -> Frame | Death | None:
         """Wait for an answer of the actor; one that is gone is forgotten, so that the next is a new one."""
         try:
             answer = ray.get(told, timeout=seconds + GRACE)

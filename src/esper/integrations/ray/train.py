@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, TypeVar
 
 from esper.errors import ConfigError, MissingExtraError, ProcessError
 
@@ -22,10 +22,19 @@ except ImportError:
 
 GLOO, NCCL = "gloo", "cpu:gloo,cuda:nccl"  # growth's records travel between CPUs
 
+Result = TypeVar("Result")
+
+
+class Told(TypedDict):
+    """What a process of the cluster is told."""
+
+    function: Callable[..., object]
+    arguments: dict[str, object]
+
 
 def train(
-    function: Callable[..., Any],
-    arguments: Mapping[str, Any] | None = None,
+    function: Callable[..., Result],
+    arguments: Mapping[str, object] | None = None,
     *,
     workers: int | tuple[int, int] = 2,
     restarts: int = 3,
@@ -33,7 +42,7 @@ def train(
     resources: Mapping[str, float] | None = None,
     storage: str | Path | None = None,
     address: str | None = None,
-) -> Any:
+) -> Result:
     """Train on a Ray cluster: the one this program has joined, or else a running one, or one started here.
 
     When a process fails, or is lost with its node, Ray ends the others and calls the function anew in fresh
@@ -43,15 +52,16 @@ def train(
     A cluster that is started here asks for a token and stays until ``ray.shutdown()`` or the program's end.
 
     Args:
-        function: What every process calls; found by name on all nodes, or defined in the program's own file.
-        arguments: Its keyword arguments.
-        workers: Processes; or the fewest and the most of them, for a cluster whose nodes come and go. Ray
-            waits until there is room for them.
-        restarts: How often a failed run begins again.
-        gpus: Whether each process has a GPU.
-        resources: What each process takes of the cluster, as Ray counts it; by default one CPU, or one GPU.
-        storage: Where Ray keeps its own notes of the run; all nodes must share it. None: as Ray does.
-        address: Of the cluster, as ``ray.init`` takes it.
+        function: Function every process calls; found by name on all nodes, or defined in the program's own
+            file.
+        arguments: Its keyword arguments, by name.
+        workers: Number of processes; or the fewest and the most of them, for a cluster whose nodes come and
+            go. Ray waits until there is room for them.
+        restarts: Number of times a failed run begins again.
+        gpus: True where each process has a GPU.
+        resources: Share of the cluster each process takes, as Ray counts it; by default one CPU, or one GPU.
+        storage: Folder of Ray's own notes of the run; all nodes must share it. None: as Ray does.
+        address: Address of the cluster, as ``ray.init`` takes it.
 
     Returns:
         What the function returned in the first process.
@@ -67,7 +77,7 @@ def train(
         raise ConfigError(f"restarts={restarts!r}: 0 or more")
     if not ray.is_initialized():
         ray.init(address=address, include_dashboard=False)
-    trainer: Any = TorchTrainer(
+    trainer = TorchTrainer(
         begin,
         train_loop_config={"function": function, "arguments": dict(arguments or {})},
         torch_config=TorchConfig(backend=NCCL if gpus else GLOO),
@@ -90,6 +100,6 @@ def train(
         ) from error
 
 
-def begin(told: Mapping[str, Any]) -> Any:
+def begin(told: Told) -> object:
     """Call the function, in a process of the cluster."""
     return told["function"](**told["arguments"])

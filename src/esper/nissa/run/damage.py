@@ -64,6 +64,13 @@ def fitting(run_dir: str | Path) -> Iterator[None]:
 def require_types(kind: object, step: object, time: object, data: object, where: str) -> None:
     """Refuse an event whose parts are not what they must be.
 
+    Args:
+        kind: Name of the event's kind.
+        step: Optimizer step, 0 or more.
+        time: Seconds since the epoch.
+        data: Mapping of the event's fields.
+        where: Name of the line, for messages.
+
     Raises:
         RunError: With the part.
     """

@@ -2,23 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TypedDict
 
 from esper.contracts import Event, Refusal, Stage
+from esper.nissa.run.facts import (
+    DecisionFacts,
+    GrownFacts,
+    LookFacts,
+    OutcomeFacts,
+    RaceFacts,
+    ReopenedFacts,
+    RunFinished,
+    RunStarted,
+    facts_of,
+)
 from esper.nissa.run.journal import number
 from esper.nissa.run.records import DecisionHistory, Epoch, Resume, SeedHistory, Series, Span
 from esper.nissa.run.standing import Standing
+
+
+class Wider(TypedDict):
+    """A place that grew, in units."""
+
+    site: str
+    before: int
+    after: int
+
+
+class Totals(TypedDict):
+    """A run in a few numbers; None is "not known"."""
+
+    model: str | None
+    growth: str | None
+    limits: dict[str, object]
+    finished: bool
+    steps: int
+    parameters_before: int | None
+    parameters_after: int | None
+    flops_before: int | None
+    flops_after: int | None
+    training_flops: float | None
+    growth_flops: float | None
+    seconds: float | None
+    metrics: dict[str, float | None]
+    survived: dict[str, int]
+    decisions: int
+    kept: int
+    grown: list[Wider]
 
 
 @dataclass(slots=True)
 class RunHistory:
     """A run so far; ``add`` folds one more event into it."""
 
-    started: Mapping[str, Any] = field(default_factory=dict)  # data of run_started
-    restarted: Mapping[str, Any] = field(default_factory=dict)  # of one that went on, nothing known of before
-    finished: Mapping[str, Any] | None = None  # data of run_finished
+    started: RunStarted = field(default_factory=RunStarted)  # data of run_started
+    restarted: RunStarted = field(default_factory=RunStarted)  # of one that went on, nothing known of before
+    finished: RunFinished | None = None  # data of run_finished
     step: int = 0
     seconds: float | None = None
     loss: Series = field(default_factory=Series)
@@ -88,9 +129,8 @@ class RunHistory:
         return {site: (width, now[site]) for site, width in before.items()}
 
     @property
-    def totals(self) -> dict[str, Any]:
+    def totals(self) -> Totals:
         """The run in a few numbers, for headlines and programs; None is "not known"."""
-        end: Mapping[str, Any] = self.finished or {}
         return {
             "model": self.started.get("model"),
             "growth": self.started.get("growth"),  # the recipe
@@ -100,7 +140,7 @@ class RunHistory:
             "parameters_before": self.started.get("parameters"),
             "parameters_after": int(self.parameters.last) if self.parameters.last is not None else None,
             "flops_before": self.started.get("flops"),  # forward, per example
-            "flops_after": end.get("flops"),
+            "flops_after": None if self.finished is None else self.finished.get("flops"),
             "training_flops": self.training_flops.last,
             "growth_flops": self.growth_flops.last,
             "seconds": self.seconds,
@@ -149,11 +189,11 @@ def fold(events: Iterable[Event]) -> RunHistory:
 
 def _run_started(history: RunHistory, event: Event) -> None:
     if not history.started:
-        history.started = event.data
+        history.started = facts_of(event, RunStarted)
         history.parameters.add(event.step, event.data["parameters"])
     if event.step:
         if "redone" not in event.data:  # what grew before was told elsewhere
-            history.restarted = event.data
+            history.restarted = facts_of(event, RunStarted)
         history.resumes.append(Resume(event.step, None, event.data.get("redone")))
 
 
@@ -185,7 +225,7 @@ def _survey(history: RunHistory, event: Event) -> None:
 
 
 def _decision(history: RunHistory, event: Event) -> None:
-    history._decision(event).chosen = event.data
+    history._decision(event).chosen = facts_of(event, DecisionFacts)
 
 
 def _stage(history: RunHistory, event: Event) -> None:
@@ -206,21 +246,21 @@ def _vitals(history: RunHistory, event: Event) -> None:
 
 
 def _race(history: RunHistory, event: Event) -> None:
-    history._decision(event).race = event.data
+    history._decision(event).race = facts_of(event, RaceFacts)
 
 
 def _gate(history: RunHistory, event: Event) -> None:
-    history._decision(event).looks.append(event.data)
+    history._decision(event).looks.append(facts_of(event, LookFacts))
 
 
 def _outcome(history: RunHistory, event: Event) -> None:
     decision = history._decision(event)
-    decision.outcome, decision.decided_at = event.data, event.step
+    decision.outcome, decision.decided_at = facts_of(event, OutcomeFacts), event.step
 
 
 def _widened(history: RunHistory, event: Event) -> None:
     decision = history._decision(event)
-    decision.widened, decision.widened_at = event.data, event.step
+    decision.widened, decision.widened_at = facts_of(event, GrownFacts), event.step
     history.parameters.add(event.step, event.data["parameters"])
 
 
@@ -235,7 +275,7 @@ def _reopened(history: RunHistory, event: Event) -> None:
     history.reopened.append(event)
     for decision in history.decisions.values():
         if decision.step == event.step and decision.site is not None:
-            decision.reopened = event.data
+            decision.reopened = facts_of(event, ReopenedFacts)
 
 
 def _taken_back(history: RunHistory, event: Event) -> None:
@@ -244,7 +284,7 @@ def _taken_back(history: RunHistory, event: Event) -> None:
 
 
 def _run_finished(history: RunHistory, event: Event) -> None:
-    history.finished = event.data
+    history.finished = facts_of(event, RunFinished)
     history.parameters.add(event.step, event.data["parameters"])
     history.training_flops.add(event.step, event.data["training_flops"])
     history.growth_flops.add(event.step, event.data["growth_flops"])

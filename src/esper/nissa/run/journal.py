@@ -12,12 +12,13 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import BinaryIO, TypeAlias
 
 from esper.contracts import EVENTS_VERSION, Event
 from esper.errors import RunError
 from esper.files import read_regular
 from esper.nissa.run.damage import MOST_JOURNAL, is_object, left_out, require_types, spoiled
+from esper.nissa.run.facts import DecisionFacts
 from esper.nissa.run.standing import BEGINS, decided_after
 from esper.printable import quoted
 from esper.storage.lease import Lease
@@ -41,6 +42,9 @@ DURABLE = frozenset(
 
 
 OTHER = "another run_dir"
+Plain: TypeAlias = (
+    "str | bool | int | float | dict[str, Plain] | list[Plain] | None"  # what strict JSON holds
+)
 
 
 class RunJournal:
@@ -128,7 +132,7 @@ class RunJournal:
                 stacklevel=3,
             )
 
-    def decided_after(self, step: int) -> dict[int, Mapping[str, Any]]:
+    def decided_after(self, step: int) -> dict[int, DecisionFacts]:
         """Return the decisions a run that goes on from ``step`` takes again, data by step.
 
         Raises:
@@ -261,15 +265,23 @@ def decode(line: bytes, where: str) -> Event:
         raise RunError(f"{where} is not a whole event: {error}; restore the file from a copy") from None
 
 
-def number(value: Any) -> float | None:
+def number(value: float | str | None) -> float | None:
     """Read a number of an event back, non-finite ones included; None is "not measured" and stays None."""
     if value is None:
         return None
     return float(value)  # float() reads "NaN", "Infinity" and "-Infinity"
 
 
-def plain(value: Any, where: str) -> Any:
-    """Turn ``value`` into what strict JSON holds."""
+def plain(value: object, where: str) -> Plain:
+    """Turn ``value`` into what strict JSON holds.
+
+    Args:
+        value: JSON value, or one that holds tuples and non-finite numbers.
+        where: Name of what holds it, for messages.
+
+    Raises:
+        RunError: It is none, or a key is no text.
+    """
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, float):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
+from esper.nissa.run.facts import DecisionFacts, GrownFacts, LookFacts, OutcomeFacts, RaceFacts, ReopenedFacts
 from esper.nissa.run.journal import number
 
 
@@ -16,7 +16,7 @@ class Series:
     steps: list[int] = field(default_factory=list)
     values: list[float | None] = field(default_factory=list)
 
-    def add(self, step: int, value: Any) -> None:
+    def add(self, step: int, value: float | str | None) -> None:
         """Append a point."""
         self.steps.append(step)
         self.values.append(number(value))
@@ -45,7 +45,7 @@ class SeedHistory:
     site: str
     spans: list[Span] = field(default_factory=list)
     alpha: Series = field(default_factory=Series)
-    vitals: Mapping[str, Any] | None = None  # the last told: smoothed, with a score
+    vitals: Mapping[str, object] | None = None  # the last told: smoothed, with a score
 
     @property
     def stage(self) -> str:
@@ -70,15 +70,17 @@ class DecisionHistory:
 
     id: int
     step: int
-    survey: list[Mapping[str, Any]] = field(default_factory=list)
-    chosen: Mapping[str, Any] = field(default_factory=dict)  # the decision event; empty while only surveyed
-    race: Mapping[str, Any] | None = None
-    looks: list[Mapping[str, Any]] = field(default_factory=list)  # of the gate, in order
-    outcome: Mapping[str, Any] | None = None
-    widened: Mapping[str, Any] | None = None  # or grafted: how it became part of the model
+    survey: list[Mapping[str, object]] = field(default_factory=list)
+    chosen: DecisionFacts = field(
+        default_factory=DecisionFacts
+    )  # the decision event; empty while only surveyed
+    race: RaceFacts | None = None
+    looks: list[LookFacts] = field(default_factory=list)  # of the gate, in order
+    outcome: OutcomeFacts | None = None
+    widened: GrownFacts | None = None  # or grafted: how it became part of the model
     widened_at: int | None = None  # step
     decided_at: int | None = None  # step of the outcome
-    reopened: Mapping[str, Any] | None = None  # how the host was re-opened at the same step
+    reopened: ReopenedFacts | None = None  # how the host was re-opened at the same step
 
     @property
     def action(self) -> str | None:

@@ -7,11 +7,11 @@ once, as the new process tells it. Lines are never rewritten; readers leave out 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
 
 from esper.contracts import Event
+from esper.nissa.run.facts import DecisionFacts, facts_of
 
 BEGINS = ("run_started", "resumed")
 LASTING = (*BEGINS, "ranks")  # befell the run, whatever became of the step they befell it at
@@ -22,7 +22,7 @@ class Standing:
     """Takes a journal's events, one by one, and keeps those that stand.
 
     Attributes:
-        events: What stands, in order.
+        events: Events that stand, in order.
         revision: Goes up whenever something that stood does not stand any more.
     """
 
@@ -83,15 +83,7 @@ class Standing:
         return any(item.kind == event.kind and item.data == event.data for item in self.events)
 
 
-def standing(events: Iterable[Event]) -> list[Event]:
-    """Return the events of a journal's last run that stand."""
-    kept = Standing()
-    for event in events:
-        kept.add(event)
-    return kept.events
-
-
-def decided_after(events: Iterable[Event], step: int) -> dict[int, Mapping[str, Any]]:
+def decided_after(events: Iterable[Event], step: int) -> dict[int, DecisionFacts]:
     """Return the decisions that a run going on from ``step`` takes again as they were journalled.
 
     A later process's decision replaces an earlier one's of the same step, and a process that passed a step
@@ -100,9 +92,9 @@ def decided_after(events: Iterable[Event], step: int) -> dict[int, Mapping[str, 
     Returns:
         Data of decision events by their steps, in order.
     """
-    found: dict[int, Mapping[str, Any]] = {}
-    earlier: dict[int, Mapping[str, Any]] = {}
-    nothing: dict[int, Mapping[str, Any]] = {}
+    found: dict[int, DecisionFacts] = {}
+    earlier: dict[int, DecisionFacts] = {}
+    nothing: dict[int, DecisionFacts] = {}
     base, mine, moved = 0, set[int](), True
     for event in events:
         if event.kind == "run_started" and event.step == 0:
@@ -116,7 +108,7 @@ def decided_after(events: Iterable[Event], step: int) -> dict[int, Mapping[str, 
             for passed in [at for at in found if base < at < event.step and at not in mine]:
                 del found[passed]
             if event.kind == "decision":
-                found[event.step] = event.data
+                found[event.step] = facts_of(event, DecisionFacts)
                 mine.add(event.step)
     found = found if moved else earlier
     return {at: found[at] for at in sorted(found) if at > step}

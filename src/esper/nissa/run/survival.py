@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from esper.contracts import Event
+from esper.nissa.run.facts import ReopenedFacts
 from esper.nissa.run.history import RunHistory
 from esper.nissa.run.records import Resume
 from esper.nissa.wording import count, short
@@ -54,7 +53,7 @@ def took_back(event: Event) -> str:
     )
 
 
-def reopened(data: Mapping[str, Any]) -> str:
+def reopened(data: ReopenedFacts) -> str:
     """Say how a saturated host was re-opened."""
     ways = {"output": "its output layer was tempered", "shrink": "all its weights were shrunk"}
     found = f"the host was re-opened: {ways.get(data['how'], data['how'])}"

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from html import escape
-from typing import Any
+from typing import TypeAlias
 
 from esper.errors import MissingExtraError
 from esper.nissa.run.history import RunHistory
@@ -31,7 +31,8 @@ except ImportError:
     raise MissingExtraError("matplotlib", "report", "drawing a run's pictures") from None
 
 INK = "#010203"  # stands for the page's own text colour until the SVG is written
-LINES = [
+Dash: TypeAlias = "str | tuple[int, tuple[float, ...]]"  # as matplotlib takes it
+LINES: list[tuple[str, Dash]] = [
     (BLUE, "-"),
     (VERMILION, "--"),
     (GREY, (0, (4, 1.5, 1, 1.5))),
@@ -49,7 +50,7 @@ BEFELL = {
 ENDINGS = {"FOSSILISED": "D", "CULLED": "X"}  # how a life ends, as marks; every other stage is a band
 NAMED = 2  # places that grow at one step and have room in a picture
 BANDS = {stage: colour for stage, colour in STAGE_COLOURS.items() if stage not in ENDINGS}
-STYLE: dict[str, Any] = {
+STYLE: dict[str, str | float | bool] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "esper",
     "text.parse_math": False,  # a name may hold a dollar sign
@@ -76,9 +77,9 @@ def learning(history: RunHistory, others: Mapping[str, RunHistory] | None = None
     """Draw the training loss and the first held-out metric over steps, growth events marked.
 
     Args:
-        history: The run.
-        others: Runs to compare with (the no-growth twin, the fixed net), by name.
-        name: What to call the run itself.
+        history: History of the run drawn.
+        others: Histories to compare with (the no-growth twin, the fixed net), by name.
+        name: The run's own name in the legend.
     """
     runs = {name: history, **(others or {})}
     metric = metric_name(history)
@@ -166,9 +167,11 @@ def metric_name(history: RunHistory) -> str | None:
     return ordered[0] if ordered else None
 
 
-def _line(axis: Axes, series: Series, label: str, colour: str, dash: Any, **more: Any) -> None:
+def _line(
+    axis: Axes, series: Series, label: str, colour: str, dash: Dash, drawstyle: str = "default"
+) -> None:
     values = [float("nan") if value is None else value for value in series.values]
-    axis.plot(series.steps, values, label=label, color=colour, linestyle=dash, **more)
+    axis.plot(series.steps, values, label=label, color=colour, linestyle=dash, drawstyle=drawstyle)
 
 
 def _two_or_five(value: float, _: int) -> str:
@@ -228,9 +231,17 @@ def _mark_survival(axis: Axes, history: RunHistory) -> list[Line2D]:
     for kind, (marker, colour) in BEFELL.items():
         if at[kind]:  # a step once, however often
             marks = dict.fromkeys(at[kind], 1.03)
-            look: dict[str, Any] = {"marker": marker, "color": colour, "linestyle": "", "markersize": 6}
-            axis.plot(list(marks), list(marks.values()), transform=above, clip_on=False, **look)
-            keys.append(Line2D([], [], label=kind, **look))
+            axis.plot(
+                list(marks),
+                list(marks.values()),
+                transform=above,
+                clip_on=False,
+                marker=marker,
+                color=colour,
+                linestyle="",
+                markersize=6,
+            )
+            keys.append(Line2D([], [], label=kind, marker=marker, color=colour, linestyle="", markersize=6))
     return keys
 
 

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from esper.contracts import Event
+from esper.nissa.run.facts import LookFacts, ReopenedFacts, facts_of
 from esper.nissa.run.history import RunHistory, fold
 from esper.nissa.run.records import DecisionHistory, SeedHistory
 from esper.nissa.run.survival import notes, of_ranks, reopened, rewrapped, took_back, went_on
@@ -49,10 +50,11 @@ class LiveView:
         """Choose where to show.
 
         Args:
-            console: Where to write; standard error by default, so that standard output stays the program's.
-            plain: Lines instead of a screen; by default wherever the console is not a terminal.
-            transient: Take the screen away at the end.
-            past: What the journal holds already, where a run goes on: shown with the rest, not said again.
+            console: Rich console written to; standard error by default, so that standard output stays the
+                program's.
+            plain: True for lines instead of a screen; by default wherever the console is not a terminal.
+            transient: True to take the screen away at the end.
+            past: Events the journal holds already, where a run goes on: shown with the rest, not said again.
         """
         self.history = fold(past)
         self._console = console or Console(stderr=True)
@@ -116,7 +118,8 @@ class LiveView:
                 yield f"decision {data['decision']}: {what} ({data['reason']})"
             case "gate":
                 word = "passed" if data["passed"] else "refused"
-                yield f"gate {word} at {data['site']}: gain {short(data['gain'])}, {evidence(data)} needed"
+                proof = evidence(facts_of(event, LookFacts))
+                yield f"gate {word} at {data['site']}: gain {short(data['gain'])}, {proof} needed"
             case "widened":
                 yield f"{data['site']} grew by {data['units']} units, {data['parameters']:,} parameters now"
             case "deepened":
@@ -148,7 +151,7 @@ class LiveView:
             case "rolled_back":
                 yield str(data["message"])
             case "reopened":
-                yield reopened(data)
+                yield reopened(facts_of(event, ReopenedFacts))
             case "taken_back":
                 yield f"taken back: {took_back(event)}"
             case "ranks":

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from html import escape
-from typing import Any
 
+from esper.nissa.run.facts import SiteFacts
 from esper.nissa.run.history import DecisionHistory, RunHistory
 from esper.nissa.views.palette import GREEN, GREY
 from esper.printable import printable
@@ -93,7 +93,7 @@ def _layer(name: str, y: int) -> str:
     )
 
 
-def _between(history: RunHistory, site: Mapping[str, Any], y: int, scale: float) -> Iterator[str]:
+def _between(history: RunHistory, site: SiteFacts, y: int, scale: float) -> Iterator[str]:
     """Draw what joins a producer to its consumer: operations, units before and after, seeds."""
     before, after = history.widths[site["name"]]
     middle = LEFT + 95

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 from esper.errors import MissingExtraError, RunError
 from esper.files import read_regular
@@ -31,14 +32,25 @@ MOST_COMPARISON = 1 << 20  # bytes
 COMPARED = ("name", "accuracy", "parameters", "flops", "seconds")  # what each of its rows must hold
 
 
+class Row(TypedDict):
+    """A net that is compared; None is "not measured"."""
+
+    name: str
+    accuracy: float | None
+    parameters: float | None
+    flops: float | None
+    seconds: float | None
+    run: NotRequired[str | None]  # a folder below the run's
+
+
 def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
     """Write the report of a run.
 
     Args:
-        run_dir: A run folder. Where it holds ``comparison.json``, a list of rows ``{name, accuracy,
+        run_dir: Path of a run folder. Where it holds ``comparison.json``, a list of rows ``{name, accuracy,
             parameters, flops, seconds}``, the report compares; a row's ``run``, a folder below this one, adds
             its curves to the pictures.
-        out: The file to write; ``report.html`` in the run folder by default.
+        out: Path of the file to write; ``report.html`` in the run folder by default.
 
     Returns:
         The file written.
@@ -68,7 +80,7 @@ def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
     return target
 
 
-def read_comparison(folder: Path) -> list[dict[str, Any]]:
+def read_comparison(folder: Path) -> list[Row]:
     """Read the rows this run is compared with; none where there is no comparison.
 
     Raises:
@@ -90,7 +102,7 @@ def read_comparison(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _check_row(path: Path, row: dict[str, Any]) -> None:
+def _check_row(path: Path, row: Mapping[str, object]) -> None:
     if lacking := [column for column in COMPARED if column not in row]:
         raise RunError(f"{path}: a row lacks {', '.join(lacking)}; every row has {', '.join(COMPARED)}")
     if not isinstance(row["name"], str):
@@ -104,7 +116,7 @@ def _check_row(path: Path, row: dict[str, Any]) -> None:
         _check_run(path, row["name"], run)
 
 
-def _check_run(path: Path, name: str, run: Any) -> None:
+def _check_run(path: Path, name: str, run: object) -> None:
     """Refuse a run that is not below this one: a report shows nothing from elsewhere."""
     place = Path(run) if isinstance(run, str) and run and "\0" not in run else None
     folder = path.parent.resolve()
@@ -118,7 +130,7 @@ def _check_run(path: Path, name: str, run: Any) -> None:
         )
 
 
-def render(history: RunHistory, rows: list[dict[str, Any]], others: dict[str, RunHistory]) -> str:
+def render(history: RunHistory, rows: list[Row], others: dict[str, RunHistory]) -> str:
     """Fill the page."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),

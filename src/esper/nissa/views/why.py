@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TypedDict
 
 from esper.errors import RunError
+from esper.nissa.run.facts import GrownFacts, LookFacts, RaceFacts
 from esper.nissa.run.history import RunHistory
 from esper.nissa.run.records import DecisionHistory
 from esper.nissa.run.survival import notes, reopened
@@ -15,12 +16,45 @@ from esper.printable import printable
 _JOIN = ("decision", "site")  # said once per decision already
 
 
-def why(history: RunHistory, decision: int | None = None) -> list[dict[str, Any]]:
+class Edit(TypedDict):
+    """A tensor that became larger along an axis."""
+
+    tensor: str
+    axis: int
+    old: int
+    new: int
+
+
+class Story(TypedDict):
+    """What a decision saw, weighed, chose and came to; None where it did not get that far."""
+
+    decision: int
+    step: int
+    action: str | None
+    site: str | None
+    width: int | None
+    start: str | None
+    scored: bool
+    verdict: str
+    reason: str | None
+    propensity: float | None
+    predicted: float | None  # loss decrease per FLOP, first order
+    realised: float | None  # the same unit
+    sites: list[dict[str, object]]
+    arms: list[dict[str, object]]
+    race: dict[str, object] | None
+    gate: list[dict[str, object]]
+    reopened: dict[str, object] | None
+    outcome: dict[str, object] | None
+    widened: dict[str, object] | None
+
+
+def why(history: RunHistory, decision: int | None = None) -> list[Story]:
     """Explain one decision, or all of them in order.
 
     Args:
-        history: The run.
-        decision: The id of a decision; None explains every one.
+        history: History of the run.
+        decision: Id of a decision; None explains every one.
 
     Raises:
         RunError: The run has no such decision.
@@ -33,7 +67,7 @@ def why(history: RunHistory, decision: int | None = None) -> list[dict[str, Any]
     return [explain(history.decisions[decision])]
 
 
-def explain(decision: DecisionHistory) -> dict[str, Any]:
+def explain(decision: DecisionHistory) -> Story:
     """Say what a decision saw, weighed, chose and came to; None where it did not get that far."""
     chosen, outcome = decision.chosen, decision.outcome
     return {
@@ -47,8 +81,8 @@ def explain(decision: DecisionHistory) -> dict[str, Any]:
         "verdict": decision.verdict,
         "reason": chosen.get("reason"),
         "propensity": chosen.get("propensity"),
-        "predicted": chosen.get("predicted"),  # loss decrease per FLOP, first order
-        "realised": realised(decision),  # the same unit
+        "predicted": chosen.get("predicted"),
+        "realised": realised(decision),
         "sites": [dict(site) for site in decision.survey],
         "arms": [dict(arm) for arm in chosen.get("arms", ())],
         "race": _without(decision.race),
@@ -82,14 +116,14 @@ def headline(decision: DecisionHistory) -> str:
     return "do nothing" if decision.action else "surveyed, not decided"
 
 
-def evidence(look: Mapping[str, Any]) -> str:
+def evidence(look: LookFacts) -> str:
     """Say how strong a look's evidence was, and how strong it had to be."""
     if "p_value" in look:
         return f"p-value {short(look['p_value'], 2)} where {short(look['needed'], 2)} is"
     return f"e-value {short(look['e_value'])} of {short(look['threshold'])}"
 
 
-def _look(decision: DecisionHistory, look: Mapping[str, Any]) -> dict[str, Any]:
+def _look(decision: DecisionHistory, look: LookFacts) -> dict[str, object]:
     """Leave out what is said once per decision already; 1/p, where the p-value itself is known."""
     left_out = {"decision"} if decision.site is None else set(_JOIN)
     left_out |= {"e_value", "threshold"} if "p_value" in look else set()
@@ -110,7 +144,7 @@ def as_text(history: RunHistory, decision: int | None = None) -> str:
     return "\n\n".join(told)
 
 
-def _lines(decision: DecisionHistory, story: Mapping[str, Any]) -> Iterator[str]:
+def _lines(decision: DecisionHistory, story: Story) -> Iterator[str]:
     title = f"Decision {decision.id} at step {decision.step}: {headline(decision)} — {decision.verdict}"
     yield printable(title, keep="")
     yield _row("why", story["reason"])
@@ -125,30 +159,20 @@ def _lines(decision: DecisionHistory, story: Mapping[str, Any]) -> Iterator[str]
         yield _row("weighed", short(arm))
     if decision.action and not decision.scored:
         yield _row("chose", f"with probability {short(story['propensity'])}")
-    if story["race"]:
-        yield from _race_lines(story["race"])
-    for look in story["gate"]:
+    if decision.race is not None:
+        yield from _race_lines(decision.race)
+    for look in decision.looks:
         yield _row(
             "gate",
-            f"look {look['look']}{' at ' + look['site'] if 'site' in look else ''}: "
+            f"look {look['look']}{' at ' + look['site'] if decision.site is None else ''}: "
             f"gain {short(look['gain'])} on {short(look['examples'])} held out, {evidence(look)} needed: "
             f"{'passed' if look['passed'] else 'refused'}, {look['reason']}",
         )
-    if story["widened"] and "how" in story["widened"]:
-        how = "folded into the layer" if story["widened"]["how"] == "merged" else "a branch that stays"
-        yield _row("grafted", f"{how}, at step {decision.widened_at}")
-    elif story["widened"] and "blocks" in story["widened"]:
-        yield _row("deepened", f"{story['widened']['blocks']} blocks, at step {decision.widened_at}")
-    elif story["widened"]:
-        edits = "; ".join(
-            f"{edit['tensor']} axis {edit['axis']}: {edit['old']}→{edit['new']}"
-            for edit in story["widened"]["edits"]
-        )
-        yield _row("widened", f"+{story['widened']['units']} units at step {decision.widened_at} ({edits})")
-    if story["reopened"]:
-        yield _row("reopened", reopened(story["reopened"]))
-    if story["outcome"]:
-        outcome = story["outcome"]
+    if decision.widened is not None:
+        yield _grown_line(decision.widened, decision.widened_at)
+    if decision.reopened is not None:
+        yield _row("reopened", reopened(decision.reopened))
+    if (outcome := decision.outcome) is not None:
         yield _row("outcome", outcome["reason"])
         yield _row(
             "worth",
@@ -158,7 +182,19 @@ def _lines(decision: DecisionHistory, story: Mapping[str, Any]) -> Iterator[str]
         )
 
 
-def _race_lines(race: Mapping[str, Any]) -> Iterator[str]:
+def _grown_line(grown: GrownFacts, step: int | None) -> str:
+    if "how" in grown:
+        how = "folded into the layer" if grown["how"] == "merged" else "a branch that stays"
+        return _row("grafted", f"{how}, at step {step}")
+    if "blocks" in grown:
+        return _row("deepened", f"{grown['blocks']} blocks, at step {step}")
+    edits = "; ".join(
+        f"{edit['tensor']} axis {edit['axis']}: {edit['old']}→{edit['new']}" for edit in _edits(grown)
+    )
+    return _row("widened", f"+{grown['units']} units at step {step} ({edits})")
+
+
+def _race_lines(race: RaceFacts) -> Iterator[str]:
     for index, candidate in enumerate(race["candidates"]):
         yield _row("race", f"{index}: {short(candidate)}{'  ← won' if race['winner'] == index else ''}")
     yield _row("race", f"amplitude {short(race['amplitude'])}")
@@ -168,14 +204,18 @@ def _row(label: str, text: str | None) -> str:
     return printable(f"  {label:<8} {text or UNKNOWN}", keep="")
 
 
-def _widened(decision: DecisionHistory) -> dict[str, Any] | None:
-    """Name the columns of the edits, which the event holds as plain rows."""
+def _widened(decision: DecisionHistory) -> dict[str, object] | None:
     if decision.widened is None:
         return None
-    rows = decision.widened.get("edits", ())  # a graft edits no tensor
-    edits = [dict(zip(("tensor", "axis", "old", "new"), row, strict=True)) for row in rows]
+    edits = _edits(decision.widened)
     return {**(_without(decision.widened) or {}), "step": decision.widened_at, "edits": edits}
 
 
-def _without(data: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def _edits(grown: GrownFacts) -> list[Edit]:
+    """Name the columns of the edits, which the event holds as plain rows; a graft edits no tensor."""
+    rows = grown.get("edits", ())
+    return [Edit(tensor=tensor, axis=axis, old=old, new=new) for tensor, axis, old, new in rows]
+
+
+def _without(data: Mapping[str, object] | None) -> dict[str, object] | None:
     return None if data is None else {key: value for key, value in data.items() if key not in _JOIN}

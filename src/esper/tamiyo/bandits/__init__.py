@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from typing import Any, Protocol
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -17,7 +17,7 @@ class Bandit(Protocol):
         """Return the index of the chosen arm and the probability with which it was chosen.
 
         Args:
-            arms: What may be chosen now; names persist between calls.
+            arms: Names of what may be chosen now; they persist between calls.
             priors: (arms,) expected reward before any experience, in [0, 1].
             rng: The policy's own random stream.
         """
@@ -25,8 +25,8 @@ class Bandit(Protocol):
     def learn(self, arm: Hashable, reward: float) -> None:
         """Take in what an arm brought."""
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Mapping[str, object]:
         """Return everything learned, as JSON values."""
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Go on from what was learned."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
-from typing import Any
+from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
+
+from esper.errors import StateError
+from esper.printable import quoted
 
 __all__ = ["UCB"]
 
@@ -39,7 +41,7 @@ class UCB:
         self.pulls[arm] = self.pulls.get(arm, 0) + 1
         self.sums[arm] = self.sums.get(arm, 0.0) + reward
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Mapping[str, object]:
         """Return counts and sums."""
         return {
             "arms": [
@@ -48,8 +50,15 @@ class UCB:
             ]
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take counts and sums back."""
-        rows = [(tuple(arm) if isinstance(arm, list) else arm, n, total) for arm, n, total in state["arms"]]
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Take counts and sums back.
+
+        Raises:
+            StateError: It is not what ``state_dict`` returned.
+        """
+        told = state["arms"]
+        if not isinstance(told, list):
+            raise StateError(f"the bandit's arms are {quoted(told)}; a list of (arm, pulls, sum) is needed")
+        rows = [(tuple(arm) if isinstance(arm, list) else arm, n, total) for arm, n, total in told]
         self.pulls = {arm: n for arm, n, _ in rows}
         self.sums = {arm: total for arm, _, total in rows}

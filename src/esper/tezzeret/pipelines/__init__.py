@@ -37,8 +37,9 @@ class Pipeline(Protocol):
         """Compile.
 
         Args:
-            program: What to compute.
-            example: Device and dtype to compile for, at a typical size; only the channels are fixed.
+            program: Program to compile.
+            example: Input of the device and dtype to compile for, at a typical size, batch first; only
+                the channels are fixed.
 
         Raises:
             CompileError: Torch could not, or would freeze the batch at the example's size.
@@ -68,4 +69,4 @@ def require(pipeline: Pipeline) -> None:
         raise CompileError(f"{pipeline.name} is unavailable: {reason}")
 
 
-PIPELINES = Registry("esper.tezzeret.pipelines", "esper.pipelines")
+PIPELINES: Registry[Pipeline] = Registry("esper.tezzeret.pipelines", "esper.pipelines")

@@ -6,7 +6,7 @@ import io
 import os
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from esper.errors import ConfigError, MissingExtraError, StoreError
@@ -17,6 +17,9 @@ try:
     from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 except ImportError:
     raise MissingExtraError("boto3", "s3", "keeping bytes in an S3 bucket") from None
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 __all__ = ["S3Store"]
 
@@ -39,12 +42,12 @@ class S3Store:
     message. Every request has a time limit and is tried up to four times.
 
     Args:
-        bucket: Its name.
-        prefix: Put before every key, with a slash between.
+        bucket: Name of the bucket.
+        prefix: Text put before every key, with a slash between.
         endpoint: URL of a server that is not Amazon's; None: ``$AWS_ENDPOINT_URL_S3``, or Amazon's.
-        region: None: what boto3 is set up for.
-        conditional: The server knows ``If-Match`` and ``If-None-Match``, so that two writers find out about
-            each other for certain.
+        region: Name of the region; None: what boto3 is set up for.
+        conditional: True where the server knows ``If-Match`` and ``If-None-Match``, so that two writers find
+            out about each other for certain.
 
     Raises:
         ConfigError: The bucket's name, the prefix or the endpoint is not one.
@@ -116,7 +119,7 @@ class S3Store:
     def _put_pieces(self, source: Joined, where: dict[str, str]) -> None:
         """Upload one piece after the other; s3transfer's threads cannot start while the program ends."""
         upload = {**where, "UploadId": self.client.create_multipart_upload(**where)["UploadId"]}
-        pieces: list[dict[str, Any]] = []
+        pieces: list[dict[str, object]] = []
         try:
             while piece := source.read(PIECE):
                 number = len(pieces) + 1
@@ -133,7 +136,7 @@ class S3Store:
         Raises:
             StoreError: The server does not answer, refuses, or knows no conditions.
         """
-        where: dict[str, Any] = {"Bucket": self.bucket, "Key": self.prefix + key}
+        where: dict[str, object] = {"Bucket": self.bucket, "Key": self.prefix + key}
         found = self._try("read", key, lambda: self._read(key))
         if (None if found is None else found[0]) != old:
             return False
@@ -241,7 +244,7 @@ class Joined(io.RawIOBase):
         self.position = max(0, base + offset)
         return self.position
 
-    def readinto(self, buffer: Any) -> int:
+    def readinto(self, buffer: WriteableBuffer) -> int:
         """Fill the buffer; only at the end it stays shorter."""
         target = memoryview(buffer).cast("B")
         done, start = 0, 0

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from esper.contracts import Decision, HealthReport, WidenPlan
+from esper.contracts import ArmFacts, Decision, HealthReport, WidenPlan
 from esper.kasmina.morphable import MorphableModel
 from esper.kasmina.race.survey import Measured
 from esper.saving.genome import Plan
@@ -96,7 +96,7 @@ def decision_of(record: EventRecord, number: int, site: str | None, width: int, 
     at = next((one for one in record.looked if one.site == site), None)
     gain = None if at is None else at.gain
     predicted = None if at is None or gain is None or not at.flops else gain / at.flops
-    arms = tuple({"site": one.site, "width": one.units, "score": one.gain} for one in record.looked)
+    arms = tuple(ArmFacts(site=one.site, width=one.units, score=one.gain) for one in record.looked)
     facts = site, width, None if site is None else "scored", reason, 1.0, predicted, arms
     return Decision(number, record.step, "nothing" if site is None else "widen", *facts)
 
