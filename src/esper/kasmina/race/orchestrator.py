@@ -25,7 +25,7 @@ from esper.kasmina.race.race import Race
 from esper.kasmina.race.schedule import FIELD, Lessons, Step, first
 from esper.kasmina.race.selection import ask, decide, notes, told
 from esper.kasmina.race.survey import Measured, vitals
-from esper.kasmina.race.trial import Given, Timing, Trial, summed, worse
+from esper.kasmina.race.trial import Given, Timing, Trial, step_kernel, summed, worse
 from esper.surgery.isolation.contexts import same_randomness, untouched
 from esper.surgery.isolation.undisturbed import undisturbed
 
@@ -330,20 +330,12 @@ class SeedOrchestrator:
     def train_kernel(self) -> Trial:
         """Step the exposed kernel with the gradients the host's own backward pass left on it."""
         trial = self.trial
-        assert trial is not None and trial.kernel is not None and trial.optimizer is not None
+        assert trial is not None
         self.given.ledger.grow(3 * trial.decision.width * trial.layer.place.site.unit_flops * self.examples)
-        scale = self.given.scale()
-        for parameter in trial.kernel.parameters():
-            if parameter.grad is not None and scale != 1.0:
-                parameter.grad.div_(scale)
-        norm = torch.nn.utils.clip_grad_norm_(trial.kernel.parameters(), 1.0)
-        if bool(torch.isfinite(norm)):
-            self.given.follow(trial.optimizer)
-            trial.optimizer.step()
-        trial.optimizer.zero_grad()
+        norm = step_kernel(trial, self.given)
         if trial.layer.sample is not None:
             # Latency stays in the layout: the same seed tells the same events, on any machine.
-            seen = vitals(self.model.layout, trial.seed, trial.layer.sample, float(norm))
+            seen = vitals(self.model.layout, trial.seed, trial.layer.sample, norm)
             self.tell("vitals", seed=trial.seed, site=trial.decision.site, **seen)
             trial.layer.sample = None
         trial.layer.sampling = self.model.layout.due(self.step + 1)

@@ -102,6 +102,21 @@ class Given:
     deferred: bool = False  # a kernel that has passed waits for commit_waiting()
 
 
+def step_kernel(trial: Trial, given: Given) -> float:
+    """Step an exposed kernel with the gradients that the host's backward pass left; returns their norm."""
+    assert trial.kernel is not None and trial.optimizer is not None
+    scale = given.scale()
+    for parameter in trial.kernel.parameters():
+        if parameter.grad is not None and scale != 1.0:
+            parameter.grad.div_(scale)
+    norm = float(torch.nn.utils.clip_grad_norm_(trial.kernel.parameters(), 1.0))
+    if math.isfinite(norm):
+        given.follow(trial.optimizer)
+        trial.optimizer.step()
+    trial.optimizer.zero_grad()
+    return norm
+
+
 def summed(trial: Trial, model: MorphableModel, ledger: Ledger, kept: bool, reason: str) -> Outcome:
     """Sum up a trial."""
     return Outcome(

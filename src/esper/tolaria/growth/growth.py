@@ -54,6 +54,11 @@ class Growth(Resumable):
         return self.run.events_kept
 
     @property
+    def finished(self) -> bool:
+        """Whether the run is over."""
+        return self.run.finished
+
+    @property
     def growing(self) -> bool:
         """Whether anything may still grow; once it is False the probe may go back to training."""
         return self.loop.growing
