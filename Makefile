@@ -1,7 +1,7 @@
-# demo test lint types layers docs bench ci   (each sets up what it needs, once)
+# demo test lint types layers docs bench mutants ci   (each sets up what it needs, once)
 #   make bench NAME=digits ARGS="--seeds 20"
 #   make setup PYTHON=python3.12 TORCH="torch==2.13.0 --index-url URL"   another interpreter, another build of torch
-.PHONY: setup demo test lint types layers docs bench ci always
+.PHONY: setup demo test lint types layers docs bench mutants ci always
 PYTHON ?= python3
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 BIN := .venv/bin
@@ -21,6 +21,8 @@ docs: .venv/.dev
 	$(BIN)/sphinx-build -W --keep-going -q docs docs/_build
 bench: .venv/.bench
 	$(BIN)/esper bench $(NAME) $(ARGS)
+mutants: .venv/.dev .venv/.bench
+	$(BIN)/esper bench mutants $(ARGS)
 ci:
 	bash .ci/run
 

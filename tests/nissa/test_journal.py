@@ -178,6 +178,14 @@ def test_no_run_names_the_runs_nearby(run: Path) -> None:
         read_events(run.parent / "rnu")
 
 
+def test_no_more_than_five_runs_are_named(tmp_path: Path) -> None:
+    for index in range(7):
+        RunJournal(tmp_path / f"run{index}").close()
+    with pytest.raises(RunError) as told:
+        read_events(tmp_path)
+    assert str(told.value).endswith(f": {', '.join(f'{tmp_path}/run{index}' for index in range(5))}")
+
+
 @pytest.mark.parametrize(
     ("data", "complaint"),
     [
@@ -202,39 +210,87 @@ def test_a_closed_journal_says_so(tmp_path: Path) -> None:
         journal(Event("warning", 0, {"message": ""}))
 
 
-def test_a_full_disk_is_waited_for_and_told_once(
-    tmp_path: Path,
-) -> None:
-    if not Path("/dev/full").exists():
-        pytest.skip("no /dev/full on this system")
-    journal = RunJournal(tmp_path)
-    disk, journal._file = journal._file, open("/dev/full", "ab", buffering=0)  # noqa: SIM115 (closed below)
-    with pytest.warns(RuntimeWarning, match="training goes on and events wait in memory"):
-        journal(Event("warning", 0, {"message": "one"}))
-    journal(Event("warning", 1, {"message": "two"}))  # the second says nothing: it would be an error here
-    journal._file.close()
-    journal._file = disk  # there is room again
-    journal(Event("warning", 2, {"message": "three"}))
-    journal.close()
-    assert [event.data["message"] for event in read_events(tmp_path)] == ["one", "two", "three"]
+class Disk:
+    """Puts a device that is always full in the place of a journal's file, and the file back."""
+
+    def __init__(self, journal: RunJournal) -> None:
+        if not Path("/dev/full").exists():
+            pytest.skip("no /dev/full on this system")
+        self.journal, self.file = journal, journal._file
+
+    def fills_up(self) -> None:
+        self.journal._file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115 (closed below)
+
+    def has_room(self) -> None:
+        self.journal._file.close()
+        self.journal._file = self.file
 
 
-def test_what_waits_too_long_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not Path("/dev/full").exists():
-        pytest.skip("no /dev/full on this system")
-    monkeypatch.setattr("esper.nissa.run.journal.PATIENCE", 20)
+def warning(message: str, time: float = 0.0) -> Event:
+    return Event("warning", 0, {"message": message}, time)
+
+
+def test_a_full_disk_is_waited_for_and_told_once_at_the_callers_line(tmp_path: Path) -> None:
     journal = RunJournal(tmp_path)
-    journal._file.close()
-    journal._file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115 (closed below)
+    disk = Disk(journal)
+    for begun in (0, 3):  # told again when it is full again
+        disk.fills_up()
+        with pytest.warns(RuntimeWarning, match="training goes on and events wait in memory") as told:
+            journal(warning(str(begun)))
+        assert told[0].filename == __file__
+        journal(warning(str(begun + 1)))  # says nothing: it would be an error here
+        disk.has_room()
+        journal(warning(str(begun + 2)))
+    disk.fills_up()
+    with pytest.warns(RuntimeWarning):
+        journal(warning("6"))
+    disk.has_room()
+    journal.close()  # what waits is written now
+    assert [event.data["message"] for event in read_events(tmp_path)] == list("0123456")
+
+
+def test_more_than_64_mib_that_wait_are_an_error(tmp_path: Path) -> None:
+    journal = RunJournal(tmp_path)
+    disk = Disk(journal)
+    disk.fills_up()
+    with pytest.warns(RuntimeWarning, match="training goes on"):
+        journal(warning("x" * (64 * 2**20 - len(encode(warning(""))))))
     with pytest.raises(RunError, match="free space and resume"):
-        journal(Event("warning", 0, {"message": ""}))
+        journal(warning(""))
     journal.close()
+    journal.close()  # a second time is nothing
+    disk.file.close()
+
+
+@pytest.mark.parametrize("before", [[], ["mine"]])
+def test_what_did_not_begin_leaves_the_folder_as_it_was(tmp_path: Path, before: list[str]) -> None:
+    run = tmp_path / "run"
+    if before:
+        with RunJournal(run) as journal:
+            journal(warning(before[0]))
+    journal = RunJournal(run)
+    journal(warning("begun"))
+    disk = Disk(journal)
+    disk.fills_up()
+    with pytest.warns(RuntimeWarning):
+        journal(warning("waits"))
+    disk.has_room()
+    journal.take_back()
+    assert run.exists() is bool(before)
+    assert [event.data["message"] for event in known_events(run)] == before
+    RunJournal(run).close()  # it is free again
 
 
 def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="choose another run_dir"):
         RunJournal(tmp_path / "file")
+
+
+@pytest.mark.skipif(not Path("/sys/kernel").is_dir(), reason="no /sys here")
+def test_why_a_folder_cannot_be_made_is_told() -> None:
+    with pytest.raises(RunError, match=r"Operation not permitted|Permission denied|Read-only file system"):
+        RunJournal("/sys/esper/run")
 
 
 @pytest.mark.parametrize("place", [None, 3, ["run"], b"run", "a\0b", object()])
@@ -297,10 +353,11 @@ def test_damaged_last_lines_are_stepped_over_and_told(tmp_path: Path, spoilt: by
     *sound, told = read_events(tmp_path)
     assert sound == events
     assert "left out" in told.data["message"]
+    assert told.step == 2  # that of the last whole event
     with RunJournal(tmp_path) as journal:
         journal(Event("warning", 3, {"message": "on"}))
     *sound, told, last = read_events(tmp_path)
-    assert (sound, last.data["message"]) == (events, "on")
+    assert (sound, told.step, last.data["message"]) == (events, 2, "on")
     assert f"({len(spoilt)} bytes) and left out" in told.data["message"]
 
 

@@ -50,6 +50,7 @@ def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path: Path, h
 
 def test_a_second_one_in_the_same_process_is_refused_until_the_first_is_closed(tmp_path: Path) -> None:
     first = RunJournal(tmp_path)
+    first(Event("warning", 3, {"message": "it goes on"}))
     with pytest.raises(RunError, match=r"in use by this process, since 20.*; finish\(\) or close\(\)"):
         RunJournal(tmp_path)
     first.close()
@@ -88,8 +89,12 @@ def test_what_a_lease_says_may_be_damaged(tmp_path: Path) -> None:
 def test_a_link_in_the_lease_s_place_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("mine")
     (tmp_path / LEASE_FILE).symlink_to(tmp_path / "mine")
-    with pytest.warns(RuntimeWarning, match="cannot lock the run folder"):
-        RunJournal(tmp_path).close()
+    with pytest.warns(RuntimeWarning, match="cannot lock the run folder") as told:
+        journal = RunJournal(tmp_path)
+    assert told[0].filename == __file__
+    facts = ("parameters", "flops", "training_flops", "growth_flops", "seconds", "grown")
+    journal(Event("run_finished", 3, dict.fromkeys(facts, 0)))
+    journal.close()
     assert (tmp_path / "mine").read_text() == "mine"
 
 

@@ -17,8 +17,8 @@ from esper.tamiyo.selector import OFF_SHARE, STARTS, Arm, SeedSelector, fitted
 SHARES = (0.5, 1.0, 2.0)
 
 
-def site(name: str, granularity: int = 1) -> Site:
-    return Site(name, "pair", name, name, (), 4, granularity, 10, 20)
+def site(name: str, granularity: int = 1, kind: str = "pair") -> Site:
+    return Site(name, kind, name, name, (), 4, granularity, 10, 20)
 
 
 def report(name: str, improvement: float | None) -> HealthReport:
@@ -34,7 +34,7 @@ def arms(
         {n: given.get(key, default) for n in names}
         for key, default in (("cost", 0.1), ("units", 8.0), ("room", 100))
     )
-    sites = [site(n, given.get("granularity", 1)) for n in names]
+    sites = [site(n, given.get("granularity", 1), given.get("kind", "pair")) for n in names]
     return selector.arms(sites, {n: report(n, v) for n, v in improvements.items()}, costs, units, room)
 
 
@@ -50,7 +50,21 @@ def test_priors_follow_improvement_then_width_then_start() -> None:
     assert priors["a", 8, "mixed"] == 1.0
     assert priors["b", 8, "mixed"] == 0.5
     assert priors["a", 4, "mixed"] == priors["a", 16, "mixed"] == OFF_SHARE
-    assert priors["a", 8, "random"] == STARTS["random"] < priors["a", 8, "svd"] < 1
+    assert 0 < priors["a", 8, "random"] == STARTS["random"] < priors["a", 8, "svd"] < 1
+
+
+def test_where_all_fails_the_even_width_is_left_for_its_neighbours_before_random_starts() -> None:
+    selector, tried = SeedSelector(UCB(), SHARES), []
+    for _ in range(4):
+        arm, _ = selector.choose(arms({"a": 1.0}, selector), np.random.default_rng(0))
+        selector.learn(arm, kept=False, reward=0.0)
+        tried.append((arm.share, arm.start))
+    assert tried == [(1.0, "mixed"), (1.0, "svd"), (0.5, "mixed"), (2.0, "mixed")]
+
+
+def test_a_blueprint_s_units_are_drawn_at_random_and_lose_no_worth_by_it() -> None:
+    made = {(a.width, a.start): a.prior for a in arms({"a": 1.0}, kind="module")}
+    assert made == {(8, "random"): 1.0, (4, "random"): OFF_SHARE, (16, "random"): OFF_SHARE}
 
 
 def test_improvement_counts_per_share_of_the_budget() -> None:
@@ -67,12 +81,18 @@ def test_improvement_counts_per_share_of_the_budget() -> None:
 def test_an_unknown_improvement_blocks_the_site_and_no_other(unknown: float | None) -> None:
     assert {a.site for a in arms({"a": unknown, "b": 0.1})} == {"b"}
     assert arms({"a": unknown}) == []
+    costs, units, room = {"b": 0.1}, {"b": 8.0}, {"b": 100}  # and so does no report at all
+    made = SeedSelector(UCB(), SHARES).arms(
+        [site("a"), site("b")], {"b": report("b", 1.0)}, costs, units, room
+    )
+    assert {a.site for a in made} == {"b"}
 
 
 def test_without_improvement_or_room_there_is_no_arm() -> None:
     assert arms({"a": 0.0, "b": 0.0}) == []
     assert arms({"a": 1.0}, room=0) == []
     assert arms({"a": 1.0}, room=3, granularity=4) == []
+    assert {a.width for a in arms({"a": 1.0}, room=4, granularity=4)} == {4}
 
 
 def test_widths_that_come_to_the_same_are_one_arm_with_the_share_nearest_to_one() -> None:
@@ -85,14 +105,18 @@ def test_a_site_that_failed_falls_behind_one_that_was_kept() -> None:
     first = arms({"a": 1.0, "b": 0.9}, selector)
     chosen, propensity = selector.choose(first, np.random.default_rng(0))
     assert (chosen.site, chosen.width, chosen.start, propensity) == ("a", 8, "mixed", 1.0)
-    selector.learn(chosen, kept=False, reward=0.0)
+    assert selector.experience("a") == 1.0
+    selector.learn(chosen, kept=False, reward=0.25)
     assert selector.experience("a") == 0.5
+    assert selector.bandit.state_dict() == {"arms": [[["a", 1.0, "mixed"], 1, 0.25]]}
     again, _ = selector.choose(arms({"a": 1.0, "b": 0.9}, selector), np.random.default_rng(0))
     assert again.site == "b"
     selector.learn(again, kept=True, reward=1.0)
     assert selector.experience("b") == 1.0
+    selector.learn(again, kept=False, reward=0.0)
+    assert selector.experience("b") == 2 / 3
     scores = {a.site: a.score for a in arms({"a": 1.0, "b": 0.9}, selector)}
-    assert scores["b"] > scores["a"]
+    assert scores == pytest.approx({"a": 1.0 / 0.1 / 2, "b": 0.9 / 0.1 * 2 / 3})
 
 
 def test_what_was_learned_survives_json() -> None:

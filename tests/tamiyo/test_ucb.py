@@ -39,6 +39,24 @@ def test_it_finds_the_best_arm_and_mostly_stays_with_it() -> None:
     assert set(chosen) == {0, 1, 2}
 
 
+@pytest.mark.parametrize(
+    ("given", "even"),
+    [
+        ({"exploration": 1.0}, 0.4745),  # 1/2 + √(ln 5 / 4) = reward / 2 + √(ln 5 / 2), by hand
+        ({}, 0.8949),  # 1/2 + 0.2 √(ln 5 / 4) = reward / 2 + 0.2 √(ln 5 / 2)
+    ],
+)
+def test_the_bound_is_ucb1_s_with_a_prior_that_counts_as_one_pull(
+    given: dict[str, float], even: float
+) -> None:
+    for reward, best in ((even - 0.001, 0), (even + 0.001, 1)):
+        bandit = UCB(**given)
+        for _ in range(3):
+            bandit.learn("often", 0.5)
+        bandit.learn("once", reward)
+        assert bandit.choose(["often", "once"], np.array([0.5, 0.0]), RNG)[0] == best
+
+
 def test_more_exploration_visits_more() -> None:
     def visits(exploration: float) -> int:
         bandit = UCB(exploration)
@@ -61,7 +79,9 @@ def test_what_was_learned_survives_json() -> None:
     bandit, other = UCB(), UCB()
     for reward, arm in enumerate([*ARMS, ARMS[0], "plain"]):
         bandit.learn(arm, reward / 5)
-    other.load_state_dict(json.loads(json.dumps(bandit.state_dict())))
+    state = bandit.state_dict()
+    assert json.loads(json.dumps(state)) == state
+    other.load_state_dict(state)
     assert (other.pulls, other.sums) == (bandit.pulls, bandit.sums)
 
 

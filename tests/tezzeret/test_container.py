@@ -162,6 +162,23 @@ def test_what_was_sealed_comes_back() -> None:
     assert open_sealed(seal(bare, KEY), KEY) == bare
 
 
+def test_the_largest_and_smallest_that_may_be_come_back() -> None:
+    def made(**changes: Any) -> Kernel:
+        one = make(**changes)
+        known = kernel_id(GRAPH, SIGNATURE, one.hidden, one.seed, "export", one.toolchain)
+        return replace(one, id=known)
+
+    room = (4 << 20) - len(canonical(split(seal(make(report={"log": ""}), KEY))[0]))
+    for kernel in (
+        made(hidden=0, seed=-(1 << 63)),
+        made(hidden=(1 << 31) - 1, seed=(1 << 64) - 1, toolchain="x" * 1024),
+        make(report={"log": "x" * room}),  # a manifest of 4 MiB
+    ):
+        assert open_sealed(seal(kernel, KEY), KEY) == kernel
+    with pytest.raises(KernelError, match="too large"):
+        seal(make(report={"log": "x" * (room + 1)}), KEY)
+
+
 def test_it_has_the_layout_that_is_documented() -> None:
     manifest, parts = split(SOUND)
     assert assemble(canonical(manifest), parts) == SOUND
@@ -187,6 +204,10 @@ UNSIGNED: dict[str, tuple[bytes, str]] = {
     "a flag nobody defined": (spliced(10, b"\x00\x01"), r"format version 1\.1"),
     "an oversize manifest": (spliced(12, b"\xff\xff\xff\xff"), "oversize"),
     "oversize parts": (spliced(16, b"\xff" * 8), "oversize"),
+    "a manifest one byte too large": (spliced(12, struct.pack(">I", (4 << 20) + 1)), "oversize"),
+    "a manifest that is just not too large": (spliced(12, struct.pack(">I", 4 << 20)), "length fields"),
+    "parts one byte too large": (spliced(16, struct.pack(">Q", (512 << 20) + 1)), "oversize"),
+    "parts that are just not too large": (spliced(16, struct.pack(">Q", 512 << 20)), "length fields"),
     "a length field one too large": (
         spliced(16, struct.pack(">Q", len(split(SOUND)[1]) + 1)),
         "length fields",
@@ -240,6 +261,9 @@ SIGNED: dict[str, tuple[bytes, str]] = {
     "one for true": (described(published=1), "published is not a bool"),
     "a negative width": (described(hidden=-1), "out of range"),
     "a seed out of range": (described(seed=1 << 64), "out of range"),
+    "a seed below the range": (described(seed=-(1 << 63) - 1), "out of range"),
+    "a width out of range": (described(hidden=1 << 31), "out of range"),
+    "a long toolchain": (described(toolchain="x" * 1025), "line of text"),
     "a pipeline that is a path": (described(pipeline="../eager"), "pipeline named"),
     "a toolchain that moves the cursor": (described(toolchain="torch\x1b[2J"), "line of text"),
     "zip-slip in a part's name": (named("../../etc/cron.d/x"), "part named"),
@@ -273,6 +297,14 @@ SIGNED: dict[str, tuple[bytes, str]] = {
         "where the one before it ends",
     ),
     "a part past the end": (altered(set_part(1, size=1 << 39)), "past the end"),
+    "a part one byte past the end": (
+        altered(set_part(1, size=len(KERNEL.variants["export"]) + 1)),
+        "past the end",
+    ),
+    "variants in another order": (
+        with_parts(weights=KERNEL.weights, variant__export=archive("a"), variant__aoti=archive("a")),
+        "parts must be",
+    ),
     "an offset of 2⁶⁴": (altered(set_part(1, offset=1 << 64)), "where the one before it ends"),
     "an offset that is true": (altered(set_part(0, offset=False)), "where the one before it ends"),
     "bytes of no part": (altered(lambda m: m["parts"].pop()), "belong to no part"),
@@ -298,6 +330,7 @@ SIGNED: dict[str, tuple[bytes, str]] = {
     "negative channels": (shaped(inputs=-4), "channels"),
     "a stride of words": (shaped(stride=["1", "1"]), "geometry"),
     "a stride of ten axes": (shaped(stride=[1] * 10), "geometry"),
+    "a stride of four axes": (shaped(stride=[1] * 4), "geometry"),
 }
 
 

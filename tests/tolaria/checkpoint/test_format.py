@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 import json
+import math
+import random
 import shutil
+import zlib
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from esper.checkpoint.format.manifest import MANIFEST, PARTS, canonical, damage, digest
+from esper.checkpoint.format.manifest import (
+    MANIFEST,
+    PARTS,
+    TENSORS,
+    canonical,
+    damage,
+    digest,
+    inflated,
+    name_of,
+    numbers,
+    safetensors_chunks,
+    step_of,
+)
 from esper.checkpoint.format.reader import newest, read, sound, sound_among
 from esper.errors import CheckpointError, StateError, StoreError
 from esper.storage.folder import FolderStorage
@@ -59,14 +76,32 @@ def resealed(facts: dict[str, Any], **changes: Any) -> bytes:
     return canonical({**facts, "digest": digest([canonical(facts)])})
 
 
+PART = {"size": 1, "sha256": "0" * 64}
+ODD_PARTS: list[Any] = [
+    "x",
+    {**PART, "more": 1},
+    {"size": 1},
+    {**PART, "size": -1},
+    {**PART, "size": True},
+    {**PART, "sha256": 1},
+    {**PART, "sha256": "0" * 63},
+    {**PART, "sha256": "0" * 65},
+    {**PART, "sha256": "A" * 64},
+]
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
         ({"format": 2}, r"format version 2, this Esper reads version 1: update esper-morph"),
         ({"format": None}, "format version None"),
+        ({"format": True}, "format version True"),
+        ({"format": 1.0}, r"format version 1\.0"),
         ({"step": 43}, "holds the checkpoint of step 43: it was moved or swapped"),
         ({"more": 1}, "other fields"),
         ({"parts": {}}, "other parts"),
+        ({"parts": []}, "other fields"),
+        *(({"parts": dict.fromkeys(PARTS, odd)}, "other parts") for odd in ODD_PARTS),
     ],
 )
 def test_manifests_of_another_kind_are_refused(changes: dict[str, Any], reason: str) -> None:
@@ -75,6 +110,107 @@ def test_manifests_of_another_kind_are_refused(changes: dict[str, Any], reason: 
     kept[MANIFEST] = resealed(json.loads(kept[MANIFEST]), **changes)
     with pytest.raises(StateError, match=reason):
         read(storage, NAMES[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [
+        ("step-00000000", 0),
+        ("step-00000123", 123),
+        ("step-123456789", 123456789),
+        ("step-000000123", None),
+        ("step-123", None),
+        ("step-00000123-shard", None),
+    ],
+)
+def test_only_the_name_a_step_is_given_says_which_it_is(name: str, step: int | None) -> None:
+    assert step_of(name) == step
+    assert step is None or name_of(step) == name
+
+
+@pytest.mark.parametrize("text", [b"", b"[]", b"x"])
+def test_a_manifest_that_is_no_object_is_damaged(text: bytes) -> None:
+    storage = golden()
+    storage.kept[NAMES[0]][MANIFEST] = text
+    with pytest.raises(CheckpointError, match=f"{NAMES[0]}: {MANIFEST} is damaged: it is not"):
+        read(storage, NAMES[0])
+
+
+def test_metrics_are_numbers_or_unknown() -> None:
+    given = {"a": 1, "b": torch.tensor(2.5, requires_grad=True), "c": math.nan, 3: -math.inf, "d": "x"}
+    found, strange = numbers({**given, "e": torch.ones(2), "f": 10**400})
+    assert found == {"a": 1.0, "b": 2.5, "c": None, "3": None, "d": None, "e": None, "f": None}
+    assert [line.split("'")[1] for line in strange] == ["d", "e", "f"]
+    found, (line,) = numbers([1])
+    assert (found, line[:15]) == ({}, "metrics are [1]")
+
+
+def test_every_tensor_lies_at_a_multiple_of_its_numbers_size() -> None:
+    """Whoever maps the file reads it in place."""
+    tensors = {
+        "a": torch.ones(3, dtype=torch.uint8),
+        "b": torch.ones(2, dtype=torch.float64),
+        "c": torch.ones(1),
+    }
+    content = b"".join(safetensors_chunks(tensors))
+    begin = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:begin])
+    for name, tensor in tensors.items():
+        assert (begin + header[name]["data_offsets"][0]) % tensor.itemsize == 0
+        assert torch.equal(safetensors.torch.load(content)[name], tensor)
+
+
+def of_ratio(ratio: float) -> bytes:
+    """A text of some megabytes that is so many times as long as what it is compressed to."""
+    noise = random.Random(0).randbytes(100_000)
+    size = len(noise)
+    for _ in range(5):
+        text = noise + b" " * (size - len(noise))
+        size = int(ratio * len(zlib.compress(text, 1)))
+    return text
+
+
+@pytest.mark.parametrize(
+    ("text", "level", "reason"),
+    [
+        (b" " * (1 << 20), 1, None),  # a small part: 1 MiB
+        (b" " * ((1 << 20) + 1), 1, f"becomes over {1 << 20} bytes"),
+        (of_ratio(31.9), 1, None),  # a large one: 32 times its size
+        (of_ratio(32.1), 1, "becomes over"),
+        (b"," * (1 << 24), 0, None),  # and 16 Mi values
+        (b"," * (1 << 24) + b"[", 0, "values"),
+        (b"[" * (1 << 24) + b"{", 0, "values"),
+        (b"{" * (1 << 24) + b",", 0, "values"),
+    ],
+    ids=["small", "small+1", "large", "larger", "most", "one more list", "one more object", "one more"],
+)
+def test_a_state_becomes_no_more_than_memory_should_hold(text: bytes, level: int, reason: str | None) -> None:
+    content = zlib.compress(text, level)
+    if reason is None:
+        assert inflated(content, "it") == text
+    else:
+        with pytest.raises(CheckpointError, match=rf"it: state\.json\.zlib .*{reason}"):
+            inflated(content, "it")
+
+
+@pytest.mark.parametrize("content", [b"plain", zlib.compress(b"{}")[:-1], zlib.compress(b"{}") + b"x", b""])
+def test_a_state_is_one_whole_stream(content: bytes) -> None:
+    said = "is not in the format it claims" if content == b"plain" else "is cut short"
+    with pytest.raises(CheckpointError, match=f"it.* {said}"):
+        inflated(content, "it")
+
+
+def test_shards_are_looked_at_too() -> None:
+    storage, content = golden(), b"of one process"
+    shard = {"name": "shard-0", "size": len(content), "sha256": digest([content])}
+    kept = storage.kept[NAMES[0]]
+    kept[MANIFEST] = resealed(json.loads(kept[MANIFEST]), summary={"shards": [shard]})
+    assert [name for name, _ in damage(storage, NAMES[0])] == ["shard-0"]  # it is missing
+    storage.put("shard-0", {TENSORS: [content]})
+    assert not list(damage(storage, NAMES[0]))
+    for spoilt in (content + b"!", content[:-1] + b"!"):
+        storage.put("shard-0", {TENSORS: [spoilt]})
+        assert [name for name, _ in damage(storage, NAMES[0])] == ["shard-0"]
 
 
 def test_nobody_steps_back_past_a_version_to_come() -> None:
@@ -145,6 +281,18 @@ def test_all_damage_is_refused_and_stepped_over(part: str, damaged: tuple[str, A
     assert found is not None
     assert found.manifest.name == NAMES[0]
     assert len(told) == 1
+
+
+def test_how_a_part_is_damaged_is_told() -> None:
+    storage = golden()
+    kept = storage.kept[NAMES[0]]
+    whole = kept[TENSORS]
+    for spoilt, said in (
+        (whole[:-1], f"it has {len(whole) - 1} bytes, the manifest says {len(whole)}"),
+        (flipped(whole, 99, 0), "its SHA-256 digest is another"),
+    ):
+        kept[TENSORS] = spoilt
+        assert list(damage(storage, NAMES[0])) == [(TENSORS, f"{NAMES[0]}: {TENSORS} is damaged: {said}")]
 
 
 def test_whole_checkpoints_that_were_swapped_are_refused() -> None:

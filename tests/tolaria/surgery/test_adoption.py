@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, Muon, Optimizer, SparseAdam
+from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, Muon, Optimizer, Rprop, SparseAdam
 
 from esper.errors import OptimizerError, SurgeryError
-from esper.surgery.optimizers.adoption import adopt, donor_group, home, refuse_homeless
+from esper.surgery.optimizers.adoption import adopt, donor_group, home, let_go, own_home, refuse_homeless
 
 Groups = list[dict[str, Any]]
 
@@ -73,6 +73,31 @@ def test_beside_a_layer_without_a_bias_a_vector_joins_that_layer_s_own_group(
     groups = [{"params": [host.embed.weight], "lr": 0.01}, *decayed(host.fc1, host.fc2, host.norm)]
     optimizer = SGD(groups, lr=0.1)
     adopt({"main": optimizer}, [host.embed], branch, None)
+    assert members(optimizer, 0)[-2:] == [id(branch.weight), id(branch.bias)]
+
+
+def test_a_group_that_trains_the_place_among_others_comes_before_one_of_its_sort(
+    host: Any, branch: Branch
+) -> None:
+    groups = [{"params": list(host.norm.parameters())}, {"params": [host.fc1.weight, host.embed.weight]}]
+    optimizer = SGD([*groups, {"params": list(host.fc2.parameters())}], lr=0.1)
+    assert home({"main": optimizer}, [host.embed], branch.bias) == (optimizer, 1)
+
+
+class OfAModel(Adagrad):
+    """A user's own, made in another way."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("make", [OfAModel, lambda model: Rprop(model.parameters(), lr=0.1)])
+def test_a_newcomer_may_be_without_state_until_its_first_step(
+    host: Any, branch: Branch, make: Callable[[nn.Module], Optimizer]
+) -> None:
+    optimizer = make(host)
+    adopt({"main": optimizer}, [host.fc1], branch, None)
+    assert branch.weight not in optimizer.state
     assert members(optimizer, 0)[-2:] == [id(branch.weight), id(branch.bias)]
 
 
@@ -193,3 +218,87 @@ def test_a_newcomer_without_state_is_born_as_its_group_says(host: Any, branch: B
     assert optimizer.state[branch.weight]["sum"].eq(0.5).all()
     undo()
     assert branch.weight not in optimizer.state
+
+
+def test_what_is_let_go_leaves_groups_names_and_state(host: Any) -> None:
+    optimizer = Adam([{"params": list(m.named_parameters())} for m in (host.fc1, host.fc2)])
+    other = SGD(host.norm.parameters(), lr=0.1, momentum=0.9)
+    train(host, optimizer, other)
+    held = [group["params"] for group in optimizer.param_groups]
+    assert let_go({"main": optimizer, "other": other}, host.fc1) == []
+    assert [members(optimizer, index) for index in (0, 1)] == [[], [id(p) for p in host.fc2.parameters()]]
+    assert [group["param_names"] for group in optimizer.param_groups] == [[], ["weight", "bias"]]
+    assert all(group["params"] is own for group, own in zip(optimizer.param_groups, held, strict=True))
+    assert set(optimizer.state) == set(host.fc2.parameters())
+    assert members(other, 0) == [id(p) for p in host.norm.parameters()]
+    assert set(other.state) == set(host.norm.parameters())
+
+
+def test_a_history_is_lost_only_with_what_it_spans(host: Any) -> None:
+    def closure() -> torch.Tensor:
+        loss = host(torch.ones(16, 4)).square().mean()
+        loss.backward()
+        return loss
+
+    optimizer = LBFGS([*host.fc1.parameters(), *host.norm.parameters()], lr=0.1, max_iter=3)
+    assert let_go({"big": optimizer}, nn.Linear(2, 2)) == []
+    optimizer.step(closure)
+    (state,) = optimizer.state.values()
+    assert "old_dirs" in state
+    assert let_go({"big": optimizer}, host.fc2) == []
+    assert "old_dirs" in state
+    assert let_go({"big": optimizer}, host.norm) == [
+        "LBFGS 'big': its history spans all parameters at once; it starts anew with the grown ones"
+    ]
+    assert "old_dirs" not in state
+    assert members(optimizer, 0) == [id(p) for p in host.fc1.parameters()]
+    assert let_go({"big": LBFGS(host.parameters())}, host.norm) == []  # it had none yet
+
+
+def test_parameters_that_are_like_others_join_their_groups(host: Any, branch: Branch) -> None:
+    groups = [{"params": [p]} for p in host.parameters()]
+    optimizer, other = SGD(groups[:2], lr=0.1), SGD(groups[2:], lr=0.1)
+    named = {"main": optimizer, "other": other}
+    like = {"weight": host.fc1.bias, "bias": host.norm.bias}
+    assert own_home(named, host.fc1.bias) == (optimizer, 1)
+    assert own_home(named, host.norm.bias) == (other, 1)
+    assert own_home(named, None) is None
+    undo = adopt(named, [host.fc2], branch, None, like=like)
+    assert members(optimizer, 1) == [id(host.fc1.bias), id(branch.weight)]
+    assert members(other, 1) == [id(host.norm.bias), id(branch.bias)]
+    undo()
+    assert members(optimizer, 1) == [id(host.fc1.bias)]
+
+
+def test_what_is_frozen_as_its_like_is_not_trained_and_nothing_else_is_left_out(
+    host: Any, branch: Branch
+) -> None:
+    optimizer = SGD(host.fc1.parameters(), lr=0.1)
+    branch.weight.requires_grad_(False)
+    adopt({"main": optimizer}, [host.fc1], branch, None, like={"weight": host.fc2.weight})
+    assert members(optimizer, 0)[2:] == [id(branch.bias)]
+    second = Branch()
+    second.weight.requires_grad_(False)  # without a like it is the caller's wish
+    adopt({"main": optimizer}, [host.fc1], second, None)
+    assert members(optimizer, 0)[3:] == [id(second.weight), id(second.bias)]
+
+
+@pytest.mark.parametrize(("fused", "trained"), [(True, False), (False, True)])
+def test_momentum_is_made_up_only_where_fused_sgd_would_raise(
+    host: Any, branch: Branch, fused: bool, trained: bool
+) -> None:
+    optimizer = SGD(host.parameters(), lr=0.1, momentum=0.9, fused=fused)
+    if trained:
+        train(host, optimizer)
+    adopt({"main": optimizer}, [host.fc1], branch, None)
+    assert branch.weight not in optimizer.state
+
+
+def test_fused_momentum_that_was_learned_is_kept(host: Any, branch: Branch) -> None:
+    optimizer, own = (SGD(m.parameters(), lr=0.1, momentum=0.9, fused=True) for m in (host, branch))
+    train(host, optimizer)
+    train(branch, own)
+    learned = own.state[branch.weight]["momentum_buffer"].clone()
+    adopt({"main": optimizer}, [host.fc1], branch, own)
+    assert torch.equal(optimizer.state[branch.weight]["momentum_buffer"], learned)
+    assert learned.any()

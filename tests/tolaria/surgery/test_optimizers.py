@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from torch.optim import SGD, Adagrad, Adam, Optimizer, Rprop
+from torch import Tensor, nn
+from torch.optim import ASGD, SGD, Adagrad, Adam, Optimizer, Rprop
 
+from esper.contracts import WidenEdit, WidenPlan
 from esper.errors import SurgeryError
 from esper.surgery.optimizers.widening import widen_state
-from esper.surgery.widen_layers import Widened, widen
+from esper.surgery.widen_layers import Change, Widened, widen
 
 
 def train(model: nn.Module, *optimizers: Optimizer, steps: int = 3) -> None:
@@ -110,6 +111,19 @@ def test_a_parameter_that_changed_identity_is_followed(host: nn.Module, grow: Ca
     assert blocker() is old
 
 
+def test_a_parameter_that_changed_identity_before_the_first_step_is_followed(
+    host: nn.Module, grow: Callable
+) -> None:
+    optimizer = Adam(host.parameters())
+    blocker = weakref.ref(host.fc1.weight)
+    widened = grow(host)
+    assert [change.edit.name for change in widened.replaced] == ["fc1.weight"]
+    widen_state({"main": optimizer}, widened.changes)
+    assert [id(p) for p in optimizer.param_groups[0]["params"]] == [id(p) for p in host.parameters()]
+    assert not optimizer.state
+    assert blocker() is not host.fc1.weight
+
+
 def test_before_the_first_step_there_is_nothing_to_widen(host: nn.Module, grow: Callable) -> None:
     optimizer = Adam(host.parameters())
     widen_state({"main": optimizer}, grow(host).changes)
@@ -173,3 +187,106 @@ def test_state_of_an_unknown_shape_is_refused_before_anything_changes(
     assert known.state[host.fc1.weight]["exp_avg"].shape == (3, 4)
     widened.undo()
     train(host, known, unknown)
+
+
+class Slow(SGD):
+    """Keeps a copy of the weights, as look-ahead does, and a count in a tensor of one number."""
+
+    def step(self, closure: Any = None) -> None:
+        super().step(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["slow"] = p.detach().clone()
+                self.state[p]["seen"] = torch.full((1,), 7.0)
+
+
+PLAN = WidenPlan(  # six rows in two chunks, as a fused layer has them, then a column; then a bias of one
+    "fused",
+    2,
+    (
+        WidenEdit("0.weight", 0, 6, 8, "", chunks=2),
+        WidenEdit("0.weight", 1, 4, 5, ""),
+        WidenEdit("1.bias", 0, 1, 3, ""),
+    ),
+    (),
+)
+
+
+def fused(
+    make: Callable[..., Optimizer],
+) -> tuple[nn.Module, Optimizer, dict[str, Tensor], tuple[Change, ...]]:
+    """Widen two axes of one weight; returns also its state from before."""
+    model = nn.Sequential(nn.Linear(4, 6, bias=False), nn.Linear(6, 1))
+    optimizer = make(model.parameters())
+    for _ in range(2):
+        model(torch.randn(16, 4)).square().mean().backward()
+        optimizer.step()
+    before = copy.deepcopy(optimizer.state[model[0].weight])
+    slices = {"0.weight": torch.rand(2, 4), "0.weight@1": torch.rand(8, 1), "1.bias": torch.rand(2)}
+    return model, optimizer, before, widen(model, PLAN, slices).changes
+
+
+def put_together(old: Tensor, rows: Tensor, column: Tensor) -> Tensor:
+    """Old rows, a new one behind each half of them; then the column."""
+    return torch.cat([torch.cat([old[:3], rows[:1], old[3:], rows[1:]]), column], 1)
+
+
+def test_chunks_and_both_axes_are_filled_where_they_lie() -> None:
+    model, optimizer, before, changes = fused(Adam)
+    assert widen_state({"main": optimizer}, changes) == []
+    zeros = torch.zeros(2, 4), torch.zeros(8, 1)
+    for key in ("exp_avg", "exp_avg_sq"):
+        assert torch.equal(optimizer.state[model[0].weight][key], put_together(before[key], *zeros))
+    assert optimizer.state[model[1].bias]["exp_avg"][1:].tolist() == [0.0, 0.0]
+
+
+def test_the_mean_is_that_of_a_chunk() -> None:
+    model, optimizer, before, changes = fused(Adam)
+    widen_state({"main": optimizer}, changes, "mean")
+    old = before["exp_avg"]
+    rows = torch.stack([old[:3].mean(0), old[3:].mean(0)])
+    column = put_together(old, rows, torch.zeros(8, 0)).mean(1, keepdim=True)
+    torch.testing.assert_close(
+        optimizer.state[model[0].weight]["exp_avg"], put_together(old, rows, column), rtol=0, atol=0
+    )
+
+
+def test_a_seed_s_state_is_found_by_the_slice_s_key() -> None:
+    model, optimizer, before, changes = fused(lambda ps: SGD(ps, lr=0.1, momentum=0.9))
+    learned = {"0.weight": torch.rand(2, 4), "0.weight@1": torch.rand(8, 1), "1.bias": torch.rand(2)}
+    donor = {key: {"momentum_buffer": value} for key, value in learned.items()}
+    assert widen_state({"main": optimizer}, changes, "seed", donor) == []
+    found = optimizer.state[model[0].weight]["momentum_buffer"]
+    whole = put_together(before["momentum_buffer"], learned["0.weight"], learned["0.weight@1"])
+    assert torch.equal(found, whole)
+
+
+def test_a_seed_without_an_optimizer_of_its_own_is_told() -> None:
+    _, optimizer, _, changes = fused(lambda ps: SGD(ps, lr=0.1, momentum=0.9))
+    lines = widen_state({"main": optimizer}, changes, "seed")
+    assert len(lines) == 3
+    assert all("the seed has nothing for" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("make", "key"), [(lambda ps: Slow(ps, lr=0.1), "slow"), (lambda ps: ASGD(ps, lr=0.1), "ax")]
+)
+def test_the_average_of_a_unit_that_has_just_come_is_the_unit(make: Callable, key: str) -> None:
+    model, optimizer, before, changes = fused(make)
+    widen_state({"main": optimizer}, changes)
+    weight = model[0].weight.detach()
+    rows, column = weight[[3, 7], :4], weight[:, 4:]
+    assert torch.equal(optimizer.state[model[0].weight][key], put_together(before[key], rows, column))
+    assert torch.equal(optimizer.state[model[1].bias][key][1:], model[1].bias[1:])
+    assert key == "ax" or optimizer.state[model[0].weight]["seen"].tolist() == [7.0]
+
+
+def test_numbers_in_a_wrapper_of_their_own_are_refused() -> None:
+    class Packed(Tensor):
+        """Looks like a tensor of the parameter's shape, and is not written like one."""
+
+    _, optimizer, _, changes = fused(lambda ps: SGD(ps, lr=0.1, momentum=0.9))
+    for state in optimizer.state.values():
+        state["packed"] = state["momentum_buffer"].as_subclass(Packed)
+    with pytest.raises(SurgeryError, match=r"state 'packed' of '0.weight' is a Packed of shape \(6, 4\)"):
+        widen_state({"main": optimizer}, changes)

@@ -310,7 +310,7 @@ def _content(path: Path) -> bytes:
 def _apart(lines: list[bytes], tail: bytes) -> tuple[list[bytes], bytes]:
     """Tell the whole lines from the damaged end."""
     sound = len(lines) - spoiled(lines)
-    return lines[:sound], b"\n".join([*lines[sound:], tail] if tail or sound < len(lines) else [])
+    return lines[:sound], b"\n".join([*lines[sound:], tail])
 
 
 def _mend(path: Path) -> tuple[bytes, Event | None]:

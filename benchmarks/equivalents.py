@@ -1,0 +1,80 @@
+"""Mutants that change nothing anybody can tell, each with its reason: they are not counted."""
+
+from __future__ import annotations
+
+Key = tuple[str, str, str]  # function, line, change: as `Mutation.key`
+
+_LENGTHS = "both have the same length by the lines above; strict only says so"
+EQUIVALENT: dict[str, dict[Key, str]] = {
+    "src/esper/tezzeret/container.py": {
+        (
+            "_read_parts",
+            "if not whole_numbers([offset, size], 2) or offset != position or size > len(parts) - position:",
+            "2 → 3",
+        ): "the list always has two",
+        (
+            "_read_signature",
+            'if not whole_numbers([facts["inputs"], facts["outputs"], facts["groups"]], 3):',
+            "3 → 4",
+        ): "the list always has three",
+        (
+            "_read_signature",
+            "if any(word not in known for word, known in zip(words, allowed, strict=True)):",
+            "True → False",
+        ): _LENGTHS,
+    },
+    "src/esper/nissa/run/journal.py": {
+        (
+            "encode",
+            "return json.dumps(plain(record, where), allow_nan=False, "
+            'separators=(",", ":")).encode() + b"\\n"',
+            "False → True",
+        ): "plain() has turned what is not finite into text",
+        (
+            "_non_finite",
+            'return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"',
+            "value > 0 → (value >= 0)",
+        ): "only infinities arrive there",
+        (
+            "_non_finite",
+            'return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"',
+            "0 → 1",
+        ): "only infinities arrive there",
+        ("_mend", "if ended:", "ended → True"): "what is written behind the last whole line is cut off again",
+    },
+    "src/esper/checkpoint/format/manifest.py": {
+        (
+            "parts_of",
+            "STATE: [zlib.compress(text, 1)],  "
+            "# JSON shrinks 5 to 10 times; weights by 8 %, which does not pay",
+            "1 → 2",
+        ): "another level of compression is read back as the same",
+        (
+            "safetensors_chunks",
+            "*(raw(tensors[name]) for name in names if tensors[name].nbytes),",
+            "tensors[name].nbytes → True",
+        ): "a chunk without bytes adds none",
+    },
+    "src/esper/surgery/optimizers/adoption.py": {
+        (
+            "let_go",
+            "group[key][:] = [one for one, kept in zip(group[key], stays, strict=True) if kept]",
+            "True → False",
+        ): _LENGTHS,
+    },
+    "src/esper/kasmina/race/own_optimizers.py": {
+        (
+            "built",
+            "if needs_closure(type(optimizer)) or "
+            "not all(map(kind_of(optimizer).takes, kernel.parameters())):",
+            "all → any",
+        ): "Muon, which alone takes some and not others, refuses the others in its constructor",
+    },
+    "src/esper/tamiyo/selector.py": {
+        (
+            "SeedSelector.arms",
+            "best = max(scores.values(), default=0.0)",
+            "0.0 → 1.0",
+        ): "without scores no site is taken, whatever the best is",
+    },
+}

@@ -1,0 +1,207 @@
+"""Do the tests of the files that guard data and evidence notice when one thing in them is changed?"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import queue
+import random
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.progress import track
+from rich.text import Text
+
+from benchmarks import compare, harness
+from benchmarks.equivalents import EQUIVALENT
+from benchmarks.mutations import Mutation, mutations
+from benchmarks.nursery import ROOT, Nursery, Trial, Verdict
+from benchmarks.promises import Promise
+from benchmarks.workers import progress
+
+NAME = "mutants"
+COUNT = 25  # mutants a file
+QUICK = 2
+KILLED = 0.92  # of those that are not equivalent
+LIMIT = 600.0  # seconds of the unchanged tests
+SURGERY, CHECKPOINT, TAMIYO = "tests/tolaria/surgery", "tests/tolaria/checkpoint", "tests/tamiyo"
+FILES: dict[
+    str, tuple[str, ...]
+] = {  # what guards data and evidence; the tests that hold it, quick ones first
+    "src/esper/surgery/widen_layers.py": ("tests/kasmina/test_materialise.py",),
+    "src/esper/batches/examples.py": ("tests/kasmina/test_evidence.py",),
+    "src/esper/kasmina/evidence/significance.py": ("tests/kasmina/test_significance.py",),
+    "src/esper/kasmina/race/gate.py": ("tests/kasmina/test_gate.py",),
+    "src/esper/kasmina/race/orchestrator.py": ("tests/kasmina/test_orchestrator.py",),
+    "src/esper/surgery/optimizers/adoption.py": (f"{SURGERY}/test_adoption.py", f"{SURGERY}/test_own.py"),
+    "src/esper/surgery/optimizers/widening.py": tuple(
+        f"{SURGERY}/test_{name}.py" for name in ("optimizers", "kinds", "averages", "matrix")
+    ),
+    "src/esper/kasmina/race/own_optimizers.py": (f"{SURGERY}/test_own.py",),
+    "src/esper/surgery/optimizers/kinds.py": (f"{SURGERY}/test_kinds.py", f"{SURGERY}/test_matrix.py"),
+    "src/esper/checkpoint/format/manifest.py": tuple(
+        f"{CHECKPOINT}/test_{name}.py" for name in ("format", "encoding", "checking", "checkpoints")
+    ),
+    "src/esper/storage/folder.py": (
+        f"{CHECKPOINT}/test_folder.py",
+        f"{CHECKPOINT}/test_format.py",
+    ),
+    "src/esper/checkpoint/format/checking.py": (
+        f"{CHECKPOINT}/test_contents.py",
+        f"{CHECKPOINT}/test_checking.py",
+    ),
+    "src/esper/tezzeret/container.py": ("tests/tezzeret/test_container.py",),
+    "src/esper/nissa/run/journal.py": tuple(
+        f"tests/nissa/test_{name}.py" for name in ("journal", "lease", "survival")
+    ),
+    "src/esper/tamiyo/selector.py": (f"{TAMIYO}/test_selector.py", f"{TAMIYO}/test_ucb.py"),
+    "src/esper/tamiyo/bandits/ucb.py": (f"{TAMIYO}/test_ucb.py", f"{TAMIYO}/test_selector.py"),
+}
+
+
+@dataclass
+class Tally:
+    """What became of one file's mutants."""
+
+    path: str
+    changes: int  # that can be made
+    seconds: float  # of its unchanged tests
+    equivalent: list[Mutation] = field(default_factory=list)
+    killed: list[Mutation] = field(default_factory=list)
+    survived: list[Mutation] = field(default_factory=list)
+
+    @property
+    def tried(self) -> int:
+        return len(self.killed) + len(self.survived)
+
+    @property
+    def share(self) -> float | None:
+        return len(self.killed) / self.tried if self.tried else None
+
+    def to_dict(self) -> dict[str, Any]:
+        kinds = {"equivalent": self.equivalent, "killed": self.killed, "survived": self.survived}
+        lists = {kind: [[m.line, m.text, m.change] for m in found] for kind, found in kinds.items()}
+        return {"changes": self.changes, "seconds": self.seconds, "killed_share": self.share, **lists}
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=f"esper bench {NAME}", description=__doc__)
+    parser.add_argument("--file", action="append", default=[], help="only paths that end so; repeatable")
+    parser.add_argument("--seed", type=int, default=1, help="of the draw (1)")
+    parser.add_argument("--count", type=int, help=f"mutants a file, equivalent ones not counted ({COUNT})")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK} a file; nothing is judged")
+    parser.add_argument("--json", action="store_true", help="print the JSON instead of tables")
+    parser.add_argument("--jobs", type=int, default=2, help="processes that run tests (2)")
+    parser.add_argument("--out", type=Path, default=Path("bench-results"), help="where the JSON goes")
+    given = parser.parse_args(argv)
+    given.count = given.count if given.count is not None else (QUICK if given.quick else COUNT)
+    if given.count < 1 or given.jobs < 1:
+        parser.error("--count and --jobs must be at least 1")
+    given.files = [path for path in FILES if not given.file or path.endswith(tuple(given.file))]
+    if unknown := [name for name in given.file if not any(path.endswith(name) for path in FILES)]:
+        parser.error(f"no file {', '.join(unknown)}; known: {', '.join(FILES)}")
+    return given
+
+
+def main(argv: Sequence[str]) -> int:
+    """Change one thing at a time and run the file's tests; what survives is listed."""
+    given = parse(argv)
+    with Runs(given.jobs) as runs:
+        tallies = [judge(runs, ROOT, path, FILES[path], given.seed, given.count) for path in given.files]
+    return report(given, tallies)
+
+
+class Runs:
+    """As many nurseries as may run tests at the same time."""
+
+    def __init__(self, jobs: int, root: Path = ROOT) -> None:
+        self.free: queue.SimpleQueue[Nursery] = queue.SimpleQueue()
+        self.all = [Nursery(root) for _ in range(jobs)]
+        for one in self.all:
+            self.free.put(one)
+
+    def __enter__(self) -> Runs:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for one in self.all:
+            one.close()
+
+    def one(self, trial: Trial) -> Verdict:
+        nursery = self.free.get()
+        try:
+            return nursery.run(trial)
+        finally:
+            self.free.put(nursery)
+
+    def map(self, trials: Sequence[Trial], note: str) -> Iterator[Verdict]:
+        with ThreadPoolExecutor(len(self.all)) as pool:
+            yield from track(pool.map(self.one, trials), note, total=len(trials), console=progress)
+
+
+def judge(runs: Runs, root: Path, path: str, tests: tuple[str, ...], seed: int, count: int) -> Tally:
+    """Draw one file's mutants and run its tests on each.
+
+    Raises:
+        ValueError: The tests do not pass on the file as it is.
+    """
+    source = (root / path).read_text(encoding="utf-8")
+    unchanged = runs.one(Trial(path, source, tests, LIMIT))
+    if unchanged.code != 0:
+        raise ValueError(f"{path}: its tests do not pass unchanged:\n{unchanged.said}")
+    possible = mutations(source)
+    tally = Tally(path, len(possible), unchanged.seconds)
+    chosen, tally.equivalent = draw(possible, EQUIVALENT.get(path, {}), seed, count)
+    seconds = 3 * unchanged.seconds + 10
+    trials = [Trial(path, one.apply(source), tests, seconds) for one in chosen]
+    for one, verdict in zip(chosen, runs.map(trials, path), strict=True):
+        (tally.survived if verdict.code == 0 else tally.killed).append(one)
+        if verdict.code == 0:
+            progress.print(Text(told(path, one)))
+    return tally
+
+
+def draw(
+    possible: Sequence[Mutation], equivalent: Iterable[tuple[str, str, str]], seed: int, count: int
+) -> tuple[list[Mutation], list[Mutation]]:
+    """Draw mutants until so many are worth a run; those judged equivalent on the way come second."""
+    skipped = set(equivalent)
+    order = random.Random(seed).sample(possible, len(possible))
+    worth = [one for one in order if one.key not in skipped][:count]
+    last = order.index(worth[-1]) if len(worth) == count else len(order)
+    passed = [one for one in itertools.islice(order, last) if one.key in skipped]
+    return sorted(worth, key=lambda one: one.start), sorted(passed, key=lambda one: one.start)
+
+
+def report(given: argparse.Namespace, tallies: Sequence[Tally]) -> int:
+    """Print killed of tried, and every survivor."""
+    columns = ["file", "changes", "tried", "killed", "equivalent", "survived", "% killed", "tests, s"]
+    table = compare.titled(f"Mutants, seed {given.seed}", columns)
+    for tally in tallies:
+        counts = (tally.changes, tally.tried, len(tally.killed), len(tally.equivalent), len(tally.survived))
+        share = "–" if tally.share is None else f"{100 * tally.share:.0f}"
+        table.add_row(tally.path, *map(str, counts), share, f"{tally.seconds:.1f}")
+    alive = [told(tally.path, one) for tally in tallies for one in tally.survived]
+    tried = sum(tally.tried for tally in tallies)
+    killed = sum(len(tally.killed) for tally in tallies)
+    worst = min((tally.share for tally in tallies if tally.share is not None), default=None)
+    judged = [
+        Promise("mutants a file, the fewest", min(tally.tried for tally in tallies), ">=", COUNT, digits=0),
+        Promise("killed of all that are not equivalent", killed / tried if tried else None, ">=", KILLED),
+        Promise("killed, the worst file", worst, ">=", KILLED),
+    ]
+    figures = {"seed": given.seed, "files": {tally.path: tally.to_dict() for tally in tallies}}
+    chosen = harness.Options(1, given.quick, given.json, given.jobs, given.out, None)
+    return harness.conclude(NAME, chosen, [table, *map(Text, alive)], judged, figures)
+
+
+def told(path: str, one: Mutation) -> str:
+    return f"{path}:{one.line} {one.within}\n    {one.text}\n    {one.change}"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
