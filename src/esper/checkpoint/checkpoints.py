@@ -191,7 +191,9 @@ class CheckpointManager:
             return True
         if self.peers.world == 1 or (isinstance(self.cadence.every, int) and not self.cadence.milestones):
             return self.cadence.due(self.steps)
-        return self.steps % ASKED == 0 and bool(self.peers.agree([self.cadence.due(self.steps)])[0])
+        return self.steps % ASKED == 0 and bool(
+            self.peers.broadcast_floats([self.cadence.due(self.steps)])[0]
+        )
 
     def save(self, metrics: Mapping[str, Any] | None = None, *, wait: bool = False) -> str:
         """Take a snapshot now and have it written.
@@ -265,7 +267,7 @@ class CheckpointManager:
             own = to_bytes(own_part(state))
         except StateError as error:
             failure = error
-        parts = self.peers.collect(own)  # the others wait for it, whatever happened here
+        parts = self.peers.gather_bytes(own)  # the others wait for it, whatever happened here
         if failure is not None:
             raise failure
         self.writer.flush()  # nothing is being written while shards are counted

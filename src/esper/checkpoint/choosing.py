@@ -28,7 +28,7 @@ def newest_of_all(
         StateError: They do not find the same.
     """
     names = steps_kept(storage) if peers.rank == 0 else []
-    for name in reversed(json.loads(peers.hear(json.dumps(names).encode()))):
+    for name in reversed(json.loads(peers.broadcast_bytes(json.dumps(names).encode()))):
         found: Checkpoint | None = None
         failure: StateError | None = None
         try:
@@ -36,7 +36,7 @@ def newest_of_all(
             check(found)
         except StateError as error:
             failure = error
-        verdicts = [VERDICTS[v] for (v,) in peers.exchange([VERDICTS.index(verdict_on(failure))])]
+        verdicts = [VERDICTS[v] for (v,) in peers.all_gather_ints([VERDICTS.index(verdict_on(failure))])]
         if len(set(verdicts)) > 1:  # who stepped back would delete what the others find sound
             raise StateError(
                 f"to the processes, in the order of ranks, {name} is {', '.join(verdicts)}; do all of "
@@ -74,7 +74,7 @@ def require_none(storage: Storage, peers: Peers) -> None:
             newest = step_of(known[-1]) or 0 if known else NONE
         except StateError:
             newest = UNKNOWN
-    (latest,) = peers.agree([newest])
+    (latest,) = peers.broadcast_floats([newest])
     if latest == UNKNOWN:
         raise CheckpointError(
             "the storage cannot be listed: whether it holds the checkpoints of another run, nobody knows"

@@ -25,28 +25,28 @@ class Peers(Protocol):
     rank: int
     world: int
 
-    def mean(self, tensors: Sequence[Tensor]) -> None:
+    def all_reduce_mean(self, tensors: Sequence[Tensor]) -> None:
         """Average tensors over all processes, in place; the same bits everywhere."""
 
-    def same(self, tensors: Sequence[Tensor]) -> None:
+    def broadcast_tensors(self, tensors: Sequence[Tensor]) -> None:
         """Write rank 0's values into every process's tensors."""
 
-    def gather(self, tensor: Tensor) -> Tensor:
+    def all_gather_rows(self, tensor: Tensor) -> Tensor:
         """Join every process's rows, in the order of ranks; their number may differ."""
 
-    def agree(self, numbers: Sequence[float]) -> list[float]:
+    def broadcast_floats(self, numbers: Sequence[float]) -> list[float]:
         """Return rank 0's numbers."""
 
-    def every(self, holds: bool) -> bool:
+    def all_ranks(self, holds: bool) -> bool:
         """Tell whether something holds in every process."""
 
-    def exchange(self, record: Sequence[int]) -> list[list[int]]:
+    def all_gather_ints(self, record: Sequence[int]) -> list[list[int]]:
         """Return every process's record of whole numbers, in the order of ranks."""
 
-    def collect(self, data: bytes) -> list[bytes]:
+    def gather_bytes(self, data: bytes) -> list[bytes]:
         """Return every process's bytes on rank 0, nothing elsewhere."""
 
-    def hear(self, data: bytes) -> bytes:
+    def broadcast_bytes(self, data: bytes) -> bytes:
         """Return rank 0's bytes."""
 
 
@@ -56,33 +56,33 @@ class Alone:
     rank = 0
     world = 1
 
-    def mean(self, tensors: Sequence[Tensor]) -> None:
+    def all_reduce_mean(self, tensors: Sequence[Tensor]) -> None:
         """Leave them."""
 
-    def same(self, tensors: Sequence[Tensor]) -> None:
+    def broadcast_tensors(self, tensors: Sequence[Tensor]) -> None:
         """Leave them."""
 
-    def gather(self, tensor: Tensor) -> Tensor:
+    def all_gather_rows(self, tensor: Tensor) -> Tensor:
         """Return one's own rows."""
         return tensor
 
-    def agree(self, numbers: Sequence[float]) -> list[float]:
+    def broadcast_floats(self, numbers: Sequence[float]) -> list[float]:
         """Return one's own numbers."""
         return list(numbers)
 
-    def every(self, holds: bool) -> bool:
+    def all_ranks(self, holds: bool) -> bool:
         """Return one's own answer."""
         return holds
 
-    def exchange(self, record: Sequence[int]) -> list[list[int]]:
+    def all_gather_ints(self, record: Sequence[int]) -> list[list[int]]:
         """Return one's own record."""
         return [list(record)]
 
-    def collect(self, data: bytes) -> list[bytes]:
+    def gather_bytes(self, data: bytes) -> list[bytes]:
         """Return one's own bytes."""
         return [data]
 
-    def hear(self, data: bytes) -> bytes:
+    def broadcast_bytes(self, data: bytes) -> bytes:
         """Return one's own bytes."""
         return data
 

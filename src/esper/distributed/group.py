@@ -54,7 +54,7 @@ class Group:
         """Return the group that can carry a tensor."""
         return self.numbers if tensor.device.type == "cpu" else self.tensors
 
-    def mean(self, tensors: Sequence[Tensor]) -> None:
+    def all_reduce_mean(self, tensors: Sequence[Tensor]) -> None:
         """Average tensors over all processes, in place: one all-reduce per dtype and device."""
         kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
         for tensor in tensors:
@@ -65,7 +65,7 @@ class Group:
                 dist.all_reduce(flat, group=self.route(flat))
             spread(flat.div_(self.world), alike)
 
-    def same(self, tensors: Sequence[Tensor]) -> None:
+    def broadcast_tensors(self, tensors: Sequence[Tensor]) -> None:
         """Write rank 0's values into every process's tensors."""
         for tensor in tensors:
             flat = tensor.detach().reshape(-1).contiguous()
@@ -73,9 +73,9 @@ class Group:
                 dist.broadcast(flat, group=self.route(flat), group_src=0)
             spread(flat, [tensor])
 
-    def gather(self, tensor: Tensor) -> Tensor:
+    def all_gather_rows(self, tensor: Tensor) -> Tensor:
         """Join every process's rows, in the order of ranks; their number may differ."""
-        counts = [count for (count,) in self.exchange([len(tensor)])]
+        counts = [count for (count,) in self.all_gather_ints([len(tensor)])]
         padded = tensor.new_zeros(max(counts), *tensor.shape[1:])
         padded[: len(tensor)] = tensor.detach()
         found = [torch.empty_like(padded) for _ in counts]
@@ -83,18 +83,18 @@ class Group:
             dist.all_gather(found, padded, group=self.route(padded))
         return torch.cat([rows[:count] for rows, count in zip(found, counts, strict=True)])
 
-    def agree(self, numbers: Sequence[float]) -> list[float]:
+    def broadcast_floats(self, numbers: Sequence[float]) -> list[float]:
         """Return rank 0's numbers."""
         record = torch.tensor(numbers, dtype=torch.float64)
         with self.waiting("rank 0's word"):
             dist.broadcast(record, group=self.numbers, group_src=0)
         return record.tolist()
 
-    def every(self, holds: bool) -> bool:
+    def all_ranks(self, holds: bool) -> bool:
         """Tell whether something holds in every process."""
-        return all(answer for (answer,) in self.exchange([int(holds)]))
+        return all(answer for (answer,) in self.all_gather_ints([int(holds)]))
 
-    def exchange(self, record: Sequence[int]) -> list[list[int]]:
+    def all_gather_ints(self, record: Sequence[int]) -> list[list[int]]:
         """Return every process's record of 64-bit whole numbers, in the order of ranks."""
         own = torch.tensor(record, dtype=torch.int64)
         found = [torch.empty_like(own) for _ in range(self.world)]
@@ -102,19 +102,19 @@ class Group:
             dist.all_gather(found, own, group=self.numbers)
         return [one.tolist() for one in found]
 
-    def collect(self, data: bytes) -> list[bytes]:
+    def gather_bytes(self, data: bytes) -> list[bytes]:
         """Return every process's bytes on rank 0, nothing elsewhere."""
-        joined = self.gather(octets(data))
-        sizes = [size for (size,) in self.exchange([len(data)])]
+        joined = self.all_gather_rows(octets(data))
+        sizes = [size for (size,) in self.all_gather_ints([len(data)])]
         return [part.numpy().tobytes() for part in joined.split(sizes)] if self.rank == 0 else []
 
-    def hear(self, data: bytes) -> bytes:
+    def broadcast_bytes(self, data: bytes) -> bytes:
         """Return rank 0's bytes."""
-        (size,) = (int(number) for number in self.agree([len(data)]))
+        (size,) = (int(number) for number in self.broadcast_floats([len(data)]))
         buffer = torch.zeros(size, dtype=torch.uint8)
         if self.rank == 0:
             buffer.copy_(octets(data))
-        self.same([buffer])
+        self.broadcast_tensors([buffer])
         return buffer.numpy().tobytes()
 
 

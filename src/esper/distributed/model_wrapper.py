@@ -35,7 +35,7 @@ class Wrapping:
 
     Attributes:
         peers: The processes that train it.
-        deferred: Whether layers keep their shapes until ``opened``.
+        deferred: Whether layers keep their shapes until ``reshaping``.
         sharded: Whether a process holds only a part of each parameter.
     """
 
@@ -50,7 +50,7 @@ class Wrapping:
         if self.watchdog is not None:
             self.watchdog.close()
 
-    def whole(self) -> AbstractContextManager[Any]:
+    def gathered(self) -> AbstractContextManager[Any]:
         """Let the host run as an ordinary module of this process."""
         return nullcontext()
 
@@ -58,7 +58,7 @@ class Wrapping:
         """Let host and optimizers hold whole tensors."""
         return nullcontext()
 
-    def opened(self, optimizers: Optimizers) -> AbstractContextManager[Any]:
+    def reshaping(self, optimizers: Optimizers) -> AbstractContextManager[Any]:
         """Let the host change its shape."""
         return nullcontext()
 

@@ -211,7 +211,7 @@ class Trainer:
         if peers.world == 1:
             return self._asked_to_stop
         return self.growth.steps % ASKED == 0 and any(
-            asked for (asked,) in peers.exchange([int(self._asked_to_stop)])
+            asked for (asked,) in peers.all_gather_ints([int(self._asked_to_stop)])
         )
 
     def evaluate(self, batches: Iterable[Any]) -> dict[str, float]:
@@ -258,7 +258,7 @@ class Trainer:
                 "train gave no batch; pass batches that can be iterated again, like a DataLoader"
             )
         mean = total.detach().double().cpu() / examples
-        self.growth.peers.mean([mean])
+        self.growth.peers.all_reduce_mean([mean])
         return float(mean)
 
 

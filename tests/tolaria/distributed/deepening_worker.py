@@ -57,7 +57,7 @@ def deepened(rank: int, world: int, wrap: str) -> Tensor:
         optimizer.step()
         if step == 5:
             parts = growth.run.parts
-            with parts.wrapping.opened(parts.optimizers):
+            with parts.wrapping.reshaping(parts.optimizers):
                 (stack, *_), _ = find_stacks(net, lambda: loss_fn(net, (X[:8], Y[:8])), 8)
                 committer = parts.committer
                 committer.run = lambda: loss_fn(net, (X[:8], Y[:8]))

@@ -113,7 +113,7 @@ class Together:
 
     def same_everywhere(self) -> Tensor:
         own = self.weights()
-        sizes = self.growth.peers.exchange([len(own), self.growth.run.topology])
+        sizes = self.growth.peers.all_gather_ints([len(own), self.growth.run.topology])
         assert all(size == sizes[0] for size in sizes), sizes
         found = [torch.empty_like(own) for _ in range(self.world)]
         dist.all_gather(found, own)
@@ -169,7 +169,7 @@ def the_evidence_is_the_same_in_all(rank: int, world: int, folder: Path) -> None
     run = Together(rank, world, "ddp").to(STEPS)
     found = [(event.step, event.data["site"], event.data["p_value"]) for event in run.told("gate")]
     assert found
-    every = run.growth.peers.collect(repr(found).encode())
+    every = run.growth.peers.gather_bytes(repr(found).encode())
     assert rank or every[0] == every[1]
 
 

@@ -111,7 +111,7 @@ class Together:
         found = [torch.empty_like(own) for _ in range(self.world)]
         dist.all_gather(found, own)
         assert all(torch.equal(own, other) for other in found)
-        lineages = self.growth.peers.exchange(
+        lineages = self.growth.peers.all_gather_ints(
             [self.growth.run.orchestrator.lineage, self.growth.run.topology]
         )
         assert lineages[0] == lineages[1]
@@ -121,21 +121,21 @@ class Together:
 def the_group_answers(rank: int, world: int, folder: Path) -> None:
     group = Group(deadline=20.0)
     ones, twos = torch.full((2, 3), float(rank)), torch.full((4,), 2.0 * rank, dtype=torch.float64)
-    group.mean([ones, twos])
+    group.all_reduce_mean([ones, twos])
     assert torch.equal(ones, torch.full((2, 3), 0.5))
     assert torch.equal(twos, torch.ones(4).double())
     number = torch.tensor(rank + 7.0)
-    group.same([number])
+    group.broadcast_tensors([number])
     assert number.item() == 7.0
-    rows = group.gather(torch.full((rank + 1, 2), float(rank)))
+    rows = group.all_gather_rows(torch.full((rank + 1, 2), float(rank)))
     assert rows.tolist() == [[0.0, 0.0], [1.0, 1.0], [1.0, 1.0]]
-    assert group.agree([rank + 0.25, float("inf")]) == [0.25, float("inf")]
-    assert not group.every(rank == 0)
-    assert group.every(True)
-    assert group.exchange([rank, 2**62]) == [[0, 2**62], [1, 2**62]]
-    assert group.collect(bytes([rank] * (rank + 1))) == ([b"\0", b"\1\1"] if rank == 0 else [])
-    assert group.hear(f"from {rank}".encode()) == b"from 0"
-    assert group.hear(b"") == b""
+    assert group.broadcast_floats([rank + 0.25, float("inf")]) == [0.25, float("inf")]
+    assert not group.all_ranks(rank == 0)
+    assert group.all_ranks(True)
+    assert group.all_gather_ints([rank, 2**62]) == [[0, 2**62], [1, 2**62]]
+    assert group.gather_bytes(bytes([rank] * (rank + 1))) == ([b"\0", b"\1\1"] if rank == 0 else [])
+    assert group.broadcast_bytes(f"from {rank}".encode()) == b"from 0"
+    assert group.broadcast_bytes(b"") == b""
 
 
 def replicas_grow_as_one_process_does(rank: int, world: int, folder: Path) -> None:

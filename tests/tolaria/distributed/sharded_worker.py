@@ -185,8 +185,10 @@ def from_one_that_was_not_sharded(rank: int, world: int, folder: Path) -> None:
     before = run_of(plain)
     step(plain, before, range(2))
     other = FolderStorage(folder / "plain")
-    peers.same([*plain.parameters(), *(v for s in before["main"].state.values() for v in s.values())])
-    peers.same(list(plain.buffers()))
+    peers.broadcast_tensors(
+        [*plain.parameters(), *(v for s in before["main"].state.values() for v in s.values())]
+    )
+    peers.broadcast_tensors(list(plain.buffers()))
     save_sharded(other, 5, plain, before, peers=peers)
     dist.barrier()
     net = sharded(Net())

@@ -17,7 +17,7 @@ from torch.optim import LBFGS, AdamW, Optimizer
 
 from esper.batches.examples import example_losses
 from esper.contracts import WidenEdit, WidenPlan
-from esper.distributed.fsdp.gathered import whole
+from esper.distributed.fsdp.gathered import gathered
 from esper.distributed.fsdp.private_api import is_sharded
 from esper.distributed.fsdp.reshard import unshard
 from esper.errors import SurgeryError
@@ -123,7 +123,7 @@ def look(net: nn.Module, optimizers: dict[str, Optimizer], step: int, when: str)
     gradients = [None if p.grad is None else p.grad.to_local().clone() for p in net.parameters()]
     buffers = [b.clone() for b in net.buffers()]
     rank = dist.get_rank()
-    with whole(net):
+    with gathered(net):
         assert isinstance(net, Net)
         data = batch(rank, 100 + step)
         own = [p for p in net.parameters() if p.requires_grad]
@@ -173,14 +173,14 @@ def only(*whens: str) -> Act:
     return lambda net, optimizers, step, when: look(net, optimizers, step, when) if when in whens else None
 
 
-def whole_leaves_no_trace(rank: int, world: int, folder: Path) -> None:
+def gathered_leaves_no_trace(rank: int, world: int, folder: Path) -> None:
     for make in (nested, held_open, in_bf16):
         plain = train(make)
         for whens in (["forward"], ["backward"], ["step"], ["forward", "backward", "step"]):
             same(plain, train(make, only(*whens)))
 
 
-def whole_keeps_what_was_not_reduced_yet(rank: int, world: int, folder: Path) -> None:
+def gathered_keeps_what_was_not_reduced_yet(rank: int, world: int, folder: Path) -> None:
     def accumulated(act: Act) -> list[Tensor]:
         net = nested()
         optimizers = {"main": adamw(net)}
@@ -196,24 +196,24 @@ def whole_keeps_what_was_not_reduced_yet(rank: int, world: int, folder: Path) ->
     same(accumulated(only()), accumulated(only("backward")))
 
 
-def whole_computes_what_training_computes(rank: int, world: int, folder: Path) -> None:
+def gathered_computes_what_training_computes(rank: int, world: int, folder: Path) -> None:
     for make in (nested, in_bf16):
         net = make()
         data = batch(rank, 0)
         with evaluating(net):
             expected = loss_fn(net, data)
-            with whole(net):
+            with gathered(net):
                 assert torch.equal(loss_fn(net, data), expected)
 
 
-def whole_guards(rank: int, world: int, folder: Path) -> None:
+def gathered_guards(rank: int, world: int, folder: Path) -> None:
     plain = Net()
-    with whole(plain):  # not sharded: nothing to do
+    with gathered(plain):  # not sharded: nothing to do
         loss_fn(plain, batch(rank, 0))
     net = sharded(Net())
     register_fsdp_forward_method(net, "features")
     loss_fn(net, batch(rank, 0)).backward()
-    with whole(net):
+    with gathered(net):
         state = net.state_dict()
         assert not any(isinstance(t, DTensor) for t in state.values())
         assert raises(lambda: net.load_state_dict(state), "would be lost")
@@ -222,20 +222,20 @@ def whole_guards(rank: int, world: int, folder: Path) -> None:
         assert not any(isinstance(p, DTensor) for p in net.parameters())
         assert all(p.grad is None for p in net.parameters())
     assert all(isinstance(t, DTensor) for n, t in net.state_dict().items() if n.endswith("weight"))
-    with whole(net):
-        with whole(net):
+    with gathered(net):
+        with gathered(net):
             loss_fn(net, batch(rank, 0))
-            assert raises(lambda: unshard(net, {}), "inside whole")
+            assert raises(lambda: unshard(net, {}), "inside gathered")
         assert not any(isinstance(p, DTensor) for p in net.parameters())
     try:
-        with whole(net):
+        with gathered(net):
             raise KeyError("a pass that fails")
     except KeyError:
         pass
     loss_fn(net, batch(rank, 1)).backward()
     told: list[str] = []
     net.blocks[0].register_forward_hook(
-        lambda *_: told.append(raises(lambda: whole(net).__enter__(), "forward"))
+        lambda *_: told.append(raises(lambda: gathered(net).__enter__(), "forward"))
     )
     net(batch(rank, 0)[0])
     assert told == [True]
@@ -255,7 +255,7 @@ def surveys_are_the_same(rank: int, world: int, folder: Path) -> None:
     data = batch(0, 0)
 
     def surveyed(net: nn.Module) -> list[Tensor]:
-        with whole(net):
+        with gathered(net):
             model = MorphableModel(net, lambda m: m(data[0]), BATCH)
             assert model.pairs
             found = measure(model, list(model.pairs), [lambda: loss_fn(net, data)], 0, 4, BATCH)
@@ -511,7 +511,7 @@ def seams_stay_open(rank: int, world: int, folder: Path) -> None:
     resharding.again()
     loss_fn(net, batch(rank, 0)).backward()
     assert gateway.seen == 9
-    with whole(net):
+    with gathered(net):
         net(batch(rank, 0)[0])
     assert gateway.seen == 12
     for undo in close:
@@ -559,10 +559,10 @@ def refused(rank: int, world: int, folder: Path) -> None:
 CHECKS = {
     check.__name__: check
     for check in (
-        whole_leaves_no_trace,
-        whole_keeps_what_was_not_reduced_yet,
-        whole_computes_what_training_computes,
-        whole_guards,
+        gathered_leaves_no_trace,
+        gathered_keeps_what_was_not_reduced_yet,
+        gathered_computes_what_training_computes,
+        gathered_guards,
         surveys_are_the_same,
         undone_and_done_again,
         optimizers_follow,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from esper.distributed.fsdp.gathered import whole
+from esper.distributed.fsdp.gathered import gathered
 from esper.distributed.fsdp.private_api import is_sharded
 from tests.tolaria.distributed.ranks import launch
 from tests.tolaria.distributed.sharding_worker import CHECKS
@@ -28,7 +28,7 @@ def test_a_plain_model_is_not_touched() -> None:
     model = nn.Linear(2, 2)
     before, parameters = dict(model.__dict__), list(model.parameters())
     assert not is_sharded(model)
-    with whole(model):
+    with gathered(model):
         model(torch.ones(1, 2)).sum().backward()
     assert model.__dict__ == before
     assert all(p is q for p, q in zip(model.parameters(), parameters, strict=True))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from esper.tolaria.governor.audit import Rights, Seal, misconduct, rights
+from esper.tolaria.governor.audit import AllowedEffects, HostFingerprint, find_side_effects, rights
 
 Does = Callable[[nn.Module, Tensor], None]
 
@@ -57,7 +57,7 @@ def nothing(host: nn.Module, x: Tensor) -> None:
 
 
 def tell(
-    does: Does, share: float = 1.0, allowed: Rights | None = None, reach: bool = False
+    does: Does, share: float = 1.0, allowed: AllowedEffects | None = None, reach: bool = False
 ) -> tuple[str, bool]:
     torch.manual_seed(0)
     host = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
@@ -69,7 +69,7 @@ def tell(
 
     fresh = nn.Linear(4, 4)
     allowed = allowed or rights(fresh, x, fresh.parameters())
-    return misconduct(run, x, kernel.parameters(), allowed, Seal(host, share))
+    return find_side_effects(run, x, kernel.parameters(), allowed, HostFingerprint(host, share))
 
 
 @pytest.mark.parametrize("share", [0.1, 1.0])
@@ -104,19 +104,22 @@ def test_what_a_fresh_kernel_does_is_its_right_and_no_more() -> None:
     dropout = nn.Sequential(nn.Linear(4, 4), nn.Dropout())
     allowed = rights(dropout, x, dropout.parameters())
     kernel, host = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.2)), nn.Linear(2, 2)
-    assert misconduct(kernel, x, kernel.parameters(), allowed, Seal(host)) == ("", False)
+    assert find_side_effects(kernel, x, kernel.parameters(), allowed, HostFingerprint(host)) == ("", False)
 
     def greedy(x: Tensor) -> Tensor:
         torch.rand(1)
         return kernel(x)
 
-    assert "random streams" in misconduct(greedy, x, kernel.parameters(), allowed, Seal(host))[0]
+    assert (
+        "random streams"
+        in find_side_effects(greedy, x, kernel.parameters(), allowed, HostFingerprint(host))[0]
+    )
 
 
 def test_hooks_can_be_taken_away_again() -> None:
     host = nn.Linear(2, 2)
     kept = host.register_forward_hook(lambda *rest: None)
-    seal = Seal(host)
+    seal = HostFingerprint(host)
     host.register_forward_hook(lambda *rest: None)
     host.weight.register_hook(lambda gradient: gradient)
     seal.unhook()
@@ -131,4 +134,7 @@ def test_a_kernel_that_gives_nothing_is_told() -> None:
     x = torch.randn(8, 4)
     fresh = nn.Linear(4, 4)
     allowed = rights(fresh, x, fresh.parameters())
-    assert misconduct(zero, x, zero.parameters(), allowed, Seal(nn.Linear(2, 2))) == ("", True)
+    assert find_side_effects(zero, x, zero.parameters(), allowed, HostFingerprint(nn.Linear(2, 2))) == (
+        "",
+        True,
+    )

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from esper.tolaria.governor.detectors import BLOCK, Detectors, Finding
-from esper.tolaria.governor.usual import LEAST, WINDOW, Usual
+from esper.tolaria.governor.usual import LEAST, WINDOW, RobustBaseline
 from esper.tolaria.governor.vitals import Vitals
 
 
@@ -137,7 +137,7 @@ def test_a_saved_detector_goes_on_bit_for_bit(cut: int, seed: int) -> None:
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=LEAST, max_size=3 * WINDOW))
 def test_the_sorted_window_is_the_window_sorted(values: list[float]) -> None:
-    usual = Usual()
+    usual = RobustBaseline()
     for value in values:
         usual.add(value)
     assert usual.ordered == sorted(usual.recent)

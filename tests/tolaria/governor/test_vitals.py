@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from esper.tolaria.governor.vitals import SELDOM, WEIGHTS, WHOLE, Reading, Watcher, part
+from esper.tolaria.governor.vitals import SELDOM, WEIGHTS, WHOLE, Reading, VitalsReader, part
 
 
-def make(rows: int = 4) -> tuple[nn.Module, torch.optim.Optimizer, Watcher]:
+def make(rows: int = 4) -> tuple[nn.Module, torch.optim.Optimizer, VitalsReader]:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(rows, rows), nn.BatchNorm1d(rows), nn.Linear(rows, 2))
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    return net, optimizer, Watcher(net, {"optimizer": optimizer})
+    return net, optimizer, VitalsReader(net, {"optimizer": optimizer})
 
 
 def backward(net: nn.Module, rows: int = 4) -> torch.Tensor:
@@ -91,7 +91,7 @@ def test_a_part_stands_for_the_whole() -> None:
 def test_sparse_half_precision_and_absent_gradients_are_read_too() -> None:
     net = nn.ModuleList([nn.Embedding(5, 3, sparse=True), nn.Linear(3, 3).half(), nn.Linear(2, 2)])
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    watcher = Watcher(net, {"optimizer": optimizer})
+    watcher = VitalsReader(net, {"optimizer": optimizer})
     net[0](torch.tensor([1, 1, 4])).sum().backward()
     net[1].weight.grad = torch.full((3, 3), 3e4, dtype=torch.float16)  # its own norm has no fp16
     optimizer.step()

@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from esper.checkpoint.contents.sharded import laid_out, lifted, likes_of, lowered, refuse_unfit, targets_for
+from esper.checkpoint.contents.sharded import (
+    laid_out,
+    extract_dtensors,
+    likes_of,
+    insert_dtensors,
+    refuse_unfit,
+    targets_for,
+)
 from esper.checkpoint.format.manifest import Manifest
 from esper.checkpoint.format.reader import sound_among, steps_kept
 from esper.checkpoint.format.shard_files import (
@@ -56,7 +63,7 @@ def save_shards(
             kept = sound_among(storage, steps_kept(storage)).values()
             for orphan in orphans(storage, kept):
                 storage.delete(orphan)
-    left, pieces = lifted(state)
+    left, pieces = extract_dtensors(state)
     table = write_shards(storage, name, pieces, wrapping.peers)
     listed = [{"name": shard, **facts} for shard, facts in table["shards"].items()]
     return {**left, TABLE: table}, listed
@@ -91,7 +98,7 @@ def load_shards(
     together(wrapping.peers, lambda: refuse_unfit(state, wrapping.host))
     targets = together(wrapping.peers, lambda: targets_for(table, likes))
     read_shards(storage, table, targets, wrapping.peers)
-    return laid_out(lowered(state, targets), likes)
+    return laid_out(insert_dtensors(state, targets), likes)
 
 
 def gathered(storage: Storage, state: State) -> dict[str, Tensor]:
@@ -106,4 +113,4 @@ def gathered(storage: Storage, state: State) -> dict[str, Tensor]:
         path: torch.empty(facts["shape"], dtype=TYPES[facts["dtype"]]) for path, facts in paths.items()
     }
     read_shards(storage, {**table, "tensors": paths}, targets, ALONE)
-    return lowered(model, targets)
+    return insert_dtensors(model, targets)

@@ -57,7 +57,7 @@ def save_sharded(
         CheckpointError: A process could not write; all of them raise, and nothing was saved.
     """
     held = opened(storage)
-    state, pieces = lifted({"rest": rest, **state_of(model, optimizers)})
+    state, pieces = extract_dtensors({"rest": rest, **state_of(model, optimizers)})
     table = write_shards(held, name_of(step), pieces, peers)
     listed = {"shards": [{"name": name, **facts} for name, facts in table["shards"].items()]}
     manifest = Manifest(step, time.time(), versions(), {}, listed)
@@ -101,7 +101,7 @@ def load_sharded(
     together(peers, lambda: refuse_unfit(found.state, model))
     targets = together(peers, lambda: targets_for(table, likes_of(model, optimizers)))
     read_shards(held, table, targets, peers)
-    state = laid_out(lowered(found.state, targets), likes_of(model, optimizers))
+    state = laid_out(insert_dtensors(found.state, targets), likes_of(model, optimizers))
     load_module_state(model, state["modules"][""], "")
     for label, optimizer in optimizers.items():
         load_named_state(optimizer, state["optimizers"][label], {"": model}, label)
@@ -122,25 +122,27 @@ def opened(storage: Storage | str | Path) -> Storage:
     return FolderStorage(storage) if isinstance(storage, str | Path) else storage
 
 
-def lifted(state: Any, path: str = "") -> tuple[Any, dict[str, DTensor]]:
+def extract_dtensors(state: Any, path: str = "") -> tuple[Any, dict[str, DTensor]]:
     """Take the sharded tensors out of a nested state; marks with their paths stay in their places."""
     if isinstance(state, DTensor):
         return {MARK: path}, {path: state}
     if not isinstance(state, Mapping):
         return state, {}
-    parts = {key: lifted(value, f"{path}/{key}" if path else str(key)) for key, value in state.items()}
+    parts = {
+        key: extract_dtensors(value, f"{path}/{key}" if path else str(key)) for key, value in state.items()
+    }
     return {key: left for key, (left, _) in parts.items()}, {
         name: piece for _, pieces in parts.values() for name, piece in pieces.items()
     }
 
 
-def lowered(state: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Put tensors where :func:`lifted` took them out."""
+def insert_dtensors(state: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Put tensors where :func:`extract_dtensors` took them out."""
     if not isinstance(state, Mapping):
         return state
     if state.keys() == {MARK}:
         return tensors[state[MARK]]
-    return {key: lowered(value, tensors) for key, value in state.items()}
+    return {key: insert_dtensors(value, tensors) for key, value in state.items()}
 
 
 def laid_out(state: Any, likes: Mapping[str, Tensor], path: str = "") -> Any:

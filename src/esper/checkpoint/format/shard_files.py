@@ -52,7 +52,9 @@ def write_shards(storage: Storage, name: str, pieces: Mapping[str, DTensor], pee
     Raises:
         CheckpointError: A process could not write; all of them raise.
     """
-    attempt = peers.hear(secrets.token_hex(4).encode()).decode()  # one that is there already stays whole
+    attempt = peers.broadcast_bytes(
+        secrets.token_hex(4).encode()
+    ).decode()  # one that is there already stays whole
     shard = f"{name}-{attempt}-{peers.rank:05d}"
 
     def write() -> Table:
@@ -77,9 +79,9 @@ def write_shards(storage: Storage, name: str, pieces: Mapping[str, DTensor], pee
         storage.put(shard, {PART: chunks})
         return table
 
-    tables = peers.collect(json.dumps(together(peers, write)).encode())
+    tables = peers.gather_bytes(json.dumps(together(peers, write)).encode())
     merged = together(peers, lambda: joined(json.loads(text) for text in tables))
-    return json.loads(peers.hear(json.dumps(merged).encode()))
+    return json.loads(peers.broadcast_bytes(json.dumps(merged).encode()))
 
 
 def joined(tables: Iterable[Table]) -> Table:
@@ -226,7 +228,7 @@ def together(peers: Peers, act: Callable[[], T]) -> T:
         result.append(act())
     except (StateError, OSError) as error:
         failed = error
-    if peers.every(failed is None):
+    if peers.all_ranks(failed is None):
         return result[0]
     if isinstance(failed, StateError):
         raise failed

@@ -16,7 +16,7 @@ from esper.distributed.fsdp.private_api import quiet, states
 
 
 @contextmanager
-def whole(model: nn.Module) -> Iterator[None]:
+def gathered(model: nn.Module) -> Iterator[None]:
     """Give a sharded model all its weights for a while; a model that is not sharded is left as it is.
 
     Collective when it is entered, local from then on: ranks may run different passes inside, or none. Inside,

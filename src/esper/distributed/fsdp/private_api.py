@@ -165,7 +165,7 @@ def ignore(*args: Any, **kwargs: Any) -> None:
 
 def refuse_loading(*args: Any, **kwargs: Any) -> None:
     """Stand in for FSDP's hook before weights are loaded."""
-    raise SurgeryError("weights loaded inside whole() would be lost at its end; load them outside")
+    raise SurgeryError("weights loaded inside gathered() would be lost at its end; load them outside")
 
 
 @contextmanager

@@ -89,7 +89,7 @@ def unshard(model: nn.Module, optimizers: Mapping[str, Optimizer]) -> Resharding
     """
     found = states(model)
     if any(is_quiet(state) for state in found):
-        raise SurgeryError("unshard() inside whole(): leave that first")
+        raise SurgeryError("unshard() inside gathered(): leave that first")
     for state in found:
         state._modules[0].reshard()  # so that what the modules hold is what the optimizers hold
     names = {parameter: name for name, parameter in model.named_parameters()}
@@ -100,7 +100,7 @@ def unshard(model: nn.Module, optimizers: Mapping[str, Optimizer]) -> Resharding
 
     managed = [entry for state in found for entry in parameters(state)]
     full = {entry.sharded_param: plain(entry.sharded_param) for entry in managed}
-    values = {key: gathered(value) for key, value in pieces.items()}
+    values = {key: full_copy(value) for key, value in pieces.items()}
 
     with peeled(model.modules()):
         for state in found:
@@ -186,13 +186,13 @@ def refuse_difference(
 
 def plain(sharded: nn.Parameter) -> nn.Parameter:
     """Gather one parameter; its own attributes go along."""
-    full = nn.Parameter(gathered(sharded), requires_grad=sharded.requires_grad)
+    full = nn.Parameter(full_copy(sharded), requires_grad=sharded.requires_grad)
     full.__dict__.update({k: v for k, v in sharded.__dict__.items() if not k.startswith("_")})
     return full
 
 
 @torch.no_grad()
-def gathered(value: Any) -> Tensor:
+def full_copy(value: Any) -> Tensor:
     """Return all of a tensor that is spread over the ranks, in memory of its own."""
     on_mesh = value.detach().to(value.device_mesh.device_type)  # offloaded ones come back for it
     return on_mesh.full_tensor().clone(memory_format=torch.contiguous_format).to(value.device)

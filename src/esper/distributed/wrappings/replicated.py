@@ -43,7 +43,7 @@ class Replicated(Wrapping):
         super().__init__(wrapper.module, self.group, Watchdog(wrapper.process_group, deadline))
 
     @contextmanager
-    def opened(self, optimizers: Optimizers) -> Iterator[None]:
+    def reshaping(self, optimizers: Optimizers) -> Iterator[None]:
         """Take the reducer off the parameters, and put a new one on."""
         given = arguments(self.wrapper)
         self.host.zero_grad(set_to_none=True)  # they may be views of the reducer's buckets

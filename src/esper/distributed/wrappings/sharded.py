@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from esper.distributed.fsdp.gathered import whole
+from esper.distributed.fsdp.gathered import gathered
 from esper.distributed.fsdp.reshard import unshard
 from esper.distributed.group import Group
 from esper.distributed.model_wrapper import Optimizers, Wrapping
@@ -31,16 +31,16 @@ class Sharded(Wrapping):
     def __init__(self, host: nn.Module, deadline: float) -> None:
         super().__init__(host, Group(None, deadline), Watchdog(None, deadline))
 
-    def whole(self) -> AbstractContextManager[Any]:
+    def gathered(self) -> AbstractContextManager[Any]:
         """Gather the shards for a while."""
-        return whole(self.host)
+        return gathered(self.host)
 
     def plain(self, optimizers: Optimizers) -> AbstractContextManager[Any]:
         """Make the model a plain one, with its optimizers, and shard it again."""
-        return self.opened(optimizers)
+        return self.reshaping(optimizers)
 
     @contextmanager
-    def opened(self, optimizers: Optimizers) -> Iterator[None]:
+    def reshaping(self, optimizers: Optimizers) -> Iterator[None]:
         """Make the model a plain one, with its optimizers, and shard it again."""
         resharding = unshard(self.host, optimizers)
         try:

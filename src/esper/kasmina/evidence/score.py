@@ -227,7 +227,7 @@ class Score:
     def choose(self, name: str) -> None:
         """Pick units and fit the direction of their outgoing weights."""
         pool, parts, units = self.pools[name], self.sums[name], self.units[name]
-        self.peers.mean([getattr(sums, fact) for sums in parts for fact in Sums.__slots__])
+        self.peers.all_reduce_mean([getattr(sums, fact) for sums in parts for fact in Sums.__slots__])
         report = HealthReport(
             self.places[name].site.name,
             None,
@@ -271,8 +271,10 @@ class Score:
         for name in self.chosen:
             if (parts := self.found.get(name)) and name not in self.failed:
                 own = torch.cat(parts)
-                joined = (own if shared else self.peers.gather(own)).double().cpu().numpy()
-                heard = self.peers.hear(joined.tobytes()) if self.peers.world > 1 else joined.tobytes()
+                joined = (own if shared else self.peers.all_gather_rows(own)).double().cpu().numpy()
+                heard = (
+                    self.peers.broadcast_bytes(joined.tobytes()) if self.peers.world > 1 else joined.tobytes()
+                )
                 self.chosen[name].values = np.frombuffer(heard, dtype=np.float64)
 
     def values(self, name: str, sights: Sequence[Sight], examples: int) -> Tensor:

@@ -109,7 +109,7 @@ class Gate:
         differences, losses = self.differences(layer, kernel, self.probe, seed)
         weight = weight_of_evidence(differences, rehearsal, blocks=not self.worth.alone)
         found = float(differences.mean()), float(losses.mean()), weight
-        gain, loss, value = self.peers.agree(found)
+        gain, loss, value = self.peers.broadcast_floats(found)
         if not math.isfinite(gain):
             reason = "the held-out loss is not finite"
         elif gain <= 0:

@@ -88,7 +88,9 @@ class SeedOrchestrator:
             trial.race = Race(layer, decision.width, starts, seen.survey, seen.x, given.rate, given.peers)
             with self.given.ledger.growth("fit", decision.id):
                 trial.race.fit(measured.x, measured.gradient, measured.scale)
-        self.given.peers.same([*trial.race.stack.values()])  # another machine may round another way
+        self.given.peers.broadcast_tensors(
+            [*trial.race.stack.values()]
+        )  # another machine may round another way
         layer.tap = trial.tap
         self.move(Stage.TRAINING, f"{count} candidates of {decision.width} units")
 
@@ -108,7 +110,7 @@ class SeedOrchestrator:
         for parameter in trial.kernel.parameters():
             if parameter.grad is None:  # its pass failed here, not elsewhere
                 parameter.grad = torch.zeros_like(parameter)
-        peers.mean([p.grad for p in trial.kernel.parameters() if p.grad is not None])
+        peers.all_reduce_mean([p.grad for p in trial.kernel.parameters() if p.grad is not None])
 
     def advance(self, batches: Sequence[Any], loss: float, step: int) -> Outcome | None:
         """Do one step's work; returns the outcome once there is one."""
@@ -137,7 +139,7 @@ class SeedOrchestrator:
             return self.judge(batches[total - age :]) if age >= total + UNSEEN else None
         lessons, size, ledger = self.lessons(trial), len(race.starts), self.given.ledger
         kind, seed = lessons.kind(age), self.given.draw("evidence")
-        fresh = kind == "tap" and self.given.peers.every(trial.tap.fresh())
+        fresh = kind == "tap" and self.given.peers.all_ranks(trial.tap.fresh())
         if kind == "shadow" or (kind == "tap" and lessons.tapped is None and not fresh):
             batch = first(batches[-1], lessons.examples)
             key = ("shadow", trial.decision.id, size, lessons.examples, self.examples)
@@ -307,7 +309,7 @@ class SeedOrchestrator:
         seed = self.given.draw("evidence")
         with self.given.whole():
             looked = self.given.gate.differences(trial.layer, trial.kernel, self.given.gate.probe, seed)
-        if self.given.peers.agree([float(looked[0].mean())])[0] <= 0:
+        if self.given.peers.broadcast_floats([float(looked[0].mean())])[0] <= 0:
             return self.cull("the run ended; no held-out gain")
         for stage, following in ((Stage.GRAFTING, Stage.STABILISING), (Stage.STABILISING, Stage.EVALUATING)):
             if self.model.layout.stage_of(trial.seed) is stage:

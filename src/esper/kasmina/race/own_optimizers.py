@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from esper.kasmina.widths.places import Place
 from esper.surgery.optimizers.adoption import Home, donor_group
-from esper.surgery.optimizers.clone import alike
+from esper.surgery.optimizers.clone import clone_optimizer
 from esper.surgery.optimizers.kinds import kind_of
 
 FOLLOWED = ("lr", "momentum", "betas", "weight_decay")  # what torch's schedulers and users change on the way
@@ -70,7 +70,7 @@ def built(optimizer: Optimizer, index: int, kernel: nn.Module) -> Optimizer | No
     """Return a kernel's optimizer of the class and settings of a group, or None where it cannot have one."""
     if needs_closure(type(optimizer)) or not all(map(kind_of(optimizer).takes, kernel.parameters())):
         return None
-    return alike(optimizer, optimizer.param_groups[index], kernel.parameters())
+    return clone_optimizer(optimizer, optimizer.param_groups[index], kernel.parameters())
 
 
 def needs_closure(kind: type[Optimizer]) -> bool:

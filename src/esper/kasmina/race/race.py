@@ -171,7 +171,7 @@ class Race:
 
     def take(self, losses: Tensor, gradients: Sequence[Tensor], passed: bool) -> None:
         """Take a lesson, or count it as missed where the pass has left the site out in every process."""
-        if self.peers.every(not passed):
+        if self.peers.all_ranks(not passed):
             self.missed += 1
             return
         gradients = gradients or [torch.zeros_like(parameter) for parameter in self.parameters.values()]
@@ -192,7 +192,7 @@ class Race:
     def descend(self, losses: Tensor, gradients: Sequence[Tensor]) -> None:
         """Step every candidate down its own loss, (candidates,); nothing else is updated."""
         losses = losses.detach()
-        self.peers.mean([losses, *gradients])
+        self.peers.all_reduce_mean([losses, *gradients])
         self.scores = torch.nan_to_num(losses.cpu(), nan=float("inf"))
         for parameter, gradient in zip(self.parameters.values(), gradients, strict=True):
             parameter.grad = gradient

@@ -46,7 +46,7 @@ def decide(
     ):
         curves = [race.amplitudes(winner, lambda b=batch: given.run(b)) for batch in batches]
     curve = torch.stack(curves).mean(0)
-    given.peers.mean([curve])
+    given.peers.all_reduce_mean([curve])
     amplitude = AMPLITUDES[int(torch.nan_to_num(curve, nan=math.inf).argmin())]
     facts = {
         "candidates": [
@@ -75,7 +75,7 @@ def score(
         ):
             losses.append(race.losses(lambda b=batch: given.run(b)))
     mean = torch.stack(losses).mean(0)
-    given.peers.mean([mean])
+    given.peers.all_reduce_mean([mean])
     return torch.nan_to_num(mean, nan=math.inf)
 
 

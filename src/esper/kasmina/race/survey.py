@@ -72,11 +72,11 @@ def measure(
         for name, taps in seen.items():
             fresh = [tap for tap in taps if tap.fresh()]
             scale = fresh[-1].scale if fresh else None
-            if peers.every(scale is not None) and scale is not None:
+            if peers.all_ranks(scale is not None) and scale is not None:
                 x, gradient = joined(fresh, max(examples // peers.world, 1))
                 scale = scale.clone()
-                peers.mean([scale])
-                x, gradient = peers.gather(x), peers.gather(gradient) / peers.world
+                peers.all_reduce_mean([scale])
+                x, gradient = peers.all_gather_rows(x), peers.all_gather_rows(gradient) / peers.world
                 found[name] = inspect(model.places[name], x, gradient, scale, pool)
     return found
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from esper.errors import OptimizerError, SurgeryError
-from esper.surgery.optimizers.clone import alike
+from esper.surgery.optimizers.clone import clone_optimizer
 from esper.surgery.optimizers.history import cleared, forget, remembers
 from esper.surgery.optimizers.kinds import kind_of
 
@@ -197,7 +197,7 @@ def _begin(optimizer: Optimizer, index: int, parameter: nn.Parameter) -> None:
     """Give a newcomer without state what its optimizer cannot do without."""
     group, known = optimizer.param_groups[index], optimizer.state
     if kind_of(optimizer).born and parameter not in known:  # Adagrad makes its own in the constructor
-        fresh = alike(optimizer, group, [parameter])
+        fresh = clone_optimizer(optimizer, group, [parameter])
         if fresh is not None and parameter in fresh.state:
             known[parameter] = fresh.state[parameter]
     # Fused SGD raises where some buffers of a group exist and others do not (torch 2.13). From zero the first

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from esper.surgery.optimizers.kinds import kind_of
 
 
-def alike(
+def clone_optimizer(
     optimizer: Optimizer, group: dict[str, Any], parameters: Iterable[nn.Parameter]
 ) -> Optimizer | None:
     """Return a fresh optimizer with a group's settings.

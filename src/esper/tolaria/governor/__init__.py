@@ -3,7 +3,7 @@
 from esper.tolaria.governor.detectors import Detectors, Finding
 from esper.tolaria.governor.governor import Actions, Governor, Settings
 from esper.tolaria.governor.rollback import Snapshots
-from esper.tolaria.governor.vitals import Reading, Vitals, Watcher
+from esper.tolaria.governor.vitals import Reading, Vitals, VitalsReader
 from esper.tolaria.governor.watch import Watch
 
 __all__ = [
@@ -16,5 +16,5 @@ __all__ = [
     "Snapshots",
     "Vitals",
     "Watch",
-    "Watcher",
+    "VitalsReader",
 ]

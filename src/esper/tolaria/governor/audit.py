@@ -26,7 +26,7 @@ NODES = 512  # of a kernel's graph that are walked; the largest blueprint has so
 
 
 @dataclass(frozen=True)
-class Rights:
+class AllowedEffects:
     """What a fresh kernel of a place does with an input of this shape."""
 
     shape: torch.Size
@@ -34,7 +34,7 @@ class Rights:
     reaches: frozenset[int]  # tensors of the host that its graph ends at
 
 
-class Seal:
+class HostFingerprint:
     """What a host was before something ran.
 
     Args:
@@ -109,15 +109,19 @@ def leaves(y: Tensor, own: Collection[int]) -> Iterator[int]:
         waiting += [following for following, _ in node.next_functions]
 
 
-def rights(run: Callable[[Tensor], Tensor], x: Tensor, own: Iterable[Tensor]) -> Rights:
+def rights(run: Callable[[Tensor], Tensor], x: Tensor, own: Iterable[Tensor]) -> AllowedEffects:
     """See what a kernel that can be trusted does."""
     with same_randomness(SEED), torch.enable_grad():
         y = run(x.detach())
-        return Rights(x.shape, streams(), frozenset(leaves(y, {id(t) for t in own})))
+        return AllowedEffects(x.shape, streams(), frozenset(leaves(y, {id(t) for t in own})))
 
 
-def misconduct(
-    run: Callable[[Tensor], Tensor], x: Tensor, own: Iterable[Tensor], allowed: Rights, seal: Seal
+def find_side_effects(
+    run: Callable[[Tensor], Tensor],
+    x: Tensor,
+    own: Iterable[Tensor],
+    allowed: AllowedEffects,
+    seal: HostFingerprint,
 ) -> tuple[str, bool]:
     """Run a kernel and say what it does that it may not, "" where all is well.
 

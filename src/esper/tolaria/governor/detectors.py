@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from esper.tolaria.governor.usual import LEAST, Rarity, Usual
+from esper.tolaria.governor.usual import LEAST, TailScore, RobustBaseline
 from esper.tolaria.governor.vitals import Vitals
 
 Kind = Literal["nonfinite", "spike", "divergence", "rate", "leak", "harm"]
@@ -60,8 +60,8 @@ class Detectors:
     """Looks at one step's vital signs after another."""
 
     def __init__(self) -> None:
-        self.signals = {"loss": Usual(), "gradient": Usual()}
-        self.rarity = Rarity()  # of the loss
+        self.signals = {"loss": RobustBaseline(), "gradient": RobustBaseline()}
+        self.rarity = TailScore()  # of the loss
         self.evidence = 0.0  # summed up
         self.since = 0  # first step of the evidence
         self.highest = 0.0  # learning rate so far

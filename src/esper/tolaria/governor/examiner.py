@@ -19,7 +19,7 @@ from esper.kasmina.race.orchestrator import SeedOrchestrator
 from esper.kasmina.race.trial import Trial
 from esper.kasmina.seeds.layer import Branch
 from esper.surgery.isolation.contexts import borrowed_buffers, evaluating, same_randomness
-from esper.tolaria.governor.audit import Rights, Seal, misconduct, rights
+from esper.tolaria.governor.audit import AllowedEffects, HostFingerprint, find_side_effects, rights
 from esper.tolaria.governor.detectors import Finding
 
 SILENT = 4  # steps without a gradient or an output after which an exposed kernel is dead
@@ -40,14 +40,14 @@ class Examiner:
         self.exposed = 0  # step of the exposure
         self.silent = 0
         self.before: list[float] | None = None  # held-out losses ahead of exposure
-        self.sealed: Seal | None = None  # the host when the seed woke
-        self.allowed: Rights | None = None
+        self.sealed: HostFingerprint | None = None  # the host when the seed woke
+        self.allowed: AllowedEffects | None = None
         self.suspected = ""
 
     def wake(self, step: int) -> None:
         """A seed has germinated; it has not run yet."""
         self.clean, self.silent, self.before = step, 0, None
-        self.sealed, self.allowed, self.suspected = Seal(self.host, 0.0), None, ""
+        self.sealed, self.allowed, self.suspected = HostFingerprint(self.host, 0.0), None, ""
 
     def expose(self, step: int) -> bool:
         """Note what the host is like before it feels the seed; False where the seed is suspect already."""
@@ -81,7 +81,7 @@ class Examiner:
         if not self.before:
             return None  # resumed from a checkpoint of an older version
         found = self.rise(np.asarray(self.held_out(trial, trial.layer.kernel)))
-        rise, error = self.orchestrator.given.peers.agree(found)
+        rise, error = self.orchestrator.given.peers.broadcast_floats(found)
         if rise <= BEYOND * error:
             return None
         why = f"the held-out loss is {rise:.3g} ± {error:.2g} above what it was before exposure"
@@ -119,7 +119,7 @@ class Examiner:
         """Say what is wrong in any process, and count the steps in which the kernel is silent in all."""
         peers, (why, silent) = self.orchestrator.given.peers, audited
         if peers.world > 1:
-            answers = peers.exchange([int(bool(why)), int(silent)])
+            answers = peers.all_gather_ints([int(bool(why)), int(silent)])
             silent = all(row[1] for row in answers)
             guilty = [rank for rank, row in enumerate(answers) if row[0]]
             why = why or (f"it misbehaves in process {guilty[0]}" if guilty else "")
@@ -152,8 +152,8 @@ class Examiner:
             if self.allowed is None or self.allowed.shape != x.shape:
                 fresh = trial.layer.place.kernel(trial.decision.width).train()
                 self.allowed = rights(fresh, x, fresh.parameters())
-            seal = Seal(self.host, self.share, self.turn)
-            why, nothing = misconduct(run, x, own, self.allowed, seal)
+            seal = HostFingerprint(self.host, self.share, self.turn)
+            why, nothing = find_side_effects(run, x, own, self.allowed, seal)
         return why, nothing and kernel is not None
 
     def undone(self) -> None:
@@ -170,4 +170,4 @@ class Examiner:
         """Go on looking; who listens to the host now did so before."""
         self.clean, self.exposed, self.silent, self.turn = state["steps"]
         self.before = None if state["before"] is None else list(state["before"])
-        self.sealed = Seal(self.host, 0.0) if self.orchestrator.trial is not None else None
+        self.sealed = HostFingerprint(self.host, 0.0) if self.orchestrator.trial is not None else None

@@ -29,7 +29,7 @@ class Level:
     beyond: float  # how far above their 99th percentile, in e-folds
 
 
-class Usual:
+class RobustBaseline:
     """Remembers what is usual for one signal.
 
     Args:
@@ -97,7 +97,7 @@ class Usual:
         self.first, self.unit = list(state["first"]), state["unit"]
 
 
-class Rarity:
+class TailScore:
     """Sums up how rare values are: -log of the share of recent ones as high, less what is common.
 
     No scale is needed, so that it also serves batches of a few examples, whose loss has two humps: all right,

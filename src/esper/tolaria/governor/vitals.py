@@ -66,7 +66,7 @@ class Vitals:
     rate: float | None = None  # the largest learning rate
 
 
-class Watcher:
+class VitalsReader:
     """Reads the vital signs of a run.
 
     Args:

@@ -24,7 +24,7 @@ from esper.tolaria.governor.detectors import Finding
 from esper.tolaria.governor.examiner import SILENT, Examiner
 from esper.tolaria.governor.governor import Action, Actions, Governor, Settings
 from esper.tolaria.governor.rollback import LAG, Capture, Snapshots
-from esper.tolaria.governor.vitals import Reading, Vitals, Watcher, norms, total
+from esper.tolaria.governor.vitals import Reading, Vitals, VitalsReader, norms, total
 
 EXCUSED = 2.5  # e-folds a graft may lift the loss by; a judged one lowers it
 
@@ -55,10 +55,10 @@ class Watch:
         actions = Actions(self._notify, self._hold, self._release, self._roll_back, self._stop)
         self.governor = Governor(self.settings, actions)
         optimizers, peers = growth.parts.optimizers, self.orchestrator.given.peers
-        self.watcher = Watcher(self.model.host, optimizers)
+        self.watcher = VitalsReader(self.model.host, optimizers)
         self.examiner = Examiner(self.orchestrator)
         self.snapshots = Snapshots(
-            [self.model.host, *averages], optimizers, stateful, captures, every=peers.every
+            [self.model.host, *averages], optimizers, stateful, captures, every=peers.all_ranks
         )
         self.paused_before = False
         self.metered = False  # whether a step's cost is known
@@ -96,7 +96,7 @@ class Watch:
         # The mean of squares: what is not finite in one process is so in all of them.
         squares = (vitals.gradient or 0.0) ** 2, float(vitals.weights is not False)
         both = torch.tensor(squares, dtype=torch.float64, device=next(self.model.host.parameters()).device)
-        peers.mean([both])
+        peers.all_reduce_mean([both])
         square, sound = both.tolist()
         gradient = None if vitals.gradient is None else math.sqrt(square)
         return Vitals(vitals.loss, gradient, None if vitals.weights is None else sound == 1.0, vitals.rate)

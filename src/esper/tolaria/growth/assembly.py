@@ -74,7 +74,7 @@ def assemble(
     host = policy.host
     optimizers = named_optimizers(optimizer, host)
     ema = averages(ema, host)
-    with policy.uncompiled(), wrapping.whole():
+    with policy.uncompiled(), wrapping.gathered():
         find = partial(morphable, host, policy, sites, config)
         opening = opened(host, loss_fn, per_example, held_out(probe, example), find)
         model, loss_fn, held, batch = opening.model, opening.loss_fn, opening.held, opening.batch
@@ -124,7 +124,7 @@ def assemble(
         rate=config.race.learning_rate,
         scale=(lambda: float(scaler.get_scale())) if scaler is not None else (lambda: 1.0),
         peers=peers,
-        whole=wrapping.whole,
+        whole=wrapping.gathered,
         join=joins,
         deferred=wrapping.deferred,
     )
@@ -219,7 +219,7 @@ def refuse_strangers(peers: Peers, model: MorphableModel, seed: int, steps: int 
     """
     shapes = [(name, tuple(p.shape)) for name, p in model.host.named_parameters()]
     facts = {"model": shapes, "sites": model.names, "seed": seed, "steps": steps}
-    found = peers.exchange([digest(repr(fact)) for fact in facts.values()])
+    found = peers.all_gather_ints([digest(repr(fact)) for fact in facts.values()])
     for name, values in zip(facts, zip(*found, strict=True), strict=True):
         if len(set(values)) > 1:
             raise ProcessError(f"the processes differ in {name}; give esper.grow the same in all of them")

@@ -50,7 +50,7 @@ class Loop:
         run = self.run
         if run.recipe == "early":
             looking = failing("the model or loss, run on the first held-out examples, raised")
-            with looking, run.morphable.policy.uncompiled(), run.parts.wrapping.whole():
+            with looking, run.morphable.policy.uncompiled(), run.parts.wrapping.gathered():
                 self.early = Early(run)
             run.parts.warnings.extend(self.early.doubts)
 
@@ -145,7 +145,7 @@ class Loop:
         run, early = self.run, self.early
         if early is not None and run.parts.wrapping.deferred:
             if early.waiting is not None or early.open is not None:
-                with run.morphable.policy.uncompiled(), run.parts.wrapping.opened(run.parts.optimizers):
+                with run.morphable.policy.uncompiled(), run.parts.wrapping.reshaping(run.parts.optimizers):
                     early.rewrap()
             return
         trial = run.orchestrator.trial
@@ -164,7 +164,7 @@ class Loop:
             self.examined()
             self.change(run.orchestrator.settle)
         elif self.early.open is not None or self.early.asking is not None:
-            with run.morphable.policy.uncompiled(), run.parts.wrapping.opened(run.parts.optimizers):
+            with run.morphable.policy.uncompiled(), run.parts.wrapping.reshaping(run.parts.optimizers):
                 self.early.finish()
         run.cost.seconds += time.perf_counter() - begun
 
@@ -185,7 +185,7 @@ class Loop:
         if run.orchestrator.trial is not None:
             with (
                 run.morphable.policy.uncompiled(),
-                parts.wrapping.opened(parts.optimizers),
+                parts.wrapping.reshaping(parts.optimizers),
                 run.mishaps.contained("a last look at what grows", self.incubation.skip),
             ):
                 outcome = change()

@@ -99,7 +99,7 @@ class Resumable:
             raise StateError(
                 "this run has begun already; load the state right after esper.grow on a fresh model"
             )
-        with run.morphable.policy.uncompiled(), self.wrapping.opened(run.parts.optimizers):
+        with run.morphable.policy.uncompiled(), self.wrapping.reshaping(run.parts.optimizers):
             restore(run, state, self.loop.early, self.loop.watch)
         run.topology_changed()
         self.loop.redo.read()

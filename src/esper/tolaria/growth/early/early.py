@@ -170,7 +170,7 @@ class Early(EarlyState):
         if asking.before is None and self.evidence.concluding:  # a step of its own: it copies the run
             asking.before = self.insertion.remember(run.steps)
             return
-        with self.parts.wrapping.whole():
+        with self.parts.wrapping.gathered():
             found = self.evidence.go_on()
         if found is None:
             return

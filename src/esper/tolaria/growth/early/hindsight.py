@@ -48,7 +48,7 @@ class Hindsight:
         evidence, run = self.evidence, self.run
         held = evidence.judged_on()
         now = evidence.held_out(held)
-        (then,) = run.peers.agree([self.earlier(judged, held)])
+        (then,) = run.peers.broadcast_floats([self.earlier(judged, held)])
         flops: int = run.morphable.flops + self.insertion.flops_before
         run.cost.grow(flops * sum(map(count_examples, held)))
         known = judged.record.held_out

@@ -31,7 +31,7 @@ class Judging:
             if not early:
                 self.leave(dear)
             return not early
-        with state.parts.wrapping.whole():
+        with state.parts.wrapping.gathered():
             then, now = state.hindsight.losses(judged)
         state.note_point(now)
         kept = judged.won(now, not early and run.steps < judged.until, than=then)

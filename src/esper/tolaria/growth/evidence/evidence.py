@@ -255,7 +255,7 @@ class Evidence:
 
     def held_out(self, held: Sequence[Any] | None = None) -> float:
         """Return the mean held-out loss in eval mode; rank 0's counts."""
-        return self.run.peers.agree([self.mean_loss(self.probe() if held is None else held)])[0]
+        return self.run.peers.broadcast_floats([self.mean_loss(self.probe() if held is None else held)])[0]
 
     def mean_loss(self, batches: Sequence[Any]) -> float:
         """Return the mean loss of examples in eval mode, in this process."""
@@ -302,7 +302,7 @@ class Evidence:
         """Say so, once, where most held-out examples are among those that the loop trains on."""
         self.known.learn(self.batches)
         self.read = self.probe()
-        if self.run.peers.every(not self.known.most_of(self.read)):
+        if self.run.peers.all_ranks(not self.known.most_of(self.read)):
             return []
         self.run.tell("warning", message=self.repeats)
         return [self.repeats]

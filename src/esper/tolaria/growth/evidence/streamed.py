@@ -97,7 +97,7 @@ class Streamed(Evidence):
 
     def held_out(self, held: Sequence[Any] | None = None) -> float:
         """Return the mean of the latest losses: each was taken before its batch was learned from."""
-        return self.run.peers.agree([sum(self.losses) / len(self.losses)])[0]
+        return self.run.peers.broadcast_floats([sum(self.losses) / len(self.losses)])[0]
 
     def remember(self) -> None:
         """Measure the sample: the same weights lose the same on it later, or the loss has changed."""

@@ -54,7 +54,7 @@ def meet(peers: Peers, word: Word) -> Agreed:
     Raises:
         ProcessError: The processes are at different steps or hold different models.
     """
-    words = [Word(*record) for record in peers.exchange([getattr(word, n) for n in Word.__slots__])]
+    words = [Word(*record) for record in peers.all_gather_ints([getattr(word, n) for n in Word.__slots__])]
     for what in ("step", "topology"):
         found = [getattr(one, what) for one in words]
         if len(set(found)) > 1:
@@ -80,7 +80,7 @@ def same_decision(peers: Peers, decision: Decision, names: Sequence[str]) -> Dec
     index = -1 if decision.site is None else names.index(decision.site)
     start = -1 if decision.start is None else STARTS.index(decision.start)
     own = [ACTIONS.index(decision.action), index, decision.width, start]
-    first = [int(number) for number in peers.agree(own)]
+    first = [int(number) for number in peers.broadcast_floats(own)]
     if first == own:
         return decision
     action, index, width, start = first
@@ -108,7 +108,7 @@ def realign(run: RunState) -> None:
         "counters": [run.events_kept, run.parts.gate.looks, orchestrator.lineage, run.parts.epochs],
         "losses": list(orchestrator.losses),
     }
-    state = json.loads(peers.hear(json.dumps(own).encode()))
+    state = json.loads(peers.broadcast_bytes(json.dumps(own).encode()))
     run.tamiyo.load_state_dict(state["tamiyo"])
     run.parts.streams.load_state_dict(state["streams"])
     run.events_kept, run.parts.gate.looks, orchestrator.lineage, run.parts.epochs = state["counters"]

@@ -86,7 +86,7 @@ class Incubation:
 
     def decide(self, why: str) -> None:
         """Survey the free sites, let Tamiyo choose, and germinate what was chosen."""
-        with self.parts.wrapping.whole():
+        with self.parts.wrapping.gathered():
             self.choose(why)
 
     def choose(self, why: str) -> None:

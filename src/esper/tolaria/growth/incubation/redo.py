@@ -48,7 +48,9 @@ class Redo:
                 self.run.tell("warning", message=f"what was decided behind the checkpoint is lost: {error}")
         peers = self.run.peers
         if peers.world > 1:
-            found = {int(k): v for k, v in json.loads(peers.hear(json.dumps(found).encode())).items()}
+            found = {
+                int(k): v for k, v in json.loads(peers.broadcast_bytes(json.dumps(found).encode())).items()
+            }
         self.ahead = dict(found)
 
     def due(self, why: str | None) -> str | None:

@@ -179,7 +179,7 @@ class Committer:
             yield
         except FAILURES as error:
             failure = error
-        if not self.peers.every(failure is None):
+        if not self.peers.all_ranks(failure is None):
             raise failure or SurgeryError("another process could not carry it out")
 
     def widen(self, kernel: Any, optimizer: Optimizer, branch: Tensor, step: int) -> dict[str, Any]:

@@ -58,7 +58,7 @@ class Proven:
         run.cost.grow(run.morphable.flops * PASSES * count_examples(batch))
         few, others = trials(batch, features(run.morphable.host))
         calls = [self.call(one) for one in (batch, *few)]
-        with run.morphable.policy.uncompiled(), run.parts.wrapping.whole():
+        with run.morphable.policy.uncompiled(), run.parts.wrapping.gathered():
             found = Proof(run.morphable.host, calls, [self.call(one) for one in others]).unproven(places)
         return {name: f"the model is not what it was at esper.grow: {why}" for name, why in found.items()}
 

@@ -141,7 +141,7 @@ def follow_configs(run: RunState) -> None:
     with (
         run.mishaps.contained("bringing a config up to date", unsaid.append),
         run.morphable.policy.uncompiled(),
-        run.parts.wrapping.whole(),
+        run.parts.wrapping.gathered(),
     ):
         unsaid += follow(host, run.parts.committer.run)
     for why in unsaid:
