@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from esper.checkpoint.contents.sharded import (
-    laid_out,
     extract_dtensors,
-    likes_of,
     insert_dtensors,
+    laid_out,
+    likes_of,
     refuse_unfit,
     targets_for,
 )

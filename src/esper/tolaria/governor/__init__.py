@@ -15,6 +15,6 @@ __all__ = [
     "Settings",
     "Snapshots",
     "Vitals",
-    "Watch",
     "VitalsReader",
+    "Watch",
 ]

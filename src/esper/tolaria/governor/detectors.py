@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from esper.tolaria.governor.usual import LEAST, TailScore, RobustBaseline
+from esper.tolaria.governor.usual import LEAST, RobustBaseline, TailScore
 from esper.tolaria.governor.vitals import Vitals
 
 Kind = Literal["nonfinite", "spike", "divergence", "rate", "leak", "harm"]
