@@ -54,6 +54,32 @@ ANY_APART = {
 }
 
 
+# Private names of torch stand in files called ``private_api.py``, which demand them before use, and here.
+PYTREE = "torch's walk over nested batches, whose public twin is younger than torch 2.11"
+MODES = "TorchDispatchMode is documented for this and has no public address"
+NORMS = "the base class of all batch and instance norms, which has no public name"
+PRIVATE_TORCH = {
+    "batches/layout.py": PYTREE,
+    "kasmina/branches/blocks.py": NORMS,
+    "kasmina/depth/birth.py": NORMS,
+    "kasmina/depth/stacks.py": PYTREE,
+    "kasmina/evidence/sight.py": NORMS,
+    "kasmina/recording/between.py": PYTREE,
+    "kasmina/recording/flops.py": MODES,
+    "kasmina/recording/recorder.py": PYTREE,
+    "kasmina/recording/regions.py": PYTREE,
+    "kasmina/recording/scalars.py": PYTREE,
+    "kasmina/recording/visits.py": PYTREE,
+    "kasmina/seeds/compiling.py": "what Dynamo has compiled of a host, each name asked for where it is used",
+    "surgery/isolation/contexts.py": NORMS,
+    "surgery/isolation/draws.py": MODES,
+    "surgery/isolation/seam.py": PYTREE,
+    "tezzeret/pipelines/aoti.py": "the packaging calls of AOTInductor, as torch's own manual imports them",
+    "tezzeret/pipelines/inductor.py": "the compiler's settings, as torch's own manual imports them",
+    "tolaria/growth/assembly.py": NORMS,
+}
+
+
 @dataclass(frozen=True)
 class Source:
     """One file of the package, read and parsed once."""
@@ -186,6 +212,31 @@ def test_torch_load_reads_weights_only() -> None:
         return [call for call in calls if call.startswith("torch.load(") and "weights_only=True" not in call]
 
     assert offenders(loads) == {}
+
+
+def private_of_torch(node: ast.AST) -> list[str]:
+    """The private names of torch that a node imports or reaches through ``torch`` itself."""
+    dotted = [ast.unparse(node)] if isinstance(node, ast.Attribute) else imports(node)
+    parts = [name.split(".") for name in dotted if name.split(".")[0] == "torch"]
+    return [".".join(p) for p in parts if any(re.match("_(?!_)", part) for part in p)]
+
+
+def test_private_torch_stands_in_files_named_for_it() -> None:
+    def reached(source: Source) -> list[str]:
+        return [name for node in source.nodes for name in private_of_torch(node)]
+
+    apart = offenders(lambda source: source.path.name != "private_api.py" and reached(source))
+    assert apart.keys() == PRIVATE_TORCH.keys(), apart
+
+
+def test_files_of_private_torch_demand_what_they_use() -> None:
+    """Not torch's fault alone: a file that uses private names and asks for none says nothing when they go."""
+
+    def silent(source: Source) -> bool:
+        calls = {ast.unparse(node.func) for node in source.nodes if isinstance(node, ast.Call)}
+        return source.path.name == "private_api.py" and "demand" not in calls
+
+    assert offenders(silent) == {}
 
 
 def test_nothing_catches_everything_without_saying_why() -> None:

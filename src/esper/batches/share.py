@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Sized
+from typing import Any, Generic, TypeVar, cast
 
 from esper.batches.layout import flatten, rows, unflatten
 
+Batch = TypeVar("Batch")
 
-class Share:
+
+class Share(Generic[Batch]):
     """Goes through all batches and keeps every ``world``-th row, from ``rank`` on.
 
     All processes read the same batches, so a step sees what it would in one process, and another number of
@@ -17,15 +19,15 @@ class Share:
 
     Args:
         batches: Batches that can be iterated again, in the same order in every process.
-        rank: Of this process.
-        world: How many there are.
+        rank: Number of this process, from 0.
+        world: Number of processes.
     """
 
-    def __init__(self, batches: Iterable[Any], rank: int, world: int) -> None:
-        self.batches: Any = batches
+    def __init__(self, batches: Iterable[Batch], rank: int, world: int) -> None:
+        self.batches = batches
         self.rank, self.world = rank, world
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Batch]:
         """Hand out this process's rows."""
         for batch in self.batches:
             leaves, nest = flatten(batch)
@@ -33,9 +35,9 @@ class Share:
 
     def __len__(self) -> int:
         """Count the batches, if the loader knows."""
-        return len(self.batches)
+        return len(cast("Sized", self.batches))
 
-    def rows(self, leaf: Any) -> Any:
+    def rows(self, leaf: Any) -> object:
         """Return this process's rows of a tensor, an array or a list; what has none is everybody's."""
         count = rows(leaf)
         if count is None:

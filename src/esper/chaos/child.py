@@ -8,7 +8,6 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import save_file
 
@@ -28,11 +27,10 @@ class Child:
     """What a fault may take hold of in the run's process.
 
     Attributes:
-        spec: What this process was told.
-        rank: Of this process, among those that train together.
+        spec: Record of what this process was told.
+        rank: Number of this process among those that train together, from 0.
         draw: Random numbers that follow from the seed, the fault and the attempt.
         trainer: Set once the run is made; ``storage`` of a fault is asked before that.
-        written: Of the present checkpoint, for faults in the middle of one.
     """
 
     def __init__(self, spec: Spec) -> None:
@@ -78,15 +76,17 @@ class Child:
         first = next(iter(trainer.growth.run.parts.optimizers.values()))
         first.register_step_post_hook(self._stepped)
 
-    def _stepped(self, *rest: Any) -> None:
+    def _stepped(self, *rest: object) -> None:
         self.mark("step", self.step)
         for action in self.actions:
             action(self.step)
 
 
-def readable(event: Event) -> dict[str, Any]:
+def readable(event: Event) -> dict[str, object]:
     """Return an event's plain facts; what is not finite as text, and no nested ones."""
-    plain = {k: v for k, v in event.data.items() if isinstance(v, str | int | bool) or v is None}
+    plain: dict[str, object] = {
+        k: v for k, v in event.data.items() if isinstance(v, str | int | bool) or v is None
+    }
     return plain | {k: repr(v) for k, v in event.data.items() if isinstance(v, float)}
 
 

@@ -6,7 +6,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from esper.chaos.spec import Mark
 from esper.storage.protocol import Storage
@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # the process's own side imports torch, which must come after
     from esper.chaos.child import Child
 
 
-GOVERNED: Mapping[str, Any] = {"governor": {"enabled": True}}  # settings of growth
+GOVERNED: Mapping[str, object] = {"governor": {"enabled": True}}  # settings of growth
 
 
 @dataclass(frozen=True)
@@ -60,18 +60,18 @@ class Fault:
     """One fault; each is a file in ``faults/``, whose name is the fault's.
 
     Attributes:
-        about: What is broken, in a line.
-        restarts: How often something outside may start the process again; 0: it must not end.
+        about: Line on what is broken.
+        restarts: Times something outside may start the process again; 0: it must not end.
         growth: Settings of growth it needs, over the config's.
-        different: Why the weights cannot be those of the uninterrupted run; None: they must be.
+        different: Reason why the weights cannot be those of the uninterrupted run; None: they must be.
         mounts: Whether it wants a disk of its own, where the system allows one.
         ranks: Processes that train together.
-        relaunches: How often their launcher may start all of them again.
+        relaunches: Times their launcher may start all of them again.
     """
 
     about: str = ""
     restarts: int = 0
-    growth: Mapping[str, Any] = {}
+    growth: Mapping[str, object] = {}
     different: str | None = None
     mounts: bool = False
     ranks: int = 1

@@ -38,7 +38,7 @@ class Result:
         steps_lost: Steps done twice, or undone.
         equal: Whether the final weights are ``torch.equal`` to those of the undisturbed run.
         reason: Why the bits cannot be compared, where they cannot.
-        what: What happened, in a line.
+        what: Line on what happened.
     """
 
     fault: str
@@ -68,12 +68,12 @@ class Rehearsal:
     """Puts faults into runs of one config, each in processes and a folder of its own.
 
     Args:
-        maker: What makes the trainer, see ``Spec.maker``.
-        config: What is trained.
-        folder: Where the runs go; nothing in it is overwritten.
-        seed: Of everything that is drawn: when a fault comes, which bit it flips.
-        epochs: Instead of the config's.
-        tell: Told what is being done.
+        maker: ``module:callable`` that makes the trainer, see ``Spec.maker``.
+        config: Path of the config that says what is trained.
+        folder: Path of the folder the runs go to; nothing in it is overwritten.
+        seed: Seed of everything that is drawn: when a fault comes, which bit it flips.
+        epochs: Number of epochs, instead of the config's.
+        tell: Function told in words what is being done.
     """
 
     def __init__(

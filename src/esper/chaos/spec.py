@@ -7,11 +7,25 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from esper.chaos.clock import real
 
-Mark = Mapping[str, Any]
+
+class Mark(TypedDict):
+    """One line that a process wrote down."""
+
+    at: float  # seconds on the clock that does not jump
+    attempt: int
+    kind: str  # "begun", "resumed", "step", "event", "fault", "damage", "error", "finished"
+    step: int
+    what: NotRequired[str]  # of a fault, or of damage
+    nth: NotRequired[int]  # call that failed, and what it was asked
+    verb: NotRequired[str]
+    event: NotRequired[str]  # its kind
+    data: NotRequired[Mapping[str, Any]]  # an event's plain facts, as Event says for its kind
+    written: NotRequired[int]  # checkpoints, at the end
+    failures: NotRequired[int]
 
 
 @dataclass(frozen=True)
@@ -21,19 +35,19 @@ class Spec:
     Attributes:
         maker: ``module:callable`` that makes the trainer; called with ``config``, ``run_dir`` and, by name,
             ``epochs``, ``growth``, ``every``, ``wrap`` and ``on_event``.
-        config: What the run trains.
-        run_dir: The run's folder; the process is given nothing else to go on from.
-        marks: Where it writes down what it does, outside the run's folder.
-        weights: Where it writes the weights it ends with.
-        fault: A name in ``faults/``; None for the run nobody disturbs.
-        seed: Of what a fault draws.
+        config: Path of the config that says what the run trains.
+        run_dir: Path of the run's folder; the process is given nothing else to go on from.
+        marks: Path of the file in which it writes down what it does, outside the run's folder.
+        weights: Path of the file for the weights it ends with.
+        fault: Name in ``faults/``; None for the run nobody disturbs.
+        seed: Seed of what a fault draws.
         at: Optimizer step of the fault.
         every: Optimizer steps between checkpoints; None: from their measured cost.
         attempt: 0, then 1 after the first death, and so on.
         namespace: Process whose disk this one joins.
-        epochs: Instead of the config's.
+        epochs: Number of epochs, instead of the config's.
         ranks: Processes that train together.
-        relaunches: How often their launcher starts all of them again.
+        relaunches: Times their launcher starts all of them again.
         growth: Settings of growth over the config's.
     """
 
@@ -51,7 +65,7 @@ class Spec:
     epochs: int | None = None
     ranks: int = 1
     relaunches: int = 0
-    growth: Mapping[str, Any] = field(default_factory=dict)
+    growth: Mapping[str, object] = field(default_factory=dict)
 
     def write(self, path: Path) -> None:
         """Write it to a file."""
@@ -70,7 +84,7 @@ class Marks:
         self.handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         self.attempt, self.rank = attempt, rank
 
-    def __call__(self, kind: str, step: int, **facts: Any) -> None:
+    def __call__(self, kind: str, step: int, **facts: object) -> None:
         """Write one down, with the time on the clock that does not jump; of other ranks only the fault."""
         if self.rank and kind != "fault":
             return

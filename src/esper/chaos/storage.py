@@ -21,8 +21,8 @@ class FaultyStorage:
     checkpoint.
 
     Args:
-        storage: What keeps the checkpoints.
-        trap: Called before every act; it may raise ``OSError``, or not come back.
+        storage: Storage that keeps the checkpoints.
+        trap: Function called before every act; it may raise ``OSError``, or not come back.
     """
 
     def __init__(self, storage: Storage, trap: Trap) -> None:

@@ -31,10 +31,10 @@ class Cadence:
     after ¼, ½, 1, 2, … seconds within that share, so that a run that is killed every few seconds gets on.
 
     Args:
-        every: Optimizer steps; or a ``timedelta``; None: as above.
-        failure_every: M, seconds between failures.
+        every: Optimizer steps, or a ``timedelta``, between checkpoints; None: as above.
+        failure_every: Seconds between failures, M above.
         size: Bytes of a checkpoint, for a first guess of its cost.
-        clock: Seconds that only go forward.
+        clock: Function that returns seconds, which only go forward.
         milestones: Whether one also comes soon after the beginning, and whenever the run has grown; None:
             only where ``every`` is None.
 

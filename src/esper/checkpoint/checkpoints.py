@@ -21,6 +21,7 @@ from esper.checkpoint.contents.run_shards import load_shards, save_shards
 from esper.checkpoint.contents.snapshots import Snapshot, State, taken_of
 from esper.checkpoint.format.manifest import Manifest, name_of, numbers
 from esper.checkpoint.format.reader import Checkpoint, newest
+from esper.checkpoint.format.run_state import RunState
 from esper.checkpoint.keeping import Keeper
 from esper.checkpoint.retention import Best, Retention
 from esper.checkpoint.writer import Writer
@@ -29,6 +30,7 @@ from esper.distributed.collectives import Peers
 from esper.distributed.model_wrapper import Wrapping
 from esper.errors import CheckpointError, ConfigError, FinishedError, StateError
 from esper.storage.address import storage_at
+from esper.storage.lease import Lease
 from esper.storage.protocol import Storage
 from esper.storage.replacing import reason
 from esper.surgery.optimizers.clock import Clock
@@ -53,10 +55,10 @@ class CheckpointManager:
     Args:
         storage: A folder, a URL like ``s3://bucket/prefix``, or anything that keeps the ``Storage`` contract;
             one manager writes to it.
-        run: What to save.
+        run: Run to save.
         every: Optimizer steps, or a ``timedelta``, between checkpoints; None: from their measured cost,
             within 1.5 % of the run's time.
-        keep: How many of the newest are kept; None keeps all.
+        keep: Number of the newest that are kept; None keeps all.
         best: A metric and its better direction, ``("loss", "min")``; the best checkpoint is kept besides.
         failure_every: Seconds between failures that ``every=None`` reckons with.
         milestones: Whether a checkpoint also comes within seconds of the beginning, and whenever the run has
@@ -65,7 +67,7 @@ class CheckpointManager:
 
     Attributes:
         cadence: When the next one is due, and ``told()``, what that costs and loses.
-        run_id: Of the run: random, or that of the checkpoint it went on from.
+        run_id: Id of the run: random, or that of the checkpoint it went on from.
         stalls: Seconds training stood still, per snapshot, the last thousand.
 
     Raises:
@@ -103,7 +105,7 @@ class CheckpointManager:
         self.taken = Clock(with_inner(run.named) or run.named)
         self.messages.extend(unkeepable(run))
 
-    def _leased(self) -> Any:
+    def _leased(self) -> Lease | None:
         """Take the folder, and end there what a killed writer began; None where nothing is to be taken."""
         if self.peers.rank:
             return None
@@ -154,7 +156,7 @@ class CheckpointManager:
 
     # -- saving ----------------------------------------------------------------------------------------------
 
-    def step(self, metrics: Mapping[str, Any] | None = None) -> bool:
+    def step(self, metrics: Mapping[str, object] | None = None) -> bool:
         """Call once per batch, last; saves where a checkpoint is due and an optimizer step has happened.
 
         Returns:
@@ -195,7 +197,7 @@ class CheckpointManager:
             self.peers.broadcast_floats([self.cadence.due(self.steps)])[0]
         )
 
-    def save(self, metrics: Mapping[str, Any] | None = None, *, wait: bool = False) -> str:
+    def save(self, metrics: Mapping[str, object] | None = None, *, wait: bool = False) -> str:
         """Take a snapshot now and have it written.
 
         Args:
@@ -223,7 +225,7 @@ class CheckpointManager:
         self._tell()
         return snapshot.manifest.name
 
-    def save_last(self, metrics: Mapping[str, Any] | None = None) -> str | None:
+    def save_last(self, metrics: Mapping[str, object] | None = None) -> str | None:
         """Save once more and wait for it, at the end of a run or before its process ends.
 
         Alone, a process tries twice. What goes wrong is told, and the checkpoints before stay.
@@ -250,7 +252,7 @@ class CheckpointManager:
         require_none(self.storage, self.peers)
         self.resumed = True
 
-    def _snapshot(self, metrics: Mapping[str, Any]) -> Snapshot:
+    def _snapshot(self, metrics: Mapping[str, object]) -> Snapshot:
         spare: Mapping[str, Tensor] = self.keeper.spare
         self.keeper.spare = {}
         known, unknown = numbers(metrics)
@@ -272,8 +274,7 @@ class CheckpointManager:
             raise failure
         self.writer.flush()  # nothing is being written while shards are counted
         left, shards = save_shards(self.wrapping, self.storage, name_of(self.steps), state)
-        whole: dict[str, Any] = {} if self.peers.rank else joined(left, parts)
-        return whole, shards
+        return {} if self.peers.rank else joined(left, parts), shards
 
     def _tell(self) -> None:
         while self.keeper.kept:
@@ -361,7 +362,7 @@ class CheckpointManager:
         if self.journal is not None and self.journal.run is not None:
             self.journal.run = self.keeper.run
 
-    def _bring(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _bring(self, state: RunState) -> RunState:
         return load_shards(self.wrapping, self.storage, state, self.run.named)
 
     def close(self) -> None:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from esper.checkpoint.contents.run_shards import gathered
 from esper.checkpoint.format.manifest import digest, safetensors_chunks
 from esper.checkpoint.format.reader import Checkpoint
-from esper.checkpoint.format.shard_files import TABLE
+from esper.checkpoint.format.run_state import RunState
 from esper.contracts import DeepenPlan, WidenPlan
 from esper.errors import StateError
 from esper.saving import rebuild_template
@@ -26,9 +24,10 @@ def export_model(checkpoint: Checkpoint, directory: str | Path, storage: Storage
     """Write what ``growth.save`` would have written at that step.
 
     Args:
-        checkpoint: Any; kernels of seeds that were awake are not part of the model yet, and are left out.
-        storage: Where it lies, and the shards of a sharded model with it.
-        directory: Created.
+        checkpoint: Checkpoint, read; kernels of seeds that were awake are no part of the model yet and are
+            left out.
+        storage: Storage in which it lies, and the shards of a sharded model with it.
+        directory: Path of the folder to create.
 
     Raises:
         StateError: The model's state is not all plain tensors, or the folder exists or cannot be written.
@@ -53,22 +52,22 @@ def export_model(checkpoint: Checkpoint, directory: str | Path, storage: Storage
     return Path(directory)
 
 
-def weights_of(state: Mapping[str, Any], storage: Storage) -> dict[str, Tensor]:
+def weights_of(state: RunState, storage: Storage) -> dict[str, Tensor]:
     """Return the model's tensors, whole.
 
     Raises:
         StateError: The model's state is not all plain tensors.
     """
-    weights = state["modules"][""]["state"]
-    if TABLE in state:
-        weights = gathered(storage, state)
+    weights = gathered(storage, state) if "table" in state else state["modules"][""]["state"]
+    tensors: dict[str, Tensor] = {}
     for name, value in weights.items():
         if not isinstance(value, Tensor) or value.dtype not in rebuild_template.DTYPES.values():
             kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
             raise StateError(
                 f"cannot export {name!r}, a {kind}: a saved model holds tensors of ordinary types"
             )
-    return weights
+        tensors[name] = value
+    return tensors
 
 
 def card(checkpoint: Checkpoint) -> str:

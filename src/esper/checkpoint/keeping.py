@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor
 
@@ -23,16 +22,16 @@ class Keeper:
     """Keeps snapshots, and tells what came of it; nothing that goes wrong here ends training.
 
     Args:
-        storage: Where to.
-        retention: What stays.
-        cadence: Told what each one cost.
-        run: The run's id; checkpoints of another one are never deleted.
+        storage: Storage that is written to.
+        retention: Rule that says which checkpoints stay.
+        cadence: Cadence, told what each checkpoint cost.
+        run: Id of the run; checkpoints of another one are never deleted.
 
     Attributes:
         written: Checkpoints kept and verified.
         failures: Checkpoints that could not be.
         last: The newest of ``written``, None before the first.
-        messages: What to tell people, from whichever thread; told on the training's.
+        messages: Sentences for people, from whichever thread; told on the training's.
         kept: Facts of checkpoints written, likewise.
         spare: Tensors of a snapshot that was written; the next one writes them over.
     """
@@ -43,7 +42,7 @@ class Keeper:
         self.written = self.failures = 0
         self.last: str | None = None
         self.messages: deque[str] = deque()
-        self.kept: deque[dict[str, Any]] = deque()
+        self.kept: deque[dict[str, object]] = deque()
         self.spare: Mapping[str, Tensor] = {}
         self.adopted: str | None = run  # id in the checkpoint this run goes on from; None: it has none
 

@@ -15,7 +15,7 @@ class Retention:
     """Keeps the newest sound checkpoints and the best one.
 
     Args:
-        keep: How many of the newest; None keeps all.
+        keep: Number of the newest that stay; None keeps all.
         best: A metric's name, and whether less of it (``"min"``) or more is better; None: there is no best.
 
     Raises:
@@ -37,7 +37,7 @@ class Retention:
         """Return what to delete, oldest first.
 
         Args:
-            names: All checkpoints, sorted by step.
+            names: Names of all checkpoints, sorted by step.
             sound: Manifests of those that verify. Damaged ones go once they are older than all that is kept.
         """
         if self.keep is None or not sound:

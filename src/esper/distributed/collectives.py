@@ -18,8 +18,8 @@ class Peers(Protocol):
     """The processes that train one model together.
 
     Attributes:
-        rank: Of this process.
-        world: How many there are.
+        rank: Number of this process, from 0.
+        world: Number of processes.
     """
 
     rank: int

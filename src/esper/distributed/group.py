@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -21,22 +21,19 @@ class Group:
     that, not after the half hour that torch allows. Tensors travel where the model's gradients do.
 
     Args:
-        process_group: The one that averages the model's gradients; None: all processes.
+        process_group: Group that averages the model's gradients; None: all processes.
         deadline: Seconds to wait for the others.
 
     Raises:
         ProcessError: Another process did not come.
     """
 
-    def __init__(self, process_group: Any = None, deadline: float = 30.0) -> None:
+    def __init__(self, process_group: dist.ProcessGroup | None = None, deadline: float = 30.0) -> None:
         self.tensors = process_group
         self.rank, self.world = dist.get_rank(process_group), dist.get_world_size(process_group)
         self.deadline = deadline
-        ranks = None if process_group is None else dist.get_process_group_ranks(process_group)
         with self.waiting("a group of their own"):
-            self.numbers: Any = dist.new_group(
-                ranks, timeout=timedelta(seconds=deadline), backend="gloo", use_local_synchronization=True
-            )
+            self.numbers = gloo_group(process_group, deadline)
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
@@ -50,7 +47,7 @@ class Group:
                 "(torchrun --max-restarts does)"
             ) from error
 
-    def route(self, tensor: Tensor) -> Any:
+    def route(self, tensor: Tensor) -> dist.ProcessGroup | None:
         """Return the group that can carry a tensor."""
         return self.numbers if tensor.device.type == "cpu" else self.tensors
 
@@ -60,7 +57,7 @@ class Group:
         for tensor in tensors:
             kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
         for alike in kinds.values():
-            flat = torch.cat([tensor.detach().reshape(-1) for tensor in alike])
+            flat = torch.cat([tensor.detach().reshape(-1) for tensor in alike])  # (numbers,)
             with self.waiting("a mean"):
                 dist.all_reduce(flat, group=self.route(flat))
             spread(flat.div_(self.world), alike)
@@ -68,7 +65,7 @@ class Group:
     def broadcast_tensors(self, tensors: Sequence[Tensor]) -> None:
         """Write rank 0's values into every process's tensors."""
         for tensor in tensors:
-            flat = tensor.detach().reshape(-1).contiguous()
+            flat = tensor.detach().reshape(-1).contiguous()  # (numbers,)
             with self.waiting("rank 0's tensors"):
                 dist.broadcast(flat, group=self.route(flat), group_src=0)
             spread(flat, [tensor])
@@ -76,12 +73,12 @@ class Group:
     def all_gather_rows(self, tensor: Tensor) -> Tensor:
         """Join every process's rows, in the order of ranks; their number may differ."""
         counts = [count for (count,) in self.all_gather_ints([len(tensor)])]
-        padded = tensor.new_zeros(max(counts), *tensor.shape[1:])
+        padded = tensor.new_zeros(max(counts), *tensor.shape[1:])  # (most rows, …)
         padded[: len(tensor)] = tensor.detach()
         found = [torch.empty_like(padded) for _ in counts]
         with self.waiting("each other's rows"):
             dist.all_gather(found, padded, group=self.route(padded))
-        return torch.cat([rows[:count] for rows, count in zip(found, counts, strict=True)])
+        return torch.cat([rows[:count] for rows, count in zip(found, counts, strict=True)])  # (all rows, …)
 
     def broadcast_floats(self, numbers: Sequence[float]) -> list[float]:
         """Return rank 0's numbers."""
@@ -116,6 +113,20 @@ class Group:
             buffer.copy_(octets(data))
         self.broadcast_tensors([buffer])
         return buffer.numpy().tobytes()
+
+
+def gloo_group(process_group: dist.ProcessGroup | None, deadline: float) -> dist.ProcessGroup:
+    """Make a group of the same processes that carries small tensors on the CPU; collective.
+
+    Args:
+        process_group: Group whose processes take part; None: all.
+        deadline: Seconds a collective waits.
+    """
+    ranks = None if process_group is None else dist.get_process_group_ranks(process_group)
+    made = dist.new_group(
+        ranks, timeout=timedelta(seconds=deadline), backend="gloo", use_local_synchronization=True
+    )
+    return cast("dist.ProcessGroup", made)  # none of these is a process outside the group
 
 
 def octets(data: bytes) -> Tensor:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch.distributed as dist
 from torch import nn
@@ -29,12 +28,12 @@ class Wrapping:
     Whatever returns a context is entered by all processes together.
 
     Args:
-        host: The model.
-        peers: The processes that train it.
-        watchdog: Over them.
+        host: Model that grows.
+        peers: Processes that train it.
+        watchdog: Watchdog over them; None: nobody is to be missed.
 
     Attributes:
-        peers: The processes that train it.
+        peers: Processes that train it.
         deferred: Whether layers keep their shapes until ``reshaping``.
         sharded: Whether a process holds only a part of each parameter.
     """
@@ -50,15 +49,15 @@ class Wrapping:
         if self.watchdog is not None:
             self.watchdog.close()
 
-    def gathered(self) -> AbstractContextManager[Any]:
+    def gathered(self) -> AbstractContextManager[None]:
         """Let the host run as an ordinary module of this process."""
         return nullcontext()
 
-    def plain(self, optimizers: Optimizers) -> AbstractContextManager[Any]:
+    def plain(self, optimizers: Optimizers) -> AbstractContextManager[None]:
         """Let host and optimizers hold whole tensors."""
         return nullcontext()
 
-    def reshaping(self, optimizers: Optimizers) -> AbstractContextManager[Any]:
+    def reshaping(self, optimizers: Optimizers) -> AbstractContextManager[None]:
         """Let the host change its shape."""
         return nullcontext()
 
@@ -67,7 +66,7 @@ def wrapping_of(model: nn.Module, mode: str, deadline: float) -> Wrapping:
     """Find out who trains a model.
 
     Args:
-        model: What the user calls.
+        model: Module that the user's loop calls.
         mode: "alone", or "auto": together with others where torch.distributed says so.
         deadline: Seconds to wait for another process.
 

@@ -13,12 +13,12 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from threading import Event, Thread
-from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from esper.distributed.group import gloo_group
 
 PULSE = 1.0  # seconds between signs of life
 EXIT = 75  # EX_TEMPFAIL: start it again
@@ -34,12 +34,12 @@ class Watchdog:
     """
 
     def __init__(
-        self, process_group: Any, deadline: float, lost: Callable[[float], None] | None = None
+        self,
+        process_group: dist.ProcessGroup | None,
+        deadline: float,
+        lost: Callable[[float], None] | None = None,
     ) -> None:
-        ranks = None if process_group is None else dist.get_process_group_ranks(process_group)
-        self.group: Any = dist.new_group(
-            ranks, timeout=timedelta(seconds=deadline), backend="gloo", use_local_synchronization=True
-        )
+        self.group = gloo_group(process_group, deadline)
         self.deadline, self.lost = deadline, lost or give_up
         self.closing = Event()
         self.thread = Thread(target=self.watch, name="esper-watchdog", daemon=True)

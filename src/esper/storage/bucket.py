@@ -46,7 +46,7 @@ class BlobStorage:
     commit. A kill before it leaves an orphan, never a half checkpoint, and what was there stays until then.
 
     Args:
-        blobs: The store; one run has it, or a prefix of it, for itself.
+        blobs: Store of objects; one run has it, or a prefix of it, for itself.
     """
 
     def __init__(self, blobs: BlobStore) -> None:

@@ -26,7 +26,7 @@ class FolderStorage:
     name, and the folder above is synced. A hidden one is nobody's checkpoint.
 
     Args:
-        folder: Created with the first checkpoint.
+        folder: Path, created with the first checkpoint.
     """
 
     def __init__(self, folder: str | Path) -> None:

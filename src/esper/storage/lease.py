@@ -10,9 +10,9 @@ import os
 import socket
 import time
 import weakref
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from esper.errors import RunError
 
@@ -24,8 +24,8 @@ class Lease:
     """Holds a folder until it is released, its owner is forgotten or the process dies.
 
     Args:
-        folder: Created where it does not exist, and removed again if nothing was put into it.
-        other: What to give instead where somebody else holds it: "another run_dir".
+        folder: Path; created where nothing is, and removed again if nothing was put into it.
+        other: Words for what to give instead where somebody else holds it: "another run_dir".
 
     Raises:
         RunError: Somebody else holds it; the message says who.
@@ -66,7 +66,7 @@ class Lease:
             os.close(handle)
 
 
-def holder(path: Path) -> dict[str, Any]:
+def holder(path: Path) -> dict[str, object]:
     """Read who holds a lease; nothing where it does not say."""
     with suppress(OSError, ValueError):
         facts = json.loads(path.read_bytes())
@@ -74,7 +74,7 @@ def holder(path: Path) -> dict[str, Any]:
     return {}
 
 
-def described(facts: dict[str, Any], other: str) -> str:
+def described(facts: Mapping[str, object], other: str) -> str:
     """Say who holds a lease, and what to do."""
     cure = f"wait for it, end it, or give {other}"
     pid, host, since = facts.get("pid"), facts.get("host"), facts.get("since")

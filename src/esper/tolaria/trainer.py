@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +12,17 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DistributedSampler
 
+from esper.batches.examples import LossFunction
 from esper.checkpoint import Batches, CheckpointManager, Run, Storage
 from esper.checkpoint.cadence import Every
 from esper.checkpoint.checkpoints import ASKED, Judge
+from esper.checkpoint.contents.run import Stateful
 from esper.checkpoint.format.manifest import Manifest
 from esper.checkpoint.retention import Best
 from esper.config import ConfigLike
 from esper.contracts import Observer, ignore
 from esper.errors import ConfigError, FinishedError, StateError
+from esper.kasmina.sites.sites import Sites
 from esper.nissa.run.journal import RunJournal
 from esper.storage.address import storage_at
 from esper.tolaria.growth import grow
@@ -28,11 +31,18 @@ from esper.tolaria.training import KEPT, refuse_keeping, refuse_training
 Metric = Callable[[nn.Module, Any], float | Tensor]
 
 
+class TrainerState(TypedDict):
+    """What a trainer itself knows."""
+
+    history: list[dict[str, float]]  # per epoch
+    sums: list[Tensor | int]  # of the present epoch: loss times examples, a scalar; examples
+
+
 class Trainer:
     """Trains a model while it grows.
 
     Args:
-        model: Any ``nn.Module``; it grows in place. In several processes (torchrun) what each of them calls:
+        model: Module that grows in place. In several processes (torchrun) what each of them calls:
             ``DistributedDataParallel`` around it, or the module after ``fully_shard``.
         optimizer: One, or several by name.
         loss_fn: ``loss_fn(model, batch)``, the scalar to minimise; it moves the batch to the model's device.
@@ -43,19 +53,19 @@ class Trainer:
         scheduler: A learning-rate scheduler of the optimizer.
         scheduler_interval: Whether the scheduler moves once per ``"epoch"`` or per ``"step"``.
         metrics: ``metric(model, batch)`` by name, averaged over the examples of ``val``; the loss is one.
-        sites: Where the model may grow, as for ``esper.grow``.
-        growth: How, in place of what the settings say, as for ``esper.grow``.
+        sites: Places where the model may grow, as for ``esper.grow``.
+        growth: Way to grow, in place of what the settings say, as for ``esper.grow``.
         config: Settings, a mapping, or a path to a YAML file.
         run_dir: Folder of the run's events, or an open journal.
-        seed: Of all choices growth makes; the model and the data have their own.
+        seed: Seed of all choices growth makes; the model and the data have their own.
         on_event: Called with every event.
         checkpoints: A folder or another storage of checkpoints; None keeps none.
         every: Optimizer steps, or a ``timedelta``, between checkpoints; None: from their measured cost.
-        keep: How many of the newest checkpoints stay.
+        keep: Number of the newest checkpoints that stay.
         best: ``("train_loss", "min")``: the best checkpoint stays besides.
         milestones: Whether checkpoints also come soon after the beginning and whenever the model has grown;
             None: only where ``every`` is None. One at the end always does.
-        settings: What describes the run, any plain values; kept in checkpoints and compared on resume.
+        settings: Values that describe the run, any plain values; kept in checkpoints and compared on resume.
 
     Attributes:
         growth: The ``esper.Growth`` at work: what has grown, what it cost, ``save``.
@@ -70,16 +80,16 @@ class Trainer:
         self,
         model: nn.Module,
         optimizer: Optimizer | Mapping[str, Optimizer],
-        loss_fn: Callable[[nn.Module, Any], Tensor],
+        loss_fn: LossFunction,
         *,
-        train: Iterable[Any],
-        probe: Iterable[Any],
+        train: Iterable[object],
+        probe: Iterable[object],
         epochs: int,
-        val: Iterable[Any] | None = None,
+        val: Iterable[object] | None = None,
         scheduler: LRScheduler | None = None,
         scheduler_interval: Literal["epoch", "step"] = "epoch",
         metrics: Mapping[str, Metric] | None = None,
-        sites: Any = "auto",
+        sites: Sites = "auto",
         growth: Literal["auto", "early", "incubate", "off"] | None = None,
         config: ConfigLike = None,
         run_dir: str | Path | RunJournal | None = None,
@@ -90,7 +100,7 @@ class Trainer:
         keep: int | None = KEPT,
         best: Best | None = None,
         milestones: bool | None = None,
-        settings: Any = None,
+        settings: object = None,
     ) -> None:
         refuse_training(
             train=train,
@@ -102,7 +112,7 @@ class Trainer:
         )
         refuse_keeping(checkpoints=checkpoints, every=every, keep=keep, best=best)
         storage = None if checkpoints is None else storage_at(checkpoints)
-        self.batches: Batches | None = None if storage is None else Batches(train)
+        self.batches: Batches[object] | None = None if storage is None else Batches(train)
         self.model, self.loss_fn, self.train, self.val, self.epochs = model, loss_fn, train, val, epochs
         self.scheduler, self.scheduler_interval = scheduler, scheduler_interval
         self.metrics: dict[str, Metric] = {"loss": loss_fn, **(metrics or {})}
@@ -127,10 +137,11 @@ class Trainer:
             on_event=on_event,
         )
         self._done = self.stopped = self._asked_to_stop = False
-        self._sums: list[Any] = [torch.zeros(()), 0]  # of the present epoch: loss times examples, examples
+        # Of the present epoch: loss times examples, a scalar, and examples.
+        self._sums: tuple[Tensor, int] = torch.zeros(()), 0
         self.manager: CheckpointManager | None = None
         if storage is not None and self.batches is not None:
-            others: dict[str, Any] = {"trainer": self}
+            others: dict[str, Stateful] = {"trainer": self}
             others |= {} if scheduler is None else {"scheduler": scheduler}
             named = optimizer if isinstance(optimizer, Mapping) else {"optimizer": optimizer}
             run = Run(model, named, growth=self.growth, others=others, batches=self.batches, config=settings)
@@ -151,13 +162,14 @@ class Trainer:
             raise StateError("this Trainer keeps no checkpoints; give it checkpoints=")
         return self.manager.resume(judge)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> TrainerState:
         """Return what the trainer itself knows: past epochs, and the sums of the present one."""
-        return {"history": self.history, "sums": self._sums}
+        return {"history": self.history, "sums": list(self._sums)}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: TrainerState) -> None:
         """Take it back."""
-        self.history, self._sums = list(state["history"]), list(state["sums"])
+        total, examples = state["sums"]
+        self.history, self._sums = list(state["history"]), (torch.as_tensor(total), int(examples))
 
     def stop(self) -> None:
         """Let ``fit`` come back after the present step, with a checkpoint; for signal handlers and threads.
@@ -214,7 +226,7 @@ class Trainer:
             asked for (asked,) in peers.all_gather_ints([int(self._asked_to_stop)])
         )
 
-    def evaluate(self, batches: Iterable[Any]) -> dict[str, float]:
+    def evaluate(self, batches: Iterable[object]) -> dict[str, float]:
         """Average the loss and every metric over the examples of ``batches``, in eval mode."""
         self.model.eval()
         model = self.growth.wrapping.host  # each process by itself: nothing waits for the others
@@ -247,12 +259,12 @@ class Trainer:
             self.growth.step(batch, loss)
             total, examples = self._sums
             count = _examples(batch)
-            self._sums = [total.to(loss.device) + count * loss.detach(), examples + count]  # no sync per step
+            self._sums = total.to(loss.device) + count * loss.detach(), examples + count  # no sync per step
             if self.manager is not None:
                 self.manager.step({"train_loss": loss})
             if self._to_stop():
                 return None
-        (total, examples), self._sums = self._sums, [torch.zeros(()), 0]
+        (total, examples), self._sums = self._sums, (torch.zeros(()), 0)
         if not examples:
             raise ConfigError(
                 "train gave no batch; pass batches that can be iterated again, like a DataLoader"
@@ -262,7 +274,7 @@ class Trainer:
         return float(mean)
 
 
-def _examples(batch: Any) -> int:
+def _examples(batch: object) -> int:
     """Count the examples of a batch: the length of its first tensor, 1 where there is none."""
     if isinstance(batch, Tensor):
         return len(batch) if batch.dim() else 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 from esper.arguments import batches, function, whole, word
 from esper.errors import ConfigError
@@ -22,7 +21,13 @@ STORAGE = ("put", "get", "names", "delete", "mend")
 
 
 def refuse_training(
-    *, train: Any, val: Any, epochs: Any, scheduler: Any, scheduler_interval: Any, metrics: Any
+    *,
+    train: object,
+    val: object,
+    epochs: object,
+    scheduler: object,
+    scheduler_interval: object,
+    metrics: object,
 ) -> None:
     """Refuse what no training can be made of.
 
@@ -47,7 +52,7 @@ def refuse_training(
         function(f"metrics[{quoted(name)}]", metric, "of model and batch")
 
 
-def refuse_keeping(*, checkpoints: Any, every: Any, keep: Any, best: Any) -> None:
+def refuse_keeping(*, checkpoints: object, every: object, keep: object, best: object) -> None:
     """Refuse checkpoints that cannot be kept as asked, and words about them where there are none.
 
     Raises:
@@ -77,7 +82,7 @@ def refuse_keeping(*, checkpoints: Any, every: Any, keep: Any, best: Any) -> Non
         _refuse_best(best)
 
 
-def _refuse_best(best: Any) -> None:
+def _refuse_best(best: object) -> None:
     several = isinstance(best, Sequence) and not isinstance(best, str | bytes) and len(best) == 2
     if not several or not isinstance(best[0], str) or best[1] not in ("min", "max"):
         raise ConfigError(f"best={quoted(best)}; give a metric and 'min' or 'max', as in {SAVED[0], 'min'}")

@@ -18,7 +18,6 @@ from torch.optim import LBFGS, AdamW, Optimizer
 from esper.batches.examples import example_losses
 from esper.contracts import WidenEdit, WidenPlan
 from esper.distributed.fsdp.gathered import gathered
-from esper.distributed.fsdp.private_api import is_sharded
 from esper.distributed.fsdp.reshard import unshard
 from esper.errors import SurgeryError
 from esper.kasmina.morphable import MorphableModel
@@ -110,6 +109,10 @@ def everything(net: nn.Module, optimizer: Optimizer) -> list[Tensor]:
     state = [v for p in net.parameters() for v in optimizer.state.get(p, {}).values()]
     found = [*net.parameters(), *state, *net.buffers()]
     return [(t.full_tensor() if isinstance(t, DTensor) else t).detach().clone() for t in found]
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def same(one: list[Tensor], other: list[Tensor]) -> None:

@@ -7,9 +7,8 @@ import torch
 from torch import nn
 
 from esper.distributed.fsdp.gathered import gathered
-from esper.distributed.fsdp.private_api import is_sharded
 from tests.tolaria.distributed.ranks import launch
-from tests.tolaria.distributed.sharding_worker import CHECKS
+from tests.tolaria.distributed.sharding_worker import CHECKS, is_sharded
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
-from typing import Any
 
 from esper.chaos.child import Child
 from esper.chaos.fault import GOVERNED, Fault, Seen, Verdict
@@ -20,7 +19,7 @@ class ExplodingRate(Fault):
     """Multiplies the learning rate of every parameter group, and leaves it there."""
 
     about = "the learning rate times 1,000, for good"
-    growth: Mapping[str, Any] = GOVERNED
+    growth: Mapping[str, object] = GOVERNED
     different = "the governor undid steps"
 
     def arm(self, child: Child) -> None:

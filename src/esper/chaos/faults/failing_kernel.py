@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -57,7 +55,7 @@ class Failure:
     def __init__(self) -> None:
         self.passes = 0
 
-    def __call__(self, module: Any, given: Any, output: Tensor) -> Tensor:
+    def __call__(self, module: object, given: object, output: Tensor) -> Tensor:
         """Break one pass."""
         self.passes += 1
         if self.passes % 2:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ class NanBatch(Fault):
     """Poisons the batch of one step; the governor must undo what it did."""
 
     about = "a batch of NaN out of the data loader"
-    growth: Mapping[str, Any] = GOVERNED
+    growth: Mapping[str, object] = GOVERNED
     different = "the governor undid steps"
 
     def arm(self, child: Child) -> None:
@@ -36,14 +35,14 @@ class PoisonedLoader:
     """Hands out a loader's batches, and one of them full of NaN.
 
     Args:
-        loader: The run's own.
-        child: Says at which step.
+        loader: Loader of the run's own.
+        child: Process of the run; its spec says at which step.
     """
 
-    def __init__(self, loader: Iterable[Any], child: Child) -> None:
+    def __init__(self, loader: Iterable[object], child: Child) -> None:
         self.loader, self.child = loader, child
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[object]:
         """Go through the loader once."""
         for batch in self.loader:
             due = not self.child.struck and self.child.step >= self.child.spec.at
@@ -53,7 +52,7 @@ class PoisonedLoader:
             yield spoiled
 
 
-def poisoned(batch: Any) -> Any:
+def poisoned(batch: object) -> object:
     """Return a copy of a batch in which every floating number is NaN; the batch itself where it has none."""
     if isinstance(batch, Tensor):
         return torch.full_like(batch, torch.nan) if batch.is_floating_point() else batch

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sized
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from esper.batches.share import Share
+from esper.checkpoint.contents.private_api import next_index
 from esper.checkpoint.contents.randomness import Generator, capture_randomness, restore_randomness
+from esper.checkpoint.format.run_state import Position, Streams
 from esper.errors import ConfigError, StateError
 
+Batch = TypeVar("Batch")
 
-class Batches:
+
+class Batches(Generic[Batch]):
     """A loader that knows where it is.
 
     An epoch's order follows from the random streams as they were when it began, and so do the seeds of its
@@ -24,9 +28,9 @@ class Batches:
     are not even read; workers read them again, because their own random streams advance with what they read.
 
     Args:
-        loader: Batches that can be iterated again. What it draws from, beyond the global streams and the
+        loader: Iterable of batches, again and again. What it draws from, beyond the global streams and the
             generators of a ``DataLoader`` and its samplers, goes to ``generators``.
-        generators: By name.
+        generators: Random generators of the run's own, by name.
 
     Raises:
         ConfigError: The loader's workers live longer than an epoch: their random streams cannot be seen.
@@ -36,7 +40,7 @@ class Batches:
         index: Batches of the present epoch that were handed out.
     """
 
-    def __init__(self, loader: Iterable[Any], generators: Mapping[str, Generator] | None = None) -> None:
+    def __init__(self, loader: Iterable[Batch], generators: Mapping[str, Generator] | None = None) -> None:
         inner = loader.batches if isinstance(loader, Share) else loader
         if isinstance(inner, DataLoader) and inner.persistent_workers:
             raise ConfigError(
@@ -46,10 +50,10 @@ class Batches:
         self.loader = loader
         self.generators: dict[str, Generator] = {**own_generators(loader), **(generators or {})}
         self.epoch = self.index = 0
-        self.began: dict[str, Any] | None = None  # the streams when the present epoch began
+        self.began: Streams | None = None  # the streams when the present epoch began
         self.skip = 0
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Batch]:
         """Hand out an epoch's batches, or what is left of it."""
         skip, self.skip = self.skip, 0
         if skip:
@@ -66,12 +70,12 @@ class Batches:
             yield batch
         self.epoch, self.index, self.began = self.epoch + 1, 0, None
 
-    def _passed(self, iterator: Any, skip: int) -> Iterator[Any]:
-        loader: Any = self.loader
-        step = iterator.__next__
+    def _passed(self, iterator: Iterator[Batch], skip: int) -> Iterator[Batch]:
+        loader = self.loader
+        step: Callable[[], object] = iterator.__next__
         own = isinstance(loader, DataLoader) and not loader.num_workers
-        if own and not isinstance(loader.dataset, IterableDataset):
-            step = iterator._next_index  # the indices alone; a read costs what the epoch so far did
+        if own and not isinstance(getattr(loader, "dataset", None), IterableDataset):
+            step = next_index(iterator)  # the indices alone; a read costs what the epoch so far did
         try:
             for _ in range(skip):
                 step()
@@ -81,7 +85,7 @@ class Batches:
             ) from None
         return iterator
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Position:
         """Return the position, with the streams as they were when the epoch began."""
         return {"epoch": self.epoch, "index": self.index, "began": self.began, "length": self.length}
 
@@ -93,17 +97,17 @@ class Batches:
         except TypeError:  # a DataLoader over an iterable dataset has a __len__ that raises
             return None
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Position) -> None:
         """Go on there at the next ``iter``; an epoch under way in this object is given up."""
         self.epoch, self.index, self.began = state["epoch"], state["index"], state["began"]
         self.skip = self.index
 
 
-def own_generators(loader: Any) -> dict[str, Generator]:
+def own_generators(loader: object) -> dict[str, Generator]:
     """Find the generators of a ``DataLoader`` and its samplers; one that is shared counts once."""
     found: dict[str, Generator] = {}
     loader = loader.batches if isinstance(loader, Share) else loader
-    places = {"loader": loader}
+    places: dict[str, object] = {"loader": loader}
     for name in ("sampler", "batch_sampler"):
         places[name] = getattr(loader, name, None)
     places["batch_sampler.sampler"] = getattr(places["batch_sampler"], "sampler", None)

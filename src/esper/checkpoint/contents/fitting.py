@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from esper.checkpoint.format.encoding import DTYPES
-from esper.checkpoint.format.shard_files import TABLE
+from esper.checkpoint.format.run_state import RunState
 from esper.errors import CheckpointError, SavedModelError, StateError, nearest
 from esper.saving import genome
 
@@ -45,7 +45,7 @@ def unkeepable(run: Run) -> list[str]:
     return found
 
 
-def require_own_shapes(run: Run, recipe: bytes, state: Mapping[str, Any], name: str) -> None:
+def require_own_shapes(run: Run, recipe: bytes, state: RunState, name: str) -> None:
     """Refuse a checkpoint whose tensors are not what its own genome makes of this run's model.
 
     Raises:
@@ -55,7 +55,7 @@ def require_own_shapes(run: Run, recipe: bytes, state: Mapping[str, Any], name: 
         raise CheckpointError(f"{name} holds a model and its optimizers, and no run; load_sharded() loads it")
     shapes, plans = genome.decode(recipe)
     growth = run.growth
-    if TABLE in state or (growth is not None and (growth.steps or growth.plans)):
+    if "table" in state or (growth is not None and (growth.steps or growth.plans)):
         return  # its tensors lie elsewhere; or growth itself refuses a run that has begun
     if shapes != genome.shapes_of(run.host):
         return  # of another model, which is no damage
@@ -70,7 +70,7 @@ def require_own_shapes(run: Run, recipe: bytes, state: Mapping[str, Any], name: 
         raise CheckpointError(str(error)) from None
 
 
-def require_same_parts(run: Run, state: Mapping[str, Any]) -> None:
+def require_same_parts(run: Run, state: RunState) -> None:
     """Compare which parts a run and a state have; nothing is changed.
 
     Raises:
@@ -92,7 +92,7 @@ def require_same_parts(run: Run, state: Mapping[str, Any]) -> None:
         )
 
 
-def _same_names(what: str, saved: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+def _same_names(what: str, saved: Mapping[str, object], given: Mapping[str, object]) -> None:
     for name in saved:
         if name not in given:
             raise StateError(f"the checkpoint has {what} {name!r}, the run does not; {nearest(name, given)}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import nn
 
@@ -52,14 +52,14 @@ class Growing(Protocol):
     def observe(self, event: Event) -> None:
         """Take an event of the checkpoints'."""
 
-    def awake(self) -> list[dict[str, Any]]:
+    def awake(self) -> list[dict[str, object]]:
         """List the seeds that are not dormant: stage, α, evidence."""
 
     def gates(self) -> dict[str, int]:
         """Count the looks at held-out evidence, and what was kept after them."""
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Mapping[str, object]:
         """Return everything but the model's and the optimizers' own state."""
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Grow a fresh model as the saved one had grown; the shapes fit afterwards."""

@@ -7,11 +7,12 @@ the wrong tensors and says nothing (measured with torch 2.13, with ``named_param
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from esper.checkpoint.contents.private_api import mark_stepped
+from esper.checkpoint.format.run_state import GroupState, OptimizerState
 from esper.errors import StateError, nearest
 
 
@@ -43,7 +44,7 @@ def named_groups(optimizer: Optimizer, modules: Mapping[str, nn.Module], where: 
     return groups
 
 
-def named_state(optimizer: Optimizer, modules: Mapping[str, nn.Module], where: str) -> dict[str, Any]:
+def named_state(optimizer: Optimizer, modules: Mapping[str, nn.Module], where: str) -> OptimizerState:
     """Return an optimizer's groups and state, by name."""
     groups = named_groups(optimizer, modules, where)
     plain = optimizer.state_dict()
@@ -64,7 +65,7 @@ def named_state(optimizer: Optimizer, modules: Mapping[str, nn.Module], where: s
 
 
 def load_named_state(
-    optimizer: Optimizer, state: Mapping[str, Any], modules: Mapping[str, nn.Module], where: str
+    optimizer: Optimizer, state: OptimizerState, modules: Mapping[str, nn.Module], where: str
 ) -> None:
     """Give an optimizer back its state; within a group the order of parameters may be another one.
 
@@ -93,11 +94,13 @@ def load_named_state(
     plain["state"] = {index[name]: value for name, value in state["state"].items()}
     optimizer.load_state_dict(plain)
     _undo_casts(optimizer, state["state"], groups)
-    if state["state"]:  # or a scheduler warns that it comes before the first step
-        vars(optimizer)["_opt_called"] = True
+    if state["state"]:
+        mark_stepped(optimizer)
 
 
-def _undo_casts(optimizer: Optimizer, saved: Mapping[str, Any], groups: list[list[str]]) -> None:
+def _undo_casts(
+    optimizer: Optimizer, saved: Mapping[str, Mapping[str, object]], groups: list[list[str]]
+) -> None:
     """Put back what torch cast to the parameter's type: float32 moments would lose 16 bits."""
     for group, names in zip(optimizer.param_groups, groups, strict=True):
         for parameter, name in zip(group["params"], names, strict=True):
@@ -111,7 +114,7 @@ def _undo_casts(optimizer: Optimizer, saved: Mapping[str, Any], groups: list[lis
                     mine[key] = value.to(mine[key].device, copy=True)
 
 
-def _other_groups(where: str, saved: list[dict[str, Any]], given: list[list[str]]) -> str:
+def _other_groups(where: str, saved: list[GroupState], given: list[list[str]]) -> str:
     was = {name: number for number, group in enumerate(saved) for name in group["names"]}
     now = {name: number for number, names in enumerate(given) for name in names}
     for name in now:

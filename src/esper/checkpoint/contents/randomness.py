@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import TypeAlias, cast
 
 import numpy as np
 import torch
 
+from esper.checkpoint.format.run_state import Streams
 from esper.errors import StateError
 
 Generator: TypeAlias = "torch.Generator | np.random.Generator | random.Random"
 
 
-def capture_randomness(generators: Mapping[str, Generator]) -> dict[str, Any]:
+def capture_randomness(generators: Mapping[str, Generator]) -> Streams:
     """Return the state of the global streams and of ``generators``.
 
     CUDA streams are read only where CUDA is in use: reading one would initialise it.
@@ -29,7 +30,7 @@ def capture_randomness(generators: Mapping[str, Generator]) -> dict[str, Any]:
     }
 
 
-def restore_randomness(state: Mapping[str, Any], generators: Mapping[str, Generator]) -> list[str]:
+def restore_randomness(state: Streams, generators: Mapping[str, Generator]) -> list[str]:
     """Put every stream back.
 
     Returns:
@@ -44,7 +45,7 @@ def restore_randomness(state: Mapping[str, Any], generators: Mapping[str, Genera
             "give the run those it had"
         )
     random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
+    np.random.set_state(cast("dict[str, object]", state["numpy"]))
     torch.set_rng_state(state["torch"])
     for name, generator in generators.items():
         set_state(generator, state["generators"][name])
@@ -57,7 +58,7 @@ def restore_randomness(state: Mapping[str, Any], generators: Mapping[str, Genera
     return []
 
 
-def state_of(generator: Generator) -> Any:
+def state_of(generator: Generator) -> object:
     """Return one generator's state."""
     if isinstance(generator, torch.Generator):
         return generator.get_state()
@@ -66,11 +67,11 @@ def state_of(generator: Generator) -> Any:
     return generator.bit_generator.state
 
 
-def set_state(generator: Generator, state: Any) -> None:
+def set_state(generator: Generator, state: object) -> None:
     """Put one generator's state back."""
     if isinstance(generator, torch.Generator):
-        generator.set_state(state)
+        generator.set_state(cast("torch.Tensor", state))
     elif isinstance(generator, random.Random):
-        generator.setstate(state)
+        generator.setstate(cast("tuple[object, ...]", state))
     else:
-        generator.bit_generator.state = state
+        generator.bit_generator.state = cast("dict[str, object]", state)

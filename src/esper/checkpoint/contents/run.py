@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import version
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from esper.checkpoint.contents.fitting import require_same_parts
 from esper.checkpoint.contents.growing import Growing
 from esper.checkpoint.contents.optimizer_by_name import load_named_state, named_state
 from esper.checkpoint.contents.randomness import Generator, capture_randomness, restore_randomness
+from esper.checkpoint.format.run_state import GrowthState, ModuleState, Position, RunState
 from esper.errors import ConfigError, StateError
 from esper.saving import genome
 from esper.surgery.isolation.acting import own_state
@@ -28,11 +29,12 @@ from esper.surgery.isolation.acting import own_state
 class Stateful(Protocol):
     """Anything that can be asked for its state and given it back: a scheduler, a scaler, a detector."""
 
-    def state_dict(self) -> Any:
+    def state_dict(self) -> object:
         """Return it."""
 
-    def load_state_dict(self, state_dict: Any) -> Any:
-        """Take it back."""
+    @property
+    def load_state_dict(self) -> Callable[..., object]:
+        """Take what ``state_dict`` gave."""
 
 
 @dataclass
@@ -40,14 +42,18 @@ class Run:
     """The parts of a training run that a checkpoint holds.
 
     Args:
-        model: What is trained; with ``growth``, the model it grows.
-        optimizers: One, or several by name; every parameter of theirs belongs to ``model`` or ``modules``.
-        growth: Of a growing run.
+        model: Module that is trained; with ``growth``, the one it grows.
+        optimizers: Optimizer, or several by name; every parameter of theirs belongs to ``model`` or
+            ``modules``.
+        growth: Growth of the run; None: it does not grow.
         modules: Other modules with state, by name: averaged copies, a loss that learns, a discriminator.
-        others: Whatever else has ``state_dict`` and ``load_state_dict``, by name: schedulers, a scaler.
-        batches: Where the run is in its data.
+        others: Schedulers, a scaler and whatever else has ``state_dict`` and ``load_state_dict``, by name.
+        batches: Loader that knows where the run is in its data.
         generators: Random generators of the run's own, by name; those of ``batches`` are known.
-        config: The run's own settings, any plain values; compared on resume, and a difference is told.
+        config: Settings of the run, any plain values; compared on resume, and a difference is told.
+
+    Raises:
+        ConfigError: A part is not of its kind, or there is no optimizer.
     """
 
     model: nn.Module
@@ -55,12 +61,12 @@ class Run:
     growth: Growing | None = None
     modules: Mapping[str, nn.Module] = field(default_factory=dict)
     others: Mapping[str, Stateful] = field(default_factory=dict)
-    batches: Batches | None = None
+    batches: Batches[Any] | None = None
     generators: Mapping[str, Generator] = field(default_factory=dict)
-    config: Any = None
+    config: Any = None  # compared, never read
 
     def __post_init__(self) -> None:
-        kinds: tuple[Any, ...] = (Optimizer, Mapping)
+        kinds: tuple[type, ...] = (Optimizer, Mapping)
         if not isinstance(self.model, nn.Module) or not isinstance(self.optimizers, kinds):
             raise ConfigError(
                 f"a run is a module and its optimizers; given are a {type(self.model).__name__} and a "
@@ -91,14 +97,14 @@ def versions() -> dict[str, str]:
     }
 
 
-def capture_run(run: Run, steps: int) -> dict[str, Any]:
+def capture_run(run: Run, steps: int) -> RunState:
     """Return a run's state; tensors are the run's own, not copies."""
     growth = run.growth
     return {
         "steps": steps,
         "config": run.config,
         "growth_config": None if growth is None else growth.config.model_dump(mode="json"),
-        "growth": None if growth is None else growth.state_dict(),
+        "growth": None if growth is None else cast("GrowthState", growth.state_dict()),
         "modules": {name: module_state(module) for name, module in run.trained.items()},
         "optimizers": {name: named_state(one, run.trained, name) for name, one in run.named.items()},
         "others": {name: one.state_dict() for name, one in run.others.items()},
@@ -107,7 +113,7 @@ def capture_run(run: Run, steps: int) -> dict[str, Any]:
     }
 
 
-def module_state(module: nn.Module) -> dict[str, Any]:
+def module_state(module: nn.Module) -> ModuleState:
     """Return what a module knows: its state, buffers that are not part of it, and what is frozen."""
     state = own_state(module)  # a seed that is awake is kept with growth
     apart = {name: buffer for name, buffer in module.named_buffers() if name not in state}
@@ -116,7 +122,7 @@ def module_state(module: nn.Module) -> dict[str, Any]:
     return {"state": state, "buffers": apart, "owned": owned, "frozen": frozen}
 
 
-def load_module_state(module: nn.Module, state: Mapping[str, Any], name: str) -> None:
+def load_module_state(module: nn.Module, state: ModuleState, name: str) -> None:
     """Give a module back what it knew; its shapes fit by now.
 
     Raises:
@@ -137,16 +143,16 @@ def load_module_state(module: nn.Module, state: Mapping[str, Any], name: str) ->
 
 def restore_run(
     run: Run,
-    state: Mapping[str, Any],
-    bring: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+    state: RunState,
+    bring: Callable[[RunState], RunState],
     told: bool = True,
 ) -> list[str]:
     """Bring a fresh run to a state: topology first, then everything by name, then random streams.
 
     Args:
-        run: Fresh.
-        state: As it was saved.
-        bring: Asked for the rest of the state once shapes fit.
+        run: Run that is fresh.
+        state: State as it was saved.
+        bring: Function asked for the rest of the state once shapes fit.
         told: Whether to name settings that differ.
 
     Returns:
@@ -161,7 +167,7 @@ def restore_run(
         if run.growth is not None:
             settings = run.growth.config.model_dump(mode="json")
             different += changed("growth's config", state["growth_config"], settings) if told else []
-            run.growth.load_state_dict(state["growth"])
+            run.growth.load_state_dict(cast("GrowthState", state["growth"]))
         return different + _restored(run, bring(state))
     except StateError:
         raise
@@ -172,7 +178,7 @@ def restore_run(
         ) from error
 
 
-def _restored(run: Run, state: Mapping[str, Any]) -> list[str]:
+def _restored(run: Run, state: RunState) -> list[str]:
     """Give every part its state; shapes fit by now."""
     for name, module in run.trained.items():
         load_module_state(module, state["modules"][name], name)
@@ -181,11 +187,11 @@ def _restored(run: Run, state: Mapping[str, Any]) -> list[str]:
     for name, other in run.others.items():
         other.load_state_dict(state["others"][name])
     if run.batches is not None:
-        run.batches.load_state_dict(state["batches"])
+        run.batches.load_state_dict(cast("Position", state["batches"]))
     return restore_randomness(state["randomness"], run.streams)
 
 
-def changed(where: str, saved: Any, given: Any) -> list[str]:
+def changed(where: str, saved: object, given: object) -> list[str]:
     """Name every setting that is not as it was."""
     if isinstance(saved, Mapping) and isinstance(given, Mapping):
         keys = [*saved, *(key for key in given if key not in saved)]
@@ -202,9 +208,9 @@ def genome_of(run: Run) -> bytes:
     return json.dumps(recipe, indent=1, allow_nan=False).encode()
 
 
-def summary_of(run: Run) -> dict[str, Any]:
+def summary_of(run: Run) -> dict[str, object]:
     """Return the line a table shows of a run."""
-    seeds: list[dict[str, Any]] = [] if run.growth is None else run.growth.awake()
+    seeds: list[dict[str, object]] = [] if run.growth is None else run.growth.awake()
     batches = run.batches
     return {
         "model": type(run.host).__name__,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -23,9 +23,9 @@ from esper.checkpoint.contents.sharded import (
 )
 from esper.checkpoint.format.manifest import Manifest
 from esper.checkpoint.format.reader import sound_among, steps_kept
+from esper.checkpoint.format.run_state import ListedShard, RunState
 from esper.checkpoint.format.shard_files import (
     SHARDS,
-    TABLE,
     TYPES,
     orphans,
     read_shards,
@@ -38,20 +38,19 @@ from esper.distributed.model_wrapper import Wrapping
 from esper.errors import StateError
 from esper.storage.protocol import Storage
 
-State = Mapping[str, Any]
 MODEL = "modules//"  # where the model's own tensors stand in a state
 
 
 def save_shards(
-    wrapping: Wrapping, storage: Storage, name: str, state: State
-) -> tuple[State, list[dict[str, Any]]]:
+    wrapping: Wrapping, storage: Storage, name: str, state: RunState
+) -> tuple[RunState, list[ListedShard]]:
     """Write the tensors that lie in parts, each process its own; collective.
 
     Args:
-        wrapping: Around the model.
-        storage: Of checkpoints; shards that none of them lists are deleted first.
-        name: Of the checkpoint that will list them.
-        state: Of the run.
+        wrapping: Wrapping around the model.
+        storage: Storage of checkpoints; shards that none of them lists are deleted first.
+        name: Name of the checkpoint that will list them.
+        state: State of the run.
 
     Returns:
         The state without them, and what the checkpoint's summary lists.
@@ -65,8 +64,11 @@ def save_shards(
                 storage.delete(orphan)
     left, pieces = extract_dtensors(state)
     table = write_shards(storage, name, pieces, wrapping.peers)
-    listed = [{"name": shard, **facts} for shard, facts in table["shards"].items()]
-    return {**left, TABLE: table}, listed
+    listed: list[ListedShard] = [
+        {"name": shard, "size": facts["size"], "sha256": facts["sha256"]}
+        for shard, facts in table["shards"].items()
+    ]
+    return {**cast("RunState", left), "table": table}, listed
 
 
 def verify_listed(peers: Peers, storage: Storage, manifest: Manifest) -> None:
@@ -80,8 +82,8 @@ def verify_listed(peers: Peers, storage: Storage, manifest: Manifest) -> None:
 
 
 def load_shards(
-    wrapping: Wrapping, storage: Storage, state: State, optimizers: Mapping[str, Optimizer]
-) -> State:
+    wrapping: Wrapping, storage: Storage, state: RunState, optimizers: Mapping[str, Optimizer]
+) -> RunState:
     """Return a state with all its tensors, laid out as this model is; its shapes fit by now; collective.
 
     What was saved whole is spread over the processes, however many wrote it.
@@ -89,28 +91,28 @@ def load_shards(
     Raises:
         StateError: They do not fit, or a part is damaged; all processes raise.
     """
-    if TABLE not in state and not wrapping.sharded:
+    if "table" not in state and not wrapping.sharded:
         return state
     likes = likes_of(wrapping.host, optimizers)
-    if TABLE not in state:
-        return laid_out(state, likes)
-    table = state[TABLE]
+    if "table" not in state:
+        return cast("RunState", laid_out(state, likes))
+    table = state["table"]
     together(wrapping.peers, lambda: refuse_unfit(state, wrapping.host))
     targets = together(wrapping.peers, lambda: targets_for(table, likes))
     read_shards(storage, table, targets, wrapping.peers)
-    return laid_out(insert_dtensors(state, targets), likes)
+    return cast("RunState", laid_out(insert_dtensors(state, targets), likes))
 
 
-def gathered(storage: Storage, state: State) -> dict[str, Tensor]:
+def gathered(storage: Storage, state: RunState) -> Mapping[str, object]:
     """Return the model's tensors of a sharded checkpoint, whole, in one process.
 
     Raises:
         CheckpointError: A shard is missing or damaged.
     """
-    model, table = state["modules"][""]["state"], state[TABLE]
+    model, table = state["modules"][""]["state"], state["table"]
     paths = {path: facts for path, facts in table["tensors"].items() if path.startswith(MODEL)}
-    targets = {
+    targets: dict[str, Tensor] = {
         path: torch.empty(facts["shape"], dtype=TYPES[facts["dtype"]]) for path, facts in paths.items()
     }
     read_shards(storage, {**table, "tensors": paths}, targets, ALONE)
-    return insert_dtensors(model, targets)
+    return cast("Mapping[str, object]", insert_dtensors(model, targets))

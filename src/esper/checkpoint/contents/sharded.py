@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,8 @@ from esper.checkpoint.contents.optimizer_by_name import load_named_state, named_
 from esper.checkpoint.contents.run import load_module_state, module_state, versions
 from esper.checkpoint.format.manifest import Manifest, name_of, packed, parts_of
 from esper.checkpoint.format.reader import Checkpoint, read
-from esper.checkpoint.format.shard_files import TYPES, Table, read_shards, together, write_shards
+from esper.checkpoint.format.run_state import RunState, Table
+from esper.checkpoint.format.shard_files import TYPES, read_shards, together, write_shards
 from esper.distributed.collectives import ALONE, Peers
 from esper.distributed.fsdp.reshard import spread
 from esper.errors import StateError, nearest
@@ -39,25 +40,26 @@ def save_sharded(
     optimizers: Mapping[str, Optimizer],
     *,
     genome: bytes = b"{}",
-    rest: Any = None,
+    rest: object = None,
     peers: Peers = ALONE,
 ) -> Manifest:
     """Save a model and its optimizers from all processes; collective.
 
     Args:
-        storage: The same for all: a folder they share, or any storage.
+        storage: Storage, or a folder that all share.
         step: Optimizer steps done.
-        model: Sharded in whole, in part or not at all.
-        optimizers: By name; state is kept under the names of parameters.
-        genome: What grew, as ``esper.saving.genome`` writes it.
-        rest: Any other state that is the same everywhere; rank 0's is kept.
-        peers: The processes.
+        model: Module, sharded in whole, in part or not at all.
+        optimizers: Optimizers, by name; state is kept under the names of parameters.
+        genome: JSON of what grew, as ``esper.saving.genome`` writes it.
+        rest: State of any other kind that is the same everywhere; rank 0's is kept.
+        peers: Processes that save.
 
     Raises:
         CheckpointError: A process could not write; all of them raise, and nothing was saved.
     """
     held = opened(storage)
-    state, pieces = extract_dtensors({"rest": rest, **state_of(model, optimizers)})
+    left, pieces = extract_dtensors({"rest": rest, **state_of(model, optimizers)})
+    state = cast("Mapping[str, object]", left)
     table = write_shards(held, name_of(step), pieces, peers)
     listed = {"shards": [{"name": name, **facts} for name, facts in table["shards"].items()]}
     manifest = Manifest(step, time.time(), versions(), {}, listed)
@@ -82,11 +84,11 @@ def load_sharded(
     """Bring a model, its shapes rebuilt from the genome before, to a checkpoint; collective.
 
     Args:
-        storage: As it was saved to.
-        name: Of the checkpoint.
-        model: Sharded over any number of processes, or not at all.
-        optimizers: By name, over the same parameters in the same groups.
-        peers: The processes that load; as many as there are now.
+        storage: Storage, or the folder it was saved to.
+        name: Name of the checkpoint.
+        model: Module, sharded over any number of processes, or not at all.
+        optimizers: Optimizers, by name, over the same parameters in the same groups.
+        peers: Processes that load; as many as there are now.
 
     Returns:
         The checkpoint; ``state["rest"]`` is what was given to be kept.
@@ -97,18 +99,18 @@ def load_sharded(
     """
     held = opened(storage)
     found = together(peers, lambda: read(held, name))
-    table: Table = found.state["table"]
+    table = found.state["table"]
     together(peers, lambda: refuse_unfit(found.state, model))
     targets = together(peers, lambda: targets_for(table, likes_of(model, optimizers)))
     read_shards(held, table, targets, peers)
-    state = laid_out(insert_dtensors(found.state, targets), likes_of(model, optimizers))
+    state = cast("RunState", laid_out(insert_dtensors(found.state, targets), likes_of(model, optimizers)))
     load_module_state(model, state["modules"][""], "")
     for label, optimizer in optimizers.items():
         load_named_state(optimizer, state["optimizers"][label], {"": model}, label)
     return Checkpoint(found.manifest, found.genome, state)
 
 
-def state_of(model: nn.Module, optimizers: Mapping[str, Optimizer]) -> dict[str, Any]:
+def state_of(model: nn.Module, optimizers: Mapping[str, Optimizer]) -> dict[str, object]:
     """Return state in the layout of ``esper.checkpoint.contents.run``; the model first, which reshards it."""
     modules = {"": module_state(model)}
     return {
@@ -122,7 +124,7 @@ def opened(storage: Storage | str | Path) -> Storage:
     return FolderStorage(storage) if isinstance(storage, str | Path) else storage
 
 
-def extract_dtensors(state: Any, path: str = "") -> tuple[Any, dict[str, DTensor]]:
+def extract_dtensors(state: object, path: str = "") -> tuple[object, dict[str, DTensor]]:
     """Take the sharded tensors out of a nested state; marks with their paths stay in their places."""
     if isinstance(state, DTensor):
         return {MARK: path}, {path: state}
@@ -136,7 +138,7 @@ def extract_dtensors(state: Any, path: str = "") -> tuple[Any, dict[str, DTensor
     }
 
 
-def insert_dtensors(state: Any, tensors: Mapping[str, Tensor]) -> Any:
+def insert_dtensors(state: object, tensors: Mapping[str, Tensor]) -> object:
     """Put tensors where :func:`extract_dtensors` took them out."""
     if not isinstance(state, Mapping):
         return state
@@ -145,7 +147,7 @@ def insert_dtensors(state: Any, tensors: Mapping[str, Tensor]) -> Any:
     return {key: insert_dtensors(value, tensors) for key, value in state.items()}
 
 
-def laid_out(state: Any, likes: Mapping[str, Tensor], path: str = "") -> Any:
+def laid_out(state: object, likes: Mapping[str, Tensor], path: str = "") -> object:
     """Spread what was saved whole over the processes, where this model is sharded and that one was not."""
     if isinstance(state, Mapping):
         return {k: laid_out(v, likes, f"{path}/{k}" if path else str(k)) for k, v in state.items()}
@@ -161,7 +163,7 @@ def likes_of(model: nn.Module, optimizers: Mapping[str, Optimizer]) -> dict[str,
     return likes
 
 
-def refuse_unfit(state: Mapping[str, Any], model: nn.Module) -> None:
+def refuse_unfit(state: RunState, model: nn.Module) -> None:
     """Refuse a checkpoint whose tensors have other names or shapes than the model's.
 
     Raises:
@@ -170,7 +172,7 @@ def refuse_unfit(state: Mapping[str, Any], model: nn.Module) -> None:
     saved: dict[str, tuple[int, ...]] = {}
     for key, value in state["modules"][""]["state"].items():
         facts = state["table"]["tensors"][value[MARK]] if isinstance(value, Mapping) else None
-        saved[key] = tuple(value.shape if facts is None else facts["shape"])
+        saved[key] = tuple(cast("Tensor", value).shape if facts is None else facts["shape"])
     given = {key: tuple(value.shape) for key, value in own_state(model).items()}
     for key in (*saved, *given):
         if key not in saved or key not in given:

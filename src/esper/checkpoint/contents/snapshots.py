@@ -5,16 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from esper.checkpoint.contents.run import Run, genome_of, summary_of, versions
 from esper.checkpoint.format.manifest import Manifest, canonical, digest, packed
+from esper.checkpoint.format.run_state import ListedShard
 from esper.checkpoint.format.shard_files import SHARDS
 
-State: TypeAlias = "tuple[Mapping[str, Any], list[dict[str, Any]]]"  # of a run, and the shards it lists
+State: TypeAlias = "tuple[Mapping[str, object], list[ListedShard]]"  # of a run, and the shards it lists
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +24,7 @@ class Snapshot:
 
     manifest: Manifest
     genome: bytes
-    skeleton: Any
+    skeleton: object  # JSON values, as ``encoding.py`` makes them
     tensors: Mapping[str, Tensor]
     stall: float  # seconds training stood still for it
 
@@ -39,12 +40,12 @@ def taken_of(
     """Copy a run.
 
     Args:
-        run: Which.
+        run: Run to copy.
         steps: Optimizer steps it has done.
-        metrics: What a table shows of it.
-        run_id: Its id.
+        metrics: Numbers that a table shows of it, by name; None: not finite.
+        run_id: Id of the run.
         spare: Tensors that nobody needs any more; written over.
-        state: Returns the run's state.
+        state: Function that returns the run's state.
 
     Raises:
         StateError: It holds what no checkpoint can.

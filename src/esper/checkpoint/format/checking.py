@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from esper.checkpoint.format.run_state import RunState
 from esper.errors import CheckpointError, SavedModelError
 from esper.saving.genome import decode, plan_from
 from esper.saving.genome_form import count, text
 
 LATEST = 253402300799.0  # seconds since the epoch: the year 9999, the last one dates can name
-Check: TypeAlias = Callable[[Any], bool]
+Check: TypeAlias = Callable[[Any], bool]  # of a value that was read: anything at all
 
 
-def require_facts(facts: Mapping[str, Any], name: str) -> None:
+def require_facts(facts: Mapping[str, object], name: str) -> None:
     """Check what a manifest says, but for its format, parts and digest.
 
     Raises:
@@ -39,8 +40,8 @@ def require_facts(facts: Mapping[str, Any], name: str) -> None:
         raise CheckpointError(f"{name}: the manifest's {wrong} is not of its kind")
 
 
-def require_state(state: Any, step: int, name: str) -> None:
-    """Check a run's state, as :func:`capture_run` makes it.
+def require_state(state: object, step: int, name: str) -> RunState:
+    """Check a run's state, as :func:`capture_run` makes it, and return it under its type.
 
     Raises:
         CheckpointError: A part is missing or not of its kind, or it is of another step.
@@ -52,14 +53,15 @@ def require_state(state: Any, step: int, name: str) -> None:
     if wrong := odd(state, checks):
         raise CheckpointError(f"{name}: the state's {wrong} is missing, or not of its kind")
     if alone:
-        return
+        return cast("RunState", state)
     if state["steps"] != step:
         raise CheckpointError(f"{name}: the state is of step {state['steps']}, its manifest of step {step}")
     if (wrong := _odd_stream(state["randomness"])) is not None:
         raise CheckpointError(f"{name}: the state of the {wrong} random stream is not one")
+    return cast("RunState", state)
 
 
-def require_genome(genome: bytes, state: Mapping[str, Any], name: str) -> None:
+def require_genome(genome: bytes, state: RunState, name: str) -> None:
     """Check a genome, and that the growth of the state is the same.
 
     Raises:
@@ -77,7 +79,7 @@ def require_genome(genome: bytes, state: Mapping[str, Any], name: str) -> None:
         raise CheckpointError(f"{name} contradicts itself: its genome and its growth hold other plans")
 
 
-def odd(given: Mapping[str, Any], checks: Mapping[str, Check], *, optional: bool = False) -> str | None:
+def odd(given: Mapping[str, object], checks: Mapping[str, Check], *, optional: bool = False) -> str | None:
     """Name the first value that is missing or fails its check; None: there is none."""
     for key, check in checks.items():
         if key not in given:
@@ -92,7 +94,7 @@ def _number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < 1e300  # so neither infinite nor NaN
 
 
-def _known(value: Any) -> bool:
+def _known(value: object) -> bool:
     return value is None or _number(value)
 
 
@@ -104,7 +106,7 @@ def _mapping(check: Check) -> Check:
     return lambda value: isinstance(value, dict) and text(*value) and all(map(check, value.values()))
 
 
-def _module(value: Any) -> bool:
+def _module(value: object) -> bool:
     return isinstance(value, dict) and not odd(
         value,
         {
@@ -115,7 +117,7 @@ def _module(value: Any) -> bool:
     )
 
 
-def _optimizer(value: Any) -> bool:
+def _optimizer(value: object) -> bool:
     return isinstance(value, dict) and not odd(
         value,
         {
@@ -126,12 +128,16 @@ def _optimizer(value: Any) -> bool:
     )
 
 
-def _group(value: Any) -> bool:
-    names = isinstance(value, dict) and isinstance(value.get("names"), list) and text(*value["names"])
-    return names and isinstance(value.get("settings"), dict)
+def _group(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("names"), list)
+        and text(*value["names"])
+        and isinstance(value.get("settings"), dict)
+    )
 
 
-def _batches(value: Any) -> bool:
+def _batches(value: object) -> bool:
     known = isinstance(value, dict) and not odd(value, {"epoch": count, "index": count})
     if not known or ("length" in value and not _maybe(count)(value["length"])):
         return False
@@ -139,7 +145,7 @@ def _batches(value: Any) -> bool:
     return not value["index"] if began is None else isinstance(began, dict) and _odd_stream(began) is None
 
 
-def _growth(value: Any) -> bool:
+def _growth(value: object) -> bool:
     if not isinstance(value, dict) or not count(value.get("version")):
         return False
     if value["version"] != 2:  # growth itself says which version it reads
@@ -147,7 +153,7 @@ def _growth(value: Any) -> bool:
     return not odd(value, GROWTH)
 
 
-def _odd_stream(streams: Any) -> str | None:
+def _odd_stream(streams: object) -> str | None:
     """Set each stream in one of its kind that nobody draws from; name the first that cannot be."""
     if not isinstance(streams, dict) or not isinstance(streams.get("generators"), dict):
         return "whole"
@@ -205,7 +211,7 @@ STATE: dict[str, Check] = {
 }
 
 
-def _shard(value: Any) -> bool:
+def _shard(value: object) -> bool:
     return isinstance(value, dict) and not odd(
         value, {"name": text, "size": count, "sha256": lambda one: text(one) and len(one) == 64}
     )

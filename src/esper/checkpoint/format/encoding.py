@@ -54,9 +54,9 @@ class Packing:
     def __init__(self, spare: Mapping[str, Tensor] | None = None) -> None:
         self.spare = spare or {}
         self.tensors: dict[str, Tensor] = {}
-        self.known: dict[tuple[Any, ...], str] = {}  # the same memory twice is stored once: tied weights
+        self.known: dict[tuple[object, ...], str] = {}  # the same memory twice is stored once: tied weights
 
-    def pack(self, value: Any, path: str = "", depth: int = 0) -> Any:
+    def pack(self, value: Any, path: str = "", depth: int = 0) -> object:
         """Encode one value.
 
         Raises:
@@ -92,20 +92,20 @@ class Packing:
             "holds tensors, arrays, numbers, strings, bytes, None, and lists, tuples and dicts of them"
         )
 
-    def _pairs(self, value: Mapping[Any, Any], path: str, depth: int) -> list[list[Any]]:
+    def _pairs(self, value: Mapping[object, object], path: str, depth: int) -> list[list[object]]:
         return [
             [self.pack(k, f"{path}/key {k!r}", depth + 1), self.pack(v, f"{path}/{k}", depth + 1)]
             for k, v in value.items()
         ]
 
-    def _array(self, value: np.ndarray | np.generic, path: str) -> dict[str, Any]:
+    def _array(self, value: np.ndarray | np.generic, path: str) -> dict[str, object]:
         if value.dtype.kind not in _ARRAY_KINDS:
             raise CheckpointError(f"cannot keep {path!r}, an array of {value.dtype}: only numbers are kept")
         content = base64.b64encode(np.ascontiguousarray(value).tobytes()).decode()
         whole = [value.dtype.str, list(value.shape), content]
         return {"array" if isinstance(value, np.ndarray) else "scalar": whole}
 
-    def _tensor(self, value: Tensor, path: str) -> dict[str, Any]:
+    def _tensor(self, value: Tensor, path: str) -> dict[str, object]:
         if value.layout is not torch.strided or value.dtype not in DTYPES or value.is_meta:
             raise CheckpointError(
                 f"cannot keep {path!r}, a tensor of {value.dtype} and {value.layout} on {value.device}: only "
@@ -116,7 +116,7 @@ class Packing:
         if identity not in self.known or not value.numel():
             self.known[identity] = name = self._name(path)
             self.tensors[name] = self._copy(value.detach(), name)
-        found: dict[str, Any] = {"tensor": self.known[identity]}
+        found: dict[str, object] = {"tensor": self.known[identity]}
         return found if value.device.type == "cpu" else {**found, "device": str(value.device)}
 
     def _copy(self, value: Tensor, name: str) -> Tensor:
@@ -143,7 +143,7 @@ class Unpacking:
         self.tensors = tensors
         self.given: set[str] = set()
 
-    def unpack(self, value: Any, depth: int = 0) -> Any:
+    def unpack(self, value: object, depth: int = 0) -> object:
         """Decode one value.
 
         Raises:
@@ -162,7 +162,7 @@ class Unpacking:
         except (LookupError, ValueError, TypeError, AttributeError, StopIteration, RuntimeError) as error:
             raise CheckpointError(f"the state is not in a checkpoint's format: {error!r:.200}") from error
 
-    def _tagged(self, value: dict[str, Any], depth: int) -> Any:
+    def _tagged(self, value: dict[str, Any], depth: int) -> object:
         tag, content = next(iter(value.items()))
         if tag == "dict":
             return {key: self.unpack(item, depth) for key, item in content.items()}

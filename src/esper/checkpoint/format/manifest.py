@@ -26,6 +26,7 @@ from torch import Tensor
 
 from esper.checkpoint.format.checking import require_facts, require_genome, require_state
 from esper.checkpoint.format.encoding import DTYPES, Packing, Unpacking
+from esper.checkpoint.format.run_state import RunState, ShardFacts
 from esper.errors import CheckpointError, StateError
 from esper.saving.genome_form import count
 from esper.storage.protocol import Chunks, Storage
@@ -49,8 +50,8 @@ class Manifest:
     time: float  # seconds since the epoch
     code: Mapping[str, str]  # versions of esper, torch, numpy and Python that wrote it
     metrics: Mapping[str, float | None]
-    summary: Mapping[str, Any]  # for tables: parameters, seeds that are awake, position in the data
-    parts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # name -> size, sha256
+    summary: Mapping[str, Any]  # JSON, for tables: parameters, seeds that are awake, position in the data
+    parts: Mapping[str, ShardFacts] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -75,7 +76,7 @@ def step_of(name: str) -> int | None:
 
 
 def parts_of(
-    manifest: Manifest, genome: bytes, skeleton: Any, tensors: Mapping[str, Tensor]
+    manifest: Manifest, genome: bytes, skeleton: object, tensors: Mapping[str, Tensor]
 ) -> dict[str, Chunks]:
     """Write a checkpoint's parts, the manifest last."""
     text = json.dumps(skeleton, separators=(",", ":"), allow_nan=False).encode()
@@ -101,7 +102,7 @@ def digest(chunks: Chunks) -> str:
     return sha.hexdigest()
 
 
-def canonical(facts: Any) -> bytes:
+def canonical(facts: object) -> bytes:
     """Write JSON in the one form that is accepted back, so that a flipped space is found too."""
     return json.dumps(facts, sort_keys=True, indent=1, allow_nan=False).encode()
 
@@ -110,11 +111,11 @@ def safetensors_chunks(tensors: Mapping[str, Tensor]) -> list[bytes | memoryview
     """Write a safetensors file around tensors as they lie in memory; safetensors itself would copy them.
 
     Args:
-        tensors: On the CPU, contiguous.
+        tensors: Contiguous tensors on the CPU, by name.
     """
     # Wide types first keeps every tensor aligned, as the library does.
     names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
-    header: dict[str, Any] = {}
+    header: dict[str, object] = {}
     position = 0
     for name in names:
         tensor = tensors[name]
@@ -135,8 +136,7 @@ def safetensors_chunks(tensors: Mapping[str, Tensor]) -> list[bytes | memoryview
 
 def raw(tensor: Tensor) -> memoryview:
     """Return the bytes of a contiguous tensor without copying them."""
-    numbers: Any = tensor.reshape(-1).view(torch.uint8).numpy()
-    return memoryview(numbers)
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def read_manifest(storage: Storage, name: str) -> Manifest:
@@ -179,7 +179,7 @@ def read_manifest(storage: Storage, name: str) -> Manifest:
     return Manifest(**facts)
 
 
-def _is_part(part: Any) -> bool:
+def _is_part(part: object) -> bool:
     return (
         isinstance(part, dict)
         and part.keys() == {"size", "sha256"}
@@ -229,7 +229,7 @@ def read_part(storage: Storage, manifest: Manifest, part: str) -> bytes:
     return content
 
 
-def decode_state(manifest: Manifest, parts: Mapping[str, bytes]) -> Any:
+def decode_state(manifest: Manifest, parts: Mapping[str, bytes]) -> RunState:
     """Return the state of checked parts.
 
     Raises:
@@ -240,8 +240,7 @@ def decode_state(manifest: Manifest, parts: Mapping[str, bytes]) -> Any:
         skeleton, tensors = json.loads(text), safetensors.torch.load(parts[TENSORS])
     except (ValueError, RecursionError, SafetensorError) as error:
         raise CheckpointError(f"{manifest.name} is not in the format it claims: {error!s:.200}") from error
-    state = Unpacking(tensors).unpack(skeleton)
-    require_state(state, manifest.step, manifest.name)
+    state = require_state(Unpacking(tensors).unpack(skeleton), manifest.step, manifest.name)
     require_genome(parts[GENOME], state, manifest.name)
     return state
 
@@ -268,7 +267,7 @@ def inflated(content: bytes, name: str) -> bytes:
     return text
 
 
-def numbers(metrics: Any) -> tuple[dict[str, float | None], list[str]]:
+def numbers(metrics: object) -> tuple[dict[str, float | None], list[str]]:
     """Return metrics as JSON numbers, None for what is not finite or no number; the latter in words too."""
     if not isinstance(metrics, Mapping):
         return {}, [f"metrics are {metrics!r:.80}, no mapping of names to numbers; the checkpoint has none"]
@@ -287,7 +286,7 @@ def numbers(metrics: Any) -> tuple[dict[str, float | None], list[str]]:
     return found, strange
 
 
-def packed(state: Any, spare: Mapping[str, Tensor] | None = None) -> tuple[Any, dict[str, Tensor]]:
+def packed(state: object, spare: Mapping[str, Tensor] | None = None) -> tuple[object, dict[str, Tensor]]:
     """Copy a state out of a run: JSON values, and tensors by name; ``spare`` ones are written over."""
     packing = Packing(spare)
     return packing.pack(state), packing.tensors

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from esper.checkpoint.format.manifest import (
     GENOME,
@@ -15,6 +14,7 @@ from esper.checkpoint.format.manifest import (
     read_part,
     step_of,
 )
+from esper.checkpoint.format.run_state import RunState
 from esper.errors import CheckpointError, StateError, StoreError
 from esper.storage.protocol import Storage
 
@@ -25,7 +25,7 @@ class Checkpoint:
 
     manifest: Manifest
     genome: bytes  # JSON: shapes before growth, what grew, the seeds that were awake
-    state: Mapping[str, Any]
+    state: RunState
 
 
 def steps_kept(storage: Storage) -> list[str]:
@@ -87,9 +87,9 @@ def newest(
     """Read the newest checkpoint that verifies, and tell which were passed over and why.
 
     Args:
-        storage: Where they are.
-        tell: Told in words.
-        check: Asked besides whether it is sound; raises ``CheckpointError`` where it is not.
+        storage: Storage of checkpoints.
+        tell: Function told in words which were passed over.
+        check: Function asked besides whether one is sound; raises ``CheckpointError`` where it is not.
 
     Raises:
         StateError: The storage cannot be listed, does not answer, or holds a checkpoint of a version to come.

@@ -13,7 +13,7 @@ import math
 import re
 import secrets
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import safetensors.torch
 import torch
@@ -26,19 +26,19 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.tensor import DTensor
 
 from esper.checkpoint.format.encoding import DTYPES
 from esper.checkpoint.format.manifest import Manifest, digest, safetensors_chunks
+from esper.checkpoint.format.run_state import Chunk, ShardFacts, Table, TensorFacts
 from esper.distributed.collectives import Peers
 from esper.errors import CheckpointError, StateError
 from esper.storage.protocol import Storage
 
 PART = "tensors.safetensors"
-TABLE = "table"  # of a run's state: where its sharded tensors lie
 SHARDS = "shards"  # of a checkpoint's summary: what lies beside it
 TYPES = {text: dtype for dtype, text in DTYPES.items()}
-Table = dict[str, Any]  # {"shards": {name: size, sha256}, "tensors": {path: dtype, shape, chunks}}
 _SHARD = re.compile(r"step-\d{8,}-[0-9a-f]{8}-\d{5}")
 T = TypeVar("T")
 
@@ -52,9 +52,8 @@ def write_shards(storage: Storage, name: str, pieces: Mapping[str, DTensor], pee
     Raises:
         CheckpointError: A process could not write; all of them raise.
     """
-    attempt = peers.broadcast_bytes(
-        secrets.token_hex(4).encode()
-    ).decode()  # one that is there already stays whole
+    # One that is there already stays whole.
+    attempt = peers.broadcast_bytes(secrets.token_hex(4).encode()).decode()
     shard = f"{name}-{attempt}-{peers.rank:05d}"
 
     def write() -> Table:
@@ -71,8 +70,8 @@ def write_shards(storage: Storage, name: str, pieces: Mapping[str, DTensor], pee
             value = planner.resolve_data(item)
             assert isinstance(value, Tensor)
             tensors[path] = value.to("cpu").contiguous()
-            chunk = {"shard": shard, "at": list(data.chunk.offsets), "shape": list(data.chunk.sizes)}
-            facts = {"dtype": DTYPES[value.dtype], "shape": list(data.size), "chunks": [chunk]}
+            chunk: Chunk = {"shard": shard, "at": list(data.chunk.offsets), "shape": list(data.chunk.sizes)}
+            facts: TensorFacts = {"dtype": DTYPES[value.dtype], "shape": list(data.size), "chunks": [chunk]}
             table["tensors"][path] = facts
         chunks = safetensors_chunks(tensors)
         table["shards"][shard] = {"size": sum(len(c) for c in chunks), "sha256": digest(chunks)}
@@ -133,7 +132,7 @@ def read_shards(storage: Storage, table: Table, targets: Mapping[str, Tensor], p
             for path, facts in table["tensors"].items()
             for chunk in facts["chunks"]
         }
-        wanted: dict[str, list[Any]] = {}
+        wanted: dict[str, list[ReadItem]] = {}
         for item in planner.create_local_plan().items:
             index = item.storage_index
             wanted.setdefault(holders[index.fqn, tuple(index.offset or ())], []).append(item)
@@ -182,7 +181,7 @@ def metadata_of(table: Table) -> Metadata:
     )
 
 
-def sealed(storage: Storage, shard: str, facts: Mapping[str, Any]) -> bytes:
+def sealed(storage: Storage, shard: str, facts: ShardFacts) -> bytes:
     """Read one shard.
 
     Raises:
@@ -194,7 +193,7 @@ def sealed(storage: Storage, shard: str, facts: Mapping[str, Any]) -> bytes:
     return content
 
 
-def parsed(storage: Storage, shard: str, facts: Mapping[str, Any]) -> dict[str, Tensor]:
+def parsed(storage: Storage, shard: str, facts: ShardFacts) -> dict[str, Tensor]:
     """Read one shard's tensors, once its digest holds.
 
     Raises:

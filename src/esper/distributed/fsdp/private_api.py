@@ -7,21 +7,27 @@ private name is checked before anything is changed.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager
 from itertools import chain
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.utils.hooks import RemovableHandle
 
 from esper.errors import SurgeryError
 from esper.surgery.isolation.seam import ATTRIBUTE, attach, is_open
 
 READ_IN = "2.13"
 
-# A module's state, its parameter groups and their parameters. They are FSDP's own objects: hence Any below.
+# FSDP's own objects, of classes torch does not export: a module's state, its groups, a group's parameter.
+State: TypeAlias = Any
+Group: TypeAlias = Any
+Parameter: TypeAlias = Any
+Hook: TypeAlias = Callable[..., object]
+# What each must have.
 STATE = (
     "_modules _fsdp_param_groups _mp_policy _device _auto_reshard_after_forward _training_state "
     "_pre_forward_hook_handle _post_forward_hook_handle _state_ctx _states_to_forward_prefetch "
@@ -36,23 +42,16 @@ PARAMETER = "sharded_param fsdp_placement is_dtensor _module_info _post_load_hoo
 MARKS = ("_is_fsdp_managed_module", "_fsdp_use_orig_params")  # on every module below, for the compiler
 
 
-def is_sharded(model: nn.Module) -> bool:
-    """Tell whether any part of a model is sharded by ``fully_shard``."""
-    return any(isinstance(module, FSDPModule) for module in model.modules())
-
-
-def states(model: nn.Module) -> list[Any]:
+def states(model: nn.Module) -> list[State]:
     """Return FSDP's state objects below a model, in the order in which ``fully_shard`` made them.
 
     Raises:
         SurgeryError: This torch's FSDP is not the one Esper knows, or a pass is under way.
     """
-    found: dict[int, Any] = {}
+    found: dict[int, State] = {}
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            if not hasattr(module, "_get_fsdp_state"):
-                raise unknown("FSDPModule._get_fsdp_state")
-            state: Any = module._get_fsdp_state()
+            state = state_of(module)
             found[id(state)] = state
     for state in found.values():
         demand(state, STATE)
@@ -63,6 +62,17 @@ def states(model: nn.Module) -> list[Any]:
     refuse_midway(found.values())
     # Handles are numbered as they are given out, so their numbers tell the order of the calls.
     return sorted(found.values(), key=lambda state: handles(state)[0].id)
+
+
+def state_of(module: FSDPModule) -> State:
+    """Return the state of a sharded module.
+
+    Raises:
+        SurgeryError: This torch's FSDP keeps it elsewhere.
+    """
+    if not hasattr(module, "_get_fsdp_state"):
+        raise unknown("FSDPModule._get_fsdp_state")
+    return module._get_fsdp_state()
 
 
 def demand(thing: object, names: Iterable[str]) -> None:
@@ -80,7 +90,7 @@ def unknown(name: str) -> SurgeryError:
     )
 
 
-def refuse_midway(found: Iterable[Any]) -> None:
+def refuse_midway(found: Iterable[State]) -> None:
     """Refuse to act inside a forward or backward pass."""
     busy = [state for state in found if state._training_state.name != "IDLE"]
     if busy:
@@ -90,13 +100,13 @@ def refuse_midway(found: Iterable[Any]) -> None:
         )
 
 
-def handles(state: Any) -> list[Any]:
+def handles(state: State) -> list[RemovableHandle]:
     """Return the handles of a state's forward hooks, oldest first."""
     given = {id(h): h for h in (state._pre_forward_hook_handle, state._post_forward_hook_handle)}
     return list(chain.from_iterable(getattr(handle, "handles", (handle,)) for handle in given.values()))
 
 
-def state_dict_handles(state: Any) -> Iterator[tuple[nn.Module, Any, bool]]:
+def state_dict_handles(state: State) -> Iterator[tuple[nn.Module, RemovableHandle, bool]]:
     """Yield FSDP's hooks on ``state_dict`` (False) and ``load_state_dict`` (True), with their modules."""
     for group in state._fsdp_param_groups:
         for module, handle in group._module_to_pre_save_state_dict_hook_handle.items():
@@ -105,13 +115,13 @@ def state_dict_handles(state: Any) -> Iterator[tuple[nn.Module, Any, bool]]:
             yield module, handle, True
 
 
-def parameters(state: Any) -> Iterator[Any]:
+def parameters(state: State) -> Iterator[Parameter]:
     """Yield FSDP's records of the parameters a state looks after."""
     for group in state._fsdp_param_groups:
         yield from group.fsdp_params
 
 
-def owners(parameter: Any) -> list[tuple[nn.Module, str]]:
+def owners(parameter: Parameter) -> list[tuple[nn.Module, str]]:
     """Return every module and name under which a parameter is found: tied ones have several."""
     info = parameter._module_info
     demand(info, ("module", "param_name", "shared_modules", "shared_param_names"))
@@ -120,13 +130,13 @@ def owners(parameter: Any) -> list[tuple[nn.Module, str]]:
 
 
 @contextmanager
-def quiet(state: Any) -> Iterator[None]:
+def quiet(state: State) -> Iterator[None]:
     """Keep FSDP's hooks from communicating for a while; of mixed precision, the casts stay."""
 
-    def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def enter(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> object:
         return state._cast_forward_inputs(args, kwargs)
 
-    def leave(module: nn.Module, args: Any, output: Any) -> Any:
+    def leave(module: nn.Module, args: object, output: object) -> object:
         return state._cast_output_dtype(output)
 
     if is_quiet(state):  # inside another one
@@ -147,23 +157,23 @@ def quiet(state: Any) -> Iterator[None]:
         yield
 
 
-def is_quiet(state: Any) -> bool:
+def is_quiet(state: State) -> bool:
     """Tell whether FSDP's hooks are kept from communicating."""
     return "_pre_forward" in state.__dict__
 
 
-def exchange(hooks: Any, ids: set[int], hook: Callable[..., Any], back: ExitStack) -> None:
+def exchange(hooks: MutableMapping[int, Hook], ids: set[int], hook: Hook, back: ExitStack) -> None:
     """Put a hook in the place of others; their order stays."""
     for key in ids & hooks.keys():
         back.callback(hooks.__setitem__, key, hooks[key])
         hooks[key] = hook
 
 
-def ignore(*args: Any, **kwargs: Any) -> None:
+def ignore(*args: object, **kwargs: object) -> None:
     """Do nothing, in place of a hook."""
 
 
-def refuse_loading(*args: Any, **kwargs: Any) -> None:
+def refuse_loading(*args: object, **kwargs: object) -> None:
     """Stand in for FSDP's hook before weights are loaded."""
     raise SurgeryError("weights loaded inside gathered() would be lost at its end; load them outside")
 
@@ -182,7 +192,7 @@ def peeled(modules: Iterable[nn.Module]) -> Iterator[None]:
             attach(module, gateways)
 
 
-def strip(state: Any) -> None:
+def strip(state: State) -> None:
     """Undo ``fully_shard`` on the modules of one state: hooks, classes and marks; not the parameters."""
     for handle in (*handles(state), *(handle for _, handle, _ in state_dict_handles(state))):
         handle.remove()

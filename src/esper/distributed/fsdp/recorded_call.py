@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable
-from typing import Any
+from typing import cast
 
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import Shard
 
-from esper.distributed.fsdp.private_api import handles, owners, parameters
+from esper.distributed.fsdp.private_api import Group, State, handles, owners, parameters, state_of
 from esper.errors import SurgeryError
 
 # What users set on a group after they sharded it; a torch that lacks one has not had it set.
@@ -24,11 +25,11 @@ class Call:
     """One call of ``fully_shard``: what it was given, and what was set since.
 
     Args:
-        state: What the call made.
+        state: State of FSDP's that the call made.
         found: All states of the model; a module without parameters of its own takes the mesh from them.
     """
 
-    def __init__(self, state: Any, found: Iterable[Any]) -> None:
+    def __init__(self, state: State, found: Iterable[State]) -> None:
         everywhere = list(found)
         groups = [*state._fsdp_param_groups, *(g for other in everywhere for g in other._fsdp_param_groups)]
         if not groups:
@@ -85,8 +86,8 @@ class Call:
 
     def settle(self) -> None:
         """Set what was set since, once all modules are sharded."""
-        first: Any = self.modules[0]
-        state = first._get_fsdp_state()
+        first = cast("FSDPModule", self.modules[0])
+        state = state_of(first)
         for group in state._fsdp_param_groups:
             for name, value in self.settings.items():
                 setattr(group, name, value)
@@ -96,15 +97,16 @@ class Call:
         first.set_modules_to_backward_prefetch(self.prefetch[1])
         state._state_ctx.is_last_backward = self.last_backward
         for module, before, after in self.order:
-            enter: Any = module._forward_pre_hooks  # ordered, which their annotation does not say
-            leave: Any = module._forward_hooks
+            # Ordered, which their annotation does not say.
+            enter = cast("OrderedDict[int, object]", module._forward_pre_hooks)
+            leave = cast("OrderedDict[int, object]", module._forward_hooks)
             for key in reversed([key for key in before if key in enter]):
                 enter.move_to_end(key, last=False)
             for key in [key for key in after if key in leave]:
                 leave.move_to_end(key)
 
 
-def after_forward(state: Any, group: Any) -> bool | int | None:
+def after_forward(state: State, group: Group) -> bool | int | None:
     """Return what ``reshard_after_forward`` was; None where FSDP chose."""
     if state._auto_reshard_after_forward or group not in state._fsdp_param_groups:
         return None

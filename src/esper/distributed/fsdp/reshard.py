@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 from torch.optim import Optimizer
 
-from esper.distributed.fsdp.private_api import is_quiet, owners, parameters, peeled, states, strip
+from esper.distributed.fsdp.private_api import State, is_quiet, owners, parameters, peeled, states, strip
 from esper.distributed.fsdp.recorded_call import Call
 from esper.errors import SurgeryError
 
@@ -30,10 +30,10 @@ class Resharding:
     """A model that was sharded and is plain for a while; :func:`unshard` makes it.
 
     Args:
-        model: The model.
-        optimizers: By name.
-        calls: What to repeat, in order.
-        layouts: How optimizer state was spread.
+        model: Module that was sharded.
+        optimizers: Optimizers, by name.
+        calls: Calls of ``fully_shard`` to repeat, in order.
+        layouts: Mesh and placements of each tensor of optimizer state.
     """
 
     def __init__(
@@ -81,8 +81,8 @@ def unshard(model: nn.Module, optimizers: Mapping[str, Optimizer]) -> Resharding
     tensors. Gradients are dropped, so call it where none is due. Each rank needs the memory of all of it.
 
     Args:
-        model: Sharded in whole or in part; its FSDP root must be in it.
-        optimizers: All that hold its parameters, by name.
+        model: Module, sharded in whole or in part; its FSDP root must be in it.
+        optimizers: Optimizers that hold its parameters, all of them, by name.
 
     Raises:
         SurgeryError: It could not be undone and done again exactly, or the ranks differ; nothing was changed.
@@ -117,7 +117,7 @@ def unshard(model: nn.Module, optimizers: Mapping[str, Optimizer]) -> Resharding
     return Resharding(model, optimizers, calls, layouts)
 
 
-def refuse_unusual(found: Iterable[Any], names: Mapping[nn.Parameter, str]) -> None:
+def refuse_unusual(found: Iterable[State], names: Mapping[nn.Parameter, str]) -> None:
     """Refuse what could not be sharded again just so."""
     held = list(found)
     for state in held:
@@ -168,7 +168,7 @@ def state_pieces(
 
 
 def refuse_difference(
-    found: Iterable[Any], names: Mapping[nn.Parameter, str], pieces: Mapping[Key, DTensor]
+    found: Iterable[State], names: Mapping[nn.Parameter, str], pieces: Mapping[Key, DTensor]
 ) -> None:
     """Refuse, on all ranks together, where one would gather other tensors than the rest: they would hang."""
     order = [names[entry.sharded_param] for state in found for entry in parameters(state)]
@@ -192,20 +192,22 @@ def plain(sharded: nn.Parameter) -> nn.Parameter:
 
 
 @torch.no_grad()
-def full_copy(value: Any) -> Tensor:
+def full_copy(value: Tensor) -> Tensor:
     """Return all of a tensor that is spread over the ranks, in memory of its own."""
-    on_mesh = value.detach().to(value.device_mesh.device_type)  # offloaded ones come back for it
+    spread_out = cast("DTensor", value.detach())
+    # Offloaded ones come back for it.
+    on_mesh = cast("DTensor", spread_out.to(spread_out.device_mesh.device_type))
     return on_mesh.full_tensor().clone(memory_format=torch.contiguous_format).to(value.device)
 
 
 @torch.no_grad()
-def spread(value: Any, like: Tensor, layout: Layout | None) -> Any:
+def spread(value: object, like: Tensor, layout: Layout | None) -> object:
     """Give every rank its part of a full state tensor.
 
     Args:
         value: Anything; what is not a tensor, or does not go with the parameter, is returned as it is.
-        like: What it belongs to, a sharded parameter.
-        layout: How it was spread before; None where it is new.
+        like: Sharded parameter it belongs to.
+        layout: Mesh and placements it had before; None where it is new.
     """
     if not isinstance(value, Tensor) or isinstance(value, DTensor) or not isinstance(like, DTensor):
         return value
@@ -226,10 +228,11 @@ def spread(value: Any, like: Tensor, layout: Layout | None) -> Any:
     return DTensor.from_local(part, mesh, whole, run_check=False, shape=value.shape, stride=value.stride())
 
 
-def exchange(optimizer: Optimizer, swap: Mapping[Any, nn.Parameter]) -> None:
+def exchange(optimizer: Optimizer, swap: Mapping[nn.Parameter, nn.Parameter]) -> None:
     """Put other parameters in the places of those an optimizer holds; groups, order and state stay."""
     for group in optimizer.param_groups:
         group["params"][:] = [swap.get(parameter, parameter) for parameter in group["params"]]
-    items = [(swap.get(parameter, parameter), state) for parameter, state in optimizer.state.items()]
+    held = [(cast("nn.Parameter", parameter), state) for parameter, state in optimizer.state.items()]
+    items = [(swap.get(parameter, parameter), state) for parameter, state in held]
     optimizer.state.clear()
     optimizer.state.update(items)

@@ -7,15 +7,15 @@ before the layers change, and learns them anew.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from esper.distributed.group import Group
 from esper.distributed.model_wrapper import Optimizers, Wrapping
+from esper.distributed.private_api import comm_hooks, has_python_reducer, reducer_off, require_ddp, waits_for
 from esper.distributed.watchdog import Watchdog
 from esper.errors import SiteError
 
@@ -28,7 +28,7 @@ class Replicated(Wrapping):
     """DistributedDataParallel: every process has all of the model.
 
     Args:
-        wrapper: The user's; it is the same object afterwards, with another reducer inside.
+        wrapper: Wrapper of the user's; it is the same object afterwards, with another reducer inside.
         deadline: Seconds to wait for another process.
 
     Raises:
@@ -38,6 +38,7 @@ class Replicated(Wrapping):
     deferred = True
 
     def __init__(self, wrapper: DistributedDataParallel, deadline: float) -> None:
+        require_ddp(wrapper)
         refuse_parts(wrapper)
         self.wrapper, self.group = wrapper, Group(wrapper.process_group, deadline)
         super().__init__(wrapper.module, self.group, Watchdog(wrapper.process_group, deadline))
@@ -47,8 +48,7 @@ class Replicated(Wrapping):
         """Take the reducer off the parameters, and put a new one on."""
         given = arguments(self.wrapper)
         self.host.zero_grad(set_to_none=True)  # they may be views of the reducer's buckets
-        for name in ("reducer", "logger"):  # the logger holds on to it, and its hooks to the parameters
-            setattr(self.wrapper, name, None)
+        reducer_off(self.wrapper)
         try:
             yield
         finally:
@@ -64,8 +64,8 @@ def refuse_parts(wrapper: DistributedDataParallel) -> None:
     """
     found = {
         "mixed_precision": wrapper.mixed_precision is not None,
-        "delay_all_reduce_named_params": bool(wrapper._delay_all_reduce_params),
-        "the python reducer": wrapper._use_python_reducer,
+        "delay_all_reduce_named_params": waits_for(wrapper),
+        "the python reducer": has_python_reducer(wrapper),
     }
     for name, there in found.items():
         if there:
@@ -75,7 +75,7 @@ def refuse_parts(wrapper: DistributedDataParallel) -> None:
             )
 
 
-def arguments(wrapper: DistributedDataParallel) -> dict[str, Any]:
+def arguments(wrapper: DistributedDataParallel) -> dict[str, object]:
     """Return what a wrapper was made with; torch keeps each under its own name, with two exceptions."""
     known = inspect.signature(DistributedDataParallel.__init__).parameters
     given = {
@@ -102,11 +102,12 @@ def arguments(wrapper: DistributedDataParallel) -> dict[str, Any]:
     return given
 
 
-def renew(wrapper: DistributedDataParallel, given: Mapping[str, Any]) -> None:
+def renew(wrapper: DistributedDataParallel, given: Mapping[str, object]) -> None:
     """Begin a wrapper again on the module it holds, in place: the user's variable stays valid."""
     kept = {name: wrapper.__dict__[name] for name in nn.Module().__dict__ if name not in STRUCTURE}
-    hooks, syncing = wrapper._comm_hooks, wrapper.require_backward_grad_sync
-    DistributedDataParallel.__init__(wrapper, wrapper.module, **given)
+    hooks, syncing = comm_hooks(wrapper), wrapper.require_backward_grad_sync
+    again: Callable[..., None] = DistributedDataParallel.__init__
+    again(wrapper, wrapper.module, **given)
     wrapper.__dict__.update(kept)  # the hooks a user has put on the wrapper, and its mode
     wrapper.require_backward_grad_sync = syncing
     for hook, state in hooks:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
 
 from torch import nn
 
@@ -21,7 +20,7 @@ class Sharded(Wrapping):
     """FSDP2: every process has a shard of each parameter.
 
     Args:
-        host: What ``fully_shard`` was called with, last.
+        host: Module that ``fully_shard`` was called with last.
         deadline: Seconds to wait for another process.
     """
 
@@ -31,11 +30,11 @@ class Sharded(Wrapping):
     def __init__(self, host: nn.Module, deadline: float) -> None:
         super().__init__(host, Group(None, deadline), Watchdog(None, deadline))
 
-    def gathered(self) -> AbstractContextManager[Any]:
+    def gathered(self) -> AbstractContextManager[None]:
         """Gather the shards for a while."""
         return gathered(self.host)
 
-    def plain(self, optimizers: Optimizers) -> AbstractContextManager[Any]:
+    def plain(self, optimizers: Optimizers) -> AbstractContextManager[None]:
         """Make the model a plain one, with its optimizers, and shard it again."""
         return self.reshaping(optimizers)
 

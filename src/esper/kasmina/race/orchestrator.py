@@ -88,9 +88,7 @@ class SeedOrchestrator:
             trial.race = Race(layer, decision.width, starts, seen.survey, seen.x, given.rate, given.peers)
             with self.given.ledger.growth("fit", decision.id):
                 trial.race.fit(measured.x, measured.gradient, measured.scale)
-        self.given.peers.broadcast_tensors(
-            [*trial.race.stack.values()]
-        )  # another machine may round another way
+        self.given.peers.broadcast_tensors([*trial.race.stack.values()])  # machines round differently
         layer.tap = trial.tap
         self.move(Stage.TRAINING, f"{count} candidates of {decision.width} units")
 

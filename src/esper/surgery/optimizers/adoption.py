@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,9 +53,9 @@ def home(optimizers: Mapping[str, Optimizer], ends: Iterable[nn.Module], paramet
     that trains parameters of its sort; else the first.
 
     Args:
-        optimizers: The user's, by name.
-        ends: The place.
-        parameter: Of the branch.
+        optimizers: Optimizers of the user's, by name.
+        ends: Modules at the two ends of the place.
+        parameter: Parameter of the branch.
 
     Returns:
         None where no optimizer takes it.
@@ -115,10 +114,10 @@ def adopt(
     """Give the host's optimizers a kernel's parameters and their state.
 
     Args:
-        optimizers: The user's, by name.
-        ends: The place, see :func:`home`.
-        kernel: What stays.
-        own: The kernel's optimizer so far, None where there is no state to keep. The state goes along where
+        optimizers: Optimizers of the user's, by name.
+        ends: Modules at the two ends of the place, see :func:`home`.
+        kernel: Module that stays.
+        own: Optimizer of the kernel so far, None where there is no state to keep. The state goes along where
             the new optimizer is of the same class.
         prefix: Path of the kernel in the host, for groups that list their parameters' names.
         like: Parameters whose groups those of the kernel join, by the kernel's names; a frozen one is not
@@ -179,7 +178,7 @@ def let_go(optimizers: Mapping[str, Optimizer], module: nn.Module) -> list[str]:
 
 def _enter(optimizer: Optimizer, index: int, name: str, parameter: nn.Parameter) -> Callable[[], None]:
     group = optimizer.param_groups[index]
-    lists: list[list[Any]] = [group["params"]]
+    lists: list[list[object]] = [group["params"]]
     lists[0].append(parameter)  # in place: LBFGS holds the list itself
     if "param_names" in group:
         lists.append(group["param_names"])

@@ -19,7 +19,7 @@ def widen_average(average: nn.Module, plan: WidenPlan, slices: Mapping[str, Tens
     Args:
         average: A copy of the model, or a wrapper with the copy as a child, as
             ``torch.optim.swa_utils.AveragedModel`` is.
-        plan: The plan the model was widened by.
+        plan: Plan the model was widened by.
         slices: Per edit name the new part, as for ``kasmina.materialise.widen``.
 
     Raises:

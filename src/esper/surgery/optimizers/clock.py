@@ -18,11 +18,11 @@ class Clock:
     So the first that has moved since the last question counts.
 
     Args:
-        optimizers: By name, the one that is to count first.
+        optimizers: Optimizers, by name, the one that is to count first.
 
     Attributes:
         idle: Questions since the last step.
-        longest: The most questions from one step to the next; accumulated gradients make it more than 1.
+        longest: Number of questions, the most between two steps; accumulated gradients make it more than 1.
     """
 
     def __init__(self, optimizers: Mapping[str, Optimizer]) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import nn
 from torch.optim import Optimizer
@@ -12,7 +11,7 @@ from esper.surgery.optimizers.kinds import kind_of
 
 
 def clone_optimizer(
-    optimizer: Optimizer, group: dict[str, Any], parameters: Iterable[nn.Parameter]
+    optimizer: Optimizer, group: Mapping[str, object], parameters: Iterable[nn.Parameter]
 ) -> Optimizer | None:
     """Return a fresh optimizer with a group's settings.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,13 +21,13 @@ def follows_weights(key: str, state: Tensor, weights: Tensor) -> bool:
     """Tell state that is a copy or an average of the weights, as look-ahead's slow ones are.
 
     Args:
-        key: Of the state; what torch itself keeps is known.
-        state: One number per weight.
-        weights: As large.
+        key: Name of the state; what torch itself keeps is known.
+        state: Tensor in the optimizer's state, of the weights' shape.
+        weights: Parameter the state belongs to.
     """
     if key in KNOWN or not state.is_floating_point():
         return False
-    one, other = state.flatten().double(), weights.detach().flatten().double()
+    one, other = state.flatten().double(), weights.detach().flatten().double()  # (numbers,) each
     return float(torch.dot(one, other)) > ALIKE * float(one.norm() * other.norm()) > 0
 
 
@@ -48,7 +47,7 @@ def kept_outside(optimizers: Mapping[str, Optimizer]) -> str:
     return ""
 
 
-def tensors_in(value: Any, depth: int) -> Iterator[Tensor]:
+def tensors_in(value: object, depth: int) -> Iterator[Tensor]:
     """Yield the tensors in a nest of containers."""
     if isinstance(value, Tensor):
         yield value

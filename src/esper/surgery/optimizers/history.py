@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from torch.optim import Optimizer
 
 from esper.surgery.optimizers.kinds import kind_of
+from esper.surgery.optimizers.private_api import forget_count
 
 
 def forget(optimizer: Optimizer) -> Callable[[], None]:
@@ -17,19 +17,19 @@ def forget(optimizer: Optimizer) -> Callable[[], None]:
     """
     if not kind_of(optimizer).history:
         return lambda: None
-    before: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    before: list[tuple[dict[str, object], dict[str, object]]] = []
     for state in optimizer.state.values():
         before.append((state, dict(state)))
         kept = {"func_evals": state["func_evals"], "n_iter": 0} if "func_evals" in state else {}
         state.clear()
         state.update(kept)
-    vars(optimizer)["_numel_cache"] = None  # torch counts its weights once and trusts that for ever
+    forget_count(optimizer)
 
     def undo() -> None:
         for state, old in before:
             state.clear()
             state.update(old)
-        vars(optimizer)["_numel_cache"] = None
+        forget_count(optimizer)
 
     return undo
 

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 
 from torch.optim import Optimizer
 
+from esper.surgery.optimizers.private_api import is_made
+
 
 def with_inner(given: Mapping[str, Optimizer]) -> dict[str, Optimizer]:
     """Return optimizers by name, each behind those that stand inside it and train some of its parameters.
@@ -38,8 +40,3 @@ def unfolded(name: str, optimizer: Optimizer, seen: set[int]) -> Iterator[tuple[
 def parameters_of(optimizer: Optimizer) -> set[int]:
     """Return the identities of what an optimizer trains."""
     return {id(p) for group in getattr(optimizer, "param_groups", ()) for p in group["params"]}
-
-
-def is_made(optimizer: Optimizer) -> bool:
-    """Tell whether an optimizer's own constructor has run, without which its steps cannot be seen."""
-    return "_optimizer_step_post_hooks" in vars(optimizer)

@@ -33,14 +33,14 @@ class Kind:
     """How the state of one class of optimizers follows growth.
 
     Attributes:
-        says: What becomes of the state when a layer widens, for the docs.
+        says: Sentence on what becomes of the state when a layer widens, for the docs.
         born: State that is not born as zeros, with the setting of the group it is born as.
         reduced: State that is a mean over one axis of its parameter, with that axis.
-        average: The key of an average of the weights themselves; a unit that has just come is its own.
+        average: Key of an average of the weights themselves; a unit that has just come is its own.
         padded: New slices get the mean of the old ones where another class would get zeros.
-        history: The state spans all parameters at once, so nothing of it can follow.
+        history: Whether the state spans all parameters at once, so nothing of it can follow.
         takes: Whether a parameter of a grown branch can join.
-        wants: What it takes, in words.
+        wants: Words for the parameters it takes.
     """
 
     says: str

@@ -6,8 +6,6 @@ them once, and twice as soon as the parent class has had an instance of its own.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch.optim import Optimizer
 
 
@@ -34,9 +32,9 @@ class Steps:
         for hook in self.hooks:
             hook.remove()
 
-    def _enter(self, *rest: Any) -> None:
+    def _enter(self, *rest: object) -> None:
         self.depth += 1
 
-    def _leave(self, *rest: Any) -> None:
+    def _leave(self, *rest: object) -> None:
         self.depth -= 1
         self.count += self.depth == 0

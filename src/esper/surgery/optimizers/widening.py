@@ -7,7 +7,7 @@ only becomes larger. ``step`` is kept: a fresh one would undo the old units' bia
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, TypeAlias
+from typing import Literal, SupportsFloat, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from esper.surgery.optimizers.kinds import Kind, kind_of
 from esper.surgery.widen_layers import Change, extend
 
 Rule: TypeAlias = Literal["zeros", "seed", "mean"]
-Donor: TypeAlias = Mapping[str, Mapping[str, Any]]  # key of a slice -> state key -> state of that slice
+Donor: TypeAlias = Mapping[str, Mapping[str, object]]  # key of a slice -> state key -> state of that slice
 
 
 def widen_state(
@@ -35,12 +35,12 @@ def widen_state(
     Call it when the widening has been checked. Either all optimizers are changed or none.
 
     Args:
-        optimizers: By name; a parameter that none of them owns (a frozen one, say) is passed over.
-        changes: What ``kasmina.materialise.widen`` returned as ``changes``.
+        optimizers: Optimizers, by name; a parameter that none of them owns, as a frozen one, is passed over.
+        changes: Parameters that became larger, as ``surgery.widen_layers`` returned them.
         rule: State of the new units: as at birth (``zeros``), the mean of the old units (``mean``), or what
             the incubating seed's own optimizer had learned (``seed``). What birth is, and where it is the
             mean, says ``kinds.py``.
-        donor: For ``seed``: per key of a slice (``plan.keyed()``) its state.
+        donor: State that ``seed`` takes over, by key of a slice (``plan.keyed()``) and of the state.
 
     Returns:
         One line for each tensor that ``seed`` gave nothing fitting for and that was filled as at birth, and
@@ -50,7 +50,7 @@ def widen_state(
         SurgeryError: An optimizer holds state of an unknown kind.
     """
     reasons: list[str] = []
-    larger: list[tuple[Optimizer, dict[str, Any], Change, dict[str, Tensor]]] = []
+    larger: list[tuple[Optimizer, list[nn.Parameter], Change, dict[str, Tensor]]] = []
     anew: dict[str, Optimizer] = {}
     for change in changes:
         given = donor or {} if rule == "seed" else None
@@ -63,16 +63,16 @@ def widen_state(
                 anew[name] = optimizer
             else:
                 state = _larger(name, optimizer, group, change, rule, given, reasons)
-            larger.append((optimizer, group, change, state))
-    for optimizer, group, change, state in larger:
-        _commit(optimizer, group, change, state)
+            larger.append((optimizer, cast("list[nn.Parameter]", group["params"]), change, state))
+    for optimizer, members, change, state in larger:
+        _commit(optimizer, members, change, state)
     for name, optimizer in anew.items():
         reasons += [cleared(name, optimizer)] if remembers(optimizer) else []
         forget(optimizer)
     return reasons
 
 
-def _group_of(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any] | None:
+def _group_of(optimizer: Optimizer, parameter: nn.Parameter) -> Mapping[str, object] | None:
     for group in optimizer.param_groups:
         if any(mine is parameter for mine in group["params"]):
             return group
@@ -82,7 +82,7 @@ def _group_of(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any] |
 def _larger(
     name: str,
     optimizer: Optimizer,
-    group: dict[str, Any],
+    group: Mapping[str, object],
     change: Change,
     rule: Rule,
     given: Donor | None,
@@ -135,7 +135,7 @@ def _new_units(
     rule: Rule,
     kind: Kind,
     key: str,
-    group: dict[str, Any],
+    group: Mapping[str, object],
 ) -> Tensor:
     axis, count = edit.axis, edit.new - edit.old
     if key == kind.average:
@@ -143,12 +143,13 @@ def _new_units(
     if rule == "mean" or kind.padded:
         means = [part.mean(axis, keepdim=True) for part in old.chunk(edit.chunks, axis)]
         each = [-1 if a != axis else count // edit.chunks for a in range(old.dim())]
-        return torch.cat([mean.expand(each) for mean in means], axis)
+        return torch.cat([mean.expand(each) for mean in means], axis)  # (…, count, …)
     setting = kind.born.get(key)
-    unit = torch.full_like(old.narrow(axis, 0, 1), float(group[setting]) if setting else 0.0)
+    born = float(cast("SupportsFloat", group[setting])) if setting else 0.0
+    unit = torch.full_like(old.narrow(axis, 0, 1), born)  # (…, 1, …)
     shape = list(old.shape)
     shape[axis] = count
-    return unit.expand(shape)
+    return unit.expand(shape)  # (…, count, …)
 
 
 def _before(change: Change) -> Tensor:
@@ -170,7 +171,7 @@ def _new_part(change: Change, edit: WidenEdit) -> Tensor:
 def _halves(tensor: Tensor, edit: WidenEdit) -> tuple[Tensor, Tensor]:
     """Take an edit's old and new part apart again."""
     old, new = edit.old // edit.chunks, (edit.new - edit.old) // edit.chunks
-    parts = tensor.split([old, new] * edit.chunks, edit.axis)
+    parts = tensor.split([old, new] * edit.chunks, edit.axis)  # old, new, old, new, … along the axis
     return torch.cat(parts[::2], edit.axis), torch.cat(parts[1::2], edit.axis)
 
 
@@ -182,10 +183,12 @@ def _from_seed(given: object, otherwise: Tensor, where: str, reasons: list[str])
     return otherwise
 
 
-def _commit(optimizer: Optimizer, group: dict[str, Any], change: Change, state: dict[str, Tensor]) -> None:
+def _commit(
+    optimizer: Optimizer, members: list[nn.Parameter], change: Change, state: dict[str, Tensor]
+) -> None:
     if change.previous in optimizer.state:
         optimizer.state[change.previous].update(state)
     if change.replaced is not None:
-        group["params"][:] = [change.parameter if p is change.replaced else p for p in group["params"]]
+        members[:] = [change.parameter if p is change.replaced else p for p in members]
         if change.replaced in optimizer.state:
             optimizer.state[change.parameter] = optimizer.state.pop(change.replaced)

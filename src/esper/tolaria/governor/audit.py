@@ -8,21 +8,21 @@ draws a mask, and has to leave the random streams as the fresh one does.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, MutableMapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from esper.surgery.isolation.contexts import same_randomness
+from esper.tolaria.governor.private_api import listening, require, version_of
 from esper.tolaria.governor.vitals import part
 
-LISTENERS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-OF_TENSORS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 SEED = 0  # of the random numbers an audit draws
 NODES = 512  # of a kernel's graph that are walked; the largest blueprint has some 60
+Streams: TypeAlias = tuple[str, bytes]  # states of numpy's and torch's random streams
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class AllowedEffects:
     """What a fresh kernel of a place does with an input of this shape."""
 
     shape: torch.Size
-    streams: tuple[Any, ...]  # numpy's and torch's, begun at SEED, behind a pass
+    streams: Streams  # begun at SEED, behind a pass
     reaches: frozenset[int]  # tensors of the host that its graph ends at
 
 
@@ -38,20 +38,21 @@ class HostFingerprint:
     """What a host was before something ran.
 
     Args:
-        host: Its weights and buffers: whether they were written to, and the bits of those whose turn it is.
-        share: Of every large tensor, see ``Reading``.
-        turn: Which part.
+        host: Module whose weights and buffers are watched: writes to all, the bits of those whose turn it is.
+        share: Part of every large tensor that is digested, 0 to 1, see ``Reading``.
+        turn: Number of the part, from 0; parts move through a tensor.
     """
 
     def __init__(self, host: nn.Module, share: float = 1.0, turn: int = 0) -> None:
+        require()
         self.host, self.share, self.turn = host, share, turn
         self.tensors = [t.detach() for t in (*host.parameters(), *host.buffers()) if t.numel()]
         self.versions, self.digests = self.writes(), self.bits()
         self.listeners = [(owner, name, set(table)) for owner, name, table in listening(host)]
 
     def writes(self) -> list[int]:
-        """Count the writes to each tensor; free, but ``.data`` escapes it."""
-        return [tensor._version for tensor in self.tensors]
+        """Count the writes to each tensor."""
+        return [version_of(tensor) for tensor in self.tensors]
 
     def bits(self) -> list[Tensor]:
         """Digest the parts whose turn it is; not waited for on a device."""
@@ -66,7 +67,7 @@ class HostFingerprint:
             return "it hooks into the host"
         return None
 
-    def added(self) -> Iterator[tuple[Any, int]]:
+    def added(self) -> Iterator[tuple[MutableMapping[int, object], int]]:
         """List who has begun to listen since: a table and a key in it."""
         for owner, name, keys in self.listeners:
             table = getattr(owner, name) or {}
@@ -83,15 +84,9 @@ def differ(one: Tensor, other: Tensor) -> bool:
     return not torch.equal(one, other)
 
 
-def listening(host: nn.Module) -> Iterator[tuple[Any, str, Any]]:
-    """List the tables of everybody who listens to a host's modules and parameters: owner, name, table."""
-    for names, owners in ((LISTENERS, host.modules()), (OF_TENSORS, host.parameters())):
-        yield from ((owner, name, getattr(owner, name) or {}) for owner in owners for name in names)
-
-
-def streams() -> tuple[Any, ...]:
+def streams() -> Streams:
     """Return the state of numpy's and torch's streams: 15 µs while numpy's is exchanged, see isolation."""
-    generator: Any = np.random.get_bit_generator()
+    generator = np.random.get_bit_generator()
     return str(generator.state), torch.get_rng_state().numpy().tobytes()
 
 
@@ -126,22 +121,22 @@ def find_side_effects(
     """Run a kernel and say what it does that it may not, "" where all is well.
 
     Args:
-        run: The kernel.
-        x: What it reads; not written to unless the kernel does.
-        own: Its parameters.
-        allowed: What a fresh kernel of its place does.
-        seal: Of the host, just made.
+        run: Kernel, from what it reads to its part of the output.
+        x: Tensor the kernel last read, batch first; not written to unless the kernel does.
+        own: Parameters of the kernel.
+        allowed: Effects a fresh kernel of its place has.
+        seal: Fingerprint of the host, just made.
 
     Returns:
         The reason, and whether the kernel gave nothing but zeros.
     """
-    read, version = torch.hash_tensor(x), x._version
+    read, version = torch.hash_tensor(x), version_of(x)
     with same_randomness(SEED), torch.enable_grad():
         python = random.getstate()
         y = run(x.detach())
         drawn = streams() != allowed.streams or random.getstate() != python
     silent = not bool(y.detach().any())
-    if x._version != version or differ(torch.hash_tensor(x), read):
+    if version_of(x) != version or differ(torch.hash_tensor(x), read):
         return "it writes over what it reads", silent
     if (why := seal.broken()) is not None:
         return why, silent

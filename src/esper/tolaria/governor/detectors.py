@@ -9,11 +9,10 @@ numbers in give the same findings out.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, TypedDict
 
-from esper.tolaria.governor.usual import LEAST, RobustBaseline, TailScore
+from esper.tolaria.governor.usual import LEAST, BaselineState, RobustBaseline, TailScore, TailState
 from esper.tolaria.governor.vitals import Vitals
 
 Kind = Literal["nonfinite", "spike", "divergence", "rate", "leak", "harm"]
@@ -54,6 +53,18 @@ class Finding:
         usual = "" if self.usual is None else f", usually {self.usual:.4g}"
         why = f" (expected: {self.expected})" if self.expected else ""
         return f"{self.kind}: {self.signal} is {value}{usual} at step {self.step}{why}"
+
+
+class DetectorsState(TypedDict):
+    """What the tests remember."""
+
+    signals: dict[str, BaselineState]
+    rarity: TailState
+    evidence: list[float]  # sum, its first step, highest rate, steps seen, last frozen step, worse blocks
+    resting: dict[str, int]  # kind -> last step without a new alarm
+    grace: list[int | str | float]  # last step, why, e-folds excused
+    block: list[float]
+    best: list[float] | None  # median and upper quartile
 
 
 class Detectors:
@@ -179,7 +190,7 @@ class Detectors:
         self.evidence, self.frozen, self.best, self.worse = 0.0, -1, None, 0
         self.block.clear()
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> DetectorsState:
         """Return everything that a later finding depends on."""
         return {
             "signals": {name: usual.state_dict() for name, usual in self.signals.items()},
@@ -191,14 +202,16 @@ class Detectors:
             "best": None if self.best is None else list(self.best),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: DetectorsState) -> None:
         """Go on looking."""
         for name, usual in self.signals.items():
             usual.load_state_dict(state["signals"][name])
         self.rarity.load_state_dict(state["rarity"])
-        self.evidence, self.since, self.highest, self.seen, self.frozen, self.worse = state["evidence"]
+        self.evidence, since, self.highest, *counts = state["evidence"]
+        self.since, (self.seen, self.frozen, self.worse) = int(since), map(int, counts)
         self.resting = dict(state["resting"])
-        self.grace, self.why, self.excused = state["grace"]
+        grace, why, excused = state["grace"]
+        self.grace, self.why, self.excused = int(grace), str(why), float(excused)
         self.block = list(state["block"])
         self.best = None if state["best"] is None else (state["best"][0], state["best"][1])
 

@@ -8,22 +8,29 @@ ever felt it. And once a kernel is part of the host nobody catches its faults, s
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
+from esper.blueprints.kernel import LiveKernel
 from esper.contracts import Stage
 from esper.kasmina.race.orchestrator import SeedOrchestrator
 from esper.kasmina.race.trial import Trial
 from esper.kasmina.seeds.layer import Branch
 from esper.surgery.isolation.contexts import borrowed_buffers, evaluating, same_randomness
 from esper.tolaria.governor.audit import AllowedEffects, HostFingerprint, find_side_effects, rights
-from esper.tolaria.governor.detectors import Finding
+from esper.tolaria.governor.detectors import Finding, Kind
 
 SILENT = 4  # steps without a gradient or an output after which an exposed kernel is dead
 BEYOND = 2.0  # standard errors the held-out loss may have risen by
+
+
+class ExaminerState(TypedDict):
+    """What a later look depends on."""
+
+    steps: list[int]  # last clean one, exposure, silent ones, turn
+    before: list[float] | None  # held-out losses ahead of exposure
 
 
 class Examiner:
@@ -101,11 +108,11 @@ class Examiner:
         evaluating = layout.stage_of(trial.seed) is Stage.EVALUATING
         return evaluating and len(trial.after) + 1 == timing.evaluate
 
-    def finding(self, kind: Any, why: str, step: int, since: int) -> Finding:
+    def finding(self, kind: Kind, why: str, step: int, since: int) -> Finding:
         """Write it down."""
         return Finding(kind, "seed", step, None, None, None, since, what=why)
 
-    def held_out(self, trial: Trial, kernel: Any) -> list[float]:
+    def held_out(self, trial: Trial, kernel: LiveKernel | None) -> list[float]:
         """Return every held-out example's loss with a kernel at full strength, or without any."""
         gate, seed = self.orchestrator.given.gate, 0
         found: list[float] = []
@@ -162,11 +169,11 @@ class Examiner:
             self.sealed.unhook()
         self.sealed = None
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> ExaminerState:
         """Return what a later look depends on."""
         return {"steps": [self.clean, self.exposed, self.silent, self.turn], "before": self.before}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: ExaminerState) -> None:
         """Go on looking; who listens to the host now did so before."""
         self.clean, self.exposed, self.silent, self.turn = state["steps"]
         self.before = None if state["before"] is None else list(state["before"])

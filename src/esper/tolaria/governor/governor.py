@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, TypedDict
 
 from esper.errors import ConfigError
-from esper.tolaria.governor.detectors import Detectors, Finding
+from esper.tolaria.governor.detectors import Detectors, DetectorsState, Finding
 from esper.tolaria.governor.vitals import Vitals
 
 Action = Literal["notify", "hold", "rollback", "stop"]
@@ -55,6 +55,18 @@ class Actions:
     release: Callable[[], None]  # growth goes on
     rollback: Callable[[Finding], int | None]  # steps lost, or None where there is no way back
     stop: Callable[[Finding], None]
+
+
+class GovernorState(TypedDict):
+    """What later actions depend on."""
+
+    detectors: DetectorsState
+    rungs: dict[str, int]  # kind -> alarms in a row
+    latest: dict[str, int]  # kind -> step
+    turned: list[int]  # steps of rollbacks
+    held: int | None  # step
+    counts: list[int]  # steps lost, alarms
+    trouble: list[int | None]  # its first step, step of the latest alarm
 
 
 class Governor:
@@ -168,7 +180,7 @@ class Governor:
             self.actions.stop(finding)
         return action
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> GovernorState:
         """Return everything later actions depend on; snapshots stay in memory."""
         return {
             "detectors": self.detectors.state_dict(),
@@ -180,10 +192,11 @@ class Governor:
             "trouble": [self.trouble, self.alarmed],
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: GovernorState) -> None:
         """Go on governing."""
         self.detectors.load_state_dict(state["detectors"])
         self.rungs, self.latest = dict(state["rungs"]), dict(state["latest"])
         self.turned, self.held = list(state["turned"]), state["held"]
         self.lost, self.alarms = state["counts"]
-        self.trouble, self.alarmed = state["trouble"]
+        self.trouble, alarmed = state["trouble"]
+        self.alarmed = alarmed or 0

@@ -14,21 +14,37 @@ from __future__ import annotations
 import copy
 import random
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeAlias, TypedDict, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from esper.checkpoint.contents.run import Stateful
 from esper.errors import StateError
 
-Capture = tuple[Callable[[], Any], Callable[[Any], None]]  # what else goes back: how to read and to write it
+Capture = tuple[Callable[[], object], Callable[..., None]]  # what else goes back: how to read and to write it
 KEPT = "a kept tensor"  # marks one in a checkpoint
 LAG = 3  # steps a fault may work before it shows in the loss
 KEEP = 2  # detection lags by a few steps, so the newest snapshot may hold the fault already
+State: TypeAlias = dict[str, object]  # of a parameter in an optimizer, or a group's settings
+Streams: TypeAlias = "tuple[tuple[object, ...], NumpyStream, Tensor, list[Tensor] | None]"
+NumpyStream: TypeAlias = "dict[str, object] | tuple[str, np.ndarray, int, int, float]"
+
+
+class SnapshotState(TypedDict):
+    """A snapshot as a checkpoint keeps it; tensors by name."""
+
+    step: int
+    tensors: object  # ``written`` of the snapshot's
+    states: list[list[tuple[str, object]]]  # per optimizer: name of a parameter, ``written`` state
+    groups: list[list[State]]  # per optimizer
+    settings: list[object]
+    randomness: list[object]  # Python's, numpy's, torch's and CUDA's streams
+    captured: State
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +66,11 @@ class Snapshot:
 
     step: int
     tensors: dict[str, Kept]  # of models and averages, by name
-    states: list[list[tuple[Tensor, dict[str, Any]]]]  # per optimizer: parameter and its state
-    groups: list[list[dict[str, Any]]]  # per optimizer: its groups, parameters by identity
-    settings: list[dict[str, Any]]  # of schedulers and scaler
+    states: list[list[tuple[Tensor, State]]]  # per optimizer: parameter and its state
+    groups: list[list[State]]  # per optimizer: its groups, parameters by identity
+    settings: list[object]  # of schedulers and scaler
     randomness: Randomness
-    captured: dict[str, Any]
+    captured: State
 
     @property
     def nbytes(self) -> int:
@@ -68,8 +84,8 @@ class Snapshot:
 class Randomness:
     """The state of every global random stream; CUDA's only where CUDA is in use."""
 
-    python: Any
-    numpy: Any
+    python: tuple[object, ...]
+    numpy: NumpyStream
     cpu: Tensor
     cuda: list[Tensor] | None
 
@@ -92,19 +108,19 @@ class Snapshots:
     """Keeps the latest snapshots of a run.
 
     Args:
-        models: The model first, then its averages; all their parameters and buffers are kept.
-        optimizers: By name.
+        models: Model first, then its averages; all their parameters and buffers are kept.
+        optimizers: Optimizers of the run, by name.
         stateful: Schedulers and scaler: whatever has ``state_dict`` and ``load_state_dict``.
-        captures: What else goes back, by name: how to read it and how to write it.
-        keep: Snapshots in the ring.
-        every: Tells whether something holds in every process of the run.
+        captures: Pairs of a function that reads what else goes back and one that writes it, by name.
+        keep: Number of snapshots in the ring.
+        every: Function that tells whether something holds in every process of the run.
     """
 
     def __init__(
         self,
         models: Sequence[nn.Module],
         optimizers: Mapping[str, Optimizer],
-        stateful: Sequence[Any] = (),
+        stateful: Sequence[Stateful] = (),
         captures: Mapping[str, Capture] | None = None,
         keep: int = KEEP,
         every: Callable[[bool], bool] = bool,
@@ -122,9 +138,9 @@ class Snapshots:
         snapshot = Snapshot(
             step,
             {name: Kept.of(tensor) for name, tensor in tensors.items()},
-            [[(p, duplicate(s)) for p, s in o.state.items()] for o in self.optimizers.values()],
+            [[(p, duplicate_state(s)) for p, s in o.state.items()] for o in self.optimizers.values()],
             [
-                [{**duplicate(others(g)), "params": list(g["params"])} for g in o.param_groups]
+                [{**duplicate_state(others(g)), "params": list(g["params"])} for g in o.param_groups]
                 for o in self.each()
             ],
             [copy.deepcopy(one.state_dict()) for one in self.stateful],
@@ -174,11 +190,11 @@ class Snapshots:
         """Forget all snapshots: the topology has changed."""
         self.ring.clear()
 
-    def state_dict(self) -> list[dict[str, Any]]:
+    def state_dict(self) -> list[SnapshotState]:
         """Return the ring: what a run that goes on elsewhere needs to go back as far as this one could."""
         return [self._written(snapshot) for snapshot in self.ring]
 
-    def _written(self, snapshot: Snapshot) -> dict[str, Any]:
+    def _written(self, snapshot: Snapshot) -> SnapshotState:
         names = {id(tensor): name for name, tensor in self.tensors()}
         random_ = snapshot.randomness
         return {
@@ -186,7 +202,7 @@ class Snapshots:
             "tensors": written(snapshot.tensors),
             "states": [[(names[id(p)], written(s)) for p, s in one] for one in snapshot.states],
             "groups": [
-                [{**written(g), "params": [names[id(p)] for p in g["params"]]} for g in one]
+                [{**written_state(g), "params": [names[id(p)] for p in parameters_of(g)]} for g in one]
                 for one in snapshot.groups
             ],
             "settings": snapshot.settings,
@@ -194,19 +210,23 @@ class Snapshots:
             "captured": snapshot.captured,
         }
 
-    def load_state_dict(self, state: Sequence[Mapping[str, Any]]) -> None:
+    def load_state_dict(self, state: Sequence[SnapshotState]) -> None:
         """Take the ring back; topology, and so every name, is what it was by now."""
         named = dict(self.tensors())
         self.ring.clear()
         for one in state:
-            states = [[(named[name], read_back(s)) for name, s in each] for each in one["states"]]
+            states = [[(named[name], read_state(s)) for name, s in each] for each in one["states"]]
             groups = [
-                [{**read_back(g), "params": [named[name] for name in g["params"]]} for g in each]
+                [
+                    {**read_state(g), "params": [named[n] for n in cast("list[str]", g["params"])]}
+                    for g in each
+                ]
                 for each in one["groups"]
             ]
-            randomness = Randomness(*one["randomness"])
+            tensors = cast("dict[str, Kept]", read_back(one["tensors"]))
+            randomness = Randomness(*cast("Streams", tuple(one["randomness"])))
             rest = one["settings"], randomness, one["captured"]
-            self.ring.append(Snapshot(one["step"], read_back(one["tensors"]), states, groups, *rest))
+            self.ring.append(Snapshot(one["step"], tensors, states, groups, *rest))
 
     def misfit(self, snapshot: Snapshot) -> str | None:
         """Say why a snapshot does not fit the model as it is now, or None."""
@@ -217,7 +237,7 @@ class Snapshots:
             return f"{name} was {then.get(name)} and is {now.get(name)}"
         for optimizer, groups in zip(self.each(), snapshot.groups, strict=True):
             if [[id(p) for p in g["params"]] for g in optimizer.param_groups] != [
-                [id(p) for p in g["params"]] for g in groups
+                [id(p) for p in parameters_of(g)] for g in groups
             ]:
                 return f"{type(optimizer).__name__} has other parameters than it had"
         return None
@@ -233,7 +253,7 @@ class Snapshots:
         return list(self.optimizers.values())
 
 
-def finite(tensors: Any) -> bool:
+def finite(tensors: Iterable[Tensor]) -> bool:
     """Tell whether all floating-point tensors are finite; one number is read per device."""
     floating = [t.detach() for t in tensors if t.is_floating_point() and t.numel()]
     if not floating:
@@ -244,12 +264,32 @@ def finite(tensors: Any) -> bool:
     return all(bool(torch.isfinite(t).all()) for t in floating)  # a sum may overflow without a fault
 
 
-def others(group: Mapping[str, Any]) -> dict[str, Any]:
+def others(group: Mapping[str, object]) -> State:
     """Return a group's settings."""
     return {key: value for key, value in group.items() if key != "params"}
 
 
-def duplicate(value: Any, kept: Callable[[Tensor], Any] = Kept.of) -> Any:
+def parameters_of(group: State) -> list[Tensor]:
+    """Return a group's parameters."""
+    return cast("list[Tensor]", group["params"])
+
+
+def duplicate_state(state: State) -> State:
+    """Copy a state there or back."""
+    return cast("State", duplicate(state))
+
+
+def written_state(state: State) -> State:
+    """Turn a state's copies into tensors."""
+    return cast("State", written(state))
+
+
+def read_state(state: object) -> State:
+    """Undo :func:`written_state`."""
+    return cast("State", read_back(state))
+
+
+def duplicate(value: object, kept: Callable[[Tensor], object] = Kept.of) -> object:
     """Copy state there or back: tensors without their graph, containers of them, numbers.
 
     Args:
@@ -269,27 +309,29 @@ def duplicate(value: Any, kept: Callable[[Tensor], Any] = Kept.of) -> Any:
     return copy.deepcopy(value)
 
 
-def written(value: Any) -> Any:
+def written(value: object) -> object:
     """Turn copies into tensors with the device they came from, for a checkpoint."""
     if isinstance(value, Kept):
         return {KEPT: value.copy, "device": str(value.device)}
     if isinstance(value, dict):
         return {key: written(item) for key, item in value.items()}
-    return type(value)(map(written, value)) if type(value) in (list, tuple) else value
+    if type(value) is list:
+        return [written(item) for item in value]
+    return tuple(written(item) for item in value) if type(value) is tuple else value
 
 
-def read_back(value: Any) -> Any:
+def read_back(value: object) -> object:
     """Undo :func:`written`."""
     if isinstance(value, dict):
         if KEPT in value:
             return Kept(value[KEPT], torch.device(value["device"]))
         return {key: read_back(item) for key, item in value.items()}
-    return type(value)(map(read_back, value)) if type(value) in (list, tuple) else value
+    if type(value) is list:
+        return [read_back(item) for item in value]
+    return tuple(read_back(item) for item in value) if type(value) is tuple else value
 
 
-def put_back(
-    optimizer: Optimizer, states: list[tuple[Tensor, dict[str, Any]]], groups: list[dict[str, Any]]
-) -> None:
+def put_back(optimizer: Optimizer, states: list[tuple[Tensor, State]], groups: list[State]) -> None:
     """Restore an optimizer; tensors that are there and fit are written into, for CUDA graphs hold them."""
     kept = {id(parameter) for parameter, _ in states}
     for parameter in [p for p in optimizer.state if id(p) not in kept]:
@@ -300,7 +342,7 @@ def put_back(
         write(group, settings, skip=("params",))
 
 
-def write(target: dict[str, Any], source: Mapping[str, Any], skip: tuple[str, ...] = ()) -> None:
+def write(target: State, source: Mapping[str, object], skip: tuple[str, ...] = ()) -> None:
     """Make a dict equal to another, in place; tensors keep their identity where they fit."""
     for key in [key for key in target if key not in source]:
         del target[key]

@@ -5,9 +5,8 @@ from __future__ import annotations
 import bisect
 import math
 from collections import deque
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 WINDOW = 128  # recent values a new one is compared with
 LEAST = 24  # values before anything is judged
@@ -27,6 +26,22 @@ class Level:
     usual: float  # their median, in the value's own unit
     size: float  # how far above it, in spreads
     beyond: float  # how far above their 99th percentile, in e-folds
+
+
+class BaselineState(TypedDict):
+    """What a baseline remembers."""
+
+    recent: list[float]  # scaled, in order of arrival
+    first: list[float]  # raw, until the unit is known
+    unit: float | None
+
+
+class TailState(TypedDict):
+    """What a tail score remembers."""
+
+    recent: list[float]  # in order of arrival
+    sum: float
+    since: int  # step
 
 
 class RobustBaseline:
@@ -85,11 +100,11 @@ class RobustBaseline:
         self.recent.clear()
         self.ordered.clear()
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> BaselineState:
         """Return what is remembered."""
         return {"recent": list(self.recent), "first": list(self.first), "unit": self.unit}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: BaselineState) -> None:
         """Go on remembering."""
         self.recent.clear()
         self.recent.extend(state["recent"])
@@ -138,11 +153,11 @@ class TailScore:
         self.ordered.clear()
         self.sum = 0.0
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> TailState:
         """Return what is remembered."""
         return {"recent": list(self.recent), "sum": self.sum, "since": self.since}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: TailState) -> None:
         """Go on remembering."""
         self.recent.clear()
         self.recent.extend(state["recent"])

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from esper.tolaria.governor.private_api import foreach_norm, require, values_of
 
 DEAR = 50_000  # FLOPs of a step per number read: 0.4 ns a number out of cold memory are 0.05 % of them
 CALL = 1e9  # FLOPs of a step per gradient tensor read: some 25 µs right after a step that filled the caches
@@ -66,15 +68,32 @@ class Vitals:
     rate: float | None = None  # the largest learning rate
 
 
+class ReadingState(TypedDict):
+    """The fields of a :class:`Reading`."""
+
+    every: int
+    share: float
+    tensors: int | None
+
+
+class ReaderState(TypedDict):
+    """Where a reader stands."""
+
+    steps: int
+    turn: int
+    reading: ReadingState
+
+
 class VitalsReader:
     """Reads the vital signs of a run.
 
     Args:
-        model: The host; its buffers count as weights.
-        optimizers: By name; they are hooked, and only the gradients they step are read.
+        model: Module that is the host; its buffers count as weights.
+        optimizers: Optimizers, by name; they are hooked, and only the gradients they step are read.
     """
 
     def __init__(self, model: nn.Module, optimizers: Mapping[str, Optimizer]) -> None:
+        require()
         self.model, self.optimizers = model, dict(optimizers)
         self.reading = Reading()
         self.steps = self.turn = 0
@@ -83,7 +102,7 @@ class VitalsReader:
         self.kept: list[Tensor] = []  # weights and buffers of this round
         self.hooks = [o.register_step_pre_hook(self._before) for o in self.optimizers.values()]
 
-    def _before(self, optimizer: Optimizer, *rest: Any) -> None:
+    def _before(self, optimizer: Optimizer, *rest: object) -> None:
         if optimizer is next(iter(self.optimizers.values())):
             self.steps += 1
             self.pending.clear()
@@ -93,7 +112,7 @@ class VitalsReader:
         if chosen is None:  # walking all of them at every step takes 1 µs each
             chosen = self.chosen[id(optimizer)] = few(optimizer, self.reading.tensors)
         gradients = [g for g in (p.grad for p in chosen) if g is not None]
-        given = [g._values() if g.is_sparse else g for g in gradients]
+        given = [values_of(g) if g.is_sparse else g for g in gradients]
         self.pending += norms(given, self.reading.share, self.turn)
 
     def read(self, loss: float) -> Vitals:
@@ -128,14 +147,17 @@ class VitalsReader:
             hook.remove()
         self.hooks.clear()
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> ReaderState:
         """Return where the reading stands, and how much is read: another share would be another norm."""
-        return {"steps": self.steps, "turn": self.turn, "reading": asdict(self.reading)}
+        every, share, tensors = self.reading.every, self.reading.share, self.reading.tensors
+        reading: ReadingState = {"every": every, "share": share, "tensors": tensors}
+        return {"steps": self.steps, "turn": self.turn, "reading": reading}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: ReaderState) -> None:
         """Go on reading."""
         self.steps, self.turn = state["steps"], state["turn"]
-        self.reading = Reading(**state["reading"])
+        saved = state["reading"]
+        self.reading = Reading(saved["every"], saved["share"], saved["tensors"])
 
 
 def few(optimizer: Optimizer, count: int | None) -> list[Tensor]:
@@ -151,7 +173,7 @@ def few(optimizer: Optimizer, count: int | None) -> list[Tensor]:
 def norms(tensors: Sequence[Tensor], share: float, turn: int) -> list[Tensor]:
     """Return norms in float32, one per tensor, of the part whose turn it is; nothing is waited for."""
     parts = list(tensors) if share >= 1 else [part(t, share, turn) for t in tensors]
-    return list(torch._foreach_norm(parts, 2, dtype=torch.float32)) if parts else []
+    return foreach_norm(parts) if parts else []
 
 
 def part(tensor: Tensor, share: float, turn: int) -> Tensor:
@@ -161,7 +183,7 @@ def part(tensor: Tensor, share: float, turn: int) -> Tensor:
         return tensor
     count = max(round(share * rows), 1)
     start = turn * count % rows
-    return tensor.narrow(0, start, min(count, rows - start))
+    return tensor.narrow(0, start, min(count, rows - start))  # (rows, …) → (at most count, …)
 
 
 def total(found: Sequence[Tensor]) -> float:

@@ -10,48 +10,117 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import NotRequired, Protocol, TypedDict
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
+from esper.checkpoint.contents.run import Stateful
 from esper.contracts import Stage
 from esper.errors import LossError
 from esper.kasmina.morphable import MorphableModel
 from esper.kasmina.race.orchestrator import SeedOrchestrator
 from esper.kasmina.seeds.state import AWAKE
+from esper.tamiyo.controller import Tamiyo
 from esper.tolaria.governor.detectors import Finding
-from esper.tolaria.governor.examiner import SILENT, Examiner
-from esper.tolaria.governor.governor import Action, Actions, Governor, Settings
-from esper.tolaria.governor.rollback import LAG, Capture, Snapshots
-from esper.tolaria.governor.vitals import Reading, Vitals, VitalsReader, norms, total
+from esper.tolaria.governor.examiner import SILENT, Examiner, ExaminerState
+from esper.tolaria.governor.governor import Action, Actions, Governor, GovernorState, Settings
+from esper.tolaria.governor.rollback import LAG, Capture, Snapshots, SnapshotState
+from esper.tolaria.governor.vitals import ReaderState, Reading, Vitals, VitalsReader, norms, total
 
 EXCUSED = 2.5  # e-folds a graft may lift the loss by; a judged one lowers it
+
+
+class Clearable(Protocol):
+    """A container that can be emptied."""
+
+    def clear(self) -> None:
+        """Empty it."""
+
+
+class Optimized(Protocol):
+    """The parts of a run, as far as its optimizers."""
+
+    @property
+    def optimizers(self) -> Mapping[str, Optimizer]:
+        """Every optimizer, by name."""
+
+
+class Governed(Protocol):
+    """A run that grows, as far as its governor goes; :class:`esper.Growth` is one."""
+
+    @property
+    def parts(self) -> Optimized:
+        """The run's parts."""
+
+    @property
+    def morphable(self) -> MorphableModel:
+        """The host, wrapped."""
+
+    @property
+    def orchestrator(self) -> SeedOrchestrator:
+        """Who takes seeds through their lives."""
+
+    @property
+    def tamiyo(self) -> Tamiyo:
+        """Who learns what came of a seed."""
+
+    @property
+    def batches(self) -> Clearable:
+        """Recent training batches."""
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps acted on."""
+
+    @property
+    def paused(self) -> bool:
+        """Whether no new decision is taken."""
+
+    def pause(self) -> None:
+        """Take no new decision."""
+
+    def resume(self) -> None:
+        """Decide again."""
+
+    def tell(self, kind: str, **data: object) -> None:
+        """Emit an event."""
+
+
+class WatchState(TypedDict):
+    """What a checkpoint keeps of a governed run."""
+
+    snapshots: NotRequired[list[SnapshotState]]
+    governor: GovernorState
+    watcher: ReaderState
+    paused_before: bool
+    silent: int
+    metered: bool
+    examiner: ExaminerState
 
 
 class Watch:
     """Governs one run.
 
     Args:
-        growth: The conductor: ``parts``, ``morphable``, ``orchestrator``, ``tamiyo``, ``pause``, ``resume``,
-            ``tell``.
-        settings: Of the governor.
-        averages: EMA copies, which go back too.
+        growth: Run to govern.
+        settings: Ladders and step counts of the governor; None: the defaults.
+        averages: Averaged copies of the host, which go back too.
         stateful: Schedulers and scaler, which go back too.
-        captures: What else goes back, see ``Snapshots``.
+        captures: Readers and writers of what else goes back, by name, see ``Snapshots``.
     """
 
     def __init__(
         self,
-        growth: Any,
+        growth: Governed,
         settings: Settings | None = None,
         averages: Sequence[nn.Module] = (),
-        stateful: Sequence[Any] = (),
+        stateful: Sequence[Stateful] = (),
         captures: Mapping[str, Capture] | None = None,
     ) -> None:
         self.growth, self.settings = growth, settings or Settings()
-        self.model: MorphableModel = growth.morphable
-        self.orchestrator: SeedOrchestrator = growth.orchestrator
+        self.model, self.orchestrator = growth.morphable, growth.orchestrator
         actions = Actions(self._notify, self._hold, self._release, self._roll_back, self._stop)
         self.governor = Governor(self.settings, actions)
         optimizers, peers = growth.parts.optimizers, self.orchestrator.given.peers
@@ -226,7 +295,7 @@ class Watch:
             "Lower the learning rate, clip gradients or check the data"
         )
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> WatchState:
         """Return what a checkpoint keeps; without the snapshots a resumed run could not go back."""
         return {
             "snapshots": self.snapshots.state_dict(),
@@ -238,11 +307,11 @@ class Watch:
             "examiner": self.examiner.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: WatchState) -> None:
         """Go on watching."""
         self.governor.load_state_dict(state["governor"])
         self.watcher.load_state_dict(state["watcher"])
-        self.snapshots.load_state_dict(state.get("snapshots", ()))
+        self.snapshots.load_state_dict(state.get("snapshots", []))
         self.paused_before, self.silent = state["paused_before"], state["silent"]
         self.metered, self.examiner.share = state["metered"], self.watcher.reading.share
         self.examiner.load_state_dict(state["examiner"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -20,7 +20,7 @@ from esper.surgery.optimizers.adoption import let_go
 from esper.surgery.optimizers.averages import copy_of
 from esper.surgery.optimizers.history import forget
 from esper.surgery.widen_layers import put_in_place
-from esper.tolaria.governor.rollback import Kept, duplicate, read_back, write, written
+from esper.tolaria.governor.rollback import Kept, duplicate, read_state, write, written_state
 from esper.tolaria.growth.early.aside import copies
 
 State = dict[str, Any]
@@ -66,7 +66,8 @@ class Before:
         held = [tensor for one in own for tensor in one.values()]
         copied = iter(copies([*held, *known], kept=len(known)))
         tensors = [{name: next(copied) for name in one} for one in own]
-        return cls(step, plans, tensors, [], duplicate(states, lambda t: Kept(next(copied), t.device)))
+        held_aside = duplicate(states, lambda t: Kept(next(copied), t.device))
+        return cls(step, plans, tensors, [], cast("list[dict[str, State]]", held_aside))
 
     def note(self, model: nn.Module, plan: WidenPlan) -> None:
         """Note the counts that a plan is about to change."""
@@ -130,7 +131,7 @@ class Before:
             "plans": self.plans,
             "tensors": self.tensors,
             "attributes": [list(one) for one in self.attributes],
-            "states": [{n: written(s) for n, s in one.items()} for one in self.states],
+            "states": [{n: written_state(s) for n, s in one.items()} for one in self.states],
         }
 
     @classmethod
@@ -141,7 +142,7 @@ class Before:
             state["plans"],
             [dict(one) for one in state["tensors"]],
             [(path, attribute, value) for path, attribute, value in state["attributes"]],
-            [{n: read_back(s) for n, s in one.items()} for one in state["states"]],
+            [{n: read_state(s) for n, s in one.items()} for one in state["states"]],
         )
 
 
