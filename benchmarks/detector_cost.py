@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from esper.tolaria.governor import Detectors, Reading, Watcher
+from esper.tolaria.governor import Detectors, Reading, VitalsReader
 
 COST_STEPS, COST_ROUNDS = 12, 5
 
@@ -48,7 +48,7 @@ def cost(name: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     net, x, places = HOSTS[name]()
     optimizer = torch.optim.Adam(net.parameters())
-    watcher, detectors = Watcher(net, {"": optimizer}), Detectors()
+    watcher, detectors = VitalsReader(net, {"": optimizer}), Detectors()
     watcher.close()  # called by hand below, so that it can be timed apart
     parameters = sum(p.numel() for p in net.parameters())
     flops = 6 * parameters * len(x) * places

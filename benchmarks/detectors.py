@@ -29,7 +29,7 @@ from benchmarks.detector_runs import (
 from benchmarks.promises import Promise
 from benchmarks.workers import workers
 from esper.contracts import Event
-from esper.tolaria.governor import Detectors, Finding, Reading, Watch, Watcher
+from esper.tolaria.governor import Detectors, Finding, Reading, VitalsReader, Watch
 
 NAME = "detectors"
 STEPS, AFTER = 1500, 12  # of a healthy run; of a spoilt one behind its fault
@@ -101,7 +101,7 @@ def run(job: Job) -> Answer:
     optimizer = scenario.optimizer(net.parameters())
     schedule = scenario.schedule(optimizer, steps) if scenario.schedule else None
     # What a governed run reads of a step this small: one gradient tensor, see Reading.of.
-    watcher, detectors, inferring = Watcher(net, {"": optimizer}), Detectors(), Detectors()
+    watcher, detectors, inferring = VitalsReader(net, {"": optimizer}), Detectors(), Detectors()
     watcher.reading = Reading(tensors=1)
     growth = grow(net, optimizer, scenario, split, steps, job.seed, detectors) if scenario.grows else None
     generator = torch.Generator().manual_seed(job.seed)
@@ -188,7 +188,7 @@ def grow(
             seed=seed,
             on_event=told,
         )
-    watch.append(Watch(growth))
+    watch.append(Watch(growth.run))
     watch[0].watcher.close()  # the bench reads by itself
     watch[0].governor.detectors = detectors
     return growth

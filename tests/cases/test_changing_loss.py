@@ -142,7 +142,7 @@ def test_the_weights_of_then_are_measured_on_copies(
         before, held = early.open, early.evidence.probe()
         state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
         layers = len(net.layers) if isinstance(net, Deep) else 0
-        then = Hindsight(growth, early.evidence, early.mishaps).earlier(before, held)
+        then = Hindsight(growth.run, early.evidence, early.insertion).earlier(before, held)
         assert then == before.held_out
         assert state.keys() == net.state_dict().keys()
         assert all(torch.equal(tensor, state[name]) for name, tensor in net.state_dict().items())

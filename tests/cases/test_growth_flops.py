@@ -83,15 +83,21 @@ def convolving() -> nn.Sequential:
 
 @pytest.mark.parametrize("pictures", [False, True])
 def test_a_look_costs_no_more_than_was_said(pictures: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    pairs, look = list[tuple[int, int]](), Evidence.look
+    pairs, prices = list[tuple[int, int]](), list[int]()
+    begin, go_on = Evidence.begin, Evidence.go_on
 
-    def noted(self: Evidence, places: Any, units: Any) -> Any:
-        price, _ = self.price(places, units)
-        found = look(self, places, units)
-        pairs.append((price, found.flops))
+    def priced(self: Evidence, places: Any, units: Any, spread: bool = False) -> None:
+        prices.append(self.price(places, units)[0])
+        begin(self, places, units, spread)
+
+    def noted(self: Evidence) -> Any:
+        found = go_on(self)
+        if found is not None:
+            pairs.append((prices[-1], found.flops))
         return found
 
-    monkeypatch.setattr(Evidence, "look", noted)
+    monkeypatch.setattr(Evidence, "begin", priced)
+    monkeypatch.setattr(Evidence, "go_on", noted)
     torch.manual_seed(0)
     net, task = (convolving() if pictures else narrow()), Task()
     draw = (lambda n=48: images(task(n))) if pictures else task

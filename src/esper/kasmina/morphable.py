@@ -30,6 +30,7 @@ from esper.kasmina.sites.uncalled import not_read_elsewhere
 from esper.kasmina.widths.layers import features
 from esper.kasmina.widths.places import Place, WidenPlace
 from esper.printable import shortened
+from esper.surgery.isolation.acting import is_seed
 from esper.surgery.isolation.contexts import examining, untouched
 from esper.surgery.isolation.global_draws import forgetting
 
@@ -239,7 +240,9 @@ def _host_keys_verbatim(module: nn.Module, state: dict[str, Any], prefix: str, m
     awake = len(module.layers) > 0
     for key in list(state):
         rest = key[len(prefix) :]
-        if rest.startswith("host."):
+        if is_seed(rest):  # it is among this model's own layers
+            del state[key]
+        elif rest.startswith("host."):
             state[prefix + rest[5:]] = state.pop(key)
         elif awake:
             state[prefix + PREFIX + rest] = state.pop(key)

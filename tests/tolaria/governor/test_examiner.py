@@ -91,7 +91,7 @@ def test_what_lowers_the_training_loss_and_raises_the_held_out_one_is_undone() -
     run = Run()
     trial = run.until(Stage.GRAFTING)
     assert trial.kernel is not None
-    before = run.loop.watch.snapshots.ring[-1]
+    before = run.watch.snapshots.ring[-1]
     probe = next(iter(run.growth.run.orchestrator.given.gate.probe))
     own = [*trial.kernel.parameters()]
     while run.growth.run.orchestrator.trial is trial:
@@ -103,13 +103,13 @@ def test_what_lowers_the_training_loss_and_raises_the_held_out_one_is_undone() -
         trial.after[:] = [0.0] * len(trial.after)
         run.train()
     assert "harm: the held-out loss is" in outcomes(run)[-1]["reason"]
-    assert all(torch.equal(t, before.tensors[name].copy) for name, t in run.loop.watch.snapshots.tensors())
+    assert all(torch.equal(t, before.tensors[name].copy) for name, t in run.watch.snapshots.tensors())
 
 
 def test_an_examination_goes_on_from_its_state() -> None:
     run, other = Run(), Run()
     run.until(Stage.STABILISING)
-    state = copy.deepcopy(run.loop.watch.state_dict())
+    state = copy.deepcopy(run.watch.state_dict())
     assert state["examiner"]["before"]
     other.watch.load_state_dict(state)
     assert other.watch.state_dict() == state

@@ -48,14 +48,10 @@ class Run:
             budget={"growth_factor": 8.0},
             growth="incubate",
             seed=seed,
-            on_event=self.told,
+            on_event=self.events.append,
         )
-        self.watch = Watch(self.growth, Settings(**settings), stateful=[self.scheduler])
-
-    def told(self, event: Event) -> None:
-        self.events.append(event)
-        if hasattr(self, "watch"):
-            self.watch.told(event)
+        self.watch = Watch(self.growth.run, Settings(**settings), stateful=[self.scheduler])
+        self.growth.run.orchestrator.guard = self.watch
 
     def train(self, spoil: float = 1.0) -> str | None:
         """Train a step as the conductor does; returns what the governor did."""
@@ -68,7 +64,7 @@ class Run:
         self.scheduler.step()
         action = self.watch.step(float(loss.detach()), self.step)
         if action == "rollback":
-            self.growth.steps = self.growth.run.clock.count
+            self.growth.run.steps = self.growth.run.clock.count
         else:
             self.growth.step(batch, loss)
         return action
@@ -128,7 +124,7 @@ def test_a_lost_loss_leads_back_bit_for_bit_and_tells_the_steps_lost() -> None:
     assert same(run.bits(), at)
     assert torch.equal(torch.get_rng_state(), rng)
     assert run.scheduler.last_epoch == 20
-    assert run.loop.watch.governor.lost == 6
+    assert run.watch.governor.lost == 6
     (told,) = [e.data for e in run.events if e.kind == "rolled_back"]
     assert (told["to"], told["lost"]) == (20, 6)
     assert "6 steps are lost" in told["message"]
@@ -140,7 +136,7 @@ def test_no_way_leads_behind_a_widening() -> None:
     while not run.growth.plans:
         run.train()
     (committed,) = [e.step for e in run.events if e.kind == "widened"]
-    assert [s.step for s in run.loop.watch.snapshots.ring] == [committed]
+    assert [s.step for s in run.watch.snapshots.ring] == [committed]
     width = run.net[0].out_features
     at = run.bits()
     assert run.train(spoil=math.nan) == "rollback"
@@ -174,8 +170,8 @@ def test_a_watch_goes_on_from_its_state() -> None:
     run, other = Run(), Run()
     for _ in range(30):
         run.train()
-    other.watch.load_state_dict(run.loop.watch.state_dict())
-    assert other.watch.state_dict() == run.loop.watch.state_dict()
+    other.watch.load_state_dict(run.watch.state_dict())
+    assert other.watch.state_dict() == run.watch.state_dict()
 
 
 class Leaky(nn.Module):
@@ -245,13 +241,13 @@ def bad_seed(fault: str, seed: int) -> str:
     """Let a seed in, make it bad at its exposure, and follow it to its end."""
     run = Run(seed)
     trial = run.until(Stage.GRAFTING)
-    before = run.loop.watch.snapshots.ring[-1]
+    before = run.watch.snapshots.ring[-1]
     spoil(trial, fault, run)
     plans, actions = len(run.growth.plans), []
     while run.growth.run.orchestrator.trial is trial:
         actions.append(run.train())
         if "rollback" in actions:
-            for name, tensor in run.loop.watch.snapshots.tensors():
+            for name, tensor in run.watch.snapshots.tensors():
                 assert torch.equal(tensor, before.tensors[name].copy)
             break
     outcome = [e.data for e in run.events if e.kind == "outcome"][-1]

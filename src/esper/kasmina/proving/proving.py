@@ -365,7 +365,8 @@ def differ(
 
 def norms(all_: Sequence[Tensor]) -> list[float]:
     """Return the length of each tensor, in as many reads as there are devices."""
-    lengths = [torch.linalg.vector_norm(one.detach(), dtype=torch.float64) for one in all_ if one.numel()]
+    parts = [torch.view_as_real(one) if one.is_complex() else one for one in all_]
+    lengths = [torch.linalg.vector_norm(one.detach(), dtype=torch.float64) for one in parts if one.numel()]
     read = torch.stack([one.to(lengths[0].device) for one in lengths]).tolist() if lengths else []
     rest = iter(read)
     return [next(rest) if one.numel() else 0.0 for one in all_]

@@ -17,6 +17,7 @@ from esper.blueprints.kernel import LiveKernel
 from esper.errors import SiteError, StateError
 from esper.kasmina.seeds.compiling import blended
 from esper.kasmina.seeds.differentiated import differentiated_by
+from esper.kasmina.seeds.private_api import aloof, on_the_way_back
 from esper.kasmina.seeds.streams import Fork, StreamPool
 from esper.kasmina.widths.pairs import Pair
 from esper.kasmina.widths.places import Place
@@ -159,7 +160,7 @@ class KasminaLayer(nn.Module):
         kernel's part belongs to the derivative. A checkpoint runs again on the way back, and goes by
         what was found before.
         """
-        if torch._C._current_graph_task_id() == -1:
+        if not on_the_way_back():
             self.__dict__["through"] = differentiated_by(x)
         return x if self.through else x.detach()
 
@@ -246,15 +247,6 @@ class KasminaLayer(nn.Module):
             self.shown = before
             if transient:
                 self.shut()
-
-
-def aloof() -> bool:
-    """Tell whether torch compiles, traces or transforms the pass that is running."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()  # no public question asks for it (torch 2.13)
-        or torch._C._get_tracing_state() is not None
-    )
 
 
 def unheard(error: str) -> None:

@@ -58,6 +58,8 @@ class Loop:
         """Take one micro-batch; act if an optimizer step has happened."""
         run = self.run
         check_loss(loss)
+        if loss.is_cpu:  # elsewhere the device would be waited for at every micro-batch: it is read at a step
+            self.refuse_infinite(float(loss.detach()))
         run.batches.append(copied(batch) if run.recipe == "incubate" else batch)
         examples = count_examples(batch) * max(self.presence.evaluations, 1)
         self.presence.evaluations = 0
@@ -67,9 +69,8 @@ class Loop:
             if complaint := run.clock.complaint():
                 run.mishaps.say(complaint, "no step")
             return
-        value = float(loss.detach())  # read once per optimizer step: a device need not wait per micro-batch
-        if self.watch is None and run.peers.world == 1:
-            check_finite(value, run.steps)
+        value = float(loss.detach())
+        self.refuse_infinite(value)
         run.steps = run.clock.count
         if run.peers.world > 1:
             value = self.meet(value)
@@ -77,6 +78,15 @@ class Loop:
             self.act(value)
             if run.steps % run.config.telemetry.progress_every == 0:
                 self.tell_progress()
+
+    def refuse_infinite(self, loss: float) -> None:
+        """Refuse a loss that is not finite, where neither a governor nor other processes see to it.
+
+        Raises:
+            LossError: It is not.
+        """
+        if self.watch is None and self.run.peers.world == 1:
+            check_finite(loss, self.run.steps)
 
     def meet(self, loss: float) -> float:
         """Meet the other processes: from here on all know the same; returns the mean loss."""

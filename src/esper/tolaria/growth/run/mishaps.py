@@ -77,7 +77,7 @@ class Mishaps:
         """Warn once where parameters became other objects: what else holds the old ones is wrong by now."""
         if lost := replaced(self.run.parts.committer.replaced):
             if "replaced" not in self.told:
-                warnings.warn(lost, stacklevel=3)
+                warnings.warn(lost, stacklevel=5)  # the user's line: step, loop.step, act, this
             self.say(lost, "replaced")
 
     def say(self, message: str, topic: str = "") -> None:
