@@ -28,7 +28,6 @@ from benchmarks.detector_runs import (
 )
 from benchmarks.promises import Promise
 from benchmarks.workers import workers
-from esper.contracts import Event
 from esper.tolaria.governor import Detectors, Finding, Reading, VitalsReader, Watch
 
 NAME = "detectors"
@@ -166,11 +165,6 @@ def grow(
     detectors: Detectors,
 ) -> Any:
     """Let a run grow; its grafts and widenings are announced as the governor would."""
-    watch: list[Watch] = []
-
-    def told(event: Event) -> None:
-        for one in watch:
-            one.told(event)
 
     def loss(model: nn.Module, batch: Any) -> torch.Tensor:
         return scenario.loss(model(batch[0]), batch[1])
@@ -186,11 +180,10 @@ def grow(
             budget={"growth_factor": 4.0},
             growth="incubate",
             seed=seed,
-            on_event=told,
         )
-    watch.append(Watch(growth.run))
-    watch[0].watcher.close()  # the bench reads by itself
-    watch[0].governor.detectors = detectors
+    watch = growth.run.orchestrator.guard = Watch(growth.run)
+    watch.watcher.close()  # the bench reads by itself
+    watch.governor.detectors = detectors
     return growth
 
 
