@@ -137,6 +137,32 @@ def test_files_stay_readable() -> None:
     assert offenders(lambda source: len(source.lines) > 400) == {}
 
 
+# Folders of fewer than 4 or more than 15 files, and why.
+OTHER_SIZES = {
+    "blueprints/catalogue": "a registry: one file each",
+    "distributed/wrappings": "a registry: one file each",
+    "integrations": "its files stand in a folder per product",
+    "integrations/ray": "one file each for what Ray may run: the forge, training",
+    "kasmina": "MorphableModel and its summary, over nine folders",
+    "nissa": "how numbers read, for run/ and views/ alike",
+    "surgery": "what changes layers, beside isolation/ and optimizers/",
+    "tamiyo/bandits": "a registry: one file each",
+    "tolaria": "the trainer, over growth/ and governor/",
+    "tolaria/growth/incubation": "the second recipe; most of what it does is in kasmina/race",
+    "urza": "the store of kernels; the repository is to come",
+    "urza/blobs": "a registry: one file each",
+}
+
+
+def test_folders_hold_what_a_reader_can_keep_in_mind() -> None:
+    files: dict[str, int] = {}
+    for source in SOURCES:
+        folder = source.path.parent.relative_to(SRC).as_posix()
+        files[folder] = files.get(folder, 0) + (source.path.name != "__init__.py")
+    odd = {folder for folder, count in files.items() if not 4 <= count <= 15}
+    assert odd == OTHER_SIZES.keys()
+
+
 def test_no_import_hides_in_a_function() -> None:
     """Commands import what they run; registry.py and __init__.py go through importlib, so they pass too."""
 
