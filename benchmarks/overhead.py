@@ -34,6 +34,7 @@ ROUNDS, BURST = 60, {"MLP": 50, "CNN": 1}  # interleaved rounds of the dormant c
 PARTS = ("kernels", "incubation", "evidence", "survey", "surgery", "telemetry", "bookkeeping")
 JUDGED = (("MLP", "wrapped"), ("CNN", "wrapped"), ("CNN", "growing, no decision yet"))
 ARMS = ("bare", "bare again", "wrapped", "growing, no decision yet")  # the second shows the noise
+CALLS, QUICK_CALLS, MOST = 3000, 300, 20.0  # timed calls of growth.step, and the microseconds one may take
 Batch = tuple[Tensor, Tensor]
 
 
@@ -92,7 +93,21 @@ def main(argv: Sequence[str]) -> int:
         figures = (str(one["steps"]), f"{one['first_step'] * 1e3:.0f}–{one['last_step'] * 1e3:.0f}")
         grown = f"{one['parameters'][0]}→{one['parameters'][1]}"
         second.add_row(str(seed), *figures, f"{one['host']:.1f}", *cells, f"{one['overhead']:.2%}", grown)
+    calls = [call(kind, QUICK_CALLS if chosen.quick else CALLS) for kind in KINDS]
+    third = compare.titled("A call of growth.step where nothing is due, µs", ["batch", "least", "median"])
+    for kind, taken in zip(KINDS, calls, strict=True):
+        third.add_row(kind, f"{min(taken):.1f}", f"{statistics.median(taken):.1f}")
     judged = [
+        *(
+            Promise(
+                f"growth.step where nothing is due, a {kind}: µs, median",
+                statistics.median(taken),
+                "<=",
+                MOST,
+                digits=1,
+            )
+            for kind, taken in zip(KINDS, calls, strict=True)
+        ),
         *(
             Promise(f"{name}, {arm}: CPU time over bare, lower end", least(arms, arm), "<=", 1.0, digits=3)
             for name, arms in dormant.items()
@@ -102,7 +117,8 @@ def main(argv: Sequence[str]) -> int:
         Promise("a growing run: overhead", statistics.mean(one["overhead"] for one in runs), "<=", 0.05),
         Promise("widenings kept in it, least", min(one["kept"] for one in runs), ">=", 1, digits=0),
     ]
-    return harness.conclude(NAME, chosen, [first, second], judged, {"dormant": dormant, "runs": runs})
+    rows = {"dormant": dormant, "runs": runs, "calls": dict(zip(KINDS, calls, strict=True))}
+    return harness.conclude(NAME, chosen, [first, second, third], judged, rows)
 
 
 # -- dormant -------------------------------------------------------------------------------------------------
@@ -166,6 +182,38 @@ def least(arms: Mapping[str, Sequence[float]], arm: str) -> float:
 def show(ratios: Sequence[float]) -> str:
     low, half, high = statistics.quantiles(ratios, n=4)
     return f"{half:.3f} [{low:.3f}, {high:.3f}]"
+
+
+# -- a call where nothing is due -----------------------------------------------------------------------------
+
+KINDS: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "tuple": lambda x, y: (x, y),
+    "dict": lambda x, y: {"x": x, "y": y},
+}
+
+
+def call(kind: str, steps: int) -> list[float]:
+    """Train by the early recipe, far from its events; return the wall time in µs of each ``growth.step``."""
+    torch.manual_seed(0)
+    host = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    batch = KINDS[kind](torch.randn(64, 64), torch.randint(10, (64,)))
+    optimizer = torch.optim.Adam(host.parameters(), lr=1e-3)
+
+    def of(model: nn.Module, given: Any) -> Tensor:
+        x, y = given.values() if isinstance(given, dict) else given
+        return F.cross_entropy(model(x), y)
+
+    growth = esper.grow(host, optimizer, of, probe=[batch], steps=10**6, growth="early")
+    taken = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = of(host, batch)
+        loss.backward()
+        optimizer.step()
+        begun = time.perf_counter_ns()
+        growth.step(batch, loss)
+        taken.append((time.perf_counter_ns() - begun) / 1e3)
+    return taken
 
 
 # -- a whole run ---------------------------------------------------------------------------------------------

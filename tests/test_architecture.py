@@ -43,12 +43,12 @@ FOREIGN_ERRORS = {
 }
 
 # Rooms in which ``Any`` is counted, and how many a thousand lines may hold; "": the files beside the rooms.
-ANY_LIMITS = dict.fromkeys(
-    ("", "blueprints", "cli", "integrations", "nissa", "tamiyo", "testing", "tezzeret", "urza"), 5.0
-)
+COUNTED = ("", "blueprints", "cli", "integrations", "nissa", "tamiyo", "testing", "tezzeret", "urza")
+ANY_LIMITS = dict.fromkeys((*COUNTED, "saving", "tolaria/growth"), 5.0)
 ANY_APART = {
     "cli/application.py": "overrides typer's own copy of click, whose types are private",
     "integrations/ray/forge.py": "Ray has no types, and what travels are plain values",
+    "saving/rebuild_template.py": "reads a save with torch alone: a codec",
     "tezzeret/container.py": "reads a manifest: a codec",
     "yaml_text.py": "overrides PyYAML's composer, whose types are wrong: a codec",
 }
@@ -98,8 +98,9 @@ class Source:
 
     @property
     def house(self) -> str:
-        """The room as a folder; "" for a file beside them."""
-        return "" if self.path.parent == SRC else self.room
+        """The room as a folder, Tolaria's own rooms apart; "" for a file beside them."""
+        folders = self.name.split("/")[:-1]
+        return "/".join(folders[:2]) if self.room == "tolaria" else "/".join(folders[:1])
 
     @cached_property
     def lines(self) -> list[str]:

@@ -46,6 +46,13 @@ def test_dormant_arms_take_the_same_steps() -> None:
     assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in taken.values())
 
 
+@pytest.mark.parametrize("kind", overhead.KINDS)
+def test_calls_where_nothing_is_due_are_timed_one_by_one(kind: str) -> None:
+    taken = overhead.call(kind, 5)
+    assert len(taken) == 5
+    assert min(taken) > 0
+
+
 def test_an_arm_is_slower_only_where_the_interval_of_its_median_says_so() -> None:
     arms = {"bare": [1.0] * 100, "wrapped": [0.9] * 45 + [1.2] * 55, "slow": [0.9] * 10 + [1.2] * 90}
     assert overhead.least(arms, "wrapped") == 0.9

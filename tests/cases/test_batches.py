@@ -17,7 +17,7 @@ from torch.func import functional_call, grad, vmap
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import esper
-from esper.batches.examples import count_examples, take
+from esper.batches.examples import count_examples, split_batch, take
 from esper.batches.known import rows_of
 from esper.errors import EsperError, ProbeError
 from tests.cases.loops import Task, cross_entropy, narrow, run
@@ -237,6 +237,16 @@ def test_a_batch_that_is_a_list_of_its_parts_is_none_of_examples() -> None:
     assert count_examples([x, y]) == 7
     assert count_examples([x, torch.zeros(3, 10), torch.zeros(4, 10)]) == 7
     assert count_examples([x, [torch.zeros(3, 2), torch.zeros(4, 2)]]) == 7, "a table of two"
+
+
+@pytest.mark.parametrize("kind", [dict, Encoded])
+def test_a_mapping_has_as_many_examples_as_its_first_part_that_tells(kind: type[dict[str, Any]]) -> None:
+    x, y = Task()(7)
+    for parts in ({"x": x, "y": y}, {"few": x[:3], "x": x}, {"scale": torch.tensor(2.0), "x": x}):
+        assert count_examples(kind(parts)) == split_batch(kind(parts))[3]
+    assert count_examples(kind(scale=torch.tensor(2.0), x=x)) == 7
+    with pytest.raises(ProbeError, match="no tensor with a batch axis"):
+        count_examples(kind())
 
 
 def test_images_of_unlike_size_with_tables_beside_them() -> None:

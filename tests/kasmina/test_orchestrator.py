@@ -145,7 +145,7 @@ def test_a_graft_that_makes_the_loss_worse_is_ramped_down_and_culled() -> None:
         trial.kernel.consumer_weight.normal_(0, 30)  # type: ignore[union-attr]
     for group in trial.optimizer.param_groups:  # type: ignore[union-attr]
         group["lr"] = 0.0
-    growth.run.parts.orchestrator.given.__dict__["follow"] = lambda optimizer: None
+    growth.run.parts.orchestrator.given.donor.owners.clear()  # no rate is taken over from the host
     width = loop.net.fc1.out_features, loop.net.fc2.out_features
     loop.until("EMBARGOED")
     outcome = loop.of("outcome")[-1].data

@@ -215,6 +215,7 @@ def test_a_loss_that_is_not_finite_stops_at_its_step(value: float) -> None:
     loss.backward()
     optimizer.step()
     growth.step(make_batch(), loss)
+    optimizer.step()  # the value is read once per optimizer step
     with refused(LossError, f"the loss is {value} at step 1; lower the learning rate", model=net):
         growth.step(make_batch(), torch.tensor(value))
     with refused(LossError, "shape (2,)", model=net):

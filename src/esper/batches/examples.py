@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, MutableMapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from esper.batches.layout import rows as rows_in
 from esper.errors import ProbeError
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
+PerExample = Callable[[nn.Module, Any], Tensor]  # (examples,) losses
 
 
 def split_batch(batch: Any) -> tuple[list[Any], list[bool], Any, int]:
@@ -40,12 +41,14 @@ def split_batch(batch: Any) -> tuple[list[Any], list[bool], Any, int]:
 
 
 def count_examples(batch: Any) -> int:
-    """Count a batch's examples; asked at every step, so the usual tuple is not taken apart (40 µs).
+    """Count a batch's examples; asked at every step, so the usual tuple or dict is not taken apart (40 µs).
 
     Raises:
         ProbeError: No tensor tells how many examples there are.
     """
     first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    if isinstance(batch, MutableMapping):
+        first = next(iter(batch.values()), None)
     if isinstance(first, Tensor) and first.dim() > 0 and not (isinstance(batch, list) and len(batch) > PARTS):
         return first.size(0)
     return split_batch(batch)[3]

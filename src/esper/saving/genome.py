@@ -65,7 +65,7 @@ def encode(model: nn.Module, plans: Sequence[Plan], shapes: Shapes | None = None
     return json.dumps(genome, indent=1).encode()
 
 
-def written(plan: Plan) -> dict[str, Any]:
+def written(plan: Plan) -> dict[str, object]:
     """Write a plan; a branch brings its program, so that a reader needs torch alone."""
     if isinstance(plan, WidenPlan):
         return {"kind": "widen", **asdict(plan)}
@@ -115,7 +115,7 @@ def decode(genome: bytes) -> tuple[Shapes, list[Plan]]:
     )
 
 
-def plan_from(data: Mapping[str, Any]) -> Plan:
+def plan_from(data: Mapping[str, object]) -> Plan:
     """Rebuild a plan from what ``dataclasses.asdict`` made of it, through JSON or not.
 
     Raises:
@@ -126,7 +126,8 @@ def plan_from(data: Mapping[str, Any]) -> Plan:
     return plan
 
 
-def _plan_from(data: Mapping[str, Any]) -> Plan:
+def _plan_from(given: Mapping[str, object]) -> Plan:
+    data: dict[str, Any] = dict(given)  # JSON as yet; require_plan looks at what is made of it
     if "graph" in data:
         facts: dict[str, Any] = {f.name: data[f.name] for f in fields(GraftPlan) if f.name in data}
         facts |= {n: tuple((k, at) for k, at in data[n]) for n in ("reads", "writes") if n in data}
@@ -146,7 +147,7 @@ def shapes_of(model: nn.Module) -> Shapes:
     return shapes_in(own_state(model))
 
 
-def shapes_in(state: Mapping[str, Any]) -> Shapes:
+def shapes_in(state: Mapping[str, object]) -> Shapes:
     """List the shapes of a state."""
     return {n: list(v.shape) if isinstance(v, Tensor) else [] for n, v in state.items()}
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Sequence
+from typing import Protocol
 
 from esper.contracts import DeepenPlan, Signature, WidenEdit, WidenPlan
 from esper.errors import SavedModelError
@@ -13,7 +13,47 @@ MAX_PLANS = 100_000
 AXES = 64
 
 
-def require_shapes(base: Any) -> dict[str, list[int]]:
+class Graft(Protocol):
+    """A plan of a branch, as far as its form goes; :class:`esper.saving.genome.GraftPlan` is one."""
+
+    @property
+    def site(self) -> str:
+        """Where it stands."""
+
+    @property
+    def name(self) -> str:
+        """By which its parameters are called."""
+
+    @property
+    def entry(self) -> str:
+        """Module path of the layer it reads before."""
+
+    @property
+    def exit(self) -> str:
+        """Module path of the layer it adds to."""
+
+    @property
+    def graph(self) -> str:
+        """Canonical JSON."""
+
+    @property
+    def signature(self) -> Signature:
+        """The tensors it fits."""
+
+    @property
+    def hidden(self) -> int:
+        """Its width, in units."""
+
+    @property
+    def reads(self) -> Sequence[tuple[str, object]]:
+        """Where in a call its input is."""
+
+    @property
+    def writes(self) -> Sequence[tuple[str, object]]:
+        """Where in the output its own goes."""
+
+
+def require_shapes(base: object) -> dict[str, list[int]]:
     """Return shapes by name.
 
     Raises:
@@ -32,7 +72,7 @@ def require_shapes(base: Any) -> dict[str, list[int]]:
     return base
 
 
-def require_plans(plans: Any) -> list[Any]:
+def require_plans(plans: object) -> list[dict[str, object]]:
     """Return plans, as yet unread.
 
     Raises:
@@ -45,28 +85,28 @@ def require_plans(plans: Any) -> list[Any]:
     return list(plans)
 
 
-def require_plan(plan: Any) -> None:
+def require_plan(plan: WidenPlan | DeepenPlan | Graft) -> None:
     """Check the fields of a plan.
 
     Raises:
         SavedModelError: One of them is not of its kind.
     """
-    check: Callable[[Any], str | None] = _graft
-    if isinstance(plan, WidenPlan):
-        check = _widen
-    elif isinstance(plan, DeepenPlan):
-        check = _deepen
-    wrong = "site" if not text(plan.site) else check(plan)
+    if not text(plan.site):
+        wrong = "site"
+    elif isinstance(plan, WidenPlan):
+        wrong = _widen(plan)
+    else:
+        wrong = _deepen(plan) if isinstance(plan, DeepenPlan) else _graft(plan)
     if wrong is not None:
         raise SavedModelError(f"the genome's plan for {plan.site!r:.80} has an odd {wrong}")
 
 
-def count(value: Any, least: int = 0) -> bool:
+def count(value: object, least: int = 0) -> bool:
     """Tell a whole number of a sensible size; a truth value is none."""
     return type(value) is int and least <= value <= MOST
 
 
-def text(*values: Any) -> bool:
+def text(*values: object) -> bool:
     """Tell whether all are strings."""
     return all(isinstance(value, str) for value in values)
 
@@ -84,7 +124,7 @@ def _edit(edit: WidenEdit) -> bool:
     return text(edit.name, edit.source) and numbers and edit.axis < AXES and edit.old <= edit.new
 
 
-def _attribute(attribute: Any, names: bool = False) -> bool:
+def _attribute(attribute: object, names: bool = False) -> bool:
     if not (isinstance(attribute, tuple) and len(attribute) == 3 and text(*attribute[:2])):
         return False
     value = attribute[2]
@@ -101,7 +141,7 @@ def _deepen(plan: DeepenPlan) -> str | None:
     return None if all(_attribute(one, names=True) for one in plan.counts) else "count"
 
 
-def _graft(plan: Any) -> str | None:
+def _graft(plan: Graft) -> str | None:
     if not text(plan.name, plan.entry, plan.exit, plan.graph):
         return "name or graph"
     if not count(plan.hidden, 1):
@@ -114,7 +154,7 @@ def _graft(plan: Any) -> str | None:
 
 def _signature(given: Signature) -> bool:
     known = given.layout in ("vector", "sequence", "image") and given.port in ("parallel", "serial")
-    sizes: Iterable[Any] = (given.kernel_size, given.stride, given.padding, given.dilation)
+    sizes: tuple[object, ...] = (given.kernel_size, given.stride, given.padding, given.dilation)
     numbers = all(isinstance(one, tuple) and all(map(count, one)) for one in sizes)
     whole = count(given.inputs, 1) and count(given.outputs, 1) and count(given.groups, 1)
     return known and numbers and whole and text(given.padding_mode)

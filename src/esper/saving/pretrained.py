@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ class Change(NamedTuple):
     value: int | None
 
 
-def follow(model: nn.Module, run: Callable[[], Any]) -> list[str]:
+def follow(model: nn.Module, run: Callable[[], object]) -> list[str]:
     """Let the configs in a grown model say what it is by now.
 
     Args:
@@ -67,7 +67,7 @@ def built_from_configs(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield path, module
 
 
-def settle(host: nn.Module, path: str, model: nn.Module, run: Callable[[], Any]) -> str:
+def settle(host: nn.Module, path: str, model: nn.Module, run: Callable[[], object]) -> str:
     """Find and set the numbers of one model's config; returns why that cannot be, or ""."""
     wanted = shapes_of(model)
     kind, config = type(model).__name__, vars(model)["config"]
@@ -86,7 +86,7 @@ def settle(host: nn.Module, path: str, model: nn.Module, run: Callable[[], Any])
     if missing:
         return advice(kind, f"no number of it gives {missing[0]}")
     for change in changes:
-        put(config, change)
+        put(config, change.path, change.value)
     return ""
 
 
@@ -99,7 +99,7 @@ def advice(kind: str, why: str) -> str:
     )
 
 
-def built(model: nn.Module, config: Any) -> nn.Module:
+def built(model: nn.Module, config: object) -> nn.Module:
     """Build a model without memory or time from a config that stays what it is."""
     with torch.device("meta"):
         made = type(model)(copy.deepcopy(config))
@@ -113,7 +113,7 @@ def shapes_of(model: nn.Module) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in named}
 
 
-def search(model: nn.Module, config: Any, wanted: Shapes, now: Shapes) -> tuple[list[Change], list[str]]:
+def search(model: nn.Module, config: object, wanted: Shapes, now: Shapes) -> tuple[list[Change], list[str]]:
     """Change a config until a model built from it has the wanted shapes.
 
     Returns:
@@ -134,15 +134,15 @@ def search(model: nn.Module, config: Any, wanted: Shapes, now: Shapes) -> tuple[
             if left.keys() < wrong.keys():
                 changes, wrong, now, progress = [*changes, change], left, made, True
                 break
-            put(config, Change(change.path, before))  # what it was, None too
+            put(config, change.path, before)  # what it was, None too
     named = wrong or {name: wanted.get(name) for name in wanted.keys() ^ now.keys()}
     return changes, [f"{name!r} the shape {shape}" for name, shape in named.items()]
 
 
-def tried(model: nn.Module, config: Any, change: Change) -> Shapes:
+def tried(model: nn.Module, config: object, change: Change) -> Shapes:
     """Set a number and return the shapes of what is built then; none where it is refused."""
     try:
-        put(config, change)
+        put(config, change.path, change.value)
         return shapes_of(built(model, config))
     except Exception:  # the config's and the model's own classes say no as they like
         return {}
@@ -153,7 +153,7 @@ def different(wanted: Shapes, made: Shapes) -> Mapping[str, tuple[int, ...] | No
     return {name: shape for name, shape in wanted.items() if made.get(name) != shape}
 
 
-def candidates(config: Any, wanted: Shapes, now: Shapes) -> list[Change]:
+def candidates(config: object, wanted: Shapes, now: Shapes) -> list[Change]:
     """List numbers that may have become others, the likeliest first.
 
     A number that is the size of an axis which has grown is likelier than one that divides it, as the number
@@ -180,7 +180,7 @@ def candidates(config: Any, wanted: Shapes, now: Shapes) -> list[Change]:
     return list(dict.fromkeys((*equal, *parts, *unset)))
 
 
-def entries_of(config: Any, path: tuple[str, ...] = ()) -> Iterator[Entry]:
+def entries_of(config: object, path: tuple[str, ...] = ()) -> Iterator[Entry]:
     """List the whole numbers of a config and of configs in it, and what is not given."""
     for name, value in vars(config).items():
         own = (*path, name)
@@ -194,24 +194,24 @@ def entries_of(config: Any, path: tuple[str, ...] = ()) -> Iterator[Entry]:
             yield from entries_of(value, own)
 
 
-def value_at(config: Any, path: tuple[str, ...]) -> Any:
+def value_at(config: object, path: tuple[str, ...]) -> object:
     """Return what lies at a path of a config."""
     for name in path:
         config = config[int(name)] if isinstance(config, list) else getattr(config, name)
     return config
 
 
-def put(config: Any, change: Change) -> None:
+def put(config: object, where: tuple[str, ...], value: object) -> None:
     """Set a number of a config."""
-    *path, last = change.path
+    *path, last = where
     holder = value_at(config, tuple(path))
     if isinstance(holder, list):
-        holder[int(last)] = change.value
+        holder[int(last)] = value
     else:
-        setattr(holder, last, change.value)
+        setattr(holder, last, value)
 
 
-def same(host: nn.Module, model: nn.Module, made: nn.Module, run: Callable[[], Any]) -> bool:
+def same(host: nn.Module, model: nn.Module, made: nn.Module, run: Callable[[], object]) -> bool:
     """Tell whether a model built anew, with the same weights, says the same where the host calls it."""
     made.load_state_dict(model.state_dict(), assign=True)
     modules = dict(made.named_modules())
@@ -221,7 +221,9 @@ def same(host: nn.Module, model: nn.Module, made: nn.Module, run: Callable[[], A
     made.eval()
     pairs: list[tuple[list[Tensor], list[Tensor]]] = []
 
-    def compare(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def compare(
+        module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object
+    ) -> None:
         pairs.append((tensors(output), tensors(made(*args, **kwargs))))
 
     with ExitStack() as stack:
@@ -233,7 +235,7 @@ def same(host: nn.Module, model: nn.Module, made: nn.Module, run: Callable[[], A
     )
 
 
-def tensors(tree: Any) -> list[Tensor]:
+def tensors(tree: object) -> list[Tensor]:
     """List the floating-point tensors of a nest."""
     return [one for one in tree_leaves(tree) if isinstance(one, Tensor) and one.is_floating_point()]
 

@@ -15,7 +15,7 @@ import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import safetensors.torch
 import torch
@@ -50,7 +50,7 @@ def save(
     directory: str | Path,
     *,
     card: Mapping[str, object],
-    tensors: Mapping[str, Any] | None = None,
+    tensors: Mapping[str, object] | None = None,
 ) -> Path:
     """Write a grown model to a folder, all of it or nothing.
 
@@ -153,10 +153,11 @@ def _repeat(model: nn.Module, plan: genome.Plan) -> Callable[[], None]:
     return attach(plan.name, kernel, ends, plan.signature.port, Passing(plan.reads, plan.writes))
 
 
-def _portable(state: Mapping[str, Any]) -> dict[str, Tensor]:
+def _portable(state: Mapping[str, object]) -> dict[str, Tensor]:
     tensors = {}
     for name, value in state.items():
-        if (unfit := _unfit(value)) is not None:
+        unfit = _unfit(value)
+        if unfit is not None or not isinstance(value, Tensor):
             raise StateError(
                 f"cannot save {name!r}, a {unfit}: a folder holds dense tensors of ordinary types"
             )
@@ -166,7 +167,7 @@ def _portable(state: Mapping[str, Any]) -> dict[str, Tensor]:
     return tensors
 
 
-def _unfit(value: Any) -> str | None:
+def _unfit(value: object) -> str | None:
     """Say what a value is that no folder can hold; None: it can."""
     if not isinstance(value, Tensor):
         return type(value).__name__

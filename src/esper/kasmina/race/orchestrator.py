@@ -83,7 +83,7 @@ class SeedOrchestrator:
             count = min(count, FIELD)
         sown = {"svd": count, "random": 0, "mixed": math.ceil(count * 5 / 8)}[decision.start]
         starts = ("svd",) * sown + ("random",) * (count - sown)
-        with same_randomness(self.given.draw("initialisation")):
+        with same_randomness(self.given.streams.draw("initialisation")):
             seen, given = measured, self.given
             trial.race = Race(layer, decision.width, starts, seen.survey, seen.x, given.rate, given.peers)
             with self.given.ledger.growth("fit", decision.id):
@@ -136,13 +136,13 @@ class SeedOrchestrator:
         if age > total:  # batches that no candidate has learned from
             return self.judge(batches[total - age :]) if age >= total + UNSEEN else None
         lessons, size, ledger = self.lessons(trial), len(race.starts), self.given.ledger
-        kind, seed = lessons.kind(age), self.given.draw("evidence")
+        kind, seed = lessons.kind(age), self.given.streams.draw("evidence")
         fresh = kind == "tap" and self.given.peers.all_ranks(trial.tap.fresh())
         if kind == "shadow" or (kind == "tap" and lessons.tapped is None and not fresh):
             batch = first(batches[-1], lessons.examples)
             key = ("shadow", trial.decision.id, size, lessons.examples, self.examples)
-            with self.given.whole(), untouched(self.model.host, seed), ledger.growth(*key):
-                race.learn_from_shadow(lambda: self.given.run(batch))
+            with self.given.wrapping.gathered(), untouched(self.model.host, seed), ledger.growth(*key):
+                race.learn_from_shadow(lambda: self.given.passes.loss_of(batch))
         elif fresh:
             with same_randomness(seed), ledger.growth("tap", trial.decision.id, size, self.examples):
                 race.learn_from_tap(trial.tap, lessons.tapped)
@@ -156,8 +156,8 @@ class SeedOrchestrator:
         """Pick a winner on training batches and let the gate look at it."""
         trial, race = self.current()
         few = None if self.lessons(trial).examples is None else self.examples
-        unseen = [first(batch, few) for batch in self.given.join(batches)]
-        with self.given.whole():
+        unseen = [first(batch, few) for batch in self.given.joins(batches)]
+        with self.given.wrapping.gathered():
             final = decide(race, unseen, self.given, self.model.host, trial.decision.id, self.examples)
             verdict = None if final.kernel is None else ask(trial, final.kernel, batches, self.given)
         decision, site = trial.decision.id, trial.decision.site
@@ -185,8 +185,8 @@ class SeedOrchestrator:
         layer.tap, layer.kernel = None, kernel
         layer.open()
         layer.alpha = self.model.layout.alpha[trial.seed]
-        trial.optimizer = self.given.optimizer(kernel, layer.place)
-        self.given.forge(kernel, layer.place, trial.decision.width, trial.tap.x)
+        trial.optimizer = self.given.donor.like(kernel, layer.place)
+        self.given.forging.file(kernel, layer.place, trial.decision.width, trial.tap.x)
         self.move(Stage.GRAFTING, "held-out evidence")
         self.set_alpha(1 / self.timing.ramp)
 
@@ -219,7 +219,7 @@ class SeedOrchestrator:
         if worse(trial.before, trial.after):
             trial.ending = "the loss is worse than before exposure"
             return None
-        if self.given.deferred:
+        if self.given.wrapping.deferred:
             trial.waiting = True
             message = f"{trial.decision.site} has passed and stays a branch until growth.rewrap() is called"
             self.tell("warning", message=message)
@@ -248,7 +248,7 @@ class SeedOrchestrator:
         trial = self.trial
         assert trial is not None and trial.kernel is not None and trial.optimizer is not None
         self.set_alpha(1.0)
-        why = self.given.commit(trial.kernel, trial.optimizer, trial.decision)
+        why = self.given.committer.keep(trial.kernel, trial.optimizer, trial.decision, self.step)
         if why:
             trial.ending = why
             return None
@@ -304,8 +304,8 @@ class SeedOrchestrator:
         why = trial.lost(self.model.host) or ("the run ended" if trial.kernel is None or trial.ending else "")
         if why or trial.kernel is None:
             return self.cull(why)
-        seed = self.given.draw("evidence")
-        with self.given.whole():
+        seed = self.given.streams.draw("evidence")
+        with self.given.wrapping.gathered():
             looked = self.given.gate.differences(trial.layer, trial.kernel, self.given.gate.probe, seed)
         if self.given.peers.broadcast_floats([float(looked[0].mean())])[0] <= 0:
             return self.cull("the run ended; no held-out gain")

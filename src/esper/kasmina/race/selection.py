@@ -41,10 +41,10 @@ def decide(
     scores = score(race, batches, given, host, decision, examples)
     winner = int(scores.argmin())
     with (
-        untouched(host, given.draw("evidence")),
+        untouched(host, given.streams.draw("evidence")),
         given.ledger.growth("amplitude", decision, examples),
     ):
-        curves = [race.amplitudes(winner, lambda b=batch: given.run(b)) for batch in batches]
+        curves = [race.amplitudes(winner, lambda b=batch: given.passes.loss_of(b)) for batch in batches]
     curve = torch.stack(curves).mean(0)
     given.peers.all_reduce_mean([curve])
     amplitude = AMPLITUDES[int(torch.nan_to_num(curve, nan=math.inf).argmin())]
@@ -69,11 +69,11 @@ def score(
     losses = []
     for batch in batches:
         with (
-            untouched(host, given.draw("evidence")),
+            untouched(host, given.streams.draw("evidence")),
             torch.no_grad(),
             given.ledger.growth("score", decision, len(race.starts), examples),
         ):
-            losses.append(race.losses(lambda b=batch: given.run(b)))
+            losses.append(race.losses(lambda b=batch: given.passes.loss_of(b)))
     mean = torch.stack(losses).mean(0)
     given.peers.all_reduce_mean([mean])
     return torch.nan_to_num(mean, nan=math.inf)
@@ -82,7 +82,7 @@ def score(
 def ask(trial: Trial, kernel: LiveKernel, batches: Sequence[Any], given: Given) -> Verdict:
     """Let the gate look at a winner."""
     with given.ledger.growth("gate", trial.decision.id):
-        return given.gate.look(trial.layer, kernel, batches, given.draw("evidence"))
+        return given.gate.look(trial.layer, kernel, batches, given.streams.draw("evidence"))
 
 
 def told(verdict: Verdict) -> dict[str, Any]:

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from esper.batches.examples import join
+from esper.batches.joins import Joins
 from esper.blueprints.kernel import LiveKernel
 from esper.config import Config
 from esper.contracts import Decision, Observer, Outcome
-from esper.distributed.collectives import ALONE, Peers
+from esper.distributed.collectives import Peers
+from esper.distributed.model_wrapper import Wrapping
 from esper.kasmina.morphable import MorphableModel
 from esper.kasmina.race.gate import Gate, Verdict
+from esper.kasmina.race.needs import Commits, Draws, Forges, Runs, Scales
+from esper.kasmina.race.own_optimizers import OwnOptimizers
 from esper.kasmina.race.race import Race
 from esper.kasmina.recording.flops import Ledger
 from esper.kasmina.seeds.layer import KasminaLayer, Tap
-from esper.kasmina.widths.places import Place, gone
+from esper.kasmina.widths.places import gone
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,33 +86,35 @@ class Trial:
 class Given:
     """What the conductor gives the orchestrator."""
 
-    run: Callable[[Any], Tensor]  # a batch -> the scalar loss, through the host as it is
+    passes: Runs
     gate: Gate
     ledger: Ledger
     observe: Observer
-    optimizer: Callable[[LiveKernel, Place], torch.optim.Optimizer]  # like the host's at that place
-    follow: Callable[[torch.optim.Optimizer], None]  # the host's present learning rate
-    commit: Callable[[LiveKernel, torch.optim.Optimizer, Decision], str]  # "" or why it was undone
-    forge: Callable[[LiveKernel, Place, int, Tensor | None], None]  # file a request for a compiled form
-    draw: Callable[[str], int]  # a seed of a named random stream
+    donor: OwnOptimizers
+    committer: Commits
+    forging: Forges
+    streams: Draws
+    scaler: Scales
+    wrapping: Wrapping  # where it is deferred, a kernel that has passed waits for commit_waiting()
+    joins: Joins
     rate: float | None  # the candidates' learning rate, if the user chose one
-    scale: Callable[[], float]  # of the gradients (AMP), 1.0 without
-    peers: Peers = ALONE  # the other processes that train this model
-    whole: Callable[[], AbstractContextManager[Any]] = nullcontext  # lets a sharded host run by itself
-    join: Callable[[Sequence[Any]], list[Any]] = join  # batches into one, where the model takes that
-    deferred: bool = False  # a kernel that has passed waits for commit_waiting()
+
+    @property
+    def peers(self) -> Peers:
+        """The processes that train this model."""
+        return self.wrapping.peers
 
 
 def step_kernel(trial: Trial, given: Given) -> float:
     """Step an exposed kernel with the gradients that the host's backward pass left; returns their norm."""
     assert trial.kernel is not None and trial.optimizer is not None
-    scale = given.scale()
+    scale = float(given.scaler.get_scale())
     for parameter in trial.kernel.parameters():
         if parameter.grad is not None and scale != 1.0:
             parameter.grad.div_(scale)
     norm = float(torch.nn.utils.clip_grad_norm_(trial.kernel.parameters(), 1.0))
     if math.isfinite(norm):
-        given.follow(trial.optimizer)
+        given.donor.follow(trial.optimizer)
         trial.optimizer.step()
     trial.optimizer.zero_grad()
     return norm

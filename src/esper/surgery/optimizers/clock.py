@@ -34,13 +34,15 @@ class Clock:
 
     def settled(self) -> int:
         """Return the count, asked where no step can be under way."""
-        for one in self.each:
-            one.settled()
-        count, self.idle = self.count, self.idle + 1
-        if count != self.before:
+        moved = 0
+        for one, seen in zip(self.each, self.seen, strict=True):
+            count = one.settled()
+            moved = moved or count - seen
+        self.idle += 1
+        if moved:
             self.longest, self.idle = max(self.longest, self.idle), 0
-        self.count = count
-        return count
+            self.count = self.before + moved
+        return self.before
 
     @property
     def count(self) -> int:

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
 from esper.batches.cropped import trials
-from esper.batches.examples import LossFunction, count_examples
+from esper.batches.examples import LossFunction, PerExample, count_examples
 from esper.batches.heldout import first
 from esper.batches.joins import Joins
-from esper.blueprints.kernel import LiveKernel
 from esper.config import Budget, Config
 from esper.contracts import Event, Observer
 from esper.distributed.collectives import Peers, digest
@@ -25,6 +22,7 @@ from esper.errors import ProcessError
 from esper.kasmina.evidence.coupling import ASKED
 from esper.kasmina.morphable import MorphableModel
 from esper.kasmina.race.gate import Gate
+from esper.kasmina.race.needs import Unforged, Unscaled
 from esper.kasmina.race.orchestrator import SeedOrchestrator
 from esper.kasmina.race.own_optimizers import OwnOptimizers
 from esper.kasmina.race.trial import Given, Timing
@@ -33,125 +31,77 @@ from esper.kasmina.recording.flops import Ledger
 from esper.kasmina.seeds.compiling import CompilePolicy, detect
 from esper.kasmina.sites.sites import Sites
 from esper.kasmina.widths.layers import features
-from esper.surgery.isolation.contexts import examining, same_randomness
+from esper.surgery.isolation.contexts import same_randomness
 from esper.surgery.optimizers.adoption import refuse_homeless
 from esper.tamiyo.controller import Tamiyo
 from esper.tolaria.growth.opening.arguments import averages
 from esper.tolaria.growth.opening.entrance import Differentiating, held_out
 from esper.tolaria.growth.opening.opening import Opening, opened
 from esper.tolaria.growth.opening.optimizers import named_optimizers
+from esper.tolaria.growth.opening.request import Request
 from esper.tolaria.growth.run.budget import limits, merged_budget
 from esper.tolaria.growth.run.commit import Committer
-from esper.tolaria.growth.run.components import Parts, PerExample
+from esper.tolaria.growth.run.components import Parts
 from esper.tolaria.growth.run.forging import Forging
+from esper.tolaria.growth.run.passes import Passes
 from esper.tolaria.growth.run.recipe import is_raced, recipe_of
 from esper.tolaria.growth.run.streams import Streams
 
 SETTLING = 20  # steps until BatchNorm's running statistics (momentum 0.1) have forgotten 88 %
 
 
-def assemble(
-    given_model: nn.Module,
-    wrapping: Wrapping,
-    optimizer: Optimizer | Mapping[str, Optimizer],
-    loss_fn: LossFunction,
-    probe: Iterable[Any] | Literal["stream"],
-    *,
-    example: Any,
-    per_example: PerExample | None,
-    steps: int | None,
-    schedulers: Sequence[Any],
-    scaler: Any,
-    ema: Sequence[nn.Module] | nn.Module,
-    sites: Sites,
-    budget: Mapping[str, Any] | None,
-    config: Config,
-    seed: int,
-    observe: Observer,
-) -> Parts:
+class Detours:
+    """Tells what was done otherwise than planned, at the step the orchestrator has come to."""
+
+    def __init__(self, observe: Observer) -> None:
+        self.observe = observe
+        self.orchestrator: SeedOrchestrator | None = None
+
+    def __call__(self, what: str, why: str) -> None:
+        """Tell one."""
+        step = 0 if self.orchestrator is None else self.orchestrator.step
+        self.observe(Event("fallback", step, {"what": what, "why": why}))
+
+
+def assemble(request: Request, wrapping: Wrapping, observe: Observer) -> Parts:
     """Check what was given and wire a run; nothing of the user's is changed."""
-    policy, peers = detect(wrapping.host, loss_fn), wrapping.peers
+    policy, peers, config = detect(wrapping.host, request.loss_fn), wrapping.peers, request.config
     host = policy.host
-    optimizers = named_optimizers(optimizer, host)
-    ema = averages(ema, host)
-    with policy.uncompiled(), wrapping.gathered():
-        find = partial(morphable, host, policy, sites, config)
-        opening = opened(host, loss_fn, per_example, held_out(probe, example), find)
-        model, loss_fn, held, batch = opening.model, opening.loss_fn, opening.held, opening.batch
-        refuse_branches(model, optimizers)
-        worth = ALONE_EACH
-        if recipe_of(config.growth, model) == "incubate":
-            worth = raced_worth(model, opening, per_example)
-    merged = merged_budget(budget, config.budget, model.parameter_count(), model.flops)
+    optimizers = named_optimizers(request.optimizer, host)
+    ema = averages(request.ema, host)
+    opening, worth = looked_at(request, wrapping, policy, optimizers)
+    model, passes = opening.model, Passes(host, opening.loss_fn, opening.batch)
+    merged = merged_budget(request.budget, config.budget, model.parameter_count(), model.flops)
     config = config.model_copy(update={"budget": merged})
     model.pool.enabled = config.kernels.streams
-    streams, ledger, joins = Streams(seed), Ledger(peers.world), Joins(apart=not worth.alone)
-    forging = Forging(config.kernels, observe)
-
-    def fallback(what: str, why: str) -> None:
-        observe(Event("fallback", orchestrator.step, {"what": what, "why": why}))
-
-    gate = Gate(host, loss_fn, held, config.gate, looks(model, config), fallback, peers, worth)
-    committer = Committer(
-        model, optimizers, ema, lambda: loss_fn(host, batch), config.new_slot_state, observe, peers
-    )
-    donor = OwnOptimizers(optimizers, fallback)
-    settling = (
-        SETTLING if any(isinstance(m, _NormBase) and m.track_running_stats for m in host.modules()) else 0
-    )
-
-    def commit(kernel: LiveKernel, own: Optimizer, decision: Any) -> str:
-        before = model.places[decision.site].site
-        why = committer.commit(kernel, own, decision, orchestrator.step)
-        if not why and before.kind == "pair":
-            model.flops += before.unit_flops * decision.width
-        elif not why:
-            model.meter(committer.run)
-        return why
-
+    forging, tell = Forging(config.kernels, observe), Detours(observe)
+    gate = Gate(host, opening.loss_fn, opening.held, config.gate, looks(model, config), tell, peers, worth)
+    committer = Committer(model, optimizers, ema, passes.over_probe, config.new_slot_state, observe, peers)
+    streams, ledger, joins = Streams(request.seed), Ledger(peers.world), Joins(apart=not worth.alone)
     given = Given(
-        run=lambda one: loss_fn(host, one),
+        passes=passes,
         gate=gate,
         ledger=ledger,
         observe=observe,
-        optimizer=donor.like,
-        follow=donor.follow,
-        commit=commit,
-        forge=forging.file
-        if policy.kind != "whole"
-        else (lambda *rest: None),  # the host's own graph holds it
-        draw=streams.draw,
+        donor=OwnOptimizers(optimizers, tell),
+        committer=committer,
+        forging=Unforged() if policy.kind == "whole" else forging,
+        streams=streams,
+        scaler=Unscaled() if request.scaler is None else request.scaler,
+        wrapping=wrapping,
+        joins=joins,
         rate=config.race.learning_rate,
-        scale=(lambda: float(scaler.get_scale())) if scaler is not None else (lambda: 1.0),
-        peers=peers,
-        whole=wrapping.gathered,
-        join=joins,
-        deferred=wrapping.deferred,
     )
-    orchestrator = SeedOrchestrator(model, config, Timing.of(config, steps, settling), given)
-    warnings = []
-    if steps is None:
-        warnings.append(
-            "steps is not given: growth waits for the loss to stall, "
-            "which measured worse than an even schedule; pass steps="
-        )
-    if merged.wall_seconds is not None or merged.latency_ms is not None:
-        warnings.append(
-            "a budget in seconds makes decisions depend on the clock; runs with the same seed may differ"
-        )
-    if config.growth == "auto" and recipe_of("auto", model) == "incubate":
-        warnings.append(
-            "branches are raced, since nothing can be widened or most of the model is frozen: runs took up "
-            "to twice as long, and what is kept stays beside your layers; growth='off' trains it as it is"
-        )
-    refuse_strangers(peers, model, seed, steps)
+    timing = Timing.of(config, request.steps, settling(host))
+    orchestrator = tell.orchestrator = SeedOrchestrator(model, config, timing, given)
+    refuse_strangers(peers, model, request.seed, request.steps)
     return Parts(
-        given=given_model,
+        given=request.model,
         wrapping=wrapping,
         model=model,
         optimizers=optimizers,
         orchestrator=orchestrator,
-        tamiyo=Tamiyo(config, steps, widenings(model, merged)),
+        tamiyo=Tamiyo(config, request.steps, widenings(model, merged)),
         committer=committer,
         ledger=ledger,
         gate=gate,
@@ -162,24 +112,65 @@ def assemble(
         budget=merged,
         limits=limits(merged, model.parameter_count(), model.flops),
         observe=observe,
-        loss_fn=loss_fn,
-        probe=held,
-        example=batch if isinstance(probe, str) else None,
-        per_example=per_example,
+        loss_fn=opening.loss_fn,
+        probe=opening.held,
+        example=opening.batch if isinstance(request.probe, str) else None,
+        per_example=request.per_example,
         averages=ema,
-        schedulers=schedulers,
-        loss_of=given.run,
-        latency_ms=lambda: latency(host, lambda: loss_fn(host, batch)),
+        schedulers=request.schedulers,
+        loss_of=passes.loss_of,
+        latency_ms=passes.latency_ms,
         host_parameters=model.parameter_count(),
         host_flops=model.flops,
-        steps=steps,
-        seed=seed,
-        warnings=warnings,
+        steps=request.steps,
+        seed=request.seed,
+        warnings=cautions(model, config, request.steps),
     )
 
 
+def looked_at(
+    request: Request, wrapping: Wrapping, policy: CompilePolicy, optimizers: Mapping[str, Optimizer]
+) -> tuple[Opening, Worth]:
+    """Find the places of a host, and say what is one value of the evidence that a race needs."""
+    config, worth = request.config, ALONE_EACH
+    with policy.uncompiled(), wrapping.gathered():
+        find = partial(morphable, policy.host, policy, request.sites, config)
+        held = held_out(request.probe, request.example)
+        opening = opened(policy.host, request.loss_fn, request.per_example, held, find)
+        refuse_branches(opening.model, optimizers)
+        if recipe_of(config.growth, opening.model) == "incubate":
+            worth = raced_worth(opening.model, opening, request.per_example)
+    return opening, worth
+
+
+def settling(host: nn.Module) -> int:
+    """Return the steps until a host's running statistics have settled."""
+    norms = (module for module in host.modules() if isinstance(module, _NormBase))
+    return SETTLING if any(norm.track_running_stats for norm in norms) else 0
+
+
+def cautions(model: MorphableModel, config: Config, steps: int | None) -> list[str]:
+    """Say at the start what makes a run slower, worse or less repeatable than it could be."""
+    found = []
+    if steps is None:
+        found.append(
+            "steps is not given: growth waits for the loss to stall, "
+            "which measured worse than an even schedule; pass steps="
+        )
+    if config.budget.wall_seconds is not None or config.budget.latency_ms is not None:
+        found.append(
+            "a budget in seconds makes decisions depend on the clock; runs with the same seed may differ"
+        )
+    if config.growth == "auto" and recipe_of("auto", model) == "incubate":
+        found.append(
+            "branches are raced, since nothing can be widened or most of the model is frozen: runs took up "
+            "to twice as long, and what is kept stays beside your layers; growth='off' trains it as it is"
+        )
+    return found
+
+
 def morphable(
-    host: nn.Module, policy: CompilePolicy, sites: Sites, config: Config, loss_fn: LossFunction, batch: Any
+    host: nn.Module, policy: CompilePolicy, sites: Sites, config: Config, loss_fn: LossFunction, batch: object
 ) -> MorphableModel:
     """Find the places of a host by a batch."""
     few, others = ([of(loss_fn, one) for one in some] for some in trials(batch, features(host)))
@@ -206,7 +197,7 @@ def raced_worth(model: MorphableModel, opening: Opening, per_example: PerExample
     return worth_of(model.host, opening.loss_fn, model.places, first(opening.held, ASKED))
 
 
-def of(loss_fn: LossFunction, batch: Any) -> Callable[[nn.Module], Tensor]:
+def of(loss_fn: LossFunction, batch: object) -> Callable[[nn.Module], Tensor]:
     """Return what takes the loss of a batch."""
     return lambda model: loss_fn(model, batch)
 
@@ -249,14 +240,3 @@ def refuse_branches(model: MorphableModel, optimizers: Mapping[str, Optimizer]) 
         for name, place in model.places.items():
             if place.site.kind != "pair":
                 refuse_homeless(optimizers, place.ends(), place.kernel(place.site.granularity), name)
-
-
-def latency(model: nn.Module, run: Callable[[], Any]) -> float:
-    """Return the median of five passes over a probe batch, in milliseconds."""
-    times = []
-    with examining(model):
-        for _ in range(5):
-            begun = time.perf_counter()
-            run()
-            times.append((time.perf_counter() - begun) * 1e3)
-    return sorted(times)[2]

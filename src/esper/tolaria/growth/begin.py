@@ -5,17 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 from torch.optim import Optimizer
 
-from esper.batches.examples import LossFunction
+from esper.batches.examples import LossFunction, PerExample
 from esper.config import Config, ConfigLike, load_config
 from esper.contracts import Event, Observer, ignore
-from esper.distributed.model_wrapper import wrapping_of
+from esper.distributed.model_wrapper import Wrapping, wrapping_of
 from esper.errors import ConfigError
 from esper.kasmina.sites.sites import Sites
 from esper.nissa.run.journal import RunJournal
@@ -33,7 +33,8 @@ from esper.tolaria.growth.opening.arguments import (
 )
 from esper.tolaria.growth.opening.entrance import refuse_host
 from esper.tolaria.growth.opening.presence import refuse_growing
-from esper.tolaria.growth.run.components import PerExample
+from esper.tolaria.growth.opening.request import Request, Restorable, Scaler, Scheduler
+from esper.tolaria.growth.run.components import Parts
 from esper.tolaria.growth.run.recipe import with_growth
 
 
@@ -42,15 +43,15 @@ def grow(
     optimizer: Optimizer | Mapping[str, Optimizer],
     loss_fn: LossFunction,
     *,
-    probe: Iterable[Any] | Literal["stream"],
-    example: Any = None,
+    probe: Iterable[object] | Literal["stream"],
+    example: object = None,
     per_example: PerExample | None = None,
     steps: int | None = None,
-    schedulers: Any = (),
-    scaler: Any = None,
+    schedulers: Sequence[Scheduler] | Scheduler = (),
+    scaler: Scaler | None = None,
     ema: Sequence[nn.Module] | nn.Module = (),
     sites: Sites = "auto",
-    budget: Mapping[str, Any] | None = None,
+    budget: Mapping[str, object] | None = None,
     growth: Literal["auto", "early", "incubate", "off"] | None = None,
     config: ConfigLike = None,
     run_dir: str | Path | RunJournal | None = None,
@@ -100,7 +101,7 @@ def grow(
         refuse_uncallable(per_example=per_example)
     refuse_scaler(scaler)
     refuse_folder(run_dir)
-    schedulers = listed(schedulers)
+    movers = listed(schedulers)
     settings = with_growth(load_config(config), growth)
     wrapping = wrapping_of(model, settings.distributed.mode, settings.distributed.deadline)
     if settings.governor.enabled and wrapping.sharded:
@@ -108,38 +109,28 @@ def grow(
             "governor.enabled watches whole gradients, and each process of a sharded model has a part of "
             "them; leave it off, or wrap the model in DistributedDataParallel"
         )
-    journal: RunJournal | None = None
-    if isinstance(run_dir, RunJournal):
-        journal = run_dir
-    elif run_dir is not None and wrapping.peers.rank == 0:
-        journal = RunJournal(run_dir, run=secrets.token_hex(8), config=digest_of(settings))
-    watchers: list[Callable[[Event], None]] = [on_event] if journal is None else [journal, on_event]
-
-    def observe(event: Event) -> None:
-        for watcher in watchers:
-            watcher(event)
-
+    request = Request(
+        model=model,
+        optimizer=optimizer,
+        loss_fn=loss_fn,
+        probe=probe,
+        example=example,
+        per_example=per_example,
+        steps=steps,
+        schedulers=movers,
+        scaler=scaler,
+        ema=ema,
+        sites=sites,
+        budget=budget,
+        config=settings,
+        seed=seed,
+    )
+    journal = journal_of(run_dir, wrapping, settings)
+    observe = Observers([on_event] if journal is None else [journal, on_event])
     try:
         refuse_growing(wrapping.host)
         with taught(), same_randomness():  # a run that grows nothing differs in nothing
-            parts = assemble(
-                model,
-                wrapping,
-                optimizer,
-                loss_fn,
-                probe,
-                example=example,
-                per_example=per_example,
-                steps=steps,
-                schedulers=schedulers,
-                scaler=scaler,
-                ema=ema,
-                sites=sites,
-                budget=budget,
-                config=settings,
-                seed=seed,
-                observe=observe,
-            )
+            parts = assemble(request, wrapping, observe)
             made = Growth(parts)
     except BaseException:  # whatever ends it, nothing began
         forgetting(wrapping.host)()
@@ -149,12 +140,39 @@ def grow(
     made.loop.redo.journal = journal
     made.loop.presence.closers.append(forgetting(made.host))
     if settings.governor.enabled:
-        chosen = Settings(**settings.governor.model_dump(exclude={"enabled"}))
-        stateful = [*schedulers, *([scaler] if scaler is not None else [])]
-        watch = Watch(made.run, chosen, averages=parts.averages, stateful=stateful)
-        made.loop.watch = made.run.orchestrator.guard = watch
-        made.loop.presence.closers.append(watch.watcher.close)
+        govern(made, parts, [*movers, *([scaler] if scaler is not None else [])])
     return made
+
+
+class Observers:
+    """Tells every event to several, in order."""
+
+    def __init__(self, each: Sequence[Observer]) -> None:
+        self.each = each
+
+    def __call__(self, event: Event) -> None:
+        """Tell one."""
+        for observer in self.each:
+            observer(event)
+
+
+def journal_of(
+    run_dir: str | Path | RunJournal | None, wrapping: Wrapping, settings: Config
+) -> RunJournal | None:
+    """Return the journal a run writes; of several processes the first opens one."""
+    if isinstance(run_dir, RunJournal):
+        return run_dir
+    if run_dir is None or wrapping.peers.rank:
+        return None
+    return RunJournal(run_dir, run=secrets.token_hex(8), config=digest_of(settings))
+
+
+def govern(made: Growth, parts: Parts, stateful: Sequence[Restorable]) -> None:
+    """Let the governor watch a run."""
+    chosen = Settings(**made.config.governor.model_dump(exclude={"enabled"}))
+    watch = Watch(made.run, chosen, averages=parts.averages, stateful=stateful)
+    made.loop.watch = made.run.orchestrator.guard = watch
+    made.loop.presence.closers.append(watch.watcher.close)
 
 
 def digest_of(settings: Config) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 
@@ -25,11 +25,11 @@ MOST_STEPS = 10**8  # of a run
 
 def plan(
     model: nn.Module,
-    example_inputs: Any,
+    example_inputs: object,
     *,
     steps: int | None = None,
     sites: Sites = "auto",
-    budget: Mapping[str, Any] | None = None,
+    budget: Mapping[str, object] | None = None,
     growth: Literal["auto", "early", "incubate", "off"] | None = None,
     config: ConfigLike = None,
 ) -> Summary:

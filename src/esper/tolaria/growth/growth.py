@@ -65,7 +65,7 @@ class Growth(Resumable):
 
     # -- the loop --------------------------------------------------------------------------------------------
 
-    def step(self, batch: Any, loss: Tensor) -> None:
+    def step(self, batch: object, loss: Tensor) -> None:
         """Call once per micro-batch, after the optimizer line; acts only when an optimizer step has happened.
 
         Args:

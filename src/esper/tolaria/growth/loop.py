@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor
 
@@ -54,7 +53,7 @@ class Loop:
                 self.early = Early(run)
             run.parts.warnings.extend(self.early.doubts)
 
-    def step(self, batch: Any, loss: Tensor) -> None:
+    def step(self, batch: object, loss: Tensor) -> None:
         """Take one micro-batch; act if an optimizer step has happened."""
         run = self.run
         check_loss(loss)
@@ -65,13 +64,14 @@ class Loop:
         self.presence.evaluations = 0
         run.cost.train(3 * run.morphable.flops * examples)  # backward costs twice the forward
         run.orchestrator.examples += examples
-        if run.clock.settled() == run.steps:
+        steps = run.clock.settled()
+        if steps == run.steps:
             if complaint := run.clock.complaint():
                 run.mishaps.say(complaint, "no step")
             return
         value = float(loss.detach())
         self.refuse_infinite(value)
-        run.steps = run.clock.count
+        run.steps = steps
         if run.peers.world > 1:
             value = self.meet(value)
         if self.governed(value):

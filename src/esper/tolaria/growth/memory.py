@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NotRequired, TypedDict, cast
 
 import torch
+from torch import Tensor
 
 from esper.contracts import Decision, Stage
 from esper.distributed.collectives import Peers
@@ -17,18 +18,79 @@ from esper.kasmina.race.holding import weakly
 from esper.kasmina.race.initialisers import Survey
 from esper.kasmina.race.race import Race
 from esper.kasmina.race.trial import Trial
+from esper.kasmina.seeds.layer import KasminaLayer
 from esper.kasmina.widths.layers import weight_of
 from esper.kasmina.widths.pairs import Pair
 from esper.saving.genome import plan_from
 from esper.surgery.isolation.contexts import same_randomness
 from esper.tolaria.governor import Watch
 from esper.tolaria.growth.early.early import Early
+from esper.tolaria.growth.early.state import RecipeState
 from esper.tolaria.growth.run.state import RunState
 
 VERSION = 2
 
 
-def capture(run: RunState, early: Early | None, watch: Watch | None) -> dict[str, Any]:
+class RaceState(TypedDict):
+    """A race, as it writes itself."""
+
+    units: int
+    starts: list[str]
+    batched: bool
+    missed: NotRequired[int]
+    scores: Tensor
+    parameters: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    optimizer: dict[str, Any]
+
+
+class TrialState(TypedDict):
+    """A decision that is under way."""
+
+    decision: dict[str, Any]  # the fields of it, as of the verdict
+    seed: int
+    started: int
+    before: list[float]
+    after: list[float]
+    ending: str
+    waiting: NotRequired[bool]
+    spent: int
+    size: list[int]  # parameters, forward FLOPs per example
+    verdict: dict[str, Any] | None
+    race: RaceState | None
+    kernel: dict[str, Tensor] | None
+    optimizer: dict[str, Any] | None
+    sampling: NotRequired[bool]
+    tapped: NotRequired[Tensor | None]
+
+
+class GrowthState(TypedDict):
+    """A run; ``Any`` is what the room that writes it also reads."""
+
+    version: int
+    sites: dict[str, int]  # width by name
+    plans: list[dict[str, Any]]
+    layout: dict[str, Tensor]
+    tamiyo: Any
+    streams: dict[str, Mapping[str, object]]
+    cost: Any
+    flops: int
+    looks: int
+    block: NotRequired[int | None]
+    counters: list[int]
+    losses: list[float]
+    cool_until: int
+    lineage: NotRequired[int]
+    asked: str | None
+    paused: bool
+    pending: list[float]
+    batches: list[object]
+    governor: NotRequired[Any]
+    early: NotRequired[RecipeState | None]
+    trial: TrialState | None
+
+
+def capture(run: RunState, early: Early | None, watch: Watch | None) -> GrowthState:
     """Return the state of a run: tensors, numbers, strings and containers of them."""
     parts, orchestrator = run.parts, run.orchestrator
     return {
@@ -56,7 +118,7 @@ def capture(run: RunState, early: Early | None, watch: Watch | None) -> dict[str
     }
 
 
-def capture_trial(trial: Trial) -> dict[str, Any]:
+def capture_trial(trial: Trial) -> TrialState:
     """Return one trial's state."""
     return {
         "decision": asdict(trial.decision),
@@ -69,7 +131,7 @@ def capture_trial(trial: Trial) -> dict[str, Any]:
         "spent": trial.spent,
         "size": list(trial.size),
         "verdict": None if trial.verdict is None else asdict(trial.verdict),
-        "race": None if trial.race is None else trial.race.state_dict(),
+        "race": None if trial.race is None else cast("RaceState", trial.race.state_dict()),
         "kernel": None
         if trial.kernel is None
         else {k: v.detach().clone() for k, v in trial.kernel.state_dict().items()},
@@ -79,16 +141,17 @@ def capture_trial(trial: Trial) -> dict[str, Any]:
     }
 
 
-def restore(run: RunState, state: Mapping[str, Any], early: Early | None, watch: Watch | None) -> None:
+def restore(run: RunState, given: Mapping[str, object], early: Early | None, watch: Watch | None) -> None:
     """Bring a fresh run to a saved state: topology first, then everything by name.
 
     Raises:
         StateError: Another version, or the state of another model.
     """
-    if state.get("version") != VERSION:
+    if given.get("version") != VERSION:
         raise StateError(
-            f"the state has version {state.get('version')!r}; this Esper reads version {VERSION}"
+            f"the state has version {given.get('version')!r}; this Esper reads version {VERSION}"
         )
+    state = cast("GrowthState", given)  # of this version
     places = run.morphable.places
     for name in state["sites"]:
         if name not in places:
@@ -122,13 +185,13 @@ def restore(run: RunState, state: Mapping[str, Any], early: Early | None, watch:
             f"the state is of a run that grew by another recipe; this one grows by {run.recipe!r}: pass "
             "growth= as it was"
         )
-    if early is not None:
+    if early is not None and state["early"] is not None:
         early.load_state_dict(state["early"])
     if state["trial"] is not None:
         restore_trial(run, state["trial"])
 
 
-def restore_trial(run: RunState, state: Mapping[str, Any]) -> None:
+def restore_trial(run: RunState, state: TrialState) -> None:
     """Wake the seed that was awake."""
     facts: dict[str, Any] = {**state["decision"], "arms": tuple(state["decision"]["arms"])}
     decision = Decision(**facts)
@@ -145,7 +208,7 @@ def restore_trial(run: RunState, state: Mapping[str, Any]) -> None:
         ending=state["ending"],
         waiting=state.get("waiting", False),
         spent=state["spent"],
-        size=tuple(state["size"]),
+        size=(state["size"][0], state["size"][1]),
     )
     trial.verdict = None if state["verdict"] is None else Verdict(**state["verdict"])
     orchestrator.trial = trial
@@ -153,10 +216,10 @@ def restore_trial(run: RunState, state: Mapping[str, Any]) -> None:
         if state["race"] is not None:
             trial.race = revived(layer, state["race"], orchestrator.given.peers)
             layer.tap = trial.tap
-        if state["kernel"] is not None:
+        if state["kernel"] is not None and state["optimizer"] is not None:
             trial.kernel = layer.kernel = layer.place.kernel(decision.width).train()
             trial.kernel.load_state_dict(state["kernel"])
-            trial.optimizer = orchestrator.given.optimizer(trial.kernel, layer.place)
+            trial.optimizer = orchestrator.given.donor.like(trial.kernel, layer.place)
             trial.optimizer.load_state_dict(state["optimizer"])
             layer.alpha = morphable.layout.alpha[trial.seed]
             trial.tap.x = state.get("tapped")
@@ -165,7 +228,7 @@ def restore_trial(run: RunState, state: Mapping[str, Any]) -> None:
             layer.exposed = bool(layer.alpha > 0) and morphable.layout.stage_of(trial.seed) is not Stage.ERROR
 
 
-def revived(layer: Any, state: Mapping[str, Any], peers: Peers) -> Race:
+def revived(layer: KasminaLayer, state: RaceState, peers: Peers) -> Race:
     """Build a race of the saved shape and fill it."""
     x = torch.empty(0)
     if isinstance(layer.place, Pair):  # its biases are centred on inputs, if only to be written over

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import nn
 
@@ -74,7 +73,7 @@ class Resumable:
         """Tell whoever listens."""
         self.run.parts.observe(event)
 
-    def awake(self) -> list[dict[str, Any]]:
+    def awake(self) -> list[dict[str, object]]:
         """List the seeds that are not dormant: stage, α, evidence."""
         return awake(self.run.orchestrator)
 
@@ -82,11 +81,11 @@ class Resumable:
         """Count the looks at held-out evidence, and what was kept after them."""
         return {"looks": self.run.parts.gate.looks, "kept": self.run.events_kept}
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """Return everything but the model's and the optimizers' own state, which the user saves as always."""
-        return capture(self.run, self.loop.early, self.loop.watch)
+        return dict(capture(self.run, self.loop.early, self.loop.watch))
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Go on where the saved run was: widens a fresh model and its optimizers first.
 
         Load the model's and the optimizers' own state afterwards; their shapes fit by then.

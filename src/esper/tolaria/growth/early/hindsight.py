@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from torch import nn
 
@@ -55,7 +54,7 @@ class Hindsight:
         same = known is not None and math.isclose(then, known, rel_tol=ALIKE)
         return judged.held_out if same or not math.isfinite(then) else then, now
 
-    def earlier(self, judged: Judged, held: Sequence[Any]) -> float:
+    def earlier(self, judged: Judged, held: Sequence[object]) -> float:
         """Return what the weights from before an event lose now; NaN where that cannot be told."""
         try:
             with self.weights_of(judged.before):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +35,9 @@ class Insertion:
 
     def __init__(self, committer: Committer, draw: Callable[[str], int]) -> None:
         self.committer, self.model, self.draw = committer, committer.model, draw
-        self.trials: Sequence[Callable[[], Any]] = ()  # passes over training batches that must go on running
+        self.trials: Sequence[
+            Callable[[], object]
+        ] = ()  # passes over training batches that must go on running
         self.flops: int | None = None  # of the model when it was last remembered
 
     @property
@@ -203,7 +204,7 @@ class Insertion:
                             value.zero_()
 
 
-def broken(host: nn.Module, runs: Sequence[Callable[[], Any]]) -> Exception | None:
+def broken(host: nn.Module, runs: Sequence[Callable[[], object]]) -> Exception | None:
     """Return what the first pass raises that does not run, in training mode and without a trace."""
     try:
         with same_modes(host):

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from esper.tolaria.growth.early.seeds import Decision
-from esper.tolaria.growth.early.takeback import Before
+from esper.tolaria.growth.early.takeback import Before, BeforeState
 from esper.tolaria.growth.run.account import EventRecord
 
 WORTH = 0.01  # of the held-out loss, by which it must have fallen: a converged model's moves by less
+
+
+class JudgedState(TypedDict):
+    """A :class:`Judged` as a checkpoint keeps it."""
+
+    before: BeforeState
+    until: int
+    held_out: float
+    extended: bool
+    decisions: list[list[Any]]  # the fields of each
+    record: int  # its place among the records
 
 
 @dataclass
@@ -54,7 +65,7 @@ class Judged:
         changed = "" if then == self.held_out else f" ({self.held_out:.4g} as the loss was at the event)"
         return f"held-out loss {then:.4g} → {now:.4g}{changed}"
 
-    def state_dict(self, records: Sequence[EventRecord]) -> dict[str, Any]:
+    def state_dict(self, records: Sequence[EventRecord]) -> JudgedState:
         """Return what a checkpoint keeps."""
         return {
             "before": self.before.state_dict(),
@@ -66,7 +77,7 @@ class Judged:
         }
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any], records: Sequence[EventRecord]) -> Judged:
+    def from_state(cls, state: JudgedState, records: Sequence[EventRecord]) -> Judged:
         """Read it back."""
         return cls(
             Before.from_state(state["before"]),

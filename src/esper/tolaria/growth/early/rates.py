@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -31,14 +30,14 @@ class StandIn(SGD):
         self._opt_called = True
 
 
-def _stepped(closure: Any = None) -> None:
+def _stepped(closure: object = None) -> None:
     """Do nothing."""
 
 
 _stepped._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # torch's own mark, or it would warn
 
 
-def forecast(schedulers: Sequence[Any], optimizer: Optimizer, steps: int, done: int) -> list[float] | None:
+def forecast(schedulers: Sequence[object], optimizer: Optimizer, steps: int, done: int) -> list[float] | None:
     """Return the learning rate of every step of a run, or None where it cannot be known.
 
     Of a long run it is that at ``POINTS`` steps at most, which lie evenly in it.
@@ -113,14 +112,14 @@ def pace(scheduler: LRScheduler, steps: int, done: int) -> int | None:
     return 1 if done < 2 else None
 
 
-def moves(scheduler: Any) -> int:
+def moves(scheduler: object) -> int:
     """Return how often a scheduler has moved; a chain keeps no count, its members do."""
     if hasattr(scheduler, "last_epoch"):
         return int(scheduler.last_epoch)
     return max((moves(one) for one in getattr(scheduler, "_schedulers", ())), default=0)
 
 
-def length_of(scheduler: Any) -> int:
+def length_of(scheduler: object) -> int:
     """Return the moves that a scheduler was made for, 0 where it says nothing of them.
 
     A sequence takes its last milestone and what follows it; of a chain the longest member counts.

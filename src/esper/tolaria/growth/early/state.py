@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from esper.kasmina.evidence.significance import Spending
 from esper.tolaria.growth.early.hindsight import Hindsight
 from esper.tolaria.growth.early.insertion import Insertion
-from esper.tolaria.growth.early.judged import Judged
+from esper.tolaria.growth.early.judged import Judged, JudgedState
 from esper.tolaria.growth.early.reach import Reach
 from esper.tolaria.growth.early.seeds import Seeds
 from esper.tolaria.growth.early.takeback import Before
-from esper.tolaria.growth.early.timetable import Timetable
-from esper.tolaria.growth.evidence.evidence import Evidence
+from esper.tolaria.growth.early.timetable import Timetable, TimetableState
+from esper.tolaria.growth.evidence.evidence import Evidence, EvidenceState
 from esper.tolaria.growth.evidence.streamed import Streamed
 from esper.tolaria.growth.run.account import EventRecord, Point, record_from
 from esper.tolaria.growth.run.allowance import Allowance
@@ -37,6 +36,20 @@ class Asking:
     free: list[str]
     units: dict[str, int]
     before: Before | None = None
+
+
+class RecipeState(TypedDict):
+    """The early recipe as a checkpoint keeps it."""
+
+    timetable: TimetableState
+    evidence: EvidenceState
+    spending: Any  # what ``Spending`` writes and reads
+    waiting: str | None
+    barred: NotRequired[dict[str, str]]
+    records: list[dict[str, Any]]  # the fields of each
+    points: list[dict[str, Any]]
+    asking: NotRequired[list[Any] | None]  # place of its record, free, units, before
+    open: JudgedState | None
 
 
 class EarlyState:
@@ -74,7 +87,7 @@ class EarlyState:
         """Write a point of the curve."""
         self.points.append(self.run.point(held_out))
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> RecipeState:
         """Return what a run needs to go on, as tensors, numbers, strings and containers of them."""
         records, asking = self.records, self.asking
         before = None if asking is None or asking.before is None else asking.before.state_dict()
@@ -92,7 +105,7 @@ class EarlyState:
             "open": None if self.open is None else self.open.state_dict(records),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: RecipeState) -> None:
         """Go on."""
         self.timetable.load_state_dict(state["timetable"])
         self.evidence.load_state_dict(state["evidence"])

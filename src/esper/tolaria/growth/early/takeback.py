@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypedDict, cast
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -23,7 +23,17 @@ from esper.surgery.widen_layers import put_in_place
 from esper.tolaria.governor.rollback import Kept, duplicate, read_state, write, written_state
 from esper.tolaria.growth.early.aside import copies
 
-State = dict[str, Any]
+State = dict[str, object]  # of a parameter
+
+
+class BeforeState(TypedDict):
+    """A :class:`Before` as a checkpoint keeps it."""
+
+    step: int
+    plans: int
+    tensors: list[dict[str, Tensor]]
+    attributes: list[list[Any]]  # module path, attribute, value
+    states: list[dict[str, object]]
 
 
 @dataclass
@@ -41,7 +51,7 @@ class Before:
     step: int
     plans: int
     tensors: list[dict[str, Tensor]]
-    attributes: list[tuple[str, str, Any]]
+    attributes: list[tuple[str, str, object]]
     states: list[dict[str, State]]
 
     @classmethod
@@ -124,7 +134,7 @@ class Before:
         put_in_place(model, self.tensors[index])
         return blocks
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> BeforeState:
         """Return what a checkpoint keeps."""
         return {
             "step": self.step,
@@ -135,7 +145,7 @@ class Before:
         }
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> Before:
+    def from_state(cls, state: BeforeState) -> Before:
         """Read it back."""
         return cls(
             state["step"],

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TypedDict
 
 from torch.optim.lr_scheduler import LRScheduler
 
 from esper.batches.examples import count_examples
 from esper.tamiyo.early import placed
-from esper.tamiyo.triggers import Trigger
+from esper.tamiyo.triggers import Trigger, TriggerState
 from esper.tolaria.growth.early.rates import forecast, moves
 from esper.tolaria.growth.evidence.evidence import RECENT, Evidence
 from esper.tolaria.growth.run.state import RunState
@@ -19,6 +19,15 @@ LENGTH = 1000  # steps a run counts as whose length is not known
 LATE = 2  # events that are in reserve: widths spend the budget before them
 LAST = 0.85  # of the learning: after it no event is added, whatever the last one brought
 FEWEST = 20  # steps of a run in which anything can be learned, grown and judged
+
+
+class TimetableState(TypedDict):
+    """What is still due, as a checkpoint keeps it."""
+
+    due: list[int]
+    settled: bool
+    trigger: TriggerState | None
+    repeated: int
 
 
 class Timetable:
@@ -129,12 +138,12 @@ class Timetable:
         """Return a share of the run in steps."""
         return max(round(share * (self.parts.steps or LENGTH)), 1)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> TimetableState:
         """Return what is still due."""
         trigger = None if self.trigger is None else self.trigger.state_dict()
         return {"due": list(self.due), "settled": self.settled, "trigger": trigger, "repeated": self.repeated}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: TimetableState) -> None:
         """Go on."""
         self.due, self.settled = list(state["due"]), state["settled"]
         self.repeated = state["repeated"]

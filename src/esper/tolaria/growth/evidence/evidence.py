@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from esper.kasmina.race.schedule import first
 from esper.kasmina.widths.places import Place
 from esper.surgery.isolation.contexts import evaluating, examining, same_generators, untouched
 from esper.tolaria.growth.evidence.held import held_batches, refuse_not_finite
-from esper.tolaria.growth.evidence.looking import DEAR, Look
+from esper.tolaria.growth.evidence.looking import DEAR, Look, LookState
 from esper.tolaria.growth.evidence.saturation import Saturation
 from esper.tolaria.growth.run.state import RunState
 
@@ -54,6 +54,22 @@ class Found:
         return p_value(values, blocks=None if self.independent else len(values))
 
 
+class EvidenceState(TypedDict):
+    """What was kept for the next event, as a checkpoint keeps it."""
+
+    batches: list[object]
+    losses: list[float]
+    most: int
+    size: NotRequired[int]
+    look: NotRequired[LookState | None]
+    coming: NotRequired[list[object]]  # from here on where the stream is its own probe
+    earlier: NotRequired[dict[str, Tensor]]
+    waiting: NotRequired[str | None]
+    sample: NotRequired[list[object]]
+    sampled: NotRequired[float]
+    parted: NotRequired[int]
+
+
 class Evidence:
     """Reads training and held-out examples for the events of one run.
 
@@ -77,8 +93,8 @@ class Evidence:
     def __init__(self, run: RunState) -> None:
         self.run, self.parts = run, run.parts
         self.most: int = run.config.early.examples  # examples of either kind that an event reads
-        self.batches: deque[Any] = deque()
-        self.latest: list[Any] = []  # training batches of the event at hand
+        self.batches: deque[object] = deque()
+        self.latest: list[object] = []  # training batches of the event at hand
         self.size = 0  # examples in the loop's largest batch
         self.losses: deque[float] = deque(maxlen=RECENT)
         self.saturation = Saturation(self.host, run.config.early.enough)
@@ -86,7 +102,7 @@ class Evidence:
         self.inner = False  # whether the loss takes gradients inside itself
         self.known = Known()
         self.under_way: Look | None = None  # what an event is measuring
-        self.read: list[Any] = []  # held-out batches that an event is about to look at
+        self.read: list[object] = []  # held-out batches that an event is about to look at
         self.empty: list[int] = []  # batches of the probe in which no target counts
         held = self.named_probe()
         with evaluating(self.host), untouched(self.host, 0):
@@ -106,7 +122,7 @@ class Evidence:
         """Mean of the latest losses that the loop handed over."""
         return sum(self.losses) / len(self.losses) if self.losses else None
 
-    def collect(self, batch: Any, loss: float) -> None:
+    def collect(self, batch: object, loss: float) -> None:
         """Keep a training batch, and as many before it as an event reads."""
         self.losses.append(loss)
         if self.under_way is not None:
@@ -122,11 +138,11 @@ class Evidence:
         while len(self.batches) > 1 and (len(self.batches) - 1) * size >= self.most:
             self.batches.popleft()
 
-    def probe(self) -> list[Any]:
+    def probe(self) -> list[object]:
         """Return the held-out examples that an event reads, batch by batch."""
         return list(self.named_probe().values())
 
-    def named_probe(self) -> dict[str, Any]:
+    def named_probe(self) -> dict[str, object]:
         """Return the held-out batches by what they are called."""
         with untouched(self.host), same_generators(self.parts.probe):
             alone, seed = self.independent is True, self.parts.seed
@@ -143,9 +159,9 @@ class Evidence:
 
     def abandon(self) -> None:
         """Gather no more for an event that is skipped."""
-        self.read, self.under_way = list[Any](), None
+        self.read, self.under_way = list[object](), None
 
-    def learn_loss(self, held: Sequence[Any]) -> None:
+    def learn_loss(self, held: Sequence[object]) -> None:
         """Find out once what kind of loss this is."""
         few = first(held[0], 64)
         places = self.run.morphable.places
@@ -182,7 +198,7 @@ class Evidence:
             units: To test, by name.
             spread: Whether it may take several steps.
         """
-        held, self.read = self.read or self.probe(), list[Any]()
+        held, self.read = self.read or self.probe(), list[object]()
         seed = self.parts.streams.draw("evidence")
         self.under_way = Look(self, places, units, held, seed, spread and self.spread)
 
@@ -204,7 +220,7 @@ class Evidence:
         values = examples if look.alone else len(held)
         return Found(score.chosen, look.held_out, values, look.alone, flops, score.failed)
 
-    def fit_of(self, batches: Iterable[Any]) -> float | None:
+    def fit_of(self, batches: Iterable[object]) -> float | None:
         """Return the mean loss of training examples where it could tell a saturated host, else None.
 
         What is handed to ``growth.step`` does not: a loop that accumulates gradients divides it. Norms know
@@ -223,7 +239,7 @@ class Evidence:
         own = self.run.morphable.flops * (often * seen + 4 * held)
         return own + look_price(places, units, seen, held, self.inner), held
 
-    def runs(self, batches: Sequence[Any], alone: bool) -> list[Run]:
+    def runs(self, batches: Sequence[object], alone: bool) -> list[Run]:
         """Return passes over batches: in portions where examples count alone, else as they came."""
         left, runs = self.most, list[Run]()
         for batch in self.laid_out(batches, alone):
@@ -234,12 +250,12 @@ class Evidence:
                 break
         return runs
 
-    def laid_out(self, batches: Sequence[Any], alone: bool | None) -> Iterator[Any]:
+    def laid_out(self, batches: Sequence[object], alone: bool | None) -> Iterator[object]:
         """Lay batches out as they are to go through the model."""
         most = self.size if self.spread else largest(self.size, self.run.morphable.flops)
         return portions(batches, most) if alone else iter(batches)
 
-    def loss_of(self, batch: Any) -> Tensor:
+    def loss_of(self, batch: object) -> Tensor:
         """Return the loss that is evidence: the user's, or the mean of what ``per_example`` gives."""
         if self.parts.per_example is None:
             return self.parts.loss_of(batch)
@@ -253,16 +269,16 @@ class Evidence:
         alone = share if places == 1 else share / 2 / places
         return smallest(alone, of_blocks=self.independent is not True)
 
-    def held_out(self, held: Sequence[Any] | None = None) -> float:
+    def held_out(self, held: Sequence[object] | None = None) -> float:
         """Return the mean held-out loss in eval mode; rank 0's counts."""
         return self.run.peers.broadcast_floats([self.mean_loss(self.probe() if held is None else held)])[0]
 
-    def mean_loss(self, batches: Sequence[Any]) -> float:
+    def mean_loss(self, batches: Sequence[object]) -> float:
         """Return the mean loss of examples in eval mode, in this process."""
         with examining(self.host, 0):
             return self.mean_of(batches)
 
-    def mean_of(self, batches: Iterable[Any]) -> float:
+    def mean_of(self, batches: Iterable[object]) -> float:
         """Return the mean loss of examples in the mode that the host is in."""
         total = examples = 0.0
         for batch in self.laid_out([*batches], self.independent):
@@ -274,11 +290,11 @@ class Evidence:
     def remember(self) -> None:
         """Keep what an event will be judged by: the probe is there again."""
 
-    def judged_on(self) -> list[Any]:
+    def judged_on(self) -> list[object]:
         """Return the batches that tell what weights from before an event would lose now."""
         return self.probe()
 
-    def in_hindsight(self, held: Sequence[Any], remembered: float) -> float:
+    def in_hindsight(self, held: Sequence[object], remembered: float) -> float:
         """Return what the weights that the host has for the while lose now, in this process.
 
         Args:
@@ -323,16 +339,21 @@ class Evidence:
         """Say so where a host that has not grown has room."""
         return self.saturation.enough(held_out, learned)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> EvidenceState:
         """Return what was kept for the next event."""
-        kept = {"batches": list(self.batches), "losses": list(self.losses)}
-        look = None if self.under_way is None else self.under_way.state_dict()
-        return {**kept, "most": self.most, "size": self.size, "look": look}
+        return {
+            "batches": list(self.batches),
+            "losses": list(self.losses),
+            "most": self.most,
+            "size": self.size,
+            "look": None if self.under_way is None else self.under_way.state_dict(),
+        }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: EvidenceState) -> None:
         """Go on."""
         self.batches.extend(state["batches"])
         self.losses.extend(state["losses"])
         self.most, self.size = state["most"], state.get("size", 0)
-        if state.get("look") is not None:
-            self.under_way = Look.from_state(state["look"], self, self.probe())
+        look = state.get("look")
+        if look is not None:
+            self.under_way = Look.from_state(look, self, self.probe())

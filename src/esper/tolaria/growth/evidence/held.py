@@ -11,7 +11,6 @@ import itertools
 import math
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch.utils.data import (
@@ -30,10 +29,12 @@ from esper.kasmina.evidence.coupling import counted_rows
 SHUFFLED = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 SPREAD = 8  # times as many batches as are needed, some examples of each: one batch may hold one class
 FAR = 16  # times as many batches as are needed: so far a probe is read through that can only be read in order
-Numbered = tuple[int, Any]  # a batch, and its place in the probe
+Numbered = tuple[int, object]  # a batch, and its place in the probe
 
 
-def held_batches(probe: Iterable[Any], most: int, seed: int, alone: bool) -> tuple[list[Numbered], list[int]]:
+def held_batches(
+    probe: Iterable[object], most: int, seed: int, alone: bool
+) -> tuple[list[Numbered], list[int]]:
     """Read batches until there are enough examples.
 
     Args:
@@ -69,7 +70,7 @@ def held_batches(probe: Iterable[Any], most: int, seed: int, alone: bool) -> tup
     return batches, empty
 
 
-def spread(probe: Iterable[Any], most: int, seed: int, alone: bool) -> Iterable[Numbered] | None:
+def spread(probe: Iterable[object], most: int, seed: int, alone: bool) -> Iterable[Numbered] | None:
     """Return batches from all over a probe, with their places; None: read it from its beginning."""
     length = known_length(probe)
     if not length:
@@ -86,14 +87,14 @@ def spread(probe: Iterable[Any], most: int, seed: int, alone: bool) -> Iterable[
     return read_through(probe, which)
 
 
-def size_of_batches(probe: Iterable[Any]) -> int:
+def size_of_batches(probe: Iterable[object]) -> int:
     """Return how many examples a batch of a probe has, by what its loader says, or by the first."""
     if isinstance(probe, DataLoader) and probe.batch_size:
         return probe.batch_size  # to begin a loader starts its workers
     return max(count_examples(probe[0] if isinstance(probe, Sequence) else next(iter(probe))), 1)
 
 
-def read_through(probe: Iterable[Any], which: Sequence[int]) -> Iterator[Numbered]:
+def read_through(probe: Iterable[object], which: Sequence[int]) -> Iterator[Numbered]:
     """Give some batches of a probe that can only be read in order."""
     wanted = set(which)
     for index, batch in enumerate(probe):
@@ -113,7 +114,7 @@ def indices_of(batches: BatchSampler, most: int, count: int, seed: int, alone: b
     return [few[i : i + batches.batch_size] for i in range(0, len(few), batches.batch_size)]
 
 
-def known_length(probe: Iterable[Any]) -> int:
+def known_length(probe: Iterable[object]) -> int:
     """Return how many batches a probe has that are not in random order; 0 where that is not known."""
     if isinstance(getattr(probe, "sampler", None), SHUFFLED):
         return 0
@@ -125,7 +126,7 @@ def known_length(probe: Iterable[Any]) -> int:
         return 0
 
 
-def loader_of(loader: DataLoader[Any], indices: list[list[int]]) -> DataLoader[Any]:
+def loader_of(loader: DataLoader[object], indices: list[list[int]]) -> DataLoader[object]:
     """Make a loader of some batches of another."""
     return DataLoader(
         loader.dataset,
@@ -145,7 +146,7 @@ def strata(length: int, count: int, seed: int) -> list[int]:
     return [draw.randrange(low, high) for low, high in itertools.pairwise(edges)]
 
 
-def thinned(batches: Sequence[Any], most: int, seed: int) -> list[Any]:
+def thinned(batches: Sequence[object], most: int, seed: int) -> list[object]:
     """Leave so many examples in all, from all over every batch; for examples that count alone."""
     counts = [count_examples(batch) for batch in batches]
     total = sum(counts)

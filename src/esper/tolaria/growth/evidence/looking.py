@@ -9,8 +9,9 @@ weights of that step: on noise its mean is zero or less, whatever they are.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from esper.batches.examples import count_examples
 from esper.kasmina.evidence.reopen import tempered
@@ -25,6 +26,17 @@ if TYPE_CHECKING:
     from esper.tolaria.growth.evidence.evidence import Evidence
 
 DEAR = 2**33  # FLOPs of a training step from which on a look is spread over steps: .1 to .4 s of one core
+
+
+class LookState(TypedDict):
+    """A look that is under way, as a checkpoint keeps it."""
+
+    units: dict[str, int]
+    seed: int
+    at: int
+    lost: list[list[float]]
+    fitted: float | None
+    score: Any  # what ``score_memory`` writes and reads
 
 
 class Look:
@@ -47,7 +59,7 @@ class Look:
         evidence: Evidence,
         places: Mapping[str, Place],
         units: Mapping[str, int],
-        held: Sequence[Any],
+        held: Sequence[object],
         seed: int,
         spread: bool,
     ) -> None:
@@ -121,11 +133,11 @@ class Look:
         with self.tempered(), self.score.reading(self.seed + index):
             self.score.weigh(runs, self.alone)
 
-    def measure(self, batches: Sequence[Any]) -> None:
+    def measure(self, batches: Sequence[object]) -> None:
         """Measure the held-out loss."""
         self.lost.append([self.evidence.held_out(batches), sum(map(count_examples, batches))])
 
-    def tempered(self) -> Any:
+    def tempered(self) -> AbstractContextManager[object]:
         """Read logits that are no longer saturated."""
         saturation = self.evidence.saturation
         return tempered(saturation.outputs, saturation.temper)
@@ -137,13 +149,19 @@ class Look:
             return self.lost[0][0]
         return sum(loss * count for loss, count in self.lost) / sum(count for _, count in self.lost)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> LookState:
         """Return what was read so far."""
-        facts = {"units": dict(self.score.units), "seed": self.seed, "at": self.at, "lost": list(self.lost)}
-        return {**facts, "fitted": self.evidence.saturation.fitted, "score": written(self.score)}
+        return {
+            "units": dict(self.score.units),
+            "seed": self.seed,
+            "at": self.at,
+            "lost": list(self.lost),
+            "fitted": self.evidence.saturation.fitted,
+            "score": written(self.score),
+        }
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any], evidence: Evidence, held: Sequence[Any]) -> Look:
+    def from_state(cls, state: LookState, evidence: Evidence, held: Sequence[object]) -> Look:
         """Go on; only a look that is spread is under way when a run is saved."""
         places = {name: evidence.run.morphable.places[name] for name in state["units"]}
         look = cls(evidence, places, state["units"], held, state["seed"], spread=True)

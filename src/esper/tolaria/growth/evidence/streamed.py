@@ -8,15 +8,14 @@ weights; what passes is inserted into the weights as they are by then, a few ste
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from esper.batches.examples import copied, count_examples
-from esper.tolaria.growth.evidence.evidence import RECENT, Evidence, Found
+from esper.tolaria.growth.evidence.evidence import RECENT, Evidence, EvidenceState, Found
 from esper.tolaria.growth.run.state import RunState
 
 SAMPLE = 64  # examples that tell, at the judgement, whether the loss itself has changed since the event
@@ -41,9 +40,9 @@ class Streamed(Evidence):
     judged_by = RECENT
 
     def __init__(self, run: RunState) -> None:
-        self.coming: list[Any] = []
+        self.coming: list[object] = []
         self.earlier: dict[str, Tensor] = {}
-        self.sample: list[Any] = []
+        self.sample: list[object] = []
         self.sampled, self.parted = 0.0, 1
         super().__init__(run)
 
@@ -59,7 +58,7 @@ class Streamed(Evidence):
         """Return why the event came whose evidence is complete."""
         return self.waiting if self.waiting is not None and self.ready(self.waiting) else None
 
-    def collect(self, batch: Any, loss: float) -> None:
+    def collect(self, batch: object, loss: float) -> None:
         """Keep a batch: as evidence while an event waits for it."""
         if self.waiting is None:
             super().collect(batch, loss)
@@ -68,11 +67,11 @@ class Streamed(Evidence):
             self.size = max(self.size, count_examples(batch))
             self.coming.append(copied(batch))
 
-    def probe(self) -> list[Any]:
+    def probe(self) -> list[object]:
         """Return the batches that have come; at the start, the example."""
         return self.coming or [self.parts.example]
 
-    def named_probe(self) -> dict[str, Any]:
+    def named_probe(self) -> dict[str, object]:
         """Return the example."""
         return {"the example": self.parts.example}
 
@@ -95,7 +94,7 @@ class Streamed(Evidence):
         self.earlier.clear()
         self.waiting = None
 
-    def held_out(self, held: Sequence[Any] | None = None) -> float:
+    def held_out(self, held: Sequence[object] | None = None) -> float:
         """Return the mean of the latest losses: each was taken before its batch was learned from."""
         return self.run.peers.broadcast_floats([sum(self.losses) / len(self.losses)])[0]
 
@@ -104,11 +103,11 @@ class Streamed(Evidence):
         self.sampled, handed = self.mean_loss(self.sample), self.losses[-1]
         self.parted = max(round(self.sampled / handed), 1) if handed and math.isfinite(self.sampled) else 1
 
-    def judged_on(self) -> list[Any]:
+    def judged_on(self) -> list[object]:
         """Return the sample."""
         return self.sample
 
-    def in_hindsight(self, held: Sequence[Any], remembered: float) -> float:
+    def in_hindsight(self, held: Sequence[object], remembered: float) -> float:
         """Return what was remembered, and by what the loss of the sample has changed since.
 
         Losses handed to ``growth.step`` come with dropout on, and may be a part of what ``loss_fn`` returns.
@@ -130,13 +129,14 @@ class Streamed(Evidence):
                 for name, tensor in now.items():
                     own[name].copy_(tensor)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> EvidenceState:
         """Return what was gathered."""
-        gathered = {"coming": self.coming, "earlier": self.earlier, "waiting": self.waiting}
-        judged = {"sample": self.sample, "sampled": self.sampled, "parted": self.parted}
-        return {**super().state_dict(), **gathered, **judged}
+        state = super().state_dict()
+        state["coming"], state["earlier"], state["waiting"] = self.coming, self.earlier, self.waiting
+        state["sample"], state["sampled"], state["parted"] = self.sample, self.sampled, self.parted
+        return state
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: EvidenceState) -> None:
         """Go on gathering."""
         super().load_state_dict(state)
         self.coming, self.earlier = list(state["coming"]), dict(state["earlier"])
@@ -145,9 +145,9 @@ class Streamed(Evidence):
         self.parted = state.get("parted", 1)
 
 
-def sampled(batches: Sequence[Any]) -> list[Any]:
+def sampled(batches: Sequence[object]) -> list[object]:
     """Return the first batches that hold a sample's examples."""
-    found, count = list[Any](), 0
+    found, count = list[object](), 0
     for batch in batches:
         if count < SAMPLE:
             found.append(batch)

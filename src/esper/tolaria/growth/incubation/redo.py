@@ -15,6 +15,7 @@ from typing import Any
 
 from esper.contracts import Decision
 from esper.errors import RunError
+from esper.nissa.run.facts import DecisionFacts
 from esper.nissa.run.journal import RunJournal
 from esper.tolaria.growth.run.state import RunState
 
@@ -36,11 +37,11 @@ class Redo:
     def __init__(self, run: RunState) -> None:
         self.run = run
         self.journal: RunJournal | None = None
-        self.ahead: dict[int, Mapping[str, Any]] = {}
+        self.ahead: dict[int, DecisionFacts] = {}
 
     def read(self) -> None:
         """Find what was journalled behind the step the run goes on from."""
-        found: Mapping[int, Mapping[str, Any]] = {}
+        found: Mapping[int, DecisionFacts] = {}
         if self.journal is not None:
             try:
                 found = self.journal.decided_after(self.run.steps)
@@ -80,7 +81,7 @@ class Redo:
         del self.ahead[self.run.steps]
         if all(data[name] == getattr(own, name) for name in APPLIED):
             return own
-        facts = {name: data[name] for name in (*APPLIED, *EXPLAINED)}
+        facts: dict[str, Any] = {name: data[name] for name in (*APPLIED, *EXPLAINED)}
         decision = replace(own, **facts, arms=tuple(data["arms"]))
         said = f"decision {own.id} is taken as journalled, {_words(decision)}"
         self.run.tell("warning", message=f"{said}; this process would have chosen to {_words(own)}")

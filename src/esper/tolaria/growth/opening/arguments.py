@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from torch import nn
 
@@ -12,11 +12,12 @@ from esper.errors import ConfigError, LossError, SurgeryError
 from esper.nissa.run.journal import RunJournal
 from esper.printable import quoted
 from esper.surgery.optimizers.averages import copy_of
+from esper.tolaria.growth.opening.request import Scheduler
 
 MOST_STEPS = 10**8  # of a run
 
 
-def listed(schedulers: object) -> list[Any]:
+def listed(schedulers: object) -> list[Scheduler]:
     """Return the schedulers in a list; one that is given alone is meant.
 
     Raises:
@@ -29,7 +30,7 @@ def listed(schedulers: object) -> list[Any]:
                 f"schedulers={quoted(schedulers)}: a {type(one).__name__} has no step(); give them in a "
                 "list, or leave it out"
             )
-    return given
+    return cast("list[Scheduler]", given)
 
 
 def refuse_numbers(steps: object, seed: object) -> None:
@@ -95,8 +96,8 @@ def averages(ema: object, model: nn.Module) -> list[nn.Module]:
         ConfigError: One is no module, is the model itself, or is of another model.
     """
     several = isinstance(ema, Iterable) and not isinstance(ema, (nn.Module, str))
-    given: list[Any] = list(ema) if several else [ema]
-    for one in given:
+    given: list[nn.Module] = []
+    for one in list(ema) if several else [ema]:
         if not isinstance(one, nn.Module):
             raise ConfigError(
                 f"ema={quoted(ema)}: a {type(one).__name__} is no module; give averaged copies "
@@ -107,6 +108,7 @@ def averages(ema: object, model: nn.Module) -> list[nn.Module]:
                 f"ema={type(one).__name__} is no copy of the model: {difference}; make it of this model, by "
                 "AveragedModel(model) say, before esper.grow"
             )
+        given.append(one)
     return given
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from esper.batches.examples import count_examples, refuse_layouts
+from esper.batches.examples import LossFunction, PerExample, count_examples, refuse_layouts
 from esper.errors import EsperError, LossError, ProbeError, SiteError
 from esper.kasmina.race.gate import check_probe
 from esper.surgery.isolation.contexts import examining, same_generators
@@ -44,10 +43,10 @@ def refuse_host(model: nn.Module) -> None:
 class Differentiating:
     """A loss that takes gradients inside itself, as physics-informed ones do: it has them everywhere."""
 
-    def __init__(self, loss_fn: Any) -> None:
+    def __init__(self, loss_fn: LossFunction) -> None:
         self.loss_fn = loss_fn
 
-    def __call__(self, model: nn.Module, batch: Any) -> Any:
+    def __call__(self, model: nn.Module, batch: object) -> Tensor:
         """Return the loss, detached where the caller wants no gradient."""
         if torch.is_grad_enabled():
             return self.loss_fn(model, batch)
@@ -55,7 +54,7 @@ class Differentiating:
             return self.loss_fn(model, batch).detach()
 
 
-def as_needed(loss_fn: Any, model: nn.Module, probe: Any) -> Any:
+def as_needed(loss_fn: LossFunction, model: nn.Module, probe: Iterable[object]) -> LossFunction:
     """Return the loss, so that it runs under ``no_grad`` too if it takes gradients inside itself."""
     check_probe(probe)
     with same_generators(probe), examining(model):
@@ -88,7 +87,7 @@ def failing(what: str, hint: str = "") -> Iterator[None]:
         raise ProbeError(f"{what}: {type(error).__name__}: {error}{hint}") from error
 
 
-def first_probe(probe: Any, model: nn.Module, loss_fn: Any) -> Any:
+def first_probe(probe: Iterable[object], model: nn.Module, loss_fn: LossFunction) -> object:
     """Return the probe's first batch after a trial run.
 
     Raises:
@@ -113,15 +112,16 @@ def first_probe(probe: Any, model: nn.Module, loss_fn: Any) -> Any:
     return batch
 
 
-def refuse_one_batch(probe: Any) -> None:
+def refuse_one_batch(probe: object) -> None:
     """Refuse a probe that is one batch where batches are meant: its parts would be read as batches.
 
     Raises:
         ProbeError: With what to give.
     """
-    parts = [part for part in probe if isinstance(part, Tensor)] if isinstance(probe, (tuple, list)) else []
+    members = list(probe) if isinstance(probe, (tuple, list)) else []
+    parts = [part for part in members if isinstance(part, Tensor)]
     kinds = {(part.dtype, part.shape[1:]) for part in parts}
-    whole = len(parts) == len(probe) if parts else False
+    whole = bool(parts) and len(parts) == len(members)
     if isinstance(probe, Mapping) or (whole and len(kinds) > 1):
         raise ProbeError(
             f"the probe is a {type(probe).__name__} that looks like one batch: its parts would be read as "
@@ -129,7 +129,7 @@ def refuse_one_batch(probe: Any) -> None:
         )
 
 
-def as_one(probe: Any) -> str:
+def as_one(probe: object) -> str:
     """Say, as the end of an error message, that a probe may be one batch where batches are meant."""
     tensors = isinstance(probe, Tensor) or (
         isinstance(probe, (tuple, list)) and any(isinstance(part, Tensor) for part in probe)
@@ -137,7 +137,7 @@ def as_one(probe: Any) -> str:
     return "; is the probe one batch? give a list of batches, [batch] where there is one" if tensors else ""
 
 
-def held_out(probe: Any, example: Any) -> Any:
+def held_out(probe: Iterable[object] | str, example: object) -> Iterable[object]:
     """Return the held-out batches; where the stream is its own probe, the example stands for them at first.
 
     Raises:
@@ -154,7 +154,7 @@ def held_out(probe: Any, example: Any) -> Any:
     return [example]
 
 
-def refuse_uneven(per_example: Any, model: nn.Module, batch: Any) -> None:
+def refuse_uneven(per_example: PerExample | None, model: nn.Module, batch: object) -> None:
     """Refuse a ``per_example`` that does not give one loss per example.
 
     Raises:
@@ -173,7 +173,7 @@ def refuse_uneven(per_example: Any, model: nn.Module, batch: Any) -> None:
         )
 
 
-def check_loss(loss: Any) -> None:
+def check_loss(loss: object) -> None:
     """Refuse what is not a scalar loss.
 
     Raises:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
-from esper.batches.examples import LossFunction
+from esper.batches.examples import LossFunction, PerExample
 from esper.batches.heldout import bundled, differentiable
 from esper.errors import EsperError, LossError, ProbeError
 from esper.kasmina.morphable import MorphableModel
@@ -22,7 +21,7 @@ from esper.tolaria.growth.opening.entrance import (
     refuse_uneven,
 )
 
-Find = Callable[[LossFunction, Any], MorphableModel]  # with a loss, on a batch
+Find = Callable[[LossFunction, object], MorphableModel]  # with a loss, on a batch
 
 
 @dataclass(frozen=True)
@@ -31,8 +30,8 @@ class Opening:
 
     model: MorphableModel
     loss_fn: LossFunction
-    held: Iterable[Any]
-    batch: Any  # the first of them
+    held: Iterable[object]
+    batch: object  # the first of them
 
 
 class Noted:
@@ -41,14 +40,16 @@ class Noted:
     def __init__(self, loss_fn: LossFunction) -> None:
         self.loss_fn, self.trains = loss_fn, False
 
-    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+    def __call__(self, model: nn.Module, batch: object) -> Tensor:
         """Return the loss."""
         loss = self.loss_fn(model, batch)
         self.trains = self.trains or loss.requires_grad
         return loss
 
 
-def opened(host: nn.Module, loss_fn: LossFunction, per_example: Any, held: Any, find: Find) -> Opening:
+def opened(
+    host: nn.Module, loss_fn: LossFunction, per_example: PerExample | None, held: Iterable[object], find: Find
+) -> Opening:
     """Look at a model by the first held-out batch; by several at once where each is one example and fails.
 
     BatchNorm cannot train on one example.
@@ -73,7 +74,9 @@ def opened(host: nn.Module, loss_fn: LossFunction, per_example: Any, held: Any, 
             raise error from error.__cause__
 
 
-def look(host: nn.Module, loss_fn: LossFunction, per_example: Any, held: Any, find: Find) -> Opening:
+def look(
+    host: nn.Module, loss_fn: LossFunction, per_example: PerExample | None, held: Iterable[object], find: Find
+) -> Opening:
     """Look at a model by a probe's first batch."""
     with at_first(host):
         with companions_noted(host):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
@@ -20,7 +19,9 @@ from esper.surgery.isolation.seam import gateways_of
 from esper.surgery.optimizers.clock import Clock
 from esper.surgery.optimizers.closures import before_closures
 
-LIVE: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Any]] = weakref.WeakKeyDictionary()  # host -> its run
+LIVE: weakref.WeakKeyDictionary[nn.Module, weakref.ref[object]] = (
+    weakref.WeakKeyDictionary()
+)  # host -> its run
 
 
 class Presence:
@@ -57,7 +58,7 @@ class Presence:
             self.closers.pop()()
 
 
-def begin(growth: Any, host: nn.Module, presence: Presence) -> weakref.finalize[..., Any]:
+def begin(growth: object, host: nn.Module, presence: Presence) -> weakref.finalize[..., object]:
     """Note that a run grows a model.
 
     Returns:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 Verdict = Literal["nothing", "open", "kept", "taken back"]
 
@@ -69,9 +69,10 @@ class EventRecord:
     reason: str = ""
 
 
-def record_from(data: Mapping[str, Any]) -> EventRecord:
+def record_from(data: Mapping[str, object]) -> EventRecord:
     """Rebuild a record from what ``dataclasses.asdict`` made of it."""
-    facts: dict[str, Any] = {**data, "looked": [Looked(**one) for one in data["looked"]]}
+    looked = cast("list[dict[str, Any]]", data["looked"])
+    facts: dict[str, Any] = {**data, "looked": [Looked(**one) for one in looked]}
     return EventRecord(**facts)
 
 
@@ -109,7 +110,7 @@ class Report:
     due: Sequence[int]
     advice: Sequence[str]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return everything as JSON values."""
         return {
             "events": [asdict(event) for event in self.events],

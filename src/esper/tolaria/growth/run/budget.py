@@ -26,7 +26,7 @@ class Limits:
     latency_ms: float | None
 
 
-def merged_budget(given: Mapping[str, Any] | None, budget: Budget, parameters: int, flops: int) -> Budget:
+def merged_budget(given: Mapping[str, object] | None, budget: Budget, parameters: int, flops: int) -> Budget:
     """Return the settings' budget with what the call overrides.
 
     Args:
@@ -48,8 +48,9 @@ def merged_budget(given: Mapping[str, Any] | None, budget: Budget, parameters: i
             raise ConfigError(f"unknown key 'budget.{said}'; {nearest(said, Budget.model_fields)}")
     for name, size in host.items():
         _refuse_fraction(name, given.get(name), size)
+    facts: dict[str, Any] = {**budget.model_dump(), **given}
     try:
-        merged = Budget(**{**budget.model_dump(), **given})
+        merged = Budget(**facts)
     except ValueError as error:
         raise ConfigError(f"budget: {shortened(str(error), 500)}") from None
     for name, size in host.items():
@@ -68,7 +69,7 @@ def limits(budget: Budget, parameters: int, flops: int) -> Limits:
     return Limits(most, forward, budget.latency_ms)
 
 
-def _refuse_fraction(name: str, value: Any, size: int) -> None:
+def _refuse_fraction(name: str, value: object, size: int) -> None:
     """Refuse a count that is none: a multiple was meant, most likely."""
     if isinstance(value, float) and not value.is_integer():
         factor, what = COUNTS[name]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from esper.surgery.isolation.seam import look_through
 ROUNDING = 24  # units of machine precision, times the largest output: 2e-6 · √2 in fp32
 
 
-def output(model: MorphableModel, layer: nn.Module, run: Callable[[], Any]) -> Tensor:
+def output(model: MorphableModel, layer: nn.Module, run: Callable[[], object]) -> Tensor:
     """Return a layer's output on the probe batch, in eval mode; of several calls, that of the last.
 
     Raises:
@@ -28,7 +27,7 @@ def output(model: MorphableModel, layer: nn.Module, run: Callable[[], Any]) -> T
 
 
 def outputs(
-    model: MorphableModel, layers: Mapping[str, nn.Module], run: Callable[[], Any]
+    model: MorphableModel, layers: Mapping[str, nn.Module], run: Callable[[], object]
 ) -> dict[str, list[Tensor]]:
     """Return several layers' outputs in one pass, those of every call.
 
@@ -48,21 +47,21 @@ def outputs(
 
 
 def passing(
-    model: MorphableModel, ends: tuple[nn.Module, nn.Module], run: Callable[[], Any], serial: bool
+    model: MorphableModel, ends: tuple[nn.Module, nn.Module], run: Callable[[], object], serial: bool
 ) -> Passing:
     """Return where in calls the tensors are that a branch at a place reads and is added to.
 
     Raises:
         SurgeryError: The probe does not reach it, or no plain code could add to its output.
     """
-    calls: list[tuple[Any, Any]] = []
-    made: list[Any] = []
+    calls: list[tuple[tuple[object, ...], dict[str, object]]] = []
+    made: list[object] = []
     entry, exit_ = ends
 
-    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+    def enter(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         calls.append((args, kwargs))
 
-    def leave(module: nn.Module, args: Any, y: Any) -> None:
+    def leave(module: nn.Module, args: tuple[object, ...], y: object) -> None:
         made.append(y)
 
     with ExitStack() as stack:

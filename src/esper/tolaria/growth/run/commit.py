@@ -11,7 +11,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,8 @@ from esper.kasmina.depth.birth import warmed
 from esper.kasmina.depth.deepen import duplicate, insert, remove, twin_of
 from esper.kasmina.depth.stack import Stack
 from esper.kasmina.morphable import MorphableModel, slug
+from esper.kasmina.widths.places import Place
+from esper.kasmina.widths.widen import HostKernel, Widenable
 from esper.saving.genome import GraftPlan, Plan, program_of
 from esper.surgery.adding import Passing
 from esper.surgery.branches import PREFIX, attach, weight_name
@@ -58,7 +60,7 @@ class Committer:
         model: MorphableModel,
         optimizers: Mapping[str, Optimizer],
         averages: Sequence[nn.Module],
-        run: Callable[[], Any],
+        run: Callable[[], object],
         rule: Literal["zeros", "seed", "mean"],
         observe: Observer,
         peers: Peers = ALONE,
@@ -101,6 +103,17 @@ class Committer:
             self.observe(Event("recompiled", step, {"policy": self.model.policy.kind, "why": why}))
         return ""
 
+    def keep(self, kernel: LiveKernel, optimizer: Optimizer, decision: Decision, step: int) -> str:
+        """Commit a kernel; the model's passes cost more from then on."""
+        assert decision.site is not None
+        before = self.model.places[decision.site].site
+        why = self.commit(kernel, optimizer, decision, step)
+        if not why and before.kind == "pair":
+            self.model.flops += before.unit_flops * decision.width
+        elif not why:
+            self.model.meter(self.run)
+        return why
+
     def deepen(self, place: Stack, block: nn.Module, step: int, decision: int | None = None) -> str:
         """Insert a block behind the last of its kind, in model, averages and optimizers.
 
@@ -125,7 +138,7 @@ class Committer:
             return f"the deeper model was put back: {error}"
         self.plans.append(plan)
         self.model.refresh(self.run)
-        facts: dict[str, Any] = {"decision": decision, "site": plan.site, "difference": difference}
+        facts: dict[str, object] = {"decision": decision, "site": plan.site, "difference": difference}
         facts |= {"blocks": place.site.width + 1, "parameters": self.model.parameter_count()}
         facts |= {"index": plan.index, "milliseconds": (time.perf_counter() - begun) * 1e3}
         self.observe(Event("deepened", step, facts))
@@ -182,8 +195,9 @@ class Committer:
         if not self.peers.all_ranks(failure is None):
             raise failure or SurgeryError("another process could not carry it out")
 
-    def widen(self, kernel: Any, optimizer: Optimizer, branch: Tensor, step: int) -> dict[str, Any]:
+    def widen(self, kernel: LiveKernel, optimizer: Optimizer, branch: Tensor, step: int) -> dict[str, object]:
         """Make a kernel rows and columns of the pair it stands beside."""
+        assert isinstance(kernel, HostKernel)
         plan: WidenPlan = kernel.plan()
         donor = {key: laid(kernel, edit, optimizer) for key, edit in plan.keyed()}
         difference = self.carry_out(plan, kernel.slices(plan), donor, branch, step)
@@ -192,8 +206,8 @@ class Committer:
         return {"units": plan.units, "edits": edits, "difference": difference}
 
     def graft(
-        self, kernel: LiveKernel, place: Any, optimizer: Optimizer, branch: Tensor, hidden: int, step: int
-    ) -> dict[str, Any]:
+        self, kernel: LiveKernel, place: Place, optimizer: Optimizer, branch: Tensor, hidden: int, step: int
+    ) -> dict[str, object]:
         """Fold a kernel into the Linear it stands at, or register it as a branch of the host."""
         assert isinstance(place, Block) and isinstance(kernel, GraphKernel)
         facts = {"blueprint": place.graph.name, "units": hidden}
@@ -263,7 +277,7 @@ class Committer:
         self,
         plan: WidenPlan,
         slices: Mapping[str, Tensor],
-        donor: Mapping[str, Mapping[str, Any]],
+        donor: Mapping[str, Mapping[str, object]],
         branch: Tensor | None,
         step: int,
     ) -> float:
@@ -313,7 +327,7 @@ class Committer:
         self.plans.append(plan)
 
 
-def laid(kernel: Any, edit: WidenEdit, optimizer: Optimizer) -> dict[str, Any]:
+def laid(kernel: HostKernel[Widenable], edit: WidenEdit, optimizer: Optimizer) -> dict[str, object]:
     """Return what a kernel's optimizer knows of a tensor, in the order of the host's."""
     own = getattr(kernel, edit.source)
     state = optimizer.state.get(own, {})

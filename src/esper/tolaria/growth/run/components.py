@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from esper.batches.examples import LossFunction
+from esper.batches.examples import LossFunction, PerExample
 from esper.batches.joins import Joins
 from esper.config import Budget, Config
 from esper.contracts import Observer
@@ -23,8 +22,6 @@ from esper.tolaria.growth.run.budget import Limits
 from esper.tolaria.growth.run.commit import Committer
 from esper.tolaria.growth.run.forging import Forging
 from esper.tolaria.growth.run.streams import Streams
-
-PerExample = Callable[[nn.Module, Any], Tensor]
 
 
 @dataclass
@@ -48,11 +45,11 @@ class Parts:
     limits: Limits
     observe: Observer
     loss_fn: LossFunction
-    probe: Iterable[Any]
+    probe: Iterable[object]
     averages: Sequence[nn.Module]
-    schedulers: Sequence[Any]
-    loss_of: Callable[[Any], Tensor]  # of a batch, through the host as it is
-    example: Any  # a batch like the loop's where the stream is its own probe, else None
+    schedulers: Sequence[object]  # the user's
+    loss_of: Callable[[object], Tensor]  # of a batch, through the host as it is
+    example: object  # a batch like the loop's where the stream is its own probe, else None
     per_example: PerExample | None
     latency_ms: Callable[[], float]
     host_parameters: int

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from threading import Thread
-from typing import Any
 
 from torch import Tensor
 
@@ -124,7 +123,7 @@ class Forging:
         if self.forge is not None:
             self.forge.close()
 
-    def _tell(self, step: int, kind: str, **data: Any) -> None:
+    def _tell(self, step: int, kind: str, **data: object) -> None:
         self.observe(Event(kind, step, data))
 
     # -- on an order's thread --------------------------------------------------------------------------------
@@ -164,7 +163,9 @@ def stored(store: KernelStore, key: bytes, kernel: str) -> Kernel | None:
         return None
 
 
-def speedup(report: Mapping[str, Any]) -> float | None:
+def speedup(report: Mapping[str, object]) -> float | None:
     """Return how much faster than eager the form was when it was chosen."""
-    figures = report.get("candidates", {}).get(report.get("pipeline"), {})
-    return figures.get("speedup")
+    candidates = report.get("candidates")
+    figures = candidates.get(report.get("pipeline")) if isinstance(candidates, Mapping) else None
+    measured = figures.get("speedup") if isinstance(figures, Mapping) else None
+    return measured if isinstance(measured, float | int) else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Protocol
 
 from esper.distributed.collectives import Peers
 from esper.errors import ProcessError
@@ -35,7 +35,7 @@ class Told(Protocol):
     def peers(self) -> Peers:
         """The processes that train the model together."""
 
-    def tell(self, kind: str, **data: Any) -> None:
+    def tell(self, kind: str, **data: object) -> None:
         """Emit an event."""
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any
 
 from torch import nn
 from torch.nn.utils import parametrize
@@ -62,7 +61,7 @@ class Proven:
             found = Proof(run.morphable.host, calls, [self.call(one) for one in others]).unproven(places)
         return {name: f"the model is not what it was at esper.grow: {why}" for name, why in found.items()}
 
-    def call(self, batch: Any) -> Pass:
+    def call(self, batch: object) -> Pass:
         """Return what takes the loss of a batch."""
         return lambda model: self.run.parts.loss_of(batch)
 

@@ -6,7 +6,6 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from esper.config import Config
 from esper.contracts import Event
@@ -31,6 +30,7 @@ class RunState:
         clock: Counts the steps of its optimizers.
 
     Attributes:
+        peers: The processes that train this model together.
         steps: Optimizer steps acted on.
         events_kept: Events whose growth is in the model.
         batches: The latest of the loop's.
@@ -47,20 +47,16 @@ class RunState:
         self.tamiyo: Tamiyo = parts.tamiyo
         self.config: Config = parts.config
         self.cost: Ledger = parts.ledger
+        self.peers: Peers = parts.wrapping.peers
         self.recipe: Recipe = recipe_of(self.config.growth, self.morphable)
         self.mishaps = Mishaps(self)
         self.begun = time.perf_counter()
-        self.batches: deque[Any] = deque(maxlen=parts.config.race.batches)
+        self.batches: deque[object] = deque(maxlen=parts.config.race.batches)
         self.steps = self.events_kept = self.topology = 0
         self.finished = self.paused = False
         self.asked: str | None = None
         self.losses: list[float] = []
         self.metrics: dict[str, float] = {}
-
-    @property
-    def peers(self) -> Peers:
-        """The processes that train this model together."""
-        return self.parts.wrapping.peers
 
     @property
     def plans(self) -> list[Plan]:
@@ -115,6 +111,6 @@ class RunState:
         size, flops = self.morphable.parameter_count(), self.morphable.flops
         return Point(self.steps, size, flops, spent, held_out, dict(self.metrics))
 
-    def tell(self, kind: str, **data: Any) -> None:
+    def tell(self, kind: str, **data: object) -> None:
         """Emit an event."""
         self.parts.observe(Event(kind, self.steps, data))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -26,11 +26,11 @@ class Streams:
         """Draw a seed for torch from a stream."""
         return int(self.generators[name].integers(2**31))
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Mapping[str, object]]:
         """Return every generator's state."""
         return {name: generator.bit_generator.state for name, generator in self.generators.items()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Mapping[str, object]]) -> None:
         """Go on drawing."""
         for name, generator in self.generators.items():
             generator.bit_generator.state = state[name]

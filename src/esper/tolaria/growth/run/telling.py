@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
 
 from esper.contracts import ArmFacts, Decision, HealthReport, WidenPlan
 from esper.kasmina.morphable import MorphableModel
@@ -17,7 +16,7 @@ from esper.tolaria.growth.run.recipe import Recipe
 from esper.tolaria.growth.run.state import RunState
 
 
-def started(parts: Parts, recipe: Recipe) -> dict[str, Any]:
+def started(parts: Parts, recipe: Recipe) -> dict[str, object]:
     """Describe the run as it begins, or goes on."""
     facts = ("name", "kind", "blueprint", "width", "between", "unit_parameters", "unit_flops")
     sites = [{fact: getattr(place.site, fact) for fact in facts} for place in parts.model.places.values()]
@@ -35,7 +34,7 @@ def started(parts: Parts, recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def size_and_cost(parts: Parts) -> dict[str, Any]:
+def size_and_cost(parts: Parts) -> dict[str, object]:
     """Return the model's parameters and the FLOPs spent so far."""
     return {
         "parameters": parts.model.parameter_count(),
@@ -44,7 +43,7 @@ def size_and_cost(parts: Parts) -> dict[str, Any]:
     }
 
 
-def surveyed(measured: Mapping[str, Measured], model: MorphableModel) -> list[dict[str, Any]]:
+def surveyed(measured: Mapping[str, Measured], model: MorphableModel) -> list[dict[str, object]]:
     """List what a survey found at each site."""
     return [
         {
@@ -60,7 +59,7 @@ def surveyed(measured: Mapping[str, Measured], model: MorphableModel) -> list[di
     ]
 
 
-def decided(decision: Decision) -> dict[str, Any]:
+def decided(decision: Decision) -> dict[str, object]:
     """Describe a decision and the arms it was chosen from."""
     return {
         "decision": decision.id,
@@ -75,7 +74,7 @@ def decided(decision: Decision) -> dict[str, Any]:
     }
 
 
-def seen_at_event(record: EventRecord, reports: Mapping[str, HealthReport]) -> list[dict[str, Any]]:
+def seen_at_event(record: EventRecord, reports: Mapping[str, HealthReport]) -> list[dict[str, object]]:
     """List what an early event saw at each place."""
     return [
         {
@@ -101,7 +100,7 @@ def decision_of(record: EventRecord, number: int, site: str | None, width: int, 
     return Decision(number, record.step, "nothing" if site is None else "widen", *facts)
 
 
-def gated(decision: int, one: Looked, examples: int, look: int) -> dict[str, Any]:
+def gated(decision: int, one: Looked, examples: int, look: int) -> dict[str, object]:
     """Describe a place's evidence; an e-value of 1/p is what a p-value is worth at most."""
     assert one.threshold is not None
     return {
@@ -119,7 +118,7 @@ def gated(decision: int, one: Looked, examples: int, look: int) -> dict[str, Any
     }
 
 
-def widened(plans: Sequence[Plan], decision: int, site: str, parameters: int) -> dict[str, Any]:
+def widened(plans: Sequence[Plan], decision: int, site: str, parameters: int) -> dict[str, object]:
     """Describe what became wider at an early event; the output did not move."""
     plan = next(p for p in reversed(plans) if isinstance(p, WidenPlan) and p.site == site)
     return {
