@@ -65,8 +65,8 @@ class Config(BaseSettings):
         ("auto",),
         min_length=1,
         max_length=256,
-        description="what may grow: widen, names of the catalogue, paths of JSON files; auto widens, and "
-        "offers the catalogue to a model in which nothing can be widened",
+        description="what may grow: widen, deepen, names of the catalogue, paths of JSON files; auto widens "
+        "and deepens, and offers the catalogue to a model in which nothing can be widened",
     )
     bandit: str = Field("ucb", description="how arms are chosen: a name in tamiyo/bandits")
     new_slot_state: Literal["zeros", "seed", "mean"] = Field(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ print(float((net(x) - expected).abs().max()))
 """
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize(("kind", "site"), BRANCHES, ids=[site for _, site in BRANCHES])
 def test_a_model_with_a_branch_is_read_where_esper_is_not(kind: str, site: str, tmp_path: Path) -> None:
     span = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 11))
@@ -35,12 +37,24 @@ def test_a_model_with_a_branch_is_read_where_esper_is_not(kind: str, site: str, 
     assert list(map(type, net.modules())) == list(map(type, kept.plain.modules()))
     assert len(kept.net) == len(kept.plain)
     assert set(kept.plain.state_dict()) < set(net.state_dict())
+    rebuilt = rebuild(kept, tmp_path / "saved")
+    for one in (net, copy.deepcopy(net), rebuilt):
+        with pytest.raises(AssertionError, match=r"torch.jit.script cannot hold the forward hook"):
+            torch.jit.script(one)
     torch.save((kept.x, net(kept.x).detach()), tmp_path / "expected.pt")
     torch.save(net, tmp_path / "net.pt")
     paths = str(tmp_path / "expected.pt"), str(tmp_path / "net.pt")
     done = subprocess.run([sys.executable, "-c", ALONE, *paths], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) == 0
+
+
+def rebuild(kept: Kept, folder: Path) -> Any:
+    """Load the saved model as a process without Esper does."""
+    kept.growth.save(folder)
+    program: dict[str, Any] = {"__file__": str(folder / "rebuild.py"), "__name__": "rebuild"}
+    exec((folder / "rebuild.py").read_text(), program)
+    return program["load"](copy.deepcopy(kept.plain))
 
 
 class Config:

@@ -147,6 +147,53 @@ def test_a_block_that_is_no_identity_is_put_back() -> None:
     assert place.refreshed().site.width == 4
 
 
+def test_in_a_sequential_others_keep_name_and_distance_from_the_end_and_the_index_is_told() -> None:
+    deep = Deep("mlp")
+    place = deep.stack.refreshed()
+    assert deep.growth.run.parts.committer.deepen(place, place.block(1), 4) == ""
+    net = deep.growth.finish()
+    assert isinstance(net, nn.Sequential)
+    assert isinstance(deep.plain, nn.Sequential)
+    assert len(net) == len(deep.plain) + 2
+    names = list(deep.plain._modules)
+    for index in (0, 1, 2, -1, -2):
+        assert net[index] is net.get_submodule(names[index])
+    told = [line for line in deep.growth.report().advice if "Sequential" in line]
+    assert told == [
+        "the model, a Sequential, got 2 more in the middle: what was [3] is [5] now, and what follows "
+        "moved too; its name '3' and every key stay"
+    ]
+    assert net[5] is net.get_submodule("3")
+    assert not any("Sequential" in line for line in Deep("vit").growth.report().advice), "behind all others"
+
+
+class ByIndex(nn.Module):
+    """Reads a Sequential by index."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = HOSTS["mlp"]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert isinstance(self.net, nn.Sequential)
+        for index in range(5):
+            x = self.net[index](x)
+        return x
+
+
+def decayed(net: nn.Module, given: Any) -> Tensor:
+    assert isinstance(net, nn.Sequential)
+    return loss_fn(net, given) + 1e-3 * net[3].get_parameter("weight").square().sum()
+
+
+@pytest.mark.parametrize(("net", "loss"), [(ByIndex(), loss_fn), (HOSTS["mlp"](), decayed)])
+def test_a_sequential_that_is_read_by_index_is_refused(net: nn.Module, loss: Any) -> None:
+    given = batch("mlp")
+    stacks, refusals = find_stacks(net, lambda: loss(net, given), 16)
+    assert stacks == []
+    assert "one more block" in refusals[0].reason or "another block changes" in refusals[0].reason
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_averages_follow(kind: str) -> None:
     deep = Deep(kind, averaged=True)

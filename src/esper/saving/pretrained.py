@@ -11,7 +11,7 @@ grown to different sizes no config can say it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import ExitStack
 from typing import NamedTuple
 
@@ -24,6 +24,7 @@ from esper.surgery.isolation.contexts import examining, same_randomness
 
 MOST = 64  # models built in search of a config
 DEEP = 3  # configs in configs
+WAYS = 8  # of setting numbers that give the wanted shapes
 ROUNDING = 1e-5  # of the largest value, between what the grown model says and the one built anew
 Shapes = dict[str, tuple[int, ...]]
 
@@ -73,14 +74,7 @@ def settle(host: nn.Module, path: str, model: nn.Module, run: Callable[[], objec
     kind, config = type(model).__name__, vars(model)["config"]
     try:
         with same_randomness(0):
-            trial = copy.deepcopy(config)
-            made = built(model, trial)
-            changes, missing = search(model, trial, wanted, shapes_of(made))
-            if not missing and not changes:
-                return ""
-            if not missing:
-                made = built(model, trial)
-                missing = [f"a {kind} that computes the same"] * (not same(host, model, made, run))
+            changes, missing = said(host, model, wanted, run)
     except MISTAKES as error:
         return advice(kind, f"a {kind} built from it raised {type(error).__name__}: {error}")
     if missing:
@@ -88,6 +82,28 @@ def settle(host: nn.Module, path: str, model: nn.Module, run: Callable[[], objec
     for change in changes:
         put(config, change.path, change.value)
     return ""
+
+
+def said(
+    host: nn.Module, model: nn.Module, wanted: Shapes, run: Callable[[], Any]
+) -> tuple[list[Change], list[str]]:
+    """Find numbers that give the wanted shapes and a model that computes the same, or say what none gives.
+
+    Several may give the shapes, as the number of heads and their size do: then each is left out in turn.
+    """
+    config = vars(model)["config"]
+    now = shapes_of(built(model, config))
+    tried_without: list[frozenset[tuple[str, ...]]] = [frozenset()]
+    first: list[str] = []
+    for barred in tried_without:
+        trial = copy.deepcopy(config)
+        changes, missing = search(model, trial, wanted, now, barred)
+        if not missing and (not changes or same(host, model, built(model, trial), run)):
+            return changes, []
+        first = first or missing or [f"a {type(model).__name__} that computes the same"]
+        others = [barred | {change.path} for change in changes] if not missing else []
+        tried_without += [one for one in others if one not in tried_without and len(tried_without) < WAYS]
+    return [], first
 
 
 def advice(kind: str, why: str) -> str:
@@ -113,7 +129,13 @@ def shapes_of(model: nn.Module) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in named}
 
 
-def search(model: nn.Module, config: object, wanted: Shapes, now: Shapes) -> tuple[list[Change], list[str]]:
+def search(
+    model: nn.Module,
+    config: object,
+    wanted: Shapes,
+    now: Shapes,
+    barred: Container[tuple[str, ...]] = (),
+) -> tuple[list[Change], list[str]]:
     """Change a config until a model built from it has the wanted shapes.
 
     Returns:
@@ -128,6 +150,8 @@ def search(model: nn.Module, config: object, wanted: Shapes, now: Shapes) -> tup
             before = value_at(config, change.path)
             if tries >= MOST:
                 break
+            if change.path in barred:
+                continue
             tries += 1
             made = tried(model, config, change)
             left = different(wanted, made)

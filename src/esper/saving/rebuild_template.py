@@ -61,8 +61,10 @@ def graft(model: Any, plan: dict[str, Any]) -> None:
         entry.register_forward_pre_hook(first, with_kwargs=True)
         hook = functools.partial(hook, kept)
     last.register_forward_hook(hook, with_kwargs=True)
+    why = "torch.jit.script cannot hold the forward hook that adds a grown branch; use torch.export"
     for one in (entry, last):  # torch's compiler guards on this, and not on hooks
         one.__dict__.setdefault("forward", MethodType(type(one).forward, one))
+        one.__dict__.setdefault("__prepare_scriptable__", functools.partial(torch._assert, False, why))
 
 
 def keeping(reads: list[Any]) -> nn.Module:

@@ -13,7 +13,7 @@ from functools import partial
 from types import MethodType
 from typing import Any, Literal
 
-from torch import nn
+from torch import _assert, nn
 from torch.utils.hooks import RemovableHandle
 
 from esper.blueprints.kernel import GraphKernel
@@ -22,6 +22,8 @@ from esper.surgery.adding import DIRECT, Passing, adding, keeping
 from esper.surgery.isolation.seam import plain_class
 
 PREFIX = "grown"  # of the parameters' names
+PREPARE = "__prepare_scriptable__"
+UNSCRIPTED = "torch.jit.script cannot hold the forward hook that adds a grown branch; use torch.export"
 
 
 def weight_name(branch: str, weight: str) -> str:
@@ -87,14 +89,23 @@ def mark(module: nn.Module) -> Callable[[], None]:
     of the first, without its branch and without a word (tried, torch 2.13). It does guard on ``forward`` of
     an instance, so the module gets its class's own as one.
 
+    And let ``torch.jit.script`` say why it cannot: of a hook that is no function it says only that it lacks a
+    ``__name__``. It calls what is asked for here, by torch's own protocol.
+
     Returns:
         A function that takes it away again.
     """
-    if "forward" in module.__dict__:  # an earlier branch's, or the user's own
-        return unmarked
-    module.__dict__["forward"] = MethodType(plain_class(module).forward, module)
-    return partial(module.__dict__.pop, "forward")
+    own = {
+        "forward": MethodType(plain_class(module).forward, module),
+        PREPARE: partial(_assert, False, UNSCRIPTED),
+    }
+    added = {
+        name: one for name, one in own.items() if name not in module.__dict__
+    }  # not a branch's or the user's
+    module.__dict__.update(added)
 
+    def unmark() -> None:
+        for name in added:
+            del module.__dict__[name]
 
-def unmarked() -> None:
-    """Take nothing away."""
+    return unmark

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import nn
 
+from esper.contracts import DeepenPlan
+from esper.saving.genome import Plan
 from esper.tolaria.growth.early.early import Early
 from esper.tolaria.growth.run.account import EventRecord, Report, advise
 from esper.tolaria.growth.run.mishaps import replaced
@@ -26,6 +30,32 @@ def refusals(run: RunState, early: Early | None) -> list[tuple[str, str]]:
     ]
 
 
+def moved(host: nn.Module, plans: Iterable[Plan]) -> list[str]:
+    """Say where blocks came before other children of a Sequential: by index these are others now.
+
+    Args:
+        host: The model as it is.
+        plans: What grew in it.
+    """
+    new: dict[str, set[str]] = {}
+    for plan in plans:
+        if isinstance(plan, DeepenPlan):
+            new.setdefault(plan.container, set()).add(plan.name)
+    lines: list[str] = []
+    for path, names in new.items():
+        children = list(host.get_submodule(path)._modules)
+        before = [name for name in children if name not in names]
+        others = [(old, name) for old, name in enumerate(before) if children[old] != name]
+        if others:
+            old, name = others[0]
+            lines.append(
+                f"{path or 'the model'}, a Sequential, got {len(names)} more in the middle: what was [{old}] "
+                f"is [{children.index(name)}] now, and what follows moved too; its name {name!r} and every "
+                "key stay"
+            )
+    return lines
+
+
 def report(run: RunState, early: Early | None) -> Report:
     """Return why what grew grew, and why the rest did not."""
     parts = run.parts
@@ -44,5 +74,10 @@ def report(run: RunState, early: Early | None) -> Report:
         flops=(parts.host_flops, run.morphable.flops),
         cost=run.cost.growth_flops / training if training else None,
         due=due,
-        advice=[*([lost] if lost else []), *run.mishaps.unsaid, *advice],
+        advice=[
+            *([lost] if lost else []),
+            *run.mishaps.unsaid,
+            *moved(run.morphable.host, run.plans),
+            *advice,
+        ],
     )

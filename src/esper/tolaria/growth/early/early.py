@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from esper.tolaria.growth.early.growing import Growing
 from esper.tolaria.growth.early.judging import Judging
+from esper.tolaria.growth.early.reach import WAITS_FOR_BLOCK
 from esper.tolaria.growth.early.state import Asking, EarlyState
 from esper.tolaria.growth.early.verdicts import looked_at
 from esper.tolaria.growth.evidence.saturation import ENOUGH
@@ -186,9 +187,12 @@ class Early(EarlyState):
             self.growth.decline(record, free, found.scored, why_not)
             return
         share = self.spending.threshold(len(self.spending.looks), 1)
-        record.looked += looked_at(found, free, units, share, run.morphable.host)
+        groups = self.reach.together(units)
+        record.looked += looked_at(found, free, units, share, run.morphable.host, groups)
         passed = [one.site for one in record.looked if not one.reason]
-        final = self.reach.allocated({name: free[name] for name in passed}, run.room())
+        final, waits = self.reach.inserted({name: free[name] for name in passed})
+        for one in record.looked:
+            one.reason = WAITS_FOR_BLOCK if one.site in waits else one.reason
         if not final:
             if any(one.p_value is not None and one.p_value < PROMISING for one in record.looked):
                 self.timetable.again(run.steps)

@@ -13,6 +13,7 @@ from esper.kasmina.depth.stack import Stack
 from esper.kasmina.evidence.growth_cost import GrowthCost
 from esper.kasmina.widths.layers import in_size, out_size
 from esper.kasmina.widths.places import Place, WidenPlace, gone
+from esper.saving.ruled import Ties, ties
 from esper.tamiyo.controller import Room
 from esper.tamiyo.early import allocate
 from esper.tolaria.growth.early.timetable import Timetable
@@ -20,6 +21,7 @@ from esper.tolaria.growth.run.proven import Proven
 from esper.tolaria.growth.run.state import RunState
 
 WAITS = "it waits: blocks come first, as long as another fits the budget"
+WAITS_FOR_BLOCK = "it waits: a block comes, and the config gives all blocks one size"
 WAITS_FOR_LATE = "it waits: blocks come at the last events"
 
 
@@ -37,6 +39,10 @@ class Reach:
         self.resting: dict[str, str] = {}  # places that cannot learn at present, and why
         self.proven = Proven(run)
         self.barred: dict[str, str] = {}  # places that are closed for the rest of the run, and why
+        self.tied: tuple[object, Ties] = (
+            None,
+            (),
+        )  # how the model was, and what a config then ruled together
 
     def places(self) -> dict[str, Place]:
         """Return the places an event asks at: where blocks can be added, wide ones stay as they are inside.
@@ -111,7 +117,38 @@ class Reach:
         inside = self.paths_of_blocks()
         sites = [bounded(place, inside) for place in places.values()]
         cost = GrowthCost(self.run.morphable.host, places)
-        return allocate(sites, self.settings.factor, left, room, cost)
+        return alike(allocate(sites, self.settings.factor, left, room, cost), self.together(places))
+
+    def inserted(self, passed: Mapping[str, Place]) -> tuple[dict[str, int], list[str]]:
+        """Return the units that places which have passed get now, and which wait for a block.
+
+        A new block was drawn like the last one as that was looked at; inside blocks that a config gives one
+        size nothing becomes wider beside it.
+        """
+        units = self.allocated(passed, self.run.room())
+        inside, groups = self.paths_of_blocks(), self.together(passed)
+        if not any(isinstance(passed[name], Stack) for name in units):
+            return units, []
+        tied = {name for group in groups for name in group if passed[name].site.entry.startswith(inside)}
+        return {n: count for n, count in units.items() if n not in tied}, sorted(tied & units.keys())
+
+    def together(self, names: Iterable[str]) -> Ties:
+        """Return which of some places must stay equally wide, so that a config can say how wide they are.
+
+        A set of which a member is missing is none: its config cannot follow any more.
+        """
+        run, asked = self.run, frozenset(names)
+        now = len(run.plans), run.morphable.parameter_count()
+        if self.tied[0] != now:
+            with run.morphable.policy.uncompiled():
+                self.tied = now, ties(run.morphable.host, run.morphable.pairs)
+        return tuple(group for group in self.tied[1] if group <= asked)
+
+
+def alike(units: Mapping[str, int], groups: Ties) -> dict[str, int]:
+    """Give the places of a group the least that one of them gets; nothing where one gets nothing."""
+    least = {name: min(units.get(one, 0) for one in group) for group in groups for name in group}
+    return {name: count for name, given in units.items() if (count := least.get(name, given))}
 
 
 def stands_still(layer: nn.Module, rates: Mapping[int, float]) -> str:

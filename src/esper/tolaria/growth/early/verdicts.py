@@ -9,6 +9,7 @@ from torch import nn
 
 from esper.kasmina.evidence.growth_cost import GrowthCost
 from esper.kasmina.widths.places import Place
+from esper.saving.ruled import Ties
 from esper.tolaria.growth.evidence.evidence import Found
 from esper.tolaria.growth.run.account import Looked
 
@@ -22,6 +23,7 @@ def looked_at(
     units: Mapping[str, int],
     share: float,
     host: nn.Module,
+    groups: Ties = (),
 ) -> list[Looked]:
     """Judge every place; one without a reason against it may grow.
 
@@ -34,6 +36,7 @@ def looked_at(
         units: That were tested, by place.
         share: Of the false-keep budget, for this event.
         host: The model.
+        groups: Places that grow together or not at all.
     """
     alone = share if len(units) == 1 else share / 2 / len(units)
     together = joint(found, units)
@@ -61,7 +64,27 @@ def looked_at(
             one.reason = "the held-out gain may be chance"
         elif one.p_value > alone:
             one.together = together
+    by_name = {one.site: one for one in looked}
+    for group in groups:
+        as_one(found, [by_name[name] for name in sorted(group & by_name.keys())], alone)
     return looked
+
+
+def as_one(found: Found, members: list[Looked], alone: float) -> None:
+    """Judge places that grow together or not at all by what they bring together, where not all pass.
+
+    They may spend what each of them may.
+    """
+    if not any(one.reason for one in members):
+        return
+    run = all(one.p_value is not None for one in members)
+    together = joint(found, {one.site: one.units for one in members}) if run else None
+    passed = together is not None and together <= alone * len(members)
+    for one in members:
+        if passed:
+            one.together, one.reason = together, ""
+        elif not one.reason:
+            one.reason = f"the config gives {len(members)} places one size, and not all have evidence"
 
 
 def joint(found: Found, units: Mapping[str, int]) -> float | None:

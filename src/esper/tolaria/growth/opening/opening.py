@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from esper.batches.examples import LossFunction, PerExample
@@ -13,6 +14,7 @@ from esper.errors import EsperError, LossError, ProbeError
 from esper.kasmina.morphable import MorphableModel
 from esper.kasmina.race.gate import check_probe
 from esper.kasmina.recording.first import at_first, companions_noted
+from esper.surgery.isolation.contexts import untouched
 from esper.tolaria.growth.opening.entrance import (
     as_needed,
     failing,
@@ -38,12 +40,13 @@ class Noted:
     """A loss that notes whether it can be trained by."""
 
     def __init__(self, loss_fn: LossFunction) -> None:
-        self.loss_fn, self.trains = loss_fn, False
+        self.loss_fn, self.trains, self.asked = loss_fn, False, False
 
     def __call__(self, model: nn.Module, batch: object) -> Tensor:
         """Return the loss."""
         loss = self.loss_fn(model, batch)
         self.trains = self.trains or loss.requires_grad
+        self.asked = self.asked or torch.is_grad_enabled()
         return loss
 
 
@@ -87,6 +90,9 @@ def look(
         what = "the model, run in training and evaluation on the first probe batch to find places, raised"
         with failing(what):
             model = find(noted, batch)
+            if not noted.asked:  # stacks alone are looked for without gradients
+                with untouched(host, seed=0, gather=True):
+                    noted(host, batch)
     if not noted.trains:
         raise LossError(
             "the loss has no gradient: it is detached, computed under no_grad, or reaches no trainable "

@@ -32,7 +32,8 @@ class Looked:
         flops: Forward, per example, they would add.
         grown: Units added.
         reason: Why they were, or were not.
-        together: The p-value of all places of the event, where it is what let this one pass.
+        together: The p-value of all places of the event, or of those that one number of a config rules, where
+            it is what let this one pass.
     """
 
     site: str
