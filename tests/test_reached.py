@@ -34,8 +34,6 @@ ALLOWED = {
 # Found, and left to whoever works in these rooms: each goes, or is reached.
 LEFT = {
     "distributed.fsdp.private_api.is_sharded",
-    "kasmina.seeds.cache.KernelCache.ause",
-    "kasmina.seeds.state.KasminaStateLayout.is_active",
     "tolaria.growth.run.commit.Committer.withdraw",
 }
 Definition = ast.FunctionDef | ast.AsyncFunctionDef

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import esper
-from esper.kasmina.race.initialisers import centre, per_unit, singular_directions, stretch, survey
+from esper.kasmina.race.initialisers import STARTS, centre, per_unit, singular_directions, stretch, survey
 from esper.kasmina.seeds.layer import Tap
 from esper.kasmina.widths.widen import WidenKernel
+from esper.tamiyo import selector
 from tests.kasmina.hosts import HOSTS, batch, loss_fn
 
 
@@ -126,3 +127,7 @@ def test_the_default_dtype_of_torch_changes_nothing() -> None:
         assert singular_directions(x, gradient, 12).dtype is torch.float32
     finally:
         torch.set_default_dtype(before)
+
+
+def test_every_way_to_start_that_tamiyo_may_choose_is_one_the_race_knows() -> None:
+    assert STARTS.keys() == selector.STARTS.keys()

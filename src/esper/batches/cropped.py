@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any
 
 from torch import Tensor
 
 from esper.batches.examples import smaller, split_batch
-from esper.batches.layout import unflatten
+from esper.batches.layout import Batch, Leaf, unflatten
 
 IMAGE = 4  # axes of a batch of images; of volumes there are more
 
 
-def trials(batch: Any, fixed: Collection[int] = ()) -> tuple[list[Any], list[Any]]:
+def trials(batch: Batch, fixed: Collection[int] = ()) -> tuple[list[Batch], list[Batch]]:
     """Return a batch of fewer examples, if there can be one, and such of another size, to be tried in order.
 
     Args:
-        batch: Of the probe.
+        batch: One batch of the probe.
         fixed: Numbers of features that layers of the model take: an axis as long as that is not free.
     """
     few = smaller(batch)
     return few, list(crops(few[0] if few else batch, fixed))
 
 
-def crops(batch: Any, fixed: Collection[int]) -> Iterator[Any]:
+def crops(batch: Batch, fixed: Collection[int]) -> Iterator[Batch]:
     """Cut images at both sides, first to the half; else cut one axis behind that of the examples."""
     leaves, batched, nest, _ = split_batch(batch)
     given = [i for i, leaf in enumerate(leaves) if batched[i] and isinstance(leaf, Tensor) and leaf.dim() > 1]
@@ -37,7 +36,10 @@ def crops(batch: Any, fixed: Collection[int]) -> Iterator[Any]:
             lengths = {size: size // 2 if halved else size - 1 for size in first.shape[2:]}
             if min(lengths.values()) > 0:
                 made = [cut(leaf, lengths, 1) if dims(leaf) == IMAGE - 1 else leaf for leaf in leaves]
-                made = [along(leaf, axes, lengths) if dims(leaf) >= IMAGE else leaf for leaf in made]
+                made = [
+                    along(leaf, axes, lengths) if isinstance(leaf, Tensor) and leaf.dim() >= IMAGE else leaf
+                    for leaf in made
+                ]
                 yield unflatten(made, nest)
         return
     for axis in range(1, first.dim()):
@@ -50,17 +52,17 @@ def crops(batch: Any, fixed: Collection[int]) -> Iterator[Any]:
             yield unflatten(made, nest)
 
 
-def dims(leaf: Any) -> int:
+def dims(leaf: Leaf) -> int:
     """Count the axes of a tensor; 0 of what is none."""
     return leaf.dim() if isinstance(leaf, Tensor) else 0
 
 
-def cut(leaf: Any, lengths: dict[int, int], begin: int) -> Any:
+def cut(leaf: Leaf, lengths: dict[int, int], begin: int) -> Leaf:
     """Shorten every axis from one on that has one of some sizes."""
-    return along(leaf, range(begin, dims(leaf)), lengths)
+    return along(leaf, range(begin, leaf.dim()), lengths) if isinstance(leaf, Tensor) else leaf
 
 
-def along(leaf: Any, axes: Sequence[int], lengths: dict[int, int]) -> Any:
+def along(leaf: Tensor, axes: Sequence[int], lengths: dict[int, int]) -> Tensor:
     """Shorten axes to the length given for their size."""
     for axis in axes:
         leaf = leaf.narrow(axis, 0, lengths.get(leaf.shape[axis], leaf.shape[axis]))

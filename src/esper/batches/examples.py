@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, MutableMapping
-from typing import Any
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from esper.batches.layout import PARTS, chosen, flatten, is_list, joined, unflatten
+from esper.batches.layout import PARTS, Batch, Layout, Leaf, chosen, flatten, is_list, unflatten
 from esper.batches.layout import rows as rows_in
 from esper.errors import ProbeError
 
-LossFunction = Callable[[nn.Module, Any], Tensor]
+LossFunction = Callable[[nn.Module, Any], Tensor]  # the user's own, for batches of the user's own kind
 PerExample = Callable[[nn.Module, Any], Tensor]  # (examples,) losses
+BatchLoss: TypeAlias = Callable[[Batch], Tensor]  # the scalar loss of a batch, through a model as it is
+Split: TypeAlias = tuple[
+    list[Any], list[bool], Layout, int
+]  # see split_batch; leaves are what torch calls them
 
 
-def split_batch(batch: Any) -> tuple[list[Any], list[bool], Any, int]:
+def split_batch(batch: Batch) -> Split:
     """Take a batch apart: leaves, which of them have an entry per example, nesting, and number of examples.
 
     Raises:
@@ -40,7 +45,7 @@ def split_batch(batch: Any) -> tuple[list[Any], list[bool], Any, int]:
     return leaves, [n == sizes[0] for n in counts], nest, sizes[0]
 
 
-def count_examples(batch: Any) -> int:
+def count_examples(batch: Batch) -> int:
     """Count a batch's examples; asked at every step, so the usual tuple or dict is not taken apart (40 µs).
 
     Raises:
@@ -54,7 +59,7 @@ def count_examples(batch: Any) -> int:
     return split_batch(batch)[3]
 
 
-def refuse_layouts(batch: Any) -> None:
+def refuse_layouts(batch: Batch) -> None:
     """Refuse a batch with tensors of which no examples can be taken.
 
     Raises:
@@ -75,20 +80,20 @@ def refuse_layouts(batch: Any) -> None:
         )
 
 
-def take(batch: Any, rows: Tensor) -> Any:
+def take(batch: Batch, rows: Tensor) -> Batch:
     """Return some examples of a batch, in the order given; leaves without examples stay."""
     leaves, batched, nest, _ = split_batch(batch)
     some = [chosen(leaf, rows) if many else leaf for leaf, many in zip(leaves, batched, strict=True)]
     return unflatten(some, nest)
 
 
-def copied(batch: Any) -> Any:
+def copied(batch: Batch) -> Batch:
     """Return a batch with tensors of its own: a loop may fill the same ones again at the next step."""
     leaves, nest = flatten(batch)
     return unflatten([own(leaf) for leaf in leaves], nest)
 
 
-def own(leaf: Any) -> Any:
+def own(leaf: Leaf) -> Leaf:
     """Copy a leaf that can be written to; a tensor comes without the graph behind it."""
     if isinstance(leaf, Tensor):
         return leaf.detach().clone().requires_grad_(leaf.requires_grad)
@@ -97,13 +102,13 @@ def own(leaf: Any) -> Any:
     return copy.copy(leaf)  # an array's
 
 
-def smaller(batch: Any) -> list[Any]:
+def smaller(batch: Batch) -> list[Batch]:
     """Return the first half of a batch; none where it is too small to be cut."""
     half = count_examples(batch) // 2
     return [take(batch, torch.arange(half))] if half > 1 else []
 
 
-def example_losses(model: nn.Module, loss_fn: LossFunction, batch: Any) -> tuple[Tensor, bool]:
+def example_losses(model: nn.Module, loss_fn: LossFunction, batch: Batch) -> tuple[Tensor, bool]:
     """Return the loss of every example alone, (examples,), and whether they ran together.
 
     A scalar loss says nothing of its examples, so each is run as a batch of one, all at once under vmap;
@@ -128,7 +133,7 @@ def example_losses(model: nn.Module, loss_fn: LossFunction, batch: Any) -> tuple
         return torch.stack([one(*(leaf[i] for leaf in own)) for i in range(count)]), False
 
 
-def join(batches: Iterable[Any]) -> list[Any]:
+def join(batches: Iterable[Batch]) -> list[Batch]:
     """Join batches of one shape of nest: into one, unless a leaf without examples differs."""
     parts = [split_batch(batch) for batch in batches]
     if not parts:
@@ -142,5 +147,15 @@ def join(batches: Iterable[Any]) -> list[Any]:
     }
     if len(shapes) > 1:  # sequences of unlike length
         return [unflatten(p[0], p[2]) for p in parts]
-    whole = [joined([p[0][i] for p in parts]) if many else leaves[i] for i, many in enumerate(batched)]
+    whole = [joined(parts, i) if many else leaves[i] for i, many in enumerate(batched)]
     return [unflatten(whole, nest)]
+
+
+def joined(parts: list[Split], at: int) -> Leaf:
+    """Return the leaves that stand at one place of each batch, one behind the other."""
+    leaves = [leaves[at] for leaves, *_ in parts]
+    if isinstance(leaves[0], Tensor):
+        return torch.cat(leaves)  # (examples of all batches, ...)
+    if isinstance(leaves[0], np.ndarray):
+        return np.concatenate(leaves)
+    return [one for leaf in leaves for one in leaf]

@@ -4,44 +4,43 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from esper.batches.examples import count_examples, join
-from esper.batches.layout import flatten, unflatten
+from esper.batches.layout import Batch, flatten, unflatten
 from esper.errors import EsperError
 from esper.surgery.isolation.contexts import same_generators, same_randomness
 
 BUNDLE = 64  # batches of one example that are read as one
 
-Change = Callable[[Iterator[Any]], Iterable[Any]]
+Change = Callable[[Iterator[Batch]], Iterable[Batch]]
 
 
 class HeldOut:
     """A probe whose batches are changed on the way; it can be read again and again, as the user's own.
 
     Args:
-        probe: The user's.
-        change: What to do with an iteration of it.
+        probe: The user's held-out batches, re-iterable.
+        change: Function of an iteration over it.
     """
 
-    def __init__(self, probe: Iterable[Any], change: Change) -> None:
+    def __init__(self, probe: Iterable[Batch], change: Change) -> None:
         self.given, self.change = probe, change
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Batch]:
         """Read it from the start."""
         return iter(self.change(iter(self.given)))
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         """Show the samplers and generators of a loader."""
         if name in {"given", "change"}:
             raise AttributeError(name)
         return getattr(self.given, name)
 
 
-def differentiable(probe: Iterable[Any]) -> Iterable[Any]:
+def differentiable(probe: Iterable[Batch]) -> Iterable[Batch]:
     """Return the probe, on copies of tensors that were made in inference mode: these take no gradient."""
     batch = next(iter(first(probe, 1)), None)
     if not any(isinstance(leaf, Tensor) and leaf.is_inference() for leaf in flatten(batch)[0]):
@@ -49,7 +48,7 @@ def differentiable(probe: Iterable[Any]) -> Iterable[Any]:
     return HeldOut(probe, lambda batches: map(copied, batches))
 
 
-def copied(batch: Any) -> Any:
+def copied(batch: Batch) -> Batch:
     """Copy the tensors of a batch that were made in inference mode."""
     leaves, nest = flatten(batch)
     with torch.inference_mode(False):
@@ -57,7 +56,7 @@ def copied(batch: Any) -> Any:
     return unflatten(own, nest)
 
 
-def bundled(probe: Iterable[Any]) -> Iterable[Any] | None:
+def bundled(probe: Iterable[Batch]) -> Iterable[Batch] | None:
     """Return a probe of single examples, several to a batch; None where it is none."""
     try:
         some = first(probe, 2)
@@ -67,13 +66,13 @@ def bundled(probe: Iterable[Any]) -> Iterable[Any] | None:
     return HeldOut(probe, bundles) if alone else None
 
 
-def bundles(batches: Iterator[Any]) -> Iterator[Any]:
+def bundles(batches: Iterator[Batch]) -> Iterator[Batch]:
     """Join batches, so many at a time."""
     while some := list(itertools.islice(batches, BUNDLE)):
         yield from join(some)
 
 
-def first(probe: Iterable[Any], count: int) -> list[Any]:
+def first(probe: Iterable[Batch], count: int) -> list[Batch]:
     """Return the first batches of a probe; no random stream is moved."""
     with same_randomness(), same_generators(probe):
         return list(itertools.islice(iter(probe), count))

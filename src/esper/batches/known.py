@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from esper.batches.examples import split_batch
-from esper.batches.layout import PLAIN, flatten
+from esper.batches.layout import PLAIN, Batch, Leaf, flatten
 
 SHARE = 0.5  # of the held-out examples, above which they say nothing of others
 DISTINCT = 0.5  # of them that differ: of fewer kinds than that there are few
@@ -31,12 +30,12 @@ class Known:
     def __init__(self) -> None:
         self.digests: set[int] = set()
 
-    def learn(self, batches: Iterable[Any]) -> None:
+    def learn(self, batches: Iterable[Batch]) -> None:
         """Note training examples."""
         for batch in batches:
             self.digests.update(digests(rows_of(batch)))
 
-    def most_of(self, batches: Sequence[Any]) -> bool:
+    def most_of(self, batches: Sequence[Batch]) -> bool:
         """Tell whether most held-out examples are known, and carry enough for that to be no accident."""
         rows = [rows_of(batch) for batch in batches]
         found = [one for some in rows for one in digests(some)]
@@ -46,13 +45,13 @@ class Known:
         return min(map(information, rows)) >= BITS
 
 
-def rows_of(batch: Any) -> list[np.ndarray]:
+def rows_of(batch: Batch) -> list[np.ndarray]:
     """Return a batch's leaves, each (examples, entries), at most so many entries of each example."""
     leaves, batched, _, count = split_batch(batch)
     return [entries(leaf, count) for leaf, many in zip(leaves, batched, strict=True) if many]
 
 
-def entries(leaf: Any, count: int) -> np.ndarray:
+def entries(leaf: Leaf, count: int) -> np.ndarray:
     """Return entries of every example from all over a leaf, as whole numbers that tell them apart."""
     if isinstance(leaf, list):
         return np.array([[mark(one)] for one in leaf])
@@ -65,7 +64,7 @@ def entries(leaf: Any, count: int) -> np.ndarray:
     return few.long().numpy()
 
 
-def mark(value: Any) -> int:
+def mark(value: object) -> int:
     """Return a number for what one example is in a list: a label, a text, a sequence, a table of them."""
     if isinstance(value, Tensor):
         return hash((tuple(value.shape), entries(value[None], 1).tobytes()))

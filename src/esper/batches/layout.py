@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, MutableMapping
-from typing import Any
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from typing import NamedTuple, TypeAlias, TypeGuard
 
 import numpy as np
-import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+Batch: TypeAlias = object  # what a loader yields: nothing is assumed of it but that leaves are found in it
+Leaf: TypeAlias = object  # of a batch: a tensor, an array, a list with an entry per example, or anything else
 
 PLAIN = (bool, int, float, str)  # what a list of labels or texts holds
 PARTS = 4  # of a batch that is a list: inputs, targets, a mask; of more that are alike, each is an example
 
 
-def rows(leaf: Any) -> int | None:
+def rows(leaf: Leaf) -> int | None:
     """Count a leaf's entries along its first axis; None where it has none."""
     if isinstance(leaf, Tensor):
         return leaf.size(0) if leaf.dim() > 0 else None  # a nested tensor has no shape
@@ -30,24 +32,24 @@ def rows(leaf: Any) -> int | None:
     return len(leaf) if isinstance(leaf, list) else None  # others are taken apart
 
 
-def is_list(value: Any) -> bool:
+def is_list(value: object) -> TypeGuard[list[object]]:
     """Tell whether a value is a list of labels or texts."""
     return isinstance(value, list) and bool(value) and all(isinstance(one, PLAIN) for one in value)
 
 
-def is_record(value: Any) -> bool:
+def is_record(value: object) -> bool:
     """Tell whether a value is a mapping or dataclass that pytree does not take apart."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return True
     return isinstance(value, MutableMapping) and type(value).__module__ != "builtins"
 
 
-def is_series(value: Any, examples: int | None = None) -> bool:
+def is_series(value: object, examples: int | None = None) -> TypeGuard[list[object]]:
     """Tell a list with something of every example: tensors of unlike shape, or as many as there are examples.
 
     Args:
-        value: Anything.
-        examples: As many as another part of the batch has; None where none tells.
+        value: A part of a batch.
+        examples: Number of examples that another part of the batch has; None where none tells.
     """
     if not isinstance(value, list) or len(value) < 2:
         return False
@@ -59,7 +61,7 @@ def is_series(value: Any, examples: int | None = None) -> bool:
     return len(shapes) > 1 or (len(value) == examples and value[0].shape[:1] != (examples,))
 
 
-def series_in(batch: Any) -> Callable[[Any], bool]:
+def series_in(batch: Batch) -> Callable[[object], bool]:
     """Return what tells the lists in a batch that have something of every example."""
     if is_series(batch) and len(batch) > PARTS:
         return lambda one: one is batch
@@ -72,28 +74,28 @@ def series_in(batch: Any) -> Callable[[Any], bool]:
     return lambda one: one is not batch and is_series(one, examples)
 
 
-def flatten(batch: Any) -> tuple[list[Any], Any]:
+def flatten(batch: Batch) -> tuple[list[Leaf], Layout]:
     """Take a batch apart; the second value compares equal for batches that are laid out alike."""
     series = series_in(batch)
     tops, nest = tree_flatten(batch, is_leaf=lambda one: is_list(one) or is_record(one) or series(one))
-    leaves: list[Any] = []
-    inner: list[Any] = []
+    leaves: list[Leaf] = []
+    inner: list[Below | None] = []
     for top in tops:
         if is_record(top):
             facts = facts_of(top)
             within, below = flatten(tuple(facts.values()) or None)
             leaves += within
-            inner.append((Record(top), tuple(facts), below, len(within)))
+            inner.append(Below(Record(top), tuple(facts), below, len(within)))
         else:
             leaves.append(top)
             inner.append(None)
-    return leaves, (nest, tuple(inner))
+    return leaves, Layout(nest, tuple(inner))
 
 
-def unflatten(leaves: list[Any], layout: Any) -> Any:
+def unflatten(leaves: Sequence[Leaf], layout: Layout) -> Batch:
     """Put a batch together."""
     nest, inner = layout
-    tops: list[Any] = []
+    tops: list[object] = []
     at = 0
     for one in inner:
         if one is None:
@@ -101,23 +103,24 @@ def unflatten(leaves: list[Any], layout: Any) -> Any:
             at += 1
             continue
         record, names, below, count = one
-        values = unflatten(leaves[at : at + count], below) or ()
+        values = unflatten(leaves[at : at + count], below)
         at += count
-        tops.append(record.filled(dict(zip(names, values, strict=True))))
+        tops.append(record.filled(dict(zip(names, values if isinstance(values, tuple) else (), strict=True))))
     return tree_unflatten(tops, nest)
 
 
-def facts_of(record: Any) -> dict[str, Any]:
+def facts_of(record: object) -> dict[str, object]:
     """Return what a mapping or dataclass holds."""
     if isinstance(record, Mapping):
         return dict(record)
+    assert dataclasses.is_dataclass(record)
     return {fact.name: getattr(record, fact.name) for fact in dataclasses.fields(record)}
 
 
 class Record:
     """One mapping or dataclass, as a template for others of its kind; equal to every other of its class."""
 
-    def __init__(self, like: Any) -> None:
+    def __init__(self, like: object) -> None:
         self.like = like
 
     def __eq__(self, other: object) -> bool:
@@ -128,7 +131,7 @@ class Record:
         """Hash the class."""
         return hash(type(self.like))
 
-    def filled(self, facts: Mapping[str, Any]) -> Any:
+    def filled(self, facts: Mapping[str, object]) -> object:
         """Return a copy that holds other values."""
         made = copy.copy(self.like)
         for name, value in facts.items():
@@ -139,19 +142,39 @@ class Record:
         return made
 
 
-def chosen(leaf: Any, which: Tensor) -> Any:
-    """Return some entries of a leaf, in the order given."""
+def chosen(leaf: Leaf, which: Tensor) -> Leaf:
+    """Return some entries of a leaf that has them, in the order given."""
     if isinstance(leaf, Tensor):
         return leaf[which.to(leaf.device)]
     if isinstance(leaf, np.ndarray):
         return leaf[which.cpu().numpy()]
+    assert isinstance(leaf, list)
     return [leaf[i] for i in which.tolist()]
 
 
-def joined(leaves: list[Any]) -> Any:
-    """Return leaves one behind the other."""
-    if isinstance(leaves[0], Tensor):
-        return torch.cat(leaves)
-    if isinstance(leaves[0], np.ndarray):
-        return np.concatenate(leaves)
-    return [one for leaf in leaves for one in leaf]
+class Below(NamedTuple):
+    """One mapping or dataclass within a batch.
+
+    Attributes:
+        record: Template of its kind.
+        names: Names of what it holds.
+        layout: Layout of the leaves below it.
+        count: Number of leaves below it.
+    """
+
+    record: Record
+    names: tuple[str, ...]
+    layout: Layout
+    count: int
+
+
+class Layout(NamedTuple):
+    """The way back from leaves to a batch; equal for batches that are laid out alike.
+
+    Attributes:
+        nest: torch's own account of tuples, lists and dicts.
+        inner: Record that each of its leaves is; None for a plain leaf.
+    """
+
+    nest: TreeSpec
+    inner: tuple[Below | None, ...]

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from esper.batches.examples import count_examples, join, split_batch
-from esper.batches.layout import unflatten
+from esper.batches.layout import Batch, unflatten
 
 TIMES = 4  # the loop's batch: its weights, gradients and optimizer state are there anyway
 LEAST = 64
@@ -22,36 +21,36 @@ def largest(loop: int, flops: int) -> int:
     """Return how many examples may go through the model together.
 
     Args:
-        loop: Examples in the loop's batch.
-        flops: Of the model, forward, per example.
+        loop: Number of examples in the loop's batch.
+        flops: FLOPs of the model, forward, per example.
     """
     return max(TIMES * loop, LEAST, FREE // max(flops, 1))
 
 
-def portions(batches: Sequence[Any], most: int) -> Iterator[Any]:
+def portions(batches: Sequence[Batch], most: int) -> Iterator[Batch]:
     """Join batches that are small and cut those that are large, evenly; the order of examples stays.
 
     A rest below a quarter of a portion goes with the one before it: statistics of a batch need examples.
 
     Args:
-        batches: Whose examples count alone.
-        most: Examples in a portion.
+        batches: Batches whose examples count alone.
+        most: Largest number of examples in a portion.
     """
     left = sum(map(count_examples, batches))
     even = math.ceil(left / math.ceil(left / most)) if left else most
-    waiting, count = list[Any](), 0
+    waiting, count = list[Batch](), 0
     for part in (part for batch in batches for part in cut(batch, most)):
         size = count_examples(part)
         full = count >= even or count + size > most
         if waiting and full and left - count >= most // 4:
             yield from join(waiting)
-            waiting, left, count = list[Any](), left - count, 0
+            waiting, left, count = list[Batch](), left - count, 0
         waiting.append(part)
         count += size
     yield from join(waiting)
 
 
-def cut(batch: Any, most: int) -> Iterator[Any]:
+def cut(batch: Batch, most: int) -> Iterator[Batch]:
     """Cut a batch into even parts of so many examples at most; leaves without examples stay whole."""
     count = count_examples(batch)
     parts = math.ceil(count / most)

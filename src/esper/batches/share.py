@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sized
-from typing import Any, Generic, TypeVar, cast
+from typing import Generic, TypeVar, cast
 
-from esper.batches.layout import flatten, rows, unflatten
+import numpy as np
+from torch import Tensor
+
+from esper.batches.layout import Leaf, flatten, rows, unflatten
 
 Batch = TypeVar("Batch")
 
@@ -31,16 +34,16 @@ class Share(Generic[Batch]):
         """Hand out this process's rows."""
         for batch in self.batches:
             leaves, nest = flatten(batch)
-            yield unflatten([self.rows(leaf) for leaf in leaves], nest)
+            yield cast("Batch", unflatten([self.rows(leaf) for leaf in leaves], nest))
 
     def __len__(self) -> int:
         """Count the batches, if the loader knows."""
         return len(cast("Sized", self.batches))
 
-    def rows(self, leaf: Any) -> object:
+    def rows(self, leaf: Leaf) -> Leaf:
         """Return this process's rows of a tensor, an array or a list; what has none is everybody's."""
         count = rows(leaf)
-        if count is None:
+        if count is None or not isinstance(leaf, (Tensor, np.ndarray, list)):
             return leaf
         even = count // self.world * self.world
         return leaf[self.rank : even : self.world]

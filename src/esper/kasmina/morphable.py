@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from esper.arguments import flag, texts, whole
 from esper.batches.cropped import trials
 from esper.batches.examples import count_examples, refuse_layouts
+from esper.batches.layout import Batch
 from esper.contracts import Refusal, Stage
 from esper.errors import EsperError, ProbeError, SiteError
 from esper.kasmina.branches.blocks import find_blocks
@@ -57,16 +58,16 @@ class MorphableModel(nn.Module):
 
     Args:
         host: The user's model, neither copied nor changed.
-        call: Calls the host once on example data; used to find sites, never kept.
+        call: Function that calls the host once on example data; used to find sites, never kept.
         examples: Examples in that run, for FLOPs per example.
         sites: Which places to use, see :func:`esper.kasmina.sites.sites.select`.
         seeds_per_site: Slots per site.
-        blueprints: What may grow, see :func:`esper.kasmina.branches.choice.chosen`.
-        policy: How the host is compiled; None: not at all.
+        blueprints: Names of what may grow, see :func:`esper.kasmina.branches.choice.chosen`.
+        policy: Way the host is compiled; None: not at all.
         smoothing: Weight of a new measurement of a kernel's vitals.
         sampling: Steps between such measurements.
-        deepen: Whether stacks of blocks are places too; a race cannot take them.
-        raced: Whether to leave out what a race cannot take: layers with several consumers, or called several
+        deepen: True where stacks of blocks are places too; a race cannot take them.
+        raced: True to leave out what a race cannot take: layers with several consumers, or called several
             times in one pass.
         trials: Call it on fewer examples, and on such of other sizes; growth is proven there, too.
     """
@@ -113,7 +114,7 @@ class MorphableModel(nn.Module):
         self.register_state_dict_post_hook(_host_keys_verbatim)
         self.register_load_state_dict_pre_hook(_host_keys_prefixed)
 
-    def find(self, run: Callable[[], Any]) -> tuple[list[Place], list[Refusal]]:
+    def find(self, run: Callable[[], object]) -> tuple[list[Place], list[Refusal]]:
         """Look at the host as it is: every place with what fits there, every other with the reason."""
         found: list[Place] = []
         refusals: list[Refusal] = []
@@ -142,7 +143,7 @@ class MorphableModel(nn.Module):
         barred = [Refusal(pairs[name].site.entry, reason) for name, reason in why.items()]
         return [place for place in found if place.site.name not in why], [*refusals, *barred]
 
-    def meter(self, run: Callable[[], Any]) -> None:
+    def meter(self, run: Callable[[], object]) -> None:
         """Count the host's forward FLOPs per example."""
         with examining(self.host, seed=0), FlopMeter() as meter:
             run()
@@ -158,7 +159,7 @@ class MorphableModel(nn.Module):
         """The places that get one more block."""
         return {name: place for name, place in self.places.items() if isinstance(place, Stack)}
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> object:
         """Call the host."""
         return self.host(*args, **kwargs)
 
@@ -206,7 +207,7 @@ class MorphableModel(nn.Module):
             layer.close()
             del self.layers[slug(site)]
 
-    def refresh(self, run: Callable[[], Any]) -> None:
+    def refresh(self, run: Callable[[], object]) -> None:
         """Bring the facts of all sites up to date after one of them has grown.
 
         Pairs and stacks know their own modules. Where blueprints are in play the host is looked at again:
@@ -235,7 +236,7 @@ def slug(site: str) -> str:
     return site.replace(".", "_").replace(">", "__").replace(":", "_to_").replace("+", "__")
 
 
-def _host_keys_verbatim(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+def _host_keys_verbatim(module: nn.Module, state: dict[str, object], prefix: str, metadata: object) -> None:
     assert isinstance(module, MorphableModel)
     awake = len(module.layers) > 0
     for key in list(state):
@@ -250,7 +251,7 @@ def _host_keys_verbatim(module: nn.Module, state: dict[str, Any], prefix: str, m
             del state[key]
 
 
-def _host_keys_prefixed(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+def _host_keys_prefixed(module: nn.Module, state: dict[str, object], prefix: str, *rest: object) -> None:
     assert isinstance(module, MorphableModel)
     own = {name for name, _ in module.layout.named_buffers()}
     for key in list(state):
@@ -265,7 +266,7 @@ def _host_keys_prefixed(module: nn.Module, state: dict[str, Any], prefix: str, *
 
 def wrap(
     model: nn.Module,
-    example_inputs: Any,
+    example_inputs: object,
     *,
     sites: Sites = "auto",
     seeds_per_site: int = 4,
@@ -276,17 +277,18 @@ def wrap(
     """Find the places where a model can grow, and install nothing.
 
     Args:
-        model: Any ``nn.Module``; it is used as it is, not copied.
-        example_inputs: What the model is called with: a tensor, a tuple of positional or a mapping of keyword
-            arguments. Axis 0 of the first tensor is the batch.
+        model: An ``nn.Module``; it is used as it is, not copied.
+        example_inputs: Arguments the model is called with: a tensor, a tuple of positional or a mapping of
+            keyword arguments. Axis 0 of the first tensor is the batch.
         sites: "auto", or which places: globs, regular expressions, layer types, or a mapping with "include"
             and "exclude".
         seeds_per_site: Slots per place.
-        blueprints: What may grow: "widen", names of the catalogue (``esper blueprints list``), or paths of
-            JSON files. "auto" widens, and offers the catalogue to a model in which nothing can be widened.
-        raced: Whether to leave out what a race (growth="incubate") cannot take: layers that several others
+        blueprints: Names of what may grow: "widen", names of the catalogue (``esper blueprints list``), or
+            paths of JSON files. "auto" widens, and offers the catalogue to a model in which
+            nothing can be widened.
+        raced: True to leave out what a race (growth="incubate") cannot take: layers that several others
             read, and layers that one pass calls several times.
-        deepen: Whether stacks of blocks, which no race can take, are places too.
+        deepen: True where stacks of blocks, which no race can take, are places too.
 
     Raises:
         SiteError: The model has no place to grow, or none of those asked for.
@@ -295,8 +297,8 @@ def wrap(
     """
     refuse_arguments(model, seeds_per_site, blueprints, raced, deepen)
     refuse_selectors(sites)
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = {}
+    args: tuple[object, ...] = ()
+    kwargs: dict[str, object] = {}
     if isinstance(example_inputs, Mapping):
         kwargs = dict(example_inputs)
     else:
@@ -322,7 +324,7 @@ def wrap(
                 policy=policy,
                 raced=raced,
                 deepen=deepen,
-                trials=([called(*less) for less in few], [called(*less) for less in others]),
+                trials=(every(few), every(others)),
             )
     except EsperError:
         raise
@@ -333,7 +335,9 @@ def wrap(
         forgetting(model)()  # no more passes are made
 
 
-def refuse_arguments(model: Any, seeds_per_site: Any, blueprints: Any, raced: Any, deepen: Any) -> None:
+def refuse_arguments(
+    model: object, seeds_per_site: object, blueprints: object, raced: object, deepen: object
+) -> None:
     """Refuse what is of another kind than ``wrap`` takes.
 
     Raises:
@@ -350,9 +354,14 @@ def refuse_arguments(model: Any, seeds_per_site: Any, blueprints: Any, raced: An
     flag("deepen", deepen)
 
 
-def called(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Pass:
+def called(args: tuple[object, ...], kwargs: Mapping[str, object]) -> Pass:
     """Return what calls a model so."""
     return lambda model: model(*args, **kwargs)
+
+
+def every(inputs: Iterable[Batch]) -> list[Pass]:
+    """Return what calls a model with each of some pairs of positional and keyword arguments."""
+    return [called(*pair) for pair in inputs if isinstance(pair, tuple)]
 
 
 def unwrap(model: MorphableModel) -> nn.Module:

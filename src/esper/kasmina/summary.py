@@ -43,7 +43,7 @@ class Summary:
         words = {"parameters": "{:,} parameters", "flops": "{:,} FLOPs", "latency_ms": "{:g} ms"}
         return ", ".join(words[name].format(most) for name, most in self.limits.items() if most is not None)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return everything as JSON values."""
         return asdict(self)
 

@@ -85,7 +85,7 @@ def settle(host: nn.Module, path: str, model: nn.Module, run: Callable[[], objec
 
 
 def said(
-    host: nn.Module, model: nn.Module, wanted: Shapes, run: Callable[[], Any]
+    host: nn.Module, model: nn.Module, wanted: Shapes, run: Callable[[], object]
 ) -> tuple[list[Change], list[str]]:
     """Find numbers that give the wanted shapes and a model that computes the same, or say what none gives.
 

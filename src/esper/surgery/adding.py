@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, fx, nn
 
-from esper.blueprints.program import Program, function
+from esper.blueprints.program import Argument, Program, function
 from esper.errors import SurgeryError
 
 Key: TypeAlias = "int | str"
@@ -28,8 +28,8 @@ class Passing:
     """Where a layer's first floating-point tensors are.
 
     Attributes:
-        reads: Where the input is: a pair per level, "args" or "kwargs" first, then as for the output.
-        writes: Where the output is: "tuple", "list", "dict", "field" of a named tuple or "item" of any other
+        reads: Path to the input: a pair per level, "args" or "kwargs" first, then as for the output.
+        writes: Path to the output: "tuple", "list", "dict", "field" of a named tuple or "item" of any other
             mapping, and the key.
     """
 
@@ -46,11 +46,11 @@ def adding(
     """Return a forward hook that adds a program's output to a module's.
 
     Args:
-        program: What to compute.
-        names: Under which name the module has each weight.
-        passing: Where input and output are.
-        serial: Whether it reads the module's output.
-        apart: Whether the input is that of another module, kept in a dict, which comes first then.
+        program: Program to compute.
+        names: Names under which the module has each weight.
+        passing: Positions of input and output in a call.
+        serial: True where it reads the module's output.
+        apart: True where the input is that of another module, kept in a dict, which comes first then.
     """
     graph = fx.Graph()
     kept = graph.placeholder("kept") if apart else None
@@ -117,14 +117,16 @@ def renewed(graph: fx.Graph, holder: fx.Node, path: tuple[Holder, ...], new: fx.
     return holder
 
 
-def resolved(argument: Any, values: Mapping[str, fx.Node]) -> Any:
+def resolved(argument: Argument, values: Mapping[str, fx.Node]) -> fx.node.Argument:
     """Return what an instruction's argument stands for."""
     if isinstance(argument, tuple) and argument and isinstance(argument[0], str):
-        return [values[name] for name in argument]
+        return [values[str(name)] for name in argument]
     return values[argument] if isinstance(argument, str) and argument[:1] in "%@" else argument
 
 
-def passing_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any, serial: bool) -> Passing:
+def passing_of(
+    args: tuple[object, ...], kwargs: Mapping[str, object], output: object, serial: bool
+) -> Passing:
     """Write down where the tensors of a call are.
 
     Raises:
@@ -141,7 +143,7 @@ def passing_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any, se
     return Passing(reads, writes)
 
 
-def where(tree: Any) -> tuple[Holder, ...] | None:
+def where(tree: object) -> tuple[Holder, ...] | None:
     """Return the way to the first floating-point tensor of a nest, None where there is none."""
     if isinstance(tree, Tensor):
         return () if tree.is_floating_point() else None
@@ -152,11 +154,11 @@ def where(tree: Any) -> tuple[Holder, ...] | None:
     return None
 
 
-def inside(tree: Any) -> list[tuple[str, Key, Any]]:
+def inside(tree: object) -> list[tuple[str, Key, object]]:
     """List what a tuple, list or mapping holds, and how it is renewed."""
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
         return [("field", name, getattr(tree, name)) for name in tree._fields]
-    if type(tree) in (tuple, list):
+    if isinstance(tree, (tuple, list)) and type(tree) in (tuple, list):
         return [(type(tree).__name__, index, one) for index, one in enumerate(tree)]
     if isinstance(tree, Mapping):
         kind = "dict" if type(tree) in (dict, OrderedDict) else "item"

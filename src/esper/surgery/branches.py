@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from types import MethodType
-from typing import Any, Literal
+from typing import Literal
 
 from torch import _assert, nn
 from torch.utils.hooks import RemovableHandle
@@ -41,11 +41,11 @@ def attach(
     """Let the layer at the end of a place add a kernel's output to its own from now on.
 
     Args:
-        name: Of the branch; no other branch of the layer has it.
-        kernel: Whose parameters, the objects themselves, the layer gets.
-        ends: The place.
-        port: What the kernel reads: what the first of them is given, or what the last one returns.
-        passing: Where in calls these tensors are.
+        name: Name of the branch; no other branch of the layer has it.
+        kernel: Kernel whose parameters, the objects themselves, the layer gets.
+        ends: Entry and exit of the place.
+        port: Input of the kernel: what the first of them is given, or what the last one returns.
+        passing: Positions of these tensors in calls.
 
     Returns:
         A function that takes the branch out again; the layers are exactly as before then.
@@ -65,11 +65,11 @@ def attach(
             exit_.register_parameter(own, kernel.get_parameter(weight))
             back.callback(exit_._parameters.pop, own)
         apart = port == "parallel" and entry is not exit_
-        hook: Any = adding(kernel.program, names, passing, port == "serial", apart)
+        hook: Callable[..., object] = adding(kernel.program, names, passing, port == "serial", apart)
         if apart:
-            kept: dict[str, Any] = {}  # empty between passes, so that the model can be copied
+            kept: dict[str, object] = {}  # empty between passes, so that the model can be copied
             hook = partial(hook, kept)
-            first: Any = partial(keeping(passing), kept)
+            first: Callable[..., object] = partial(keeping(passing), kept)
             back.callback(entry.register_forward_pre_hook(first, with_kwargs=True).remove)
             back.callback(mark(entry))
         back.callback(hooked(exit_, hook).remove)
@@ -77,7 +77,7 @@ def attach(
         return back.pop_all().close
 
 
-def hooked(module: nn.Module, hook: Any) -> RemovableHandle:
+def hooked(module: nn.Module, hook: Callable[..., object]) -> RemovableHandle:
     """Register a forward hook behind all that there are."""
     return module.register_forward_hook(hook, with_kwargs=True)
 

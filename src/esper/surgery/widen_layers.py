@@ -69,7 +69,7 @@ class Holders:
     """Which modules hold which parameters: asked once where many places of a model are widened in a row.
 
     Args:
-        model: Whose modules stay the same meanwhile.
+        model: Model whose modules stay the same meanwhile.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -94,11 +94,11 @@ def widen(
     and memory format stay. Either everything is changed or nothing.
 
     Args:
-        model: Owns every parameter, buffer and module the plan names.
-        plan: What becomes how large.
+        model: Owner of every parameter, buffer and module the plan names.
+        plan: Plan of what becomes how large.
         slices: Per key (``plan.keyed()``) the new part: the tensor's shape, as earlier edits left it, with
             ``new - old`` along ``axis``.
-        holders: Of the model; looked up where it is not given.
+        holders: Holders of the model; looked up where they are not given.
 
     Raises:
         SurgeryError: The plan or a slice does not fit the model; nothing was changed.
@@ -175,8 +175,8 @@ def put_in_place(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Write earlier weights and buffers into a model, whatever their shapes; parameters keep their identity.
 
     Args:
-        model: Whose parameters and buffers have these names.
-        tensors: By name; they are not kept.
+        model: Model whose parameters and buffers have these names.
+        tensors: Tensors by name; they are not kept.
     """
     owners = {
         f"{path}.{leaf}".lstrip("."): (module, leaf)
@@ -213,6 +213,7 @@ def extend(old: Tensor, new: Tensor, axis: int, chunks: int = 1) -> Tensor:
     Both are cut into ``chunks`` equal parts, and each part of ``new`` comes behind its part of ``old``.
     """
     pairs = zip(old.detach().chunk(chunks, axis), new.detach().to(old).chunk(chunks, axis), strict=True)
+    # axis: old.shape[axis] + new.shape[axis]
     joined = torch.cat([part for pair in pairs for part in pair], axis)
     return joined.to(memory_format=_layout(old))  # contiguous() would leave a single channel as it is
 
@@ -343,6 +344,7 @@ def _refuse_unfit(old: Tensor, edit: WidenEdit, key: str, slices: Mapping[str, T
         )
     if key not in slices:
         raise SurgeryError(f"no new slice given for {key!r}; given: {', '.join(slices) or 'none'}")
+    # (*before, new - old, *behind)
     wanted = (*old.shape[: edit.axis], edit.new - edit.old, *old.shape[edit.axis + 1 :])
     if slices[key].shape != wanted:
         raise SurgeryError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sized
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DistributedSampler
 
-from esper.batches.examples import LossFunction
+from esper.batches.examples import LossFunction, count_examples
 from esper.checkpoint import Batches, CheckpointManager, Run, Storage
 from esper.checkpoint.cadence import Every
 from esper.checkpoint.checkpoints import ASKED, Judge
@@ -21,7 +21,7 @@ from esper.checkpoint.format.manifest import Manifest
 from esper.checkpoint.retention import Best
 from esper.config import ConfigLike
 from esper.contracts import Observer, ignore
-from esper.errors import ConfigError, FinishedError, StateError
+from esper.errors import ConfigError, FinishedError, ProbeError, StateError
 from esper.kasmina.sites.sites import Sites
 from esper.nissa.run.journal import RunJournal
 from esper.storage.address import storage_at
@@ -275,8 +275,8 @@ class Trainer:
 
 
 def _examples(batch: object) -> int:
-    """Count the examples of a batch: the length of its first tensor, 1 where there is none."""
-    if isinstance(batch, Tensor):
-        return len(batch) if batch.dim() else 1
-    parts = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, Sequence) else ()
-    return _examples(next(iter(parts))) if parts else 1
+    """Count the examples of a batch as growth does, 1 where no tensor tells."""
+    try:
+        return count_examples(batch)
+    except ProbeError:
+        return 1

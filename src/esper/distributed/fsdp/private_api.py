@@ -18,7 +18,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.hooks import RemovableHandle
 
 from esper.errors import SurgeryError
-from esper.surgery.isolation.seam import ATTRIBUTE, attach, is_open
+from esper.surgery.isolation.attributes import SEAM
+from esper.surgery.isolation.seam import attach, is_open
 
 READ_IN = "2.13"
 
@@ -181,10 +182,10 @@ def refuse_loading(*args: object, **kwargs: object) -> None:
 @contextmanager
 def peeled(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Take seams off for a while: FSDP and a seam both swap a module's class; the seam must be outermost."""
-    taken = [(module, module.__dict__[ATTRIBUTE][0]) for module in modules if is_open(module)]
+    taken = [(module, module.__dict__[SEAM][0]) for module in modules if is_open(module)]
     for module, _ in taken:
-        module.__class__ = type(module.__dict__[ATTRIBUTE][1])
-        del module.__dict__[ATTRIBUTE]
+        module.__class__ = type(module.__dict__[SEAM][1])
+        del module.__dict__[SEAM]
     try:
         yield
     finally:

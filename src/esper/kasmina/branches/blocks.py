@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -77,13 +77,13 @@ class Passage:
 
 
 def find_blocks(
-    model: nn.Module, run: Callable[[], Any], examples: int, graphs: Sequence[Graph]
+    model: nn.Module, run: Callable[[], object], examples: int, graphs: Sequence[Graph]
 ) -> tuple[list[Block], list[Refusal]]:
     """Return the places where blueprints fit, and every other place with the reason.
 
     Args:
         model: The host; its mode is put back.
-        run: Calls the model once; the caller guards buffers and random numbers.
+        run: Function that calls the model once; the caller guards buffers and random numbers.
         examples: Examples in that run.
         graphs: Blueprints to offer.
     """
@@ -130,7 +130,7 @@ def spans(prefix: str, sequential: nn.Sequential) -> Iterator[tuple[str, Ends]]:
             yield f"{prefix}.{name}:{children[end][0]}".lstrip("."), (layer, children[end][1])
 
 
-def walk(ends: Mapping[str, Ends], run: Callable[[], Any]) -> dict[str, Passage]:
+def walk(ends: Mapping[str, Ends], run: Callable[[], object]) -> dict[str, Passage]:
     """Run once with a gateway at every place."""
     passages = {name: Passage() for name in ends}
     closers: list[Callable[[], None]] = []

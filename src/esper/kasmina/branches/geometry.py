@@ -19,8 +19,8 @@ def signatures(
 
     Args:
         ends: The place.
-        x: What it was given, None where that was no floating-point tensor.
-        y: What it returned, (batch, …).
+        x: Input, (batch, …); None where that was no floating-point tensor.
+        y: Output, (batch, …).
         overwritten: ``x`` was changed in place on the way.
         examples: Examples in that pass.
     """

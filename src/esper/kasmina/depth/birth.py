@@ -49,9 +49,9 @@ def born(
     Args:
         model: The host.
         donor: Path of the sibling.
-        scales: What the sibling's parameters were like when the run began.
+        scales: Mean and standard deviation of each of the sibling's parameters when the run began, by name.
         zeroed: Parameters that start at zero.
-        seed: Of the draw.
+        seed: Seed of the draw.
     """
     block = duplicate(model, donor)
     with same_randomness(seed), torch.no_grad():
@@ -70,9 +70,9 @@ def warmed(block: nn.Module, given: Given, x: Tensor) -> None:
     and what it has learned by then is judged by the wrong numbers.
 
     Args:
-        block: In the model by now, still the identity.
-        given: What it is called with besides.
-        x: What it reads.
+        block: Block that is in the model by now, still the identity.
+        given: Arguments it is called with besides its input.
+        x: Input of the block, (batch, …).
     """
     norms = [m for m in block.modules() if isinstance(m, _NormBase) and m.num_batches_tracked is not None]
     fresh = [(norm, norm.momentum) for norm in norms if not norm.num_batches_tracked]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from torch import nn
 
@@ -24,8 +23,8 @@ def counts_of(model: nn.Module, container: str, donor: str, name: str, index: in
         model: The host.
         container: Path of the container.
         donor: Path of the block that is copied.
-        name: Of the new block in the container.
-        index: Its position there.
+        name: Name of the new block in the container.
+        index: Position of the new block there, from 0.
     """
     holder = model.get_submodule(container)
     found: list[tuple[str, str, int | tuple[str, ...]]] = []
@@ -43,7 +42,7 @@ def counts_of(model: nn.Module, container: str, donor: str, name: str, index: in
     return tuple(found)
 
 
-def configs(model: nn.Module, container: str) -> Iterator[tuple[str, Any]]:
+def configs(model: nn.Module, container: str) -> Iterator[tuple[str, object]]:
     """List the configs of the modules around a container, each once."""
     seen: set[int] = set()
     parts = container.split(".") if container else []
@@ -56,7 +55,7 @@ def configs(model: nn.Module, container: str) -> Iterator[tuple[str, Any]]:
 
 
 def of_config(
-    config: Any, path: str, container: str, blocks: int, index: int
+    config: object, path: str, container: str, blocks: int, index: int
 ) -> Iterator[tuple[str, int | tuple[str, ...]]]:
     """List the entries of a config that count the blocks of a container."""
     facts = vars(config)

@@ -12,7 +12,6 @@ import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FunctionType, ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +31,7 @@ class Inserted:
     undo: Callable[[], None]
 
 
-def at(root: Any, path: str) -> Any:
+def at(root: object, path: str) -> object:
     """Return the object a dotted path leads to."""
     return functools.reduce(getattr, filter(None, path.split(".")), root)
 
@@ -42,8 +41,8 @@ def insert(model: nn.Module, plan: DeepenPlan, block: nn.Module) -> Inserted:
 
     Args:
         model: The plan's paths start here.
-        plan: Where.
-        block: Of the donor's class; made by :func:`duplicate` as a rule. It takes the donor's modes.
+        plan: Plan that says where.
+        block: Block of the donor's class; made by :func:`duplicate` as a rule. It takes the donor's modes.
 
     Raises:
         SurgeryError: The container has no such place; nothing was changed.
@@ -61,7 +60,7 @@ def insert(model: nn.Module, plan: DeepenPlan, block: nn.Module) -> Inserted:
     for module, twin in zip(donor.modules(), block.modules(), strict=True):
         twin.training = module.training
     _arrange(container, [*children[: plan.index], (plan.name, block), *children[plan.index :]])
-    kept: list[tuple[Any, str, Any]] = []
+    kept: list[tuple[object, str, object]] = []
 
     def undo() -> None:
         for owner, attribute, value in reversed(kept):
@@ -124,7 +123,7 @@ def duplicate(model: nn.Module, donor: str) -> nn.Module:
     return twin
 
 
-def _held(model: nn.Module, inside: set[int]) -> Iterator[Any]:
+def _held(model: nn.Module, inside: set[int]) -> Iterator[object]:
     """List what modules outside a block hold as attributes."""
     for module in model.modules():
         if id(module) in inside:

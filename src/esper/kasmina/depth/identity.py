@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from esper.kasmina.recording.recorder import Refused, record
 from esper.kasmina.recording.visits import Given
 from esper.surgery.isolation.contexts import same_randomness
+from esper.surgery.isolation.seam import is_open
 
 Group = tuple[str, ...]  # parameters that are zero together
 FAILURES = (RuntimeError, ValueError, TypeError, IndexError)  # what a block may say to another input
@@ -27,8 +28,8 @@ def is_identity(block: nn.Module, given: Given, x: Tensor) -> bool:
 
     Args:
         block: A copy; its modes and buffers change.
-        given: What it is called with besides.
-        x: What it would read.
+        given: Arguments it is called with besides its input.
+        x: Input that it would read, (batch, …).
     """
     with torch.no_grad(), same_randomness(0):
         for mode in (False, True):
@@ -43,8 +44,8 @@ def zeros_of(block: nn.Module, given: Given, x: Tensor) -> tuple[str, ...]:
 
     Args:
         block: A copy of the block, which is spoilt.
-        given: What it is called with besides.
-        x: What a new block would read: the last block's output.
+        given: Arguments it is called with besides its input.
+        x: Input of a new block: the last block's output, (batch, …).
 
     Raises:
         Refused: There is no such choice; says why.
@@ -148,7 +149,7 @@ def unshared(model: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[str]:
                 yield f"{where} is compiled by itself"
             if torch.nn.utils.parametrize.is_parametrized(module):
                 yield f"{where} is parametrized"
-            if "_esper_seam" in vars(module):
+            if is_open(module):
                 yield f"something grew at {where} which a new block would not have"
 
 

@@ -23,8 +23,8 @@ class DepthKernel(LiveKernel):
 
     Args:
         block: The identity so far; committing it needs no copy.
-        zeroed: Its parameters that start at zero.
-        given: What it is called with besides its input; replace it when another batch comes.
+        zeroed: Names of its parameters that start at zero.
+        given: Arguments it is called with besides its input; replace it when another batch comes.
     """
 
     def __init__(self, block: nn.Module, zeroed: Sequence[str], given: Given) -> None:

@@ -7,7 +7,6 @@ That a new block is the identity, and that the model takes it up, is tried on th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,13 +26,13 @@ from esper.surgery.isolation.seam import look_through
 
 
 def find_stacks(
-    model: nn.Module, run: Callable[[], Any], examples: int = 1
+    model: nn.Module, run: Callable[[], object], examples: int = 1
 ) -> tuple[list[Stack], list[Refusal]]:
     """Return the stacks of a model, and every other row of like blocks with the reason.
 
     Args:
         model: The host; modes and everything else are put back.
-        run: Calls the model once.
+        run: Function that calls the model once.
         examples: Examples in that run.
     """
     rows = innermost(list(rows_of(model)))
@@ -108,7 +107,7 @@ def titled(container: str, names: Sequence[str], several: bool) -> str:
 
 def proven(
     model: nn.Module,
-    run: Callable[[], Any],
+    run: Callable[[], object],
     row: tuple[str, list[str]],
     several: bool,
     blocks: Sequence[nn.Module],
@@ -192,7 +191,7 @@ class Witness:
         return y
 
 
-def tried(stack: Stack, run: Callable[[], Any]) -> None:
+def tried(stack: Stack, run: Callable[[], object]) -> None:
     """Insert a block for two passes: it must be called once, and nothing the model returns may change.
 
     Raises:
@@ -224,11 +223,11 @@ def tried(stack: Stack, run: Callable[[], Any]) -> None:
         raise Refused("another block changes what the model returns")
 
 
-def outputs(model: nn.Module, run: Callable[[], Any]) -> list[Tensor]:
+def outputs(model: nn.Module, run: Callable[[], object]) -> list[Tensor]:
     """List every tensor the run and the model return, in evaluation."""
-    trees: list[Any] = []
+    trees: list[object] = []
 
-    def keep(module: nn.Module, args: Any, result: Any) -> None:
+    def keep(module: nn.Module, args: object, result: object) -> None:
         trees.append(result)
 
     model.eval()

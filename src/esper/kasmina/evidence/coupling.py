@@ -15,13 +15,13 @@ the batch, is evidence of none: its rows do not follow the number of examples.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from esper.batches.examples import split_batch, take
+from esper.batches.examples import BatchLoss, split_batch, take
+from esper.batches.layout import Batch
 from esper.errors import ProbeError
 from esper.kasmina.evidence.sight import Sight, by_example, passes
 from esper.kasmina.widths.places import Place
@@ -35,9 +35,9 @@ IGNORED = -100  # the target that torch's losses leave out
 
 def independent(
     model: nn.Module,
-    run: Callable[[Any], Tensor],
+    run: BatchLoss,
     places: Mapping[str, Place],
-    batch: Any,
+    batch: Batch,
     exactly: bool = False,
 ) -> bool | None:
     """Tell whether what a loss says of an example depends on the others by no more than a common factor.
@@ -47,10 +47,10 @@ def independent(
     Args:
         model: The host; in eval mode for the while, its weights and buffers as they are.
         run: ``run(batch) -> scalar``, a pass to the loss.
-        places: Where gradients are looked at.
-        batch: Of the probe; it should hold every kind of example.
-        exactly: The factor must be 1: a mean or a sum is made of what single examples lose, but a mean by the
-            weights of their classes, or by counted tokens, is not.
+        places: Places where gradients are looked at, by name.
+        batch: One batch of the probe; it should hold every kind of example.
+        exactly: True where the factor must be 1: a mean or a sum is made of what single examples lose, but a
+            mean by the weights of their classes, or by counted tokens, is not.
 
     Returns:
         None where it cannot be told: fewer than 3 examples that count, no place that is passed, no gradient,
@@ -84,7 +84,7 @@ def independent(
     return found
 
 
-def learns(model: nn.Module, run: Callable[[Any], Tensor], batch: Any) -> bool:
+def learns(model: nn.Module, run: BatchLoss, batch: Batch) -> bool:
     """Tell whether a loss has gradients at all."""
     with untouched(model, seed=0):
         return run(batch).requires_grad
@@ -92,9 +92,9 @@ def learns(model: nn.Module, run: Callable[[Any], Tensor], batch: Any) -> bool:
 
 def compared(
     model: nn.Module,
-    run: Callable[[Any], Tensor],
+    run: BatchLoss,
     places: Mapping[str, Place],
-    batch: Any,
+    batch: Batch,
     rows: Tensor,
     exactly: bool,
 ) -> bool | None:
@@ -115,16 +115,14 @@ def compared(
     return None if math.isnan(left) else fits and left <= near
 
 
-def by_difficulty(
-    model: nn.Module, run: Callable[[Any], Tensor], places: Mapping[str, Place], batch: Any
-) -> Tensor:
+def by_difficulty(model: nn.Module, run: BatchLoss, places: Mapping[str, Place], batch: Batch) -> Tensor:
     """Order the rows of a batch by how much of a gradient they get, the most first."""
     count = split_batch(batch)[3]
     return gradients(model, run, places, batch, count).norm(dim=1).argsort(descending=True, stable=True).cpu()
 
 
 def gradients(
-    model: nn.Module, run: Callable[[Any], Tensor], places: Mapping[str, Place], batch: Any, each: int
+    model: nn.Module, run: BatchLoss, places: Mapping[str, Place], batch: Batch, each: int
 ) -> Tensor:
     """Return what the first examples of a batch get back at all places, (each, …), in float64."""
     sights, count = shown(model, run, places, batch), split_batch(batch)[3]
@@ -134,7 +132,7 @@ def gradients(
     return torch.cat(found, 1) if found else torch.empty(each, 0)
 
 
-def followed(model: nn.Module, run: Callable[[Any], Tensor], places: Mapping[str, Place], batch: Any) -> bool:
+def followed(model: nn.Module, run: BatchLoss, places: Mapping[str, Place], batch: Batch) -> bool:
     """Tell whether the rows of every view are those of the examples: half as many for half the batch.
 
     Asked only where a pass calls places several times, each for rows of its own, perhaps.
@@ -155,7 +153,7 @@ def followed(model: nn.Module, run: Callable[[Any], Tensor], places: Mapping[str
 
 
 def shown(
-    model: nn.Module, run: Callable[[Any], Tensor], places: Mapping[str, Place], batch: Any
+    model: nn.Module, run: BatchLoss, places: Mapping[str, Place], batch: Batch
 ) -> dict[str, tuple[Sight, ...]]:
     """Return what one pass shows at the places, call by call."""
     with untouched(model, seed=0):
@@ -163,7 +161,7 @@ def shown(
     return sights
 
 
-def counted_rows(batch: Any) -> Tensor:
+def counted_rows(batch: Batch) -> Tensor:
     """List the rows of a batch that a loss counts: all but those with integer entries of -100 only."""
     leaves, batched, _, count = split_batch(batch)
     kept = torch.ones(count, dtype=torch.bool)

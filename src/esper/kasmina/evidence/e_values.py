@@ -62,8 +62,8 @@ def weight_of_evidence(differences: np.ndarray, rehearsal: np.ndarray, blocks: b
     Args:
         differences: See :func:`e_value`.
         rehearsal: See :func:`e_value`.
-        blocks: Whether each of them is of a block of examples. Otherwise neighbours may be alike, which the
-            bet takes for more evidence than it is (rows repeated eight times: 11 budgets of false keeps).
+        blocks: True where each of them is of a block of examples. Otherwise neighbours may be alike, which
+            the bet takes for more evidence than it is (rows repeated eight times: 11 budgets of false keeps).
     """
     p = p_value(differences, blocks=len(differences) if blocks else None)
     return 0.0 if p is None else min(e_value(differences, rehearsal), 1.0 / p)

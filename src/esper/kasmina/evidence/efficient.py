@@ -56,14 +56,14 @@ def sums_of(outlet: Outlet, phi: Tensor, hidden: Tensor, gradient: Tensor, examp
 
     Args:
         outlet: The consumer.
-        phi: What it reads of the pool.
-        hidden: What it reads of the host.
-        gradient: Of each example's loss for its output.
-        examples: In the pass; zero where another view of it has counted them.
+        phi: Units of the pool as it reads them, (batch, …, pool) or (batch, pool, *space).
+        hidden: Units of the host as it reads them, c in place of pool.
+        gradient: Gradient of each example's loss for its output, out in place of pool.
+        examples: Number of examples in the pass; zero where another view of it has counted them.
     """
-    hosts = outlet.with_one(hidden)
-    new, own = outlet.slope(phi, gradient), outlet.slope(hosts, gradient)
-    a, b = outlet.rows(hosts), outlet.rows(phi)
+    hosts = outlet.with_one(hidden)  # c + 1 units, the last one always on
+    new, own = outlet.slope(phi, gradient), outlet.slope(hosts, gradient)  # (pool, out · …), (c + 1, out · …)
+    a, b = outlet.rows(hosts), outlet.rows(phi)  # (rows, c + 1), (rows, pool)
     if len(a) > ROWS:
         which = torch.randperm(len(a), device=a.device)[:ROWS]
         a, b = a[which], b[which]
@@ -81,16 +81,17 @@ class Leftover:
 
     def move(self, which: Tensor) -> Move:
         """Fit a direction for the weights of some units."""
-        step = -solved(damped(self.pool[which][:, which], DAMPING), self.slope[which])
+        pool, slope = self.pool[which][:, which], self.slope[which]  # (units, units), (units, out · …)
+        step = -solved(damped(pool, DAMPING), slope)  # (units, out · …)
         return Move(step, -(self.regression[:, which] @ step))
 
 
 def leftover(sums: Sums) -> Leftover:
     """Project the host's units out of a pool."""
-    gram = damped(sums.gram / sums.rows, RIDGE)
-    regression = solved(gram, sums.cross / sums.rows)
-    left = sums.pool / sums.rows - regression.T @ (sums.cross / sums.rows)
-    slope = (sums.new - regression.T @ sums.own) / sums.examples
+    gram = damped(sums.gram / sums.rows, RIDGE)  # (c + 1, c + 1)
+    regression = solved(gram, sums.cross / sums.rows)  # (c + 1, pool)
+    left = sums.pool / sums.rows - regression.T @ (sums.cross / sums.rows)  # (pool, pool)
+    slope = (sums.new - regression.T @ sums.own) / sums.examples  # (pool, out · …)
     return Leftover(regression, left * (sums.rows / sums.examples), slope)
 
 
@@ -131,16 +132,16 @@ def greedy(left: Sequence[Tensor], slope: Sequence[Tensor], units: int, group: i
     Args:
         left: Per consumer (pool, pool), covariance of what the host's units cannot do.
         slope: Per consumer (pool, out), gradient of the outgoing weights.
-        units: Wanted.
-        group: Units that come together.
+        units: Number of units wanted.
+        group: Number of units that come together.
     """
     pool, device = len(slope[0]), slope[0].device
     if units >= pool:
         return torch.arange(pool, device=device)
     if group > 1:
         sizes = [one.diagonal().clamp_min(1e-12) for one in left]
-        power = torch.stack([worth(*one) for one in zip(slope, sizes, strict=True)]).sum(0)
-        groups = power.view(-1, group).sum(1).topk(units // group).indices
+        power = torch.stack([worth(*one) for one in zip(slope, sizes, strict=True)]).sum(0)  # (pool,)
+        groups = power.view(-1, group).sum(1).topk(units // group).indices  # (units / group,)
         return (groups[:, None] * group + torch.arange(group, device=device)).flatten()
     left, slope = [one.clone() for one in left], [turned(one) for one in slope]
     floors = [1e-6 * float(one.diagonal().max().clamp_min(1e-30)) for one in left]
@@ -153,17 +154,17 @@ def greedy(left: Sequence[Tensor], slope: Sequence[Tensor], units: int, group: i
         picked_.append(best)
         free[best] = False
         for index, size in enumerate(sizes):
-            share = left[index][:, best] / size[best]
+            share = left[index][:, best] / size[best]  # (pool,)
             slope[index] = slope[index] - share[:, None] * slope[index][best]
             left[index] = left[index] - share[:, None] * left[index][best]
     return torch.stack(picked_)
 
 
 def turned(slope: Tensor) -> Tensor:
-    """Return rows of the same lengths and angles, in as few numbers: more is not asked of them."""
+    """Return rows of the same lengths and angles, (pool, out) -> (pool, at most pool): more is not asked."""
     return torch.linalg.qr(slope.T, mode="r").R.T if slope.shape[1] > len(slope) else slope
 
 
 def worth(slope: Tensor, size: Tensor) -> Tensor:
-    """Return what each unit alone would bring at one consumer, (pool,)."""
+    """Return what each unit alone would bring at one consumer, (pool,); slope (pool, out), size (pool,)."""
     return slope.square().sum(1) / size

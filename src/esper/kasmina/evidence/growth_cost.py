@@ -26,7 +26,7 @@ class GrowthCost:
 
     Args:
         model: The host.
-        places: By name.
+        places: Places, by name.
     """
 
     def __init__(self, model: nn.Module, places: Mapping[str, Place]) -> None:
@@ -46,7 +46,7 @@ class GrowthCost:
         """Return the parameters and forward FLOPs per example that units add.
 
         Args:
-            units: By place, in whole groups.
+            units: Numbers of units by place, in whole groups.
         """
         parameters = flops = 0
         shapes: dict[str, list[int]] = {}

@@ -10,13 +10,13 @@ an error of .86 and 2.7, told all of it to .04 and .01; two seeds.)
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from esper.kasmina.evidence.efficient import Move
-from esper.kasmina.widths.widen import HostKernel
+from esper.kasmina.widths.widen import HostKernel, Widenable
 
 
 class Inlay(Protocol):
@@ -37,7 +37,7 @@ class Units:
 
     joint = False
 
-    def __init__(self, kernel: HostKernel[Any]) -> None:
+    def __init__(self, kernel: HostKernel[Widenable]) -> None:
         self.kernel = kernel
         self.leaves: dict[tuple[int, int], Tensor] = {}
         self.read: list[tuple[Tensor, ...]] = []  # what each consumer reads of the units
@@ -55,25 +55,26 @@ class Columns(Units):
     def add(self, exit_: int, call: int, hidden: Tensor) -> Tensor:
         """Return what is added to the output of one call of an exit: zero."""
         outlet = self.kernel.place.outlets[exit_]
+        # (batch, …, pool + c + 1), the units along the outlet's axis
         joined = torch.cat([self.read[call][exit_], outlet.with_one(hidden)], outlet.axis(hidden))
         units = joined.shape[outlet.axis(hidden)] // outlet.columns
-        zeros = joined.new_zeros(units, outlet.unit_weights, requires_grad=True)
+        zeros = joined.new_zeros(units, outlet.unit_weights, requires_grad=True)  # (pool + c + 1, out · …)
         return outlet.through(joined, self.leaves.setdefault((exit_, 0), zeros))
 
 
 class Steps(Units):
     """Steps of length zero along a direction, one for each row: for what each example's loss says of it."""
 
-    def __init__(self, kernel: HostKernel[Any], moves: Sequence[Move]) -> None:
+    def __init__(self, kernel: HostKernel[Widenable], moves: Sequence[Move]) -> None:
         super().__init__(kernel)
         self.moves = moves
 
     def add(self, exit_: int, call: int, hidden: Tensor) -> Tensor:
         """Return what is added to the output of one call of an exit: zero."""
         outlet, move = self.kernel.place.outlets[exit_], self.moves[exit_]
-        moved = outlet.through(self.read[call][exit_], move.new)
+        moved = outlet.through(self.read[call][exit_], move.new)  # (batch, …, out), as the exit's output
         moved = moved + outlet.through(outlet.with_one(hidden), move.own)
         rows = moved.shape[: max(moved.dim() - 1, 1)][:2]  # either may be the examples
-        shape = (*rows, *[1] * (moved.dim() - len(rows)))
+        shape = (*rows, *[1] * (moved.dim() - len(rows)))  # (batch, 1, …), or (time, batch, 1, …)
         self.leaves[exit_, call] = length = moved.new_zeros(shape, requires_grad=True)
         return length * moved

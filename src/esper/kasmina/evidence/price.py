@@ -14,11 +14,11 @@ def look_price(
     """Return the FLOPs of a look beyond the host's own passes.
 
     Args:
-        places: By name.
-        units: To test, by name.
+        places: Places, by name.
+        units: Numbers of units to test, by name.
         trained: Training examples.
         held: Held-out examples.
-        inner: Whether the loss takes gradients inside itself.
+        inner: True where the loss takes gradients inside itself.
     """
     total = 0
     for name, count in units.items():

@@ -16,7 +16,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +29,7 @@ from esper.kasmina.evidence.efficient import Move, Sums, added, greedy, leftover
 from esper.kasmina.evidence.inlaid import Columns, Inlay, Steps
 from esper.kasmina.evidence.sight import Run, Sight, by_example, dead, judged, judging, passes
 from esper.kasmina.widths.places import Place
-from esper.kasmina.widths.widen import HostKernel
+from esper.kasmina.widths.widen import HostKernel, Widenable
 from esper.surgery.isolation.contexts import same_randomness, untouched
 
 POOL = 4  # units drawn per unit wanted, while they are few
@@ -63,10 +62,10 @@ class Score:
 
     Args:
         model: The host.
-        places: By name.
+        places: Places to look at, by name.
         units: Wanted, by name.
         peers: Other processes, whose examples count too.
-        inner: Whether the loss takes gradients inside itself, so that units must run in the passes.
+        inner: True where the loss takes gradients inside itself, so that units must run in the passes.
     """
 
     def __init__(
@@ -92,7 +91,7 @@ class Score:
 
         Args:
             runs: Passes to mean losses, each with its number of examples.
-            seed: Of the pools.
+            seed: Seed of the pools.
         """
         self.draw(seed)
         with self.reading(seed):
@@ -183,19 +182,19 @@ class Score:
             kernel.given = sight.given
         outgoing = [kernel.get_parameter(n) for n in kernel.outgoing]
         slopes = torch.autograd.grad((kernel(sight.x) * gradient * examples).sum(), outgoing)
-        return plain_sums(torch.cat([slope.flatten() for slope in slopes]), new)
+        return plain_sums(torch.cat([slope.flatten() for slope in slopes]), new)  # (outgoing weights,)
 
     def sums_at(
-        self, name: str, kernel: HostKernel[Any], sight: Sight, examples: int, new: int
+        self, name: str, kernel: HostKernel[Widenable], sight: Sight, examples: int, new: int
     ) -> list[Sums]:
         """Sum up one view of new units, consumer by consumer.
 
         Args:
-            name: Of the place.
+            name: Name of the place.
             kernel: The pool.
             sight: The view.
-            examples: In the pass.
-            new: Those that no other view of it has counted.
+            examples: Number of examples in the pass.
+            new: Number of those that no other view of it has counted.
         """
         hidden = sight.exits[0].hidden
         assert sight.x is not None and hidden is not None
@@ -204,7 +203,7 @@ class Score:
             if not self.inner:
                 spread(kernel)
         with torch.no_grad():
-            phis = kernel.hiddens(sight.x)
+            phis = kernel.hiddens(sight.x)  # per consumer (batch, …, pool) or (batch, pool, *space)
         parts: list[Sums] = []
         for outlet, phi, seen in zip(kernel.place.outlets, phis, sight.exits, strict=True):
             assert seen.hidden is not None and seen.gradient is not None
@@ -249,9 +248,9 @@ class Score:
 
         Args:
             runs: Passes to mean losses, each with its number of examples.
-            alone: Whether each example is evidence of its own; else a pass is.
-            seed: Of random numbers in the passes.
-            shared: Whether every process looks at the same examples; else all of theirs count.
+            alone: True where each example is evidence of its own; else a pass is.
+            seed: Seed of random numbers in the passes.
+            shared: True where every process looks at the same examples; else all of theirs count.
         """
         with self.reading(seed):
             self.weigh(runs, alone)
@@ -270,7 +269,7 @@ class Score:
         """Give every place its held-out values, once all examples have been seen."""
         for name in self.chosen:
             if (parts := self.found.get(name)) and name not in self.failed:
-                own = torch.cat(parts)
+                own = torch.cat(parts)  # (values of this process,)
                 joined = (own if shared else self.peers.all_gather_rows(own)).double().cpu().numpy()
                 heard = (
                     self.peers.broadcast_bytes(joined.tobytes()) if self.peers.world > 1 else joined.tobytes()
@@ -286,7 +285,7 @@ class Score:
         self.flops += 2 * self.units[name] * self.places[name].site.unit_flops * examples
         found = [one for sight in sights for one in self.values_at(name, sight, examples)]
         if len({len(one) for one in found}) > 1:
-            found = [one.mean(0, keepdim=True) for one in found]
+            found = [one.mean(0, keepdim=True) for one in found]  # (1,) each
         return torch.stack(found).sum(0) if len(found) > 1 else found[0]
 
     def values_at(self, name: str, sight: Sight, examples: int) -> list[Tensor]:
@@ -306,6 +305,7 @@ class Score:
                 for outlet, move, (phi, seen) in zip(kernel.place.outlets, moves, read, strict=True):
                     assert seen.hidden is not None
                     own = outlet.through(outlet.with_one(seen.hidden), move.own)
+                    # (batch, …, out) or (batch, out, *space)
                     moved.append(outlet.through(phi, move.new) + own)
             else:
                 moved.append(moved_along(kernel, sight.x, scored.direction))
@@ -315,7 +315,7 @@ class Score:
         return found
 
 
-def host_kernels(kernels: Mapping[str, LiveKernel]) -> dict[str, HostKernel[Any]]:
+def host_kernels(kernels: Mapping[str, LiveKernel]) -> dict[str, HostKernel[Widenable]]:
     """Return the kernels that widen the host's own layers."""
     return {name: kernel for name, kernel in kernels.items() if isinstance(kernel, HostKernel)}
 
@@ -353,7 +353,7 @@ def activity(hidden: Tensor, sight: Sight, axis: int) -> dict[str, float]:
 
 def downhill(kernel: LiveKernel, sums: Sums) -> dict[str, Tensor]:
     """Return the gradient's own direction for the outgoing weights, by name."""
-    flat = sums.new / sums.examples
+    flat = sums.new / sums.examples  # (outgoing weights,)
     step = -flat / flat.norm().clamp_min(1e-12)
     direction, at = dict[str, Tensor](), 0
     for outgoing in kernel.outgoing:
@@ -378,11 +378,11 @@ def moved_along(kernel: LiveKernel, x: Tensor, direction: Mapping[str, Tensor]) 
 
 def per_example(values: Tensor, examples: int) -> Tensor:
     """Sum up what belongs to each example, (examples,); (1,) where no row is anybody's."""
-    rows = by_example(values, examples)
+    rows = by_example(values, examples)  # (examples, …)
     return values.sum().reshape(1) / examples if rows is None else rows.sum(1)
 
 
-def picked(place: Place, pool: HostKernel[Any], which: Tensor) -> LiveKernel:
+def picked(place: Place, pool: HostKernel[Widenable], which: Tensor) -> LiveKernel:
     """Build a kernel of some of a pool's units."""
     kernel = place.kernel(len(which))
     assert isinstance(kernel, HostKernel)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypedDict
 
 from torch import Tensor
 
+from esper.blueprints.kernel import LiveKernel
 from esper.contracts import HealthReport
 from esper.kasmina.depth.stack import DepthKernel
 from esper.kasmina.evidence.efficient import Move, Sums
@@ -16,7 +17,28 @@ from esper.kasmina.evidence.sight import judged
 from esper.surgery.isolation.contexts import same_randomness
 
 
-def written(score: Score) -> dict[str, Any]:
+class ChosenState(TypedDict):
+    """What was picked at one place."""
+
+    report: dict[str, Any]
+    kernel: dict[str, Tensor] | None  # None: the pool itself
+    direction: dict[str, Tensor]
+    moves: list[list[Any]]  # (new, own) of each
+
+
+class ScoreState(TypedDict):
+    """What a look remembers, by place."""
+
+    pools: dict[str, dict[str, Tensor]]
+    sums: dict[str, list[dict[str, Any]]]
+    chosen: dict[str, ChosenState]
+    found: dict[str, list[Tensor]]
+    seen: dict[str, dict[str, Any]]
+    failed: dict[str, str]
+    flops: int
+
+
+def written(score: Score) -> ScoreState:
     """Return a look's state: tensors, numbers, strings and containers of them."""
     return {
         "pools": {name: dict(pool.state_dict()) for name, pool in score.pools.items()},
@@ -32,7 +54,7 @@ def written(score: Score) -> dict[str, Any]:
     }
 
 
-def chosen(score: Score, name: str, one: Scored) -> dict[str, Any]:
+def chosen(score: Score, name: str, one: Scored) -> ChosenState:
     """Return what was picked at one place; None for a kernel that is the pool itself."""
     own = one.kernel is not score.pools.get(name)
     return {
@@ -43,14 +65,14 @@ def chosen(score: Score, name: str, one: Scored) -> dict[str, Any]:
     }
 
 
-def read_back(score: Score, state: Mapping[str, Any]) -> None:
+def read_back(score: Score, state: ScoreState) -> None:
     """Bring a fresh look at the same places to a saved state."""
     with same_randomness(0):
         for name, tensors in state["pools"].items():
             score.pools[name] = filled(score, name, pool_size(score.places[name], score.units[name]), tensors)
         for name, one in state["chosen"].items():
-            own = one["kernel"] is not None
-            kernel = filled(score, name, score.units[name], one["kernel"]) if own else score.pools[name]
+            own = one["kernel"]
+            kernel = score.pools[name] if own is None else filled(score, name, score.units[name], own)
             moves = tuple(Move(new, steps) for new, steps in one["moves"])
             report = HealthReport(**one["report"])
             score.chosen[name] = Scored(report, kernel, dict(one["direction"]), moves)
@@ -60,7 +82,7 @@ def read_back(score: Score, state: Mapping[str, Any]) -> None:
     score.failed, score.flops = dict(state["failed"]), state["flops"]
 
 
-def filled(score: Score, name: str, units: int, tensors: Mapping[str, Tensor]) -> Any:
+def filled(score: Score, name: str, units: int, tensors: Mapping[str, Tensor]) -> LiveKernel:
     """Build a kernel and give it its weights."""
     kernel = score.places[name].kernel(units)
     if isinstance(kernel, DepthKernel):

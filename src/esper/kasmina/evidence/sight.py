@@ -33,8 +33,8 @@ Run = tuple[Callable[[], Tensor], int]  # a pass to a mean loss, and its number 
 class Seen:
     """What one call of an exit showed."""
 
-    hidden: Tensor | None  # what it reads
-    made: Tensor  # what it gave, detached
+    hidden: Tensor | None  # what it reads, (batch, …)
+    made: Tensor  # what it gave, (batch, …), detached
     gradient: Tensor | None = None  # of the batch's mean loss for that, (batch, …)
     inlaid: bool = False  # whether units are inlaid there that something may flow back to
 
@@ -46,7 +46,7 @@ class Sight:
     exits: tuple[Seen, ...]
     x: Tensor | None = None  # what a kernel reads, (batch, …)
     given: Given | None = None  # what a block was called with besides its input
-    back: tuple[Tensor | None, ...] = ()  # what flowed back to units inlaid, by exit
+    back: tuple[Tensor | None, ...] = ()  # what flowed back to units inlaid, by exit; shaped as its leaves
 
     @property
     def counts(self) -> bool:
@@ -199,9 +199,9 @@ def passes(
 
     Args:
         model: The host.
-        places: By name.
+        places: Places to look at, by name.
         runs: Passes to mean losses, each with its number of examples.
-        inlaid: Makes what runs within a pass, by place.
+        inlaid: Function that makes what runs within a pass, by place.
     """
     host = [p for p in model.parameters() if p.requires_grad]
     for run, examples in runs:
@@ -236,7 +236,7 @@ def by_example(tensor: Tensor, examples: int) -> Tensor | None:
     Axis 0 is the examples', or a multiple of it, or axis 1 is, where time comes first.
     """
     if tensor.dim() > 1 and tensor.shape[0] != examples and tensor.shape[1] == examples:
-        tensor = tensor.transpose(0, 1)
+        tensor = tensor.transpose(0, 1)  # (time, batch, …) -> (batch, time, …)
     return None if tensor.shape[0] % examples else tensor.reshape(examples, -1)
 
 
@@ -245,7 +245,7 @@ def dead(activations: Tensor, axis: int = 1) -> float:
 
     Args:
         activations: (batch, c), (batch, c, …), or with the channels elsewhere.
-        axis: Of the channels.
+        axis: Axis of the channels.
     """
-    last = activations.movedim(axis, -1)
-    return float((last == 0).flatten(0, -2).all(0).float().mean())
+    last = activations.movedim(axis, -1)  # (batch, …, c)
+    return float((last == 0).flatten(0, -2).all(0).float().mean())  # (rows, c) -> (c,) -> ()

@@ -24,8 +24,7 @@ over 32: up to 35 budgets at 0.0002, unless ``blocks`` is given), and for ones c
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import numpy as np
 
@@ -47,9 +46,9 @@ def p_value(values: np.ndarray, *, blocks: int | None = None) -> float | None:
 
     Args:
         values: (n,) gains of held-out examples, in the order of the probe.
-        blocks: How many contiguous blocks are independent of one another; chosen by n if left out (neighbours
-            up to 8 apart may then be correlated). Give ``len(values)`` where every value is the mean of a
-            block already, of 16 examples or more.
+        blocks: Number of contiguous blocks that are independent of one another; chosen by n if left out
+            (neighbours up to 8 apart may then be correlated). Give ``len(values)`` where every value
+            is the mean of a block already, of 16 examples or more.
 
     Returns:
         A p-value, one-sided; None where nothing can be said: fewer than 8 values, some not finite, all equal.
@@ -152,6 +151,14 @@ def smallest(alpha: float, *, of_blocks: bool = False) -> int:
     return high
 
 
+class SpentState(TypedDict):
+    """What a run has tested."""
+
+    budget: float
+    looks: list[list[int]]  # (event, places) of each
+    paid: NotRequired[bool]  # absent in states of earlier versions
+
+
 class Spending:
     """The run's false-keep budget, spent over events whose number is not known in advance.
 
@@ -163,11 +170,11 @@ class Spending:
     2008). Without it runs that had grown once stopped half-way, on some seeds and not on others.
 
     Args:
-        budget: The probability that a run keeps anything where nothing helps.
-        further: What each event may spend after one that has paid.
+        budget: Probability that a run keeps anything where nothing helps.
+        further: Probability that each event may spend after one that has paid.
 
     Attributes:
-        paid: Whether an event has.
+        paid: True once an event has.
     """
 
     def __init__(self, budget: float, further: float | None = None) -> None:
@@ -211,12 +218,12 @@ class Spending:
         """What the events so far have spent."""
         return sum(self.share(event) for event in self.looks)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> SpentState:
         """Return what was tested so far."""
         looks = [[event, n] for event, n in sorted(self.looks.items())]
         return {"budget": self.budget, "looks": looks, "paid": self.paid}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: SpentState) -> None:
         """Go on where a run was left.
 
         Raises:

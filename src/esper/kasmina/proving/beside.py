@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from esper.kasmina.widths.places import Place
-from esper.kasmina.widths.widen import HostKernel
+from esper.kasmina.widths.widen import HostKernel, Widenable
 from esper.surgery.isolation.seam import look_through
 
 
 class Beside:
     """A gateway at the entry of a place: what enters is run by the kernel, call by call."""
 
-    def __init__(self, kernel: HostKernel[Any], exits: int, calls: int) -> None:
+    def __init__(self, kernel: HostKernel[Widenable], exits: int, calls: int) -> None:
         self.kernel, self.calls = kernel, calls
         self.made: list[tuple[Tensor, ...]] = []  # what each call adds to every exit
         self.coarsest = 0.0  # step of the numbers that exits compute in: autocast is seen only here
@@ -87,7 +86,7 @@ class Passage:
 
 
 @contextmanager
-def beside(places: Mapping[str, Place], kernels: Mapping[str, HostKernel[Any]]) -> Iterator[Passage]:
+def beside(places: Mapping[str, Place], kernels: Mapping[str, HostKernel[Widenable]]) -> Iterator[Passage]:
     """Open the seams of places for their kernels; yields what they see."""
     entries: dict[str, Beside] = {}
     with ExitStack() as stack:

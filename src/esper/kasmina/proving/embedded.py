@@ -18,7 +18,7 @@ class Embedded:
     """Follows the axes of tensors through widenings.
 
     Args:
-        tensors: As they are before, by name.
+        tensors: Tensors as they are before, by name.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:

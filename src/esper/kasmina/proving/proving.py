@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -28,14 +28,14 @@ from esper.kasmina.recording.recorder import tensors
 from esper.kasmina.widths.fitting import fitted
 from esper.kasmina.widths.layers import weight_of
 from esper.kasmina.widths.places import WidenPlace
-from esper.kasmina.widths.widen import HostKernel
+from esper.kasmina.widths.widen import HostKernel, Widenable
 from esper.surgery.isolation.contexts import same_randomness, slow_path, untouched
 from esper.surgery.isolation.copies import on_copies
 from esper.surgery.isolation.without_dropout import still
 from esper.surgery.widen_layers import Holders, asked, widen
 
-Pass: TypeAlias = "Callable[[nn.Module], Any]"  # calls a model once
-Kernels: TypeAlias = "dict[str, HostKernel[Any]]"
+Pass: TypeAlias = "Callable[[nn.Module], object]"  # calls a model once
+Kernels: TypeAlias = "dict[str, HostKernel[Widenable]]"
 Plans: TypeAlias = "dict[str, WidenPlan]"
 Laid: TypeAlias = "dict[str, dict[str, Tensor]]"  # units in the order of the host's tensors
 
@@ -70,10 +70,10 @@ class Numbers:
 class KeptResult:
     """A hook that keeps what a module returns."""
 
-    def __init__(self, made: list[Any]) -> None:
+    def __init__(self, made: list[object]) -> None:
         self.made = made
 
-    def __call__(self, module: nn.Module, args: Any, result: Any) -> None:
+    def __call__(self, module: nn.Module, args: object, result: object) -> None:
         """Keep it."""
         self.made.append(result)
 
@@ -83,7 +83,7 @@ class Proof:
 
     Args:
         host: Only copies of what it holds are changed.
-        calls: Each calls it on a batch of its own; the others are smaller.
+        calls: Functions, each of which calls it on a batch of its own; the others are smaller.
         cropped: Call it on inputs of another size. The first that the host can take is used.
     """
 
@@ -230,7 +230,7 @@ class Proof:
 
         A loss that looks at weights, too, says something else of more of them.
         """
-        made: list[Any] = []
+        made: list[object] = []
         hook = self.host.register_forward_hook(KeptResult(made))
         try:
             loss = call(self.host)
@@ -271,7 +271,7 @@ class Proof:
         return all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
-def drawn(place: WidenPlace) -> HostKernel[Any]:
+def drawn(place: WidenPlace) -> HostKernel[Widenable]:
     """Draw units that make a difference, as large as the consumers' own."""
     site = place.site
     units = site.granularity * max(1, site.width // SHARE // site.granularity)
@@ -318,7 +318,7 @@ def unlike(before: Numbers, after: Numbers, within: float) -> str:
     Args:
         before: Units beside the host.
         after: Units in its layers.
-        within: What rounding may do, relatively.
+        within: Largest relative difference that rounding may make.
     """
     if [r.shape for r in before.results] != [r.shape for r in after.results]:
         return "the results have another shape"
@@ -351,11 +351,11 @@ def differ(
     """List the tensors that differ by more than rounding; what is not finite at first says nothing.
 
     Args:
-        before: As they should be.
-        after: Of the same shapes.
+        before: Tensors as they should be.
+        after: Tensors of the same shapes.
         within: Relative to the larger of a tensor's length
         floor: and this.
-        lengths: Of the first, where they are known.
+        lengths: Norms of the first tensors, where they are known.
     """
     apart = norms([one - other for one, other in zip(before, after, strict=True)])
     sizes = norms(before) if lengths is None else lengths

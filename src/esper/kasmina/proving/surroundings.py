@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from torch import Tensor, nn
 
 from esper.surgery.isolation.seam import is_open
 
-Surroundings: TypeAlias = "list[tuple[Any, ...]]"
+Surroundings: TypeAlias = "list[tuple[object, ...]]"
 HOOKS = (
     "_forward_pre_hooks",
     "_forward_hooks",
@@ -25,7 +25,7 @@ def surroundings(model: nn.Module) -> Surroundings:
     return [about(path, module) for path, module in model.named_modules()]
 
 
-def about(path: str, module: nn.Module) -> tuple[Any, ...]:
+def about(path: str, module: nn.Module) -> tuple[object, ...]:
     """Describe one module."""
     held = vars(module)
     kind = type(module).__mro__[1] if is_open(module) else type(module)  # a seam is Esper's own
@@ -35,6 +35,6 @@ def about(path: str, module: nn.Module) -> tuple[Any, ...]:
     return path, id(module), kind, hooks, None if is_open(module) else id(calls), tensors
 
 
-def look(tensor: Tensor) -> tuple[Any, ...]:
+def look(tensor: Tensor) -> tuple[object, ...]:
     """Describe a parameter."""
     return type(tensor), tensor.dtype, tuple(tensor._backward_hooks or ())

@@ -18,8 +18,8 @@ def suspect(place: WidenPlace, why: str) -> str:
     """Return the reason for a refusal.
 
     Args:
-        place: That was grown on copies.
-        why: What differed, and in which mode.
+        place: Place that was grown on copies.
+        why: Text that says what differed, and in which mode.
     """
     ends = list(zip((place.site.entry, *place.site.exits), place.ends(), strict=True))
     names = " and ".join(name for name, _ in ends)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from esper.contracts import Stage
 from esper.kasmina.race.orchestrator import SeedOrchestrator
 
 
-def awake(orchestrator: SeedOrchestrator) -> list[dict[str, Any]]:
+def awake(orchestrator: SeedOrchestrator) -> list[dict[str, object]]:
     """List the seeds that are not dormant: stage, α, evidence."""
     model, trial = orchestrator.model, orchestrator.trial
     layout = model.layout
-    found: list[dict[str, Any]] = []
+    found: list[dict[str, object]] = []
     for seed in range(len(layout.stage)):
         stage = layout.stage_of(seed)
         if stage is Stage.DORMANT:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from torch import nn
 from torch.utils.data import IterableDataset
 
 from esper.batches.examples import LossFunction, count_examples, example_losses
+from esper.batches.layout import Batch
 from esper.config import Gate as GateSettings
 from esper.distributed.collectives import ALONE, Peers
 from esper.errors import ProbeError
@@ -46,10 +46,10 @@ class Gate:
         loss_fn: ``loss_fn(model, batch) -> scalar``.
         probe: Held-out batches, re-iterable.
         settings: False-keep budget and smallest gain.
-        looks: How many looks share the budget.
-        on_fallback: Told why examples ran one by one.
+        looks: Number of looks that share the budget.
+        on_fallback: Function that is told why examples ran one by one.
         peers: Other processes; what rank 0 finds counts, so give all of them the same probe.
-        worth: What is one value of evidence.
+        worth: Kind of one value of evidence: an example, or a block.
 
     Attributes:
         size: Examples in a batch of the loop, of which blocks are made; None before the first look.
@@ -59,7 +59,7 @@ class Gate:
         self,
         model: nn.Module,
         loss_fn: LossFunction,
-        probe: Iterable[Any],
+        probe: Iterable[Batch],
         settings: GateSettings,
         looks: int,
         on_fallback: Callable[[str, str], None],
@@ -82,7 +82,7 @@ class Gate:
         """The fewest held-out values that could pass."""
         return smallest(1 / self.threshold, of_blocks=not self.worth.alone)
 
-    def look(self, layer: KasminaLayer, kernel: nn.Module, train: Sequence[Any], seed: int) -> Verdict:
+    def look(self, layer: KasminaLayer, kernel: nn.Module, train: Sequence[Batch], seed: int) -> Verdict:
         """Test one kernel at full strength against the host as it is.
 
         Args:
@@ -90,7 +90,7 @@ class Gate:
             kernel: The race's winner.
             train: Training batches; scale and stake of the bet are taken from the last, or where a batch is
                 one value from all.
-            seed: Of the random numbers that both passes share.
+            seed: Seed of the random numbers that both passes share.
         """
         if self.looks >= self.allowed:
             return Verdict(
@@ -126,7 +126,7 @@ class Gate:
         return Verdict(passed, self.looks, value, self.threshold, gain, loss, len(differences), reason)
 
     def differences(
-        self, layer: KasminaLayer, kernel: nn.Module, batches: Iterable[Any], seed: int
+        self, layer: KasminaLayer, kernel: nn.Module, batches: Iterable[Batch], seed: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return, value by value, the loss without minus with the kernel, and the loss without."""
         found: list[np.ndarray] = []
@@ -142,7 +142,7 @@ class Gate:
             )
         return np.concatenate(found), np.concatenate(without)
 
-    def parts(self, batches: Iterable[Any]) -> Iterator[Any]:
+    def parts(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Give the batches as they are judged, without rows that no loss counts."""
         read = counted(bounded(batches))
         if self.worth.alone or not self.worth.cut or self.size is None:
@@ -150,7 +150,7 @@ class Gate:
         else:
             yield from blocks(read, self.size)
 
-    def losses(self, layer: KasminaLayer, kernel: nn.Module | None, batch: Any, seed: int) -> np.ndarray:
+    def losses(self, layer: KasminaLayer, kernel: nn.Module | None, batch: Batch, seed: int) -> np.ndarray:
         """Return the held-out loss of every example, or the one of the block."""
         together = True
         with untouched(self.model, seed), layer.showing(kernel):
@@ -168,7 +168,7 @@ class Gate:
         return losses.double().cpu().numpy()
 
 
-def bounded(probe: Iterable[Any]) -> Iterator[Any]:
+def bounded(probe: Iterable[Batch]) -> Iterator[Batch]:
     """Read a probe: to its end, or where it may have none so many examples of it."""
     given = getattr(probe, "given", probe)  # a probe whose batches are changed on the way
     try:
@@ -183,7 +183,7 @@ def bounded(probe: Iterable[Any]) -> Iterator[Any]:
             return
 
 
-def check_probe(probe: Any) -> None:
+def check_probe(probe: object) -> None:
     """Refuse a probe that is empty or can be read only once.
 
     Raises:

@@ -21,6 +21,8 @@ from esper.kasmina.widths.pairs import Pair
 from esper.kasmina.widths.places import Place
 from esper.kasmina.widths.widen import WidenKernel
 
+STARTS = {"svd": 1.0, "random": 0.0, "mixed": 5 / 8}  # share of candidates that begin with units of the pool
+
 EXACT = 256  # dimensions up to which the decomposition is exact; randomised above
 SCORED = 64  # examples on which directions are compared
 
@@ -44,9 +46,9 @@ def survey(place: Place, x: Tensor, gradient: Tensor, pool: int) -> Survey:
 
     Args:
         place: The site.
-        x: What a kernel reads there, (batch, …).
-        gradient: Of the batch's mean loss for the exit's output, (batch, …).
-        pool: Units wanted.
+        x: Inputs of a kernel there, (batch, …).
+        gradient: Gradient of the batch's mean loss for the exit's output, (batch, …).
+        pool: Number of units wanted.
     """
     with torch.enable_grad():
         kernel = place.kernel(pool).train()

@@ -10,10 +10,10 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
 
 import torch
 
+from esper.batches.layout import Batch
 from esper.blueprints.kernel import GraphKernel, LiveKernel
 from esper.config import Config
 from esper.contracts import Decision, Event, Outcome, Stage
@@ -21,6 +21,7 @@ from esper.distributed.collectives import digest
 from esper.kasmina.morphable import MorphableModel
 from esper.kasmina.race.guard import Guard, Unguarded
 from esper.kasmina.race.holding import weakly
+from esper.kasmina.race.initialisers import STARTS
 from esper.kasmina.race.race import Race
 from esper.kasmina.race.schedule import FIELD, Lessons, Step, first
 from esper.kasmina.race.selection import ask, decide, notes, told
@@ -38,10 +39,10 @@ class SeedOrchestrator:
     """Applies decisions to the seeds of one model.
 
     Args:
-        model: Owns sites, seeds and their state.
-        config: Settings.
+        model: Owner of sites, seeds and their state.
+        config: Settings of the run.
         timing: Steps per stage.
-        given: What comes from outside.
+        given: Functions and settings from outside.
     """
 
     def __init__(self, model: MorphableModel, config: Config, timing: Timing, given: Given) -> None:
@@ -81,7 +82,7 @@ class SeedOrchestrator:
         count = self.config.race.candidates
         if Step(self.model.flops, examples).large(self.config.race):
             count = min(count, FIELD)
-        sown = {"svd": count, "random": 0, "mixed": math.ceil(count * 5 / 8)}[decision.start]
+        sown = math.ceil(count * STARTS[decision.start])
         starts = ("svd",) * sown + ("random",) * (count - sown)
         with same_randomness(self.given.streams.draw("initialisation")):
             seen, given = measured, self.given
@@ -96,7 +97,7 @@ class SeedOrchestrator:
         """Bring what the last step did to the seed in each process together.
 
         Args:
-            faults: Of the kernel, noted in all processes since the last time.
+            faults: Number of the kernel's faults noted in all processes since the last time.
         """
         noted, self.noted = self.noted, list[str]()
         trial, peers = self.trial, self.given.peers
@@ -110,7 +111,7 @@ class SeedOrchestrator:
                 parameter.grad = torch.zeros_like(parameter)
         peers.all_reduce_mean([p.grad for p in trial.kernel.parameters() if p.grad is not None])
 
-    def advance(self, batches: Sequence[Any], loss: float, step: int) -> Outcome | None:
+    def advance(self, batches: Sequence[Batch], loss: float, step: int) -> Outcome | None:
         """Do one step's work; returns the outcome once there is one."""
         self.step = step
         if self.trial is None:
@@ -129,7 +130,7 @@ class SeedOrchestrator:
         self.examples = 0
         return outcome
 
-    def incubate(self, batches: Sequence[Any], loss: float) -> Outcome | None:
+    def incubate(self, batches: Sequence[Batch], loss: float) -> Outcome | None:
         """TRAINING: learn beside the host; at the end race, and ask the gate."""
         trial, race = self.current()
         age, total = self.step - trial.started, self.timing.incubate
@@ -152,7 +153,7 @@ class SeedOrchestrator:
             race.halve()
         return None
 
-    def judge(self, batches: Sequence[Any]) -> Outcome | None:
+    def judge(self, batches: Sequence[Batch]) -> Outcome | None:
         """Pick a winner on training batches and let the gate look at it."""
         trial, race = self.current()
         few = None if self.lessons(trial).examples is None else self.examples
@@ -190,7 +191,7 @@ class SeedOrchestrator:
         self.move(Stage.GRAFTING, "held-out evidence")
         self.set_alpha(1 / self.timing.ramp)
 
-    def graft(self, batches: Sequence[Any], loss: float) -> Outcome | None:
+    def graft(self, batches: Sequence[Batch], loss: float) -> Outcome | None:
         """GRAFTING: α climbs; or falls, once the seed has been found wanting."""
         trial = self.train_kernel()
         alpha = float(self.model.layout.alpha[trial.seed])
@@ -199,14 +200,14 @@ class SeedOrchestrator:
             self.move(Stage.STABILISING, "α is 1")
         return None
 
-    def stabilise(self, batches: Sequence[Any], loss: float) -> Outcome | None:
+    def stabilise(self, batches: Sequence[Batch], loss: float) -> Outcome | None:
         """STABILISING: the host's statistics settle."""
         trial = self.train_kernel()
         if self.step - trial.started >= self.timing.stabilise:
             self.move(Stage.EVALUATING, "settled")
         return None
 
-    def evaluate(self, batches: Sequence[Any], loss: float) -> Outcome | None:
+    def evaluate(self, batches: Sequence[Batch], loss: float) -> Outcome | None:
         """EVALUATING: the loss must not be worse than before exposure; then the pair becomes wider."""
         trial = self.train_kernel()
         if trial.ending:
@@ -390,6 +391,6 @@ class SeedOrchestrator:
         self.tell("outcome", **asdict(made))
         return made
 
-    def tell(self, kind: str, **data: Any) -> None:
+    def tell(self, kind: str, **data: object) -> None:
         """Emit an event."""
         self.given.observe(Event(kind, self.step, data))

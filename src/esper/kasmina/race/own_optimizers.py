@@ -22,7 +22,7 @@ class OwnOptimizers:
 
     Args:
         optimizers: The user's, by name.
-        tell: Told what and why, where another optimizer than the layer's had to be the model.
+        tell: Function told what and why, where another optimizer than the layer's had to be the model.
     """
 
     def __init__(self, optimizers: Mapping[str, Optimizer], tell: Callable[[str, str], None]) -> None:

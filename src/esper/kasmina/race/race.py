@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -36,6 +36,19 @@ RIDGE = 0.01  # of the mean feature power
 Run = Callable[[], Tensor]  # one training-mode pass to the scalar loss
 
 
+class RaceState(TypedDict):
+    """What a race remembers; tensors have one entry per candidate along axis 0."""
+
+    units: int
+    starts: list[str]
+    batched: bool
+    missed: NotRequired[int]  # absent in states of earlier versions
+    scores: Tensor
+    parameters: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    optimizer: dict[str, Any]  # torch's own
+
+
 class Race:
     """Candidates at one site.
 
@@ -44,8 +57,9 @@ class Race:
         units: Width of every candidate.
         starts: One per candidate: "svd" or "random".
         pool: Units for the "svd" candidates.
-        x: What a kernel reads here; biases are centred on it.
-        learning_rate: Of the candidates' own Adam, for their outgoing weights; None: by their number.
+        x: Inputs of a kernel here, (batch, …); biases are centred on them.
+        learning_rate: Learning rate of the candidates' own Adam, for their outgoing weights; None: by their
+            number.
         peers: Other processes in which the same candidates learn from other batches.
     """
 
@@ -77,7 +91,7 @@ class Race:
             centre(kernel, x)
         return kernel
 
-    def groups(self, rate: float | None) -> list[dict[str, Any]]:
+    def groups(self, rate: float | None) -> list[dict[str, object]]:
         """Give outgoing weights, which start at zero, an absolute rate, and all others one relative to size.
 
         Adam moves every weight alike, so the output moves with the number of weights that feed it: the rate
@@ -102,33 +116,31 @@ class Race:
         """Match gradients in closed form: outgoing weights by ridge regression, behind a Linear consumer.
 
         Args:
-            x: Inputs of the producer.
-            gradient: Of the loss for the consumer's output.
-            scale: Root mean square of that output.
+            x: Inputs of the producer, (batch, …, in).
+            gradient: Gradient of the loss for the consumer's output, (batch, …, out).
+            scale: Root mean square of that output, 0-dim.
         """
         if not (isinstance(self.template, WidenKernel) and is_linear(self.layer.place.ends()[1])):
             return
         slope = gradient.flatten(0, -2)  # (rows, out)
-        rows = slope.square().mean(1, keepdim=True).sqrt()
+        rows = slope.square().mean(1, keepdim=True).sqrt()  # (rows, 1)
         # No row is moved further than the trust: badly fitted ones took the loss from 0.13 to 4.9.
-        target = -slope * (TRUST * scale / rows.clamp_min(rms(slope)))
+        target = -slope * (TRUST * scale / rows.clamp_min(rms(slope)))  # (rows, out)
 
         def features(parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
-            return functional_call(self.template, (parameters, buffers), (x,), {"hidden": True}).flatten(
-                0, -2
-            )
+            made = functional_call(self.template, (parameters, buffers), (x,), {"hidden": True})
+            return made.flatten(0, -2)  # (batch, …, features) -> (rows, features)
 
         with torch.no_grad():
-            h = vmap(features, randomness="different")(
-                self.parameters, self.buffers
-            )  # (candidates, rows, features)
+            # (candidates, rows, features)
+            h = vmap(features, randomness="different")(self.parameters, self.buffers)
             wide = solvable(h)  # autocast may leave the gradient in half width
             h, target = h.to(wide), target.to(wide)
-            gram = h.mT @ h
+            gram = h.mT @ h  # (candidates, features, features)
             ridge = RIDGE * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None] + 1e-8
             gram = gram + ridge * torch.eye(gram.shape[-1], device=h.device, dtype=h.dtype)
             solved = torch.linalg.solve(gram, h.mT @ target)  # (candidates, features, out)
-            self.parameters["consumer_weight"].copy_(solved.mT)
+            self.parameters["consumer_weight"].copy_(solved.mT)  # (candidates, out, features)
 
     def learn_from_tap(self, tap: Tap, examples: int | None = None) -> None:
         """Match gradients: move the output a share of its scale down the gradient, without a pass."""
@@ -144,9 +156,9 @@ class Race:
         if len(self.starts) == 1:  # vmap would cost more than the lesson
             (row,) = self.rows()
             alone = {name: row.pop(name) for name in self.parameters}
-            losses = loss(alone, row).unsqueeze(0)
+            losses = loss(alone, row).unsqueeze(0)  # (1,)
         else:
-            losses = vmap(loss, randomness="different")(self.parameters, self.buffers)
+            losses = vmap(loss, randomness="different")(self.parameters, self.buffers)  # (candidates,)
         self.descend(losses, torch.autograd.grad(losses.sum(), list(self.parameters.values())))
 
     def learn_from_shadow(self, run: Run) -> None:
@@ -167,7 +179,7 @@ class Race:
             found.append(loss)
             total = [sum_ + gradient for sum_, gradient in zip(total, gradients or total, strict=True)]
             passed = passed or bool(gradients)
-        self.take(torch.stack(found), total, passed)
+        self.take(torch.stack(found), total, passed)  # (candidates,), and as the parameters
 
     def take(self, losses: Tensor, gradients: Sequence[Tensor], passed: bool) -> None:
         """Take a lesson, or count it as missed where the pass has left the site out in every process."""
@@ -272,7 +284,7 @@ class Race:
 
     def halve(self) -> None:
         """Go on with the better half, by the last lesson."""
-        order = self.scores.argsort()[: (len(self.starts) + 1) // 2]
+        order = self.scores.argsort()[: (len(self.starts) + 1) // 2]  # (half of the candidates,)
         self.scores = self.scores[order]
         self.starts = tuple(self.starts[int(i)] for i in order)
         state = self.optimizer.state
@@ -287,7 +299,7 @@ class Race:
             group["params"] = [parameter]
         self.buffers = {k: v[order].clone() for k, v in self.buffers.items()}
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> RaceState:
         """Everything a resumed race needs."""
         return {
             "units": self.units,
@@ -300,7 +312,7 @@ class Race:
             "optimizer": copy.deepcopy(self.optimizer.state_dict()),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: RaceState) -> None:
         """Go on where the saved race was."""
         with torch.no_grad():
             for name, tensor in state["parameters"].items():

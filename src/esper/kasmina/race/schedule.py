@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Set
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from esper.batches.examples import split_batch
-from esper.batches.layout import unflatten
+from esper.batches.layout import Batch, unflatten
 from esper.config import Race as RaceSettings
 from esper.contracts import Site
 
@@ -50,11 +50,11 @@ class Lessons:
         """Plan a race.
 
         Args:
-            settings: Of the race.
-            steps: Its length.
-            step: The host's.
-            site: Where it takes place.
-            units: Of every candidate.
+            settings: Settings of races.
+            steps: Length of the race, in training steps.
+            step: Costs of the host's training step.
+            site: Site of the race.
+            units: Units of every candidate.
         """
         if not step.large(settings):
             halvings = {max(steps // 16, 1), steps // 8, steps // 4}
@@ -79,7 +79,7 @@ class Lessons:
         return "tap" if self.rhythm and age % self.rhythm == 0 else "none"
 
 
-def first(batch: Any, examples: int | None) -> Any:
+def first(batch: Batch, examples: int | None) -> Batch:
     """Return a batch of the first examples, which are in random order anyway; None: all of them."""
     if examples is None:
         return batch

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from esper.batches.layout import Batch
 from esper.blueprints.kernel import LiveKernel
 from esper.kasmina.race.gate import Verdict
 from esper.kasmina.race.race import AMPLITUDES, Race
@@ -22,21 +22,21 @@ class Final:
     """Who won, and what is told of it."""
 
     kernel: LiveKernel | None  # None: doing nothing was better
-    facts: dict[str, Any]
+    facts: dict[str, object]
 
 
 def decide(
-    race: Race, batches: Sequence[Any], given: Given, host: nn.Module, decision: int, examples: int
+    race: Race, batches: Sequence[Batch], given: Given, host: nn.Module, decision: int, examples: int
 ) -> Final:
     """Return the winner; amplitude 0 is "do nothing", which competes in every race.
 
     Args:
-        race: Its candidates have learned.
+        race: Race whose candidates have learned.
         batches: Training batches that no candidate has seen.
-        given: How to run the host, random streams and the ledger.
+        given: Means to run the host, random streams and the ledger.
         host: Left untouched.
-        decision: Whose cost it is.
-        examples: In a step, for the ledger.
+        decision: Number of the decision whose cost it is.
+        examples: Examples in a step, for the ledger.
     """
     scores = score(race, batches, given, host, decision, examples)
     winner = int(scores.argmin())
@@ -48,7 +48,7 @@ def decide(
     curve = torch.stack(curves).mean(0)
     given.peers.all_reduce_mean([curve])
     amplitude = AMPLITUDES[int(torch.nan_to_num(curve, nan=math.inf).argmin())]
-    facts = {
+    facts: dict[str, object] = {
         "candidates": [
             {"start": start, "loss": number(loss)}
             for start, loss in zip(race.starts, scores.tolist(), strict=True)
@@ -63,7 +63,7 @@ def decide(
 
 
 def score(
-    race: Race, batches: Sequence[Any], given: Given, host: nn.Module, decision: int, examples: int
+    race: Race, batches: Sequence[Batch], given: Given, host: nn.Module, decision: int, examples: int
 ) -> Tensor:
     """Return each candidate's mean loss over the batches; non-finite counts as worst."""
     losses = []
@@ -79,13 +79,13 @@ def score(
     return torch.nan_to_num(mean, nan=math.inf)
 
 
-def ask(trial: Trial, kernel: LiveKernel, batches: Sequence[Any], given: Given) -> Verdict:
+def ask(trial: Trial, kernel: LiveKernel, batches: Sequence[Batch], given: Given) -> Verdict:
     """Let the gate look at a winner."""
     with given.ledger.growth("gate", trial.decision.id):
         return given.gate.look(trial.layer, kernel, batches, given.streams.draw("evidence"))
 
 
-def told(verdict: Verdict) -> dict[str, Any]:
+def told(verdict: Verdict) -> dict[str, object]:
     """Return a verdict as an event tells it."""
     found = {name: number(getattr(verdict, name)) for name in ("e_value", "threshold")}
     return {**asdict(verdict), **found}

@@ -15,7 +15,7 @@ from esper.kasmina.morphable import MorphableModel
 from esper.kasmina.race.initialisers import Survey, survey
 from esper.kasmina.seeds.layer import KasminaLayer, Tap
 from esper.kasmina.seeds.state import KasminaStateLayout
-from esper.kasmina.widths.layers import affine, is_linear, weight_of
+from esper.kasmina.widths.layers import affine, bias_of, is_linear, weight_of
 from esper.kasmina.widths.pairs import Pair
 from esper.kasmina.widths.places import Place
 from esper.surgery.isolation.contexts import same_randomness, untouched
@@ -44,10 +44,10 @@ def measure(
     """Survey sites.
 
     Args:
-        model: Owns the sites; all of them must be dormant.
+        model: Owner of the sites; all of them must be dormant.
         sites: Names.
         runs: Training-mode passes to the mean losses of recent batches.
-        seed: Of the random numbers used here.
+        seed: Seed of the random numbers used here.
         pool: Directions to look for per site.
         examples: Examples read at most.
         peers: Other processes, whose examples count too.
@@ -102,7 +102,7 @@ def inspect(place: Place, x: Tensor, gradient: Tensor, scale: Tensor, pool: int)
 def hidden(pair: Pair, x: Tensor) -> dict[str, float]:
     """Measure the units a pair has: mean, variance and share of dead ones."""
     with torch.no_grad():
-        h = affine(pair.producer, x, weight_of(pair.producer), pair.producer.bias)
+        h = affine(pair.producer, x, weight_of(pair.producer), bias_of(pair.producer))
         for step in pair.steps:
             h = step.run(h, step.tensors(), training=False)
         flat = h.float()
@@ -120,8 +120,8 @@ def vitals(
 
     Args:
         layout: Keeps the smoothed numbers.
-        seed: Whose kernel it is.
-        sample: Its output, and the milliseconds it took.
+        seed: Row of the seed whose kernel it is.
+        sample: Output of the kernel, and the milliseconds it took.
         gradient: Norm over its parameters.
     """
     output, milliseconds = sample

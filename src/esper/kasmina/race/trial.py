@@ -41,7 +41,7 @@ class Timing:
         """Derive from the run's length what the settings leave open.
 
         Args:
-            config: Settings.
+            config: Settings of the run.
             steps: Optimizer steps of the run; None counts as 1,000.
             settling: Steps the host's running statistics need to settle (0 without BatchNorm).
         """

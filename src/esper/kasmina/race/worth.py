@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from esper.batches.examples import LossFunction, count_examples, join, take
+from esper.batches.layout import Batch
 from esper.errors import ProbeError
 from esper.kasmina.evidence.coupling import ASKED, counted_rows, independent
 from esper.kasmina.race.schedule import first
@@ -27,9 +28,9 @@ class Worth:
     """How the loss of held-out batches becomes values.
 
     Attributes:
-        alone: Whether every example is a value; else every batch or block of one is.
-        cut: Whether batches can be cut and joined to blocks of another size.
-        per_example: Gives the losses of examples, (examples,), where the user has said how.
+        alone: True where every example is a value; else every batch or block of one is.
+        cut: True where batches can be cut and joined to blocks of another size.
+        per_example: Function that gives the losses of examples, (examples,), where the user has said how.
     """
 
     alone: bool
@@ -46,14 +47,14 @@ ALONE_EACH = Worth(alone=True)
 
 
 def worth_of(
-    model: nn.Module, loss_fn: LossFunction, places: Mapping[str, Place], held: Sequence[Any]
+    model: nn.Module, loss_fn: LossFunction, places: Mapping[str, Place], held: Sequence[Batch]
 ) -> Worth:
     """Find out what is one value of evidence: nobody takes an example for one unless it is shown.
 
     Args:
         model: The host, left as it is.
         loss_fn: ``loss_fn(model, batch) -> scalar``.
-        places: Where gradients are looked at.
+        places: Places where gradients are looked at, by name.
         held: Batches of the probe.
     """
     cut = True
@@ -67,7 +68,7 @@ def worth_of(
     return Worth(alone=False, cut=True)
 
 
-def counted(batches: Iterable[Any]) -> Iterator[Any]:
+def counted(batches: Iterable[Batch]) -> Iterator[Batch]:
     """Leave out the rows that torch's losses ignore, and batches of nothing else."""
     for batch in batches:
         rows = counted_rows(batch)
@@ -77,14 +78,14 @@ def counted(batches: Iterable[Any]) -> Iterator[Any]:
             yield take(batch, rows)
 
 
-def blocks(batches: Iterable[Any], size: int) -> Iterator[Any]:
+def blocks(batches: Iterable[Batch], size: int) -> Iterator[Batch]:
     """Cut batches that are twice as large, and join those that are half as large or less.
 
     Args:
-        batches: Whose examples the loss couples.
+        batches: Batches whose examples the loss couples.
         size: Examples of a block. What is left of a batch, or at the end, is left out: its loss is another.
     """
-    waiting, count = list[Any](), 0
+    waiting, count = list[Batch](), 0
     for batch in batches:
         examples = count_examples(batch)
         if examples >= 2 * size:
@@ -97,4 +98,4 @@ def blocks(batches: Iterable[Any], size: int) -> Iterator[Any]:
             count += examples
         if count >= size:
             yield from join(waiting)
-            waiting, count = list[Any](), 0
+            waiting, count = list[Batch](), 0

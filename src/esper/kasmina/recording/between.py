@@ -76,8 +76,8 @@ class Replay(Step):
     """A call that owns nothing, repeated as it was recorded."""
 
     func: Callable[..., Any]
-    args: tuple[Any, ...] = ()
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    args: tuple[object, ...] = ()
+    kwargs: Mapping[str, object] = field(default_factory=dict)
     switches: bool = False  # the call's ``training`` flag follows the mode
 
     def run(self, x: Tensor, own: Mapping[str, Tensor], training: bool) -> Tensor:
@@ -85,7 +85,7 @@ class Replay(Step):
         kwargs = {**self.kwargs, "training": training} if self.switches else self.kwargs
         return self.func(x, *self.args, **kwargs)
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         """Travel by name: some of torch's functions are closures, which do not pickle."""
         return named_replay, (self.label, self.args, dict(self.kwargs), self.switches)
 
@@ -102,7 +102,9 @@ class Counted(Replay):
         return ((self.name, "num_features", int(self.module.num_features) + units),)
 
 
-def named_replay(label: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], switches: bool) -> Replay:
+def named_replay(
+    label: str, args: tuple[object, ...], kwargs: Mapping[str, object], switches: bool
+) -> Replay:
     """Build a replay of a torch function from its name."""
     return Replay(label, function(label), args, kwargs, switches)
 
@@ -126,8 +128,8 @@ class Part:
     """One call of a :class:`Composite`."""
 
     label: str
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
+    args: tuple[object, ...]
+    kwargs: Mapping[str, object]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -47,10 +46,10 @@ class Outside:
     def __init__(self, model: nn.Module) -> None:
         self.model, self.thread = model, threading.get_ident()
         self.inside = {id(module) for module in model.modules()}
-        self.called: list[tuple[nn.Module, dict[str, Any]]] = []
+        self.called: list[tuple[nn.Module, dict[str, object]]] = []
         self.memo: Memo = {}
 
-    def __call__(self, module: nn.Module, args: Any) -> None:
+    def __call__(self, module: nn.Module, args: object) -> None:
         """Take in a module, in the mode the model is in."""
         if threading.get_ident() != self.thread or id(module) in self.inside:
             return

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TypedDict
 
 import torch
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -33,7 +34,13 @@ class FlopMeter(TorchDispatchMode):
         super().__init__()
         self.total = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: Sequence[type],
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
         """Count, then run; under inference mode layers come whole and are taken apart first."""
         if torch.is_inference_mode_enabled() and func._overloadpacket not in FORMULAS:
             with self:
@@ -45,6 +52,14 @@ class FlopMeter(TorchDispatchMode):
         if formula is not None:
             self.total += formula(*args, **(kwargs or {}), out_val=result)
         return result
+
+
+class LedgerState(TypedDict):
+    """What a saved run remembers of its spending."""
+
+    training_flops: int
+    growth_flops: int
+    seconds: float
 
 
 class Ledger:
@@ -76,7 +91,7 @@ class Ledger:
         """Charge this process's part of growth."""
         self.growth_flops += flops * self.processes
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> LedgerState:
         """Return the totals."""
         return {
             "training_flops": self.training_flops,
@@ -84,7 +99,7 @@ class Ledger:
             "seconds": self.seconds,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: LedgerState) -> None:
         """Go on from saved totals."""
         self.training_flops, self.growth_flops = state["training_flops"], state["growth_flops"]
         self.seconds = state["seconds"]

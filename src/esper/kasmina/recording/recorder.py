@@ -7,7 +7,7 @@ parameters they pass (norms that pass none, by hooks that last as long).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,7 +45,7 @@ class Call:
     parameters: tuple[str, ...]  # names of the parameters and buffers it was given
     shape: torch.Size | None  # of the first tensor it made
 
-    def argument(self, index: int, name: str, default: Any = None) -> Any:
+    def argument(self, index: int, name: str, default: object = None) -> Any:
         """Return an argument that may have come by position or by name."""
         return self.args[index] if index < len(self.args) else self.kwargs.get(name, default)
 
@@ -65,10 +65,10 @@ class Recording:
     outputs: frozenset[int] = frozenset()  # values the run returned
     makers: dict[int, int] = field(default_factory=dict)  # value -> the call that made it
     norms: dict[int, str] = field(default_factory=dict)  # call -> the norm without tensors that made it
-    again: Callable[[], Any] | None = None  # the run itself
+    again: Callable[[], object] | None = None  # the run itself
     transformed: bool = False  # whether layers were called inside torch.func
 
-    def settle(self, outputs: frozenset[int], run: Callable[[], Any]) -> Recording:
+    def settle(self, outputs: frozenset[int], run: Callable[[], object]) -> Recording:
         """Note what the run returned, and who made what."""
         self.outputs, self.again = outputs, run
         self.makers = {value: index for index, call in enumerate(self.calls) for value in call.makes}
@@ -113,7 +113,13 @@ class Recorder(TorchFunctionMode):
         self.values[id(tensor)] = len(self.recording.shapes) - 1
         return self.values[id(tensor)]
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
         """Run the call and write it down."""
         kwargs = kwargs or {}
         name = getattr(func, "__name__", str(func))
@@ -141,7 +147,7 @@ class Recorder(TorchFunctionMode):
         return result
 
 
-def tensors(tree: Any) -> list[Tensor]:
+def tensors(tree: object) -> list[Tensor]:
     """List the tensors in a nest of containers."""
     return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
 
@@ -152,12 +158,12 @@ def tensor_names(model: nn.Module) -> dict[int, str]:
     return {id(tensor): name for name, tensor in named}
 
 
-def record(model: nn.Module, run: Callable[[], Any]) -> Recording:
+def record(model: nn.Module, run: Callable[[], object]) -> Recording:
     """Record one run.
 
     Args:
         model: The module whose parameters and buffers are recognised.
-        run: Calls the model once, for example ``lambda: loss_fn(model, batch)``.
+        run: Function that calls the model once, for example ``lambda: loss_fn(model, batch)``.
     """
     recorder = Recorder(tensor_names(model))
     with norms_noted(model, recorder.recording.calls, recorder.recording.norms), recorder:

@@ -17,8 +17,8 @@ def region(recording: Recording, start: int, name: str, readers: Sequence[Call])
     Args:
         recording: The run.
         start: The value.
-        name: Of the layer it comes from, for the reason.
-        readers: Of the value: all, or those that are of one branch.
+        name: Name of the layer it comes from, for the reason.
+        readers: Calls that read the value: all, or those of one branch.
 
     Returns:
         The step, and the value it makes.

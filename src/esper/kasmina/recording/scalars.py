@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -20,8 +19,8 @@ class Scalar(Step):
     """An elementwise call that reads tensors of one entry; they are read anew at every call."""
 
     func: str
-    args: tuple[Any, ...]  # Slot(0) is the input, a Held one of the model's own numbers
-    kwargs: Mapping[str, Any]
+    args: tuple[object, ...]  # Slot(0) is the input, a Held one of the model's own numbers
+    kwargs: Mapping[str, object]
 
     def run(self, x: Tensor, own: Mapping[str, Tensor], training: bool) -> Tensor:
         """Make the same call on fewer channels."""
@@ -40,7 +39,7 @@ class Held:
     module: nn.Module = field(compare=False)
 
 
-def held(leaf: Any) -> Any:
+def held(leaf: object) -> object:
     """Return the tensor a leaf stands for, or the leaf."""
     return getattr(leaf.module, leaf.name) if isinstance(leaf, Held) else leaf
 
@@ -52,7 +51,7 @@ def scalar(call: Call, modules: Mapping[str, nn.Module]) -> Scalar | None:
     owners = {id(tensor): path for path, tensor in owned(call, modules)}
     if call.name not in ONE_EACH or len(owners) != len(set(call.parameters)):
         return None
-    filled: list[Any] = []
+    filled: list[object] = []
     for leaf in leaves:
         if not isinstance(leaf, Tensor):
             filled.append(leaf)

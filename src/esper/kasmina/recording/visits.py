@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +25,7 @@ PLAIN = (Tensor, bool, int, float, str, type(None), torch.dtype, torch.device)
 class Given:
     """What a block was called with, and under which autocast; ``slot`` is the leaf that it adds to."""
 
-    leaves: list[Any]
+    leaves: list[object]
     nest: TreeSpec
     slot: int
     autocast: tuple[str, torch.dtype, bool]
@@ -52,13 +51,13 @@ class Given:
         return replace(self, leaves=[*self.leaves[:index], None, *self.leaves[index + 1 :]])
 
 
-def floating(tree: Any) -> Tensor | None:
+def floating(tree: object) -> Tensor | None:
     """Return the first floating-point tensor of a nest."""
     leaves = tree_flatten(tree)[0]
     return next((leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()), None)
 
 
-def given_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Given, Tensor]:
+def given_in(args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[Given, Tensor]:
     """Keep a call's arguments but the input itself, which is returned beside them.
 
     Raises:
@@ -69,7 +68,7 @@ def given_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Given, Tens
     if not slots:
         raise Refused("it reads no floating-point tensor")
     x = leaves[slots[0]]
-    kept: list[Any] = []
+    kept: list[object] = []
     for index, leaf in enumerate(leaves):
         if index == slots[0]:
             kept.append(None)
@@ -99,7 +98,9 @@ class Visits:
     passed: Tensor | None = None  # what the block before returned, itself
     version: int = 0
 
-    def enter(self, index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def enter(
+        self, index: int, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]
+    ) -> None:
         """Note a call; a hook."""
         self.order.append(index)
         try:
@@ -114,7 +115,7 @@ class Visits:
             self.reason = "something stands between its blocks"
         self.x = x.detach().clone()
 
-    def leave(self, index: int, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+    def leave(self, index: int, module: nn.Module, args: object, result: object) -> None:
         """Note what a call returned; a hook."""
         self.passed = floating(result)
         if self.passed is None:
@@ -146,7 +147,7 @@ def watching(stacks: Sequence[Sequence[nn.Module]]) -> Iterator[list[Visits]]:
         yield seen
 
 
-def visit(stacks: Sequence[Sequence[nn.Module]], run: Callable[[], Any]) -> list[Visits]:
+def visit(stacks: Sequence[Sequence[nn.Module]], run: Callable[[], object]) -> list[Visits]:
     """Run once and tell what each stack saw."""
     with torch.no_grad(), watching(stacks) as seen:
         run()

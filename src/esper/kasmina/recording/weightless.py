@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sized
+from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
-from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -25,17 +24,17 @@ def norms_noted(model: nn.Module, calls: Sized, norms: dict[int, str]) -> Iterat
     """Note which of the calls recorded meanwhile such norms made.
 
     Args:
-        model: Its norms get hooks for the while.
-        calls: Recorded so far.
-        norms: Gets the path of the norm for each of its calls.
+        model: Model whose norms get hooks for the while.
+        calls: Calls recorded so far.
+        norms: Paths of norms by call; filled here.
     """
     begun: list[int] = []
 
-    def begin(module: nn.Module, args: Any) -> None:
+    def begin(module: nn.Module, args: object) -> None:
         begun.append(len(calls))
 
-    def ended(path: str) -> Any:
-        def end(module: nn.Module, args: Any, result: Any) -> None:
+    def ended(path: str) -> Callable[[nn.Module, object, object], None]:
+        def end(module: nn.Module, args: object, result: object) -> None:
             norms.update(dict.fromkeys(range(begun.pop(), len(calls)), path))
 
         return end

@@ -64,8 +64,9 @@ class KernelCache(Generic[V]):
     holds it, and is no longer counted then.
 
     Args:
-        load: Makes the value of a key; plain or ``async``. It runs in a thread of its own, an ``async`` one
-            on an event loop of its own. It may get other keys, but never the one it loads.
+        load: Function that makes the value of a key; plain or ``async``. It runs in a thread of its
+            own, an ``async`` one on an event loop of its own. It may get other keys, but never the one it
+            loads.
         max_bytes: Bytes kept.
         max_count: Values kept; None is unlimited.
         size_of: Bytes a value takes.

@@ -13,12 +13,12 @@ import, and a host that is not compiled never needs it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from types import CodeType
-from typing import Any, Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from esper.errors import CompileError, SiteError
 
 Kind = Literal["none", "regional", "whole"]
+Compiled: TypeAlias = Callable[..., object]  # what torch.compile made
 
 WRAPPED = "_orig_mod"  # where torch.compile keeps the module it was given
 # Graphs a code object must still have room for: awake and wider, in training, evaluation and a last batch.
@@ -42,16 +43,16 @@ class CompilePolicy:
         host: The module inside, which grows; the compiled object the user holds stays valid.
         regions: Compiled blocks by name, as ``torch.compile`` or ``Module.compile`` left them.
         calls: The compiled callable of every region, or under "" that of the whole.
-        aside: How often each region was asked to stand aside.
+        aside: Number of times each region was asked to stand aside, by name.
     """
 
     kind: Kind
     host: nn.Module
     regions: dict[str, nn.Module] = field(default_factory=dict)
-    calls: dict[str, Any] = field(default_factory=dict)
+    calls: dict[str, Compiled] = field(default_factory=dict)
     aside: dict[str, int] = field(default_factory=dict)
 
-    def uncompiled(self) -> AbstractContextManager[Any]:
+    def uncompiled(self) -> AbstractContextManager[object]:
         """Let what runs inside run eagerly: surveys, races, gates and recordings see the host's own calls."""
         return nullcontext() if self.kind == "none" else uncompiled()
 
@@ -144,7 +145,7 @@ class CompilePolicy:
         return codes
 
 
-def detect(model: nn.Module, loss_fn: Callable[..., Any] | None = None) -> CompilePolicy:
+def detect(model: nn.Module, loss_fn: Callable[..., object] | None = None) -> CompilePolicy:
     """Find out how a model was compiled by its user.
 
     Args:
@@ -155,19 +156,28 @@ def detect(model: nn.Module, loss_fn: Callable[..., Any] | None = None) -> Compi
         SiteError: It records CUDA graphs.
     """
     host = _inner(model)
-    calls = {name: _call(m) for name, m in host.named_modules() if _call(m) is not None}
+    found = ((name, _call(module)) for name, module in host.named_modules())
+    calls = {name: call for name, call in found if call is not None}
     for compiled in (model, *(host.get_submodule(name) for name in calls)):
         _refuse_cuda_graphs(compiled)
+    whole = _call(model)
     if model is not host or "" in calls:
-        return CompilePolicy("whole", host, calls={"": _call(model)})
-    if hasattr(loss_fn, "_torchdynamo_orig_callable"):
+        return CompilePolicy("whole", host, calls={"": whole} if whole is not None else {})
+    if loss_fn is not None and hasattr(loss_fn, "_torchdynamo_orig_callable"):
         return CompilePolicy("whole", host, calls={"": loss_fn})
     regions = {name: host.get_submodule(name) for name in calls}
     return CompilePolicy("regional" if regions else "none", host, regions, calls)
 
 
 def apply(
-    model: nn.Module, kind: Kind, backend: str | Callable[..., Any] = "inductor", **options: Any
+    model: nn.Module,
+    kind: Kind,
+    backend: str | Callable[..., object] = "inductor",
+    *,
+    mode: str | None = None,
+    dynamic: bool | None = None,
+    fullgraph: bool = False,
+    options: dict[str, str | int | bool | Callable[..., object]] | None = None,
 ) -> nn.Module:
     """Compile a model so that it can grow.
 
@@ -177,8 +187,11 @@ def apply(
             "regional": the outermost blocks of the user's own classes, each compiled in place; a growth
             recompiles one block. Torch's own containers and layers between them stay eager, because
             ``compile()`` does nothing on them (measured: 0 graphs, silently).
-        backend: Of ``torch.compile``.
-        options: More of its arguments.
+        backend: Backend of ``torch.compile``.
+        mode: Preset of the backend's options.
+        dynamic: True where sizes are taken for unknown; None: once they have changed.
+        fullgraph: True where a broken graph is an error.
+        options: Options of the backend, by name.
 
     Returns:
         What to train and to give to ``esper.grow``.
@@ -192,7 +205,9 @@ def apply(
     if kind == "none":
         return model
     if kind == "whole":
-        compiled = torch.compile(model, backend=backend, **options)
+        compiled = torch.compile(
+            model, backend=backend, mode=mode, dynamic=dynamic, fullgraph=fullgraph, options=options
+        )
         assert isinstance(compiled, nn.Module)
         _refuse_cuda_graphs(compiled)
         return compiled
@@ -203,7 +218,7 @@ def apply(
             'use the policy "whole"'
         )
     for block in found.values():
-        block.compile(backend=backend, **options)
+        block.compile(backend=backend, mode=mode, dynamic=dynamic, fullgraph=fullgraph, options=options)
     try:
         detect(model)
     except SiteError:
@@ -261,30 +276,30 @@ def _inner(model: nn.Module) -> nn.Module:
     return model
 
 
-def _call(module: nn.Module) -> Any:
+def _call(module: nn.Module) -> Compiled | None:
     """Return a module's compiled callable."""
     if WRAPPED in module._modules:
         return module.__dict__.get("forward")
     return module.__dict__.get("_compiled_call_impl")
 
 
-def _set_call(region: nn.Module, call: Any) -> None:
+def _set_call(region: nn.Module, call: Compiled | None) -> None:
     if WRAPPED in region._modules:
         region.__dict__["forward"] = partial(_run, _inner(region)) if call is None else call
     else:
         region.__dict__["_compiled_call_impl"] = call
 
 
-def _run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _run(module: nn.Module, *args: object, **kwargs: object) -> object:
     return module(*args, **kwargs)  # looked up at every call: a seam may come later
 
 
-def _code(function: Any) -> CodeType | None:
+def _code(function: object) -> CodeType | None:
     function = getattr(function, "_torchdynamo_orig_callable", function)
     return getattr(function, "__code__", None)
 
 
-def _graphs(code: CodeType) -> list[Any]:
+def _graphs(code: CodeType) -> Sequence[object]:
     return torch._C._dynamo.eval_frame._debug_get_cache_entry_list(code)
 
 

@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,8 +52,8 @@ class KasminaLayer(nn.Module):
 
     Args:
         place: The site.
-        on_fault: Told the reason when a kernel raised or went non-finite and the host's own output was used
-            instead.
+        on_fault: Function that is told the reason when a kernel raised or went non-finite and the
+            host's own output was used instead.
         pool: Streams for a parallel kernel on CUDA.
     """
 
@@ -100,7 +99,7 @@ class KasminaLayer(nn.Module):
         own["through"] = False
         self.__dict__.update(own)  # past nn.Module.__setattr__, 1.5 µs each
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """Leave behind the last pass, which may hang on a graph, and whoever is told of faults."""
         return {
             **self.__dict__,

@@ -36,10 +36,11 @@ class SingleFlight(Generic[V]):
         """Start a load that will fulfil ``future``.
 
         Args:
-            name: For error messages.
-            future: Where callers wait.
-            load: Makes the value; what it returns is awaited on a new event loop, if it can be.
-            land: Told the size before any waiter hears of the value, or None where the load raised.
+            name: Name of the load, for error messages.
+            future: Future on which callers wait.
+            load: Function that makes the value; what it returns is awaited on a new event loop, if it can be.
+            land: Function that is told the size, in bytes, before any waiter hears of the value, or
+                None where the load raised.
         """
         future.set_running_or_notify_cancel()  # from here on no waiter can cancel it
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +33,6 @@ MOVES: dict[Stage, frozenset[Stage]] = {
     Stage.ERROR: frozenset({Stage.CULLED}),
     Stage.ROLLED_BACK: frozenset({Stage.CULLED}),
 }
-ACTIVE = frozenset({Stage.GRAFTING, Stage.STABILISING, Stage.EVALUATING, Stage.FOSSILISED})
 AWAKE = frozenset({Stage.GERMINATED, Stage.TRAINING, Stage.GRAFTING, Stage.STABILISING, Stage.EVALUATING})
 
 # Rows of ``vitals``: variance of a kernel's output, norm of its gradient, share of dead units, seconds a call
@@ -81,10 +79,6 @@ class KasminaStateLayout(nn.Module):
     def stage_of(self, seed: int) -> Stage:
         """Return a seed's stage."""
         return Stage(int(self.stage.numpy()[seed]))  # the same memory, without torch's indexing (5 µs)
-
-    def is_active(self, seed: int) -> bool:
-        """Tell whether a seed takes part in the output (GRAFTING … FOSSILISED)."""
-        return self.stage_of(seed) in ACTIVE
 
     def move(self, seed: int, source: Stage, target: Stage, step: int) -> None:
         """Move a seed, compare-and-set.
@@ -199,11 +193,11 @@ class KasminaStateLayout(nn.Module):
         self.alpha, self.slope = self.alpha.to(device), self.slope.to(device)
         return self
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """Leave the lock behind."""
         return {key: value for key, value in self.__dict__.items() if key != "lock"}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         """Take a lock of one's own."""
         super().__setstate__(state)
         self.lock = threading.RLock()

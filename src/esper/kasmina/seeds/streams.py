@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -69,7 +68,7 @@ class StreamPool:
     Args:
         per_device: Streams per device; a kernel keeps the one it got first, so that its gradients always
             accumulate on one stream.
-        enabled: Whether streams are used at all; may be changed at any time.
+        enabled: Switch for streams at all; may be changed at any time.
 
     Raises:
         ConfigError: There is not even one stream.
@@ -90,7 +89,7 @@ class StreamPool:
         For example ``side = pool.fork(x, kernel); y = core(x); f = side.join()``.
 
         Args:
-            x: What host and kernel both read.
+            x: Input of both host and kernel, (batch, …).
             kernel: A module or function.
         """
         usable = self.enabled and x.is_cuda and not torch.compiler.is_compiling()
@@ -108,10 +107,10 @@ class StreamPool:
                 self._turns[kernel], self._turn = self._turn, self._turn + 1
             return streams[self._turns[kernel] % self.per_device]
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, int]:
         """Leave the streams behind: a copy makes its own."""
         return {"per_device": self.per_device, "enabled": self.enabled}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, int]) -> None:
         """Start with no streams."""
-        StreamPool.__init__(self, **state)
+        StreamPool.__init__(self, state["per_device"], bool(state["enabled"]))

@@ -26,7 +26,7 @@ def joint(finder: Finder, views: Sequence[View]) -> View:
     """Return the place that one layer's calls make together.
 
     Args:
-        finder: Knows the calls.
+        finder: Finder that knows the calls.
         views: The place behind each of them, as if it were the only one.
 
     Raises:

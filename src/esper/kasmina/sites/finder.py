@@ -54,8 +54,8 @@ class Finder:
 
     Args:
         model: The host.
-        recording: Of one pass.
-        examples: In that pass, where they are known.
+        recording: Recording of one pass.
+        examples: Number of examples in that pass, where it is known.
     """
 
     def __init__(self, model: nn.Module, recording: Recording, examples: int | None = None) -> None:
@@ -103,8 +103,8 @@ class Finder:
         """Go on until a layer reads the value; returns its name and call.
 
         Args:
-            track: What to follow.
-            readers: Of the value it is at, those to follow; all where none are given.
+            track: Track to follow.
+            readers: Calls that read the value it is at, those to follow; None: all.
 
         Raises:
             Parted: Where several calls read the value.
@@ -180,12 +180,7 @@ class Finder:
             tensor = module._parameters.get(own)
             if tensor is None:
                 continue
-            first = self.first[id(tensor)]
-            if len(self.owners[first]) > 1:
-                raise Refused(
-                    f"{name}.{own} is tied to {', '.join(o for o in self.owners[first] if o != name)}"
-                )
-            calls.update(self.uses(first))
+            calls.update(self.untied(name, own, tensor))
         if not calls:
             raise Refused(f"{name} {UNCALLED}")
         found = [self.recording.calls[c] for c in sorted(calls)]
@@ -210,6 +205,18 @@ class Finder:
     def uses(self, parameter: str) -> list[int]:
         """Return the calls a parameter was given to, but for penalties on its size."""
         return [c for c in self.recording.uses.get(parameter, []) if not is_penalty(self.recording, c)]
+
+    def untied(self, name: str, own: str, tensor: Tensor) -> list[int]:
+        """Return the calls that a layer's parameter was given to.
+
+        Raises:
+            Refused: Another layer has it, too.
+        """
+        first = self.first[id(tensor)]
+        if len(self.owners[first]) > 1:
+            others = ", ".join(owner for owner in self.owners[first] if owner != name)
+            raise Refused(f"{name}.{own} is tied to {others}")
+        return self.uses(first)
 
     def readers(self, value: int, name: str) -> list[Call]:
         """Return the calls that read a value."""

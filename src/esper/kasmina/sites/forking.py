@@ -37,9 +37,9 @@ def forked(finder: Finder, track: Track, parted: Parted) -> Fork:
     """Return the fork behind a layer.
 
     Args:
-        finder: Knows the recording.
-        track: How far the layer's output runs as one.
-        parted: Who reads it there.
+        finder: Finder that knows the recording.
+        track: Track of the layer's output, as far as it runs as one.
+        parted: Calls that read it there.
 
     Raises:
         Refused: One of its ways leads to no layer that could take more inputs; with both reasons.
@@ -78,9 +78,9 @@ def part(
     """Follow every way that leads on from where a track has parted.
 
     Args:
-        finder: Knows the recording.
+        finder: Finder that knows the recording.
         track: Leads to the parting.
-        parted: Who reads there.
+        parted: Calls that read there.
         tree: Takes what is found.
         source: The stretch the track goes on from.
         own: Labels of the steps between the first parting and the track.

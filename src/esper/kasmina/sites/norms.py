@@ -35,10 +35,10 @@ def layered(known: Known, call: Call, axis: int, name: str) -> Step:
     """Turn a call that owns parameters into a step.
 
     Args:
-        known: Of the pass.
-        call: Reads the output of a layer.
-        axis: Of its channels.
-        name: Of the layer.
+        known: Facts of the pass.
+        call: Call that reads the output of a layer.
+        axis: Axis of its channels.
+        name: Name of the layer.
     """
     path = call.parameters[0].rpartition(".")[0]
     module = known.modules.get(path)
@@ -76,10 +76,10 @@ def weightless(known: Known, call: Call, axis: int, name: str) -> Step | None:
     """Turn a call of a norm without tensors into a step; None of any other call.
 
     Args:
-        known: Of the pass.
-        call: Reads the output of a layer.
-        axis: Of its channels.
-        name: Of the layer.
+        known: Facts of the pass.
+        call: Call that reads the output of a layer.
+        axis: Axis of its channels.
+        name: Name of the layer.
     """
     index = known.recording.makers.get(call.makes[0])
     path = known.recording.norms.get(-1 if index is None else index)

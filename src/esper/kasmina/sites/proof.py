@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import combinations, permutations, product, takewhile
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,8 @@ from esper.kasmina.widths.layers import out_size
 from esper.surgery.isolation.contexts import slow_path
 from esper.surgery.widen_layers import widen
 
-Entered: TypeAlias = "dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]]"  # calls of each module
+Arguments: TypeAlias = "tuple[tuple[object, ...], dict[str, object]]"  # by position, and by name
+Entered: TypeAlias = "dict[str, list[Arguments]]"  # calls of each module
 TRIES = 33  # subsets of five numbers, and the ones whose name says heads
 
 
@@ -42,7 +43,12 @@ def entered(recording: Recording, modules: Mapping[str, nn.Module], paths: Itera
         for path in dict.fromkeys(paths):
             kept = calls.setdefault(path, [])
 
-            def keep(module: nn.Module, args: Any, kwargs: Any, kept: Any = kept) -> None:
+            def keep(
+                module: nn.Module,
+                args: tuple[object, ...],
+                kwargs: dict[str, object],
+                kept: list[Arguments] = kept,
+            ) -> None:
                 kept.append((args, kwargs))
 
             stack.callback(modules[path].register_forward_pre_hook(keep, with_kwargs=True).remove)
@@ -55,7 +61,7 @@ def entered(recording: Recording, modules: Mapping[str, nn.Module], paths: Itera
 class Proof:
     """Finds out by trying, on a copy, how attention is computed and what grows with its heads."""
 
-    def __init__(self, model: nn.Module, pair: HeadsPair, run: Callable[[], Any], heads: int) -> None:
+    def __init__(self, model: nn.Module, pair: HeadsPair, run: Callable[[], object], heads: int) -> None:
         self.copy, self.pair, self.run, self.count = model.eval(), pair, run, heads
         self.x, self.y = self.look()
 
@@ -66,10 +72,10 @@ class Proof:
         with ExitStack() as stack:
             first, last = self.pair.ends()
 
-            def enter(module: nn.Module, args: Any) -> None:
+            def enter(module: nn.Module, args: tuple[Tensor, ...]) -> None:
                 seen.append(args[0])
 
-            def leave(module: nn.Module, args: Any, y: Tensor) -> None:
+            def leave(module: nn.Module, args: object, y: Tensor) -> None:
                 seen.append(y)
 
             stack.callback(first.register_forward_pre_hook(enter).remove)

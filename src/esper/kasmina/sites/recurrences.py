@@ -56,12 +56,7 @@ def only_call(finder: Finder, name: str, layer: nn.RNNBase) -> Call:
     for own, tensor in layer._parameters.items():
         if tensor is None:
             raise Refused(f"{own} of {name} is missing")
-        first = finder.first[id(tensor)]
-        if len(finder.owners[first]) > 1:
-            raise Refused(
-                f"{name}.{own} is tied to {', '.join(o for o in finder.owners[first] if o != name)}"
-            )
-        calls.update(finder.uses(first))
+        calls.update(finder.untied(name, own, tensor))
     if not calls:
         raise Refused(f"{name} was not called by the probe")
     if len(calls) > 1:

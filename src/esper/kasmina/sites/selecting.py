@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from torch import nn
 
@@ -16,7 +16,7 @@ Sites: TypeAlias = "Selector | Sequence[Selector] | Mapping[str, Selector | Sequ
 DIRECTIONS = ("include", "exclude")
 
 
-def refuse_selectors(sites: Any) -> None:
+def refuse_selectors(sites: object) -> None:
     """Refuse what selects no place, whatever the model.
 
     Raises:
@@ -34,7 +34,7 @@ def refuse_selectors(sites: Any) -> None:
         _refuse(wanted, f"sites[{direction!r}]", empty=direction == "exclude")
 
 
-def selects(one: Any) -> bool:
+def selects(one: object) -> bool:
     """Tell what may select layers from what never does."""
     if isinstance(one, re.Pattern):
         return isinstance(one.pattern, str)  # one of bytes matches no name
@@ -43,7 +43,7 @@ def selects(one: Any) -> bool:
     return isinstance(one, str) and one != ""
 
 
-def _refuse(wanted: Any, where: str, *, empty: bool) -> None:
+def _refuse(wanted: object, where: str, *, empty: bool) -> None:
     several = isinstance(wanted, Sequence) and not isinstance(wanted, str | bytes | bytearray)
     for one in wanted if several else [wanted]:
         if not selects(one):

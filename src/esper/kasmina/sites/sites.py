@@ -10,7 +10,6 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,15 +35,15 @@ DRAWS = 8  # of training passes, where chance decides which layers run
 
 
 def find_pairs(
-    model: nn.Module, run: Callable[[], Any], examples: int | None = None
+    model: nn.Module, run: Callable[[], object], examples: int | None = None
 ) -> tuple[list[Found], list[Refusal]]:
     """Return the pairs that train and eval mode agree on, and every refusal with its reason.
 
     Args:
         model: The host; its mode is put back.
-        run: Calls the model once without touching training state; the caller guards buffers and random
-            numbers.
-        examples: In that run, where they are known.
+        run: Function that calls the model once without touching training state; the caller guards buffers
+            and random numbers.
+        examples: Number of examples in that run, where it is known.
     """
     with same_modes(model), slow_path():
         model.eval()
@@ -70,14 +69,14 @@ class Draws:
     """Recordings in training: one, or several where chance decides which layers run (stochastic depth).
 
     Args:
-        model: In training mode.
-        run: Calls it once.
-        evaluation: What was found there, where every layer runs.
-        examples: In that run, where they are known.
+        model: Host in training mode.
+        run: Function that calls it once.
+        evaluation: Finder of a pass in evaluation, where every layer runs.
+        examples: Number of examples in that run, where it is known.
     """
 
     def __init__(
-        self, model: nn.Module, run: Callable[[], Any], evaluation: Finder, examples: int | None
+        self, model: nn.Module, run: Callable[[], object], evaluation: Finder, examples: int | None
     ) -> None:
         called = {name for name, used in evaluation.recording.uses.items() if used}
         self.finders: list[Finder] = []
@@ -104,7 +103,7 @@ class Draws:
 
 
 def reachable(
-    model: nn.Module, pairs: Sequence[Found], run: Callable[[], Any]
+    model: nn.Module, pairs: Sequence[Found], run: Callable[[], object]
 ) -> tuple[list[Found], list[Refusal]]:
     """Keep the pairs whose seams see every pass, in train mode and, without gradients, in eval mode.
 
@@ -189,7 +188,7 @@ def why_not_raced(pair: Found) -> str:
     return ""
 
 
-def witnessed(pairs: Sequence[Found], run: Callable[[], Any]) -> list[Witness]:
+def witnessed(pairs: Sequence[Found], run: Callable[[], object]) -> list[Witness]:
     """Return how each pair's seams are passed in one run."""
     witnesses = [Witness(len(pair.site.exits)) for pair in pairs]
     closers: list[Callable[[], None]] = []
@@ -217,7 +216,7 @@ class Witness:
     """Counts how often the seams of a pair are passed, and sees to the order.
 
     Args:
-        exits: How many it has.
+        exits: Number of its consumers.
     """
 
     def __init__(self, exits: int) -> None:
@@ -270,8 +269,8 @@ def select(places: Iterable[Place], refusals: Sequence[Refusal], sites: Sites = 
     """Keep the places the user asked for.
 
     Args:
-        places: What was found.
-        refusals: Named in the error when nothing is left.
+        places: Places found.
+        refusals: Refusals, named in the error when nothing is left.
         sites: "auto", or globs, regular expressions or layer types (one or several) that match a place's name
             or either of its ends; a mapping with "include" and "exclude" for both directions.
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+
+from torch import Tensor, nn
 
 from esper.contracts import WidenEdit, WidenPlan
 from esper.kasmina.recording.between import Step
-from esper.kasmina.widths.layers import grown_inputs, grown_outputs, in_axis, out_axis
+from esper.kasmina.widths.layers import bias_of, grown_inputs, grown_outputs, in_axis, out_axis, stored_weight
 
 
-def edit(name: str, axis: int, tensor: Any, added: int, source: str, chunks: int = 1) -> WidenEdit:
+def edit(name: str, axis: int, tensor: Tensor, added: int, source: str, chunks: int = 1) -> WidenEdit:
     """Describe one tensor's growth."""
     return WidenEdit(name, axis, tensor.shape[axis], tensor.shape[axis] + added, source, chunks)
 
@@ -19,7 +21,7 @@ class Draft:
 
     Args:
         site: Name of the place.
-        units: To add.
+        units: Number of units to add.
     """
 
     def __init__(self, site: str, units: int) -> None:
@@ -27,13 +29,21 @@ class Draft:
         self.edits: list[WidenEdit] = []
         self.attributes: list[tuple[str, str, int]] = []
 
-    def rows(self, role: str, path: str, layer: Any) -> None:
-        """Let a layer make the units."""
-        weight = f"{path}.weight"
-        self.edits.append(edit(weight, out_axis(layer), layer.weight, self.units, f"{role}_weight"))
-        if layer.bias is not None:
-            self.edits.append(edit(f"{path}.bias", 0, layer.bias, self.units, f"{role}_bias"))
-        self.attributes += grown_outputs(path, layer, self.units)
+    def rows(self, role: str, path: str, layer: nn.Module, each: int = 1, chunks: int = 1) -> None:
+        """Let a layer make the units, in some rows each; these come in as many chunks."""
+        weight, added = f"{path}.weight", self.units * each
+        self.edits.append(
+            edit(weight, out_axis(layer), stored_weight(layer), added, f"{role}_weight", chunks)
+        )
+        bias = bias_of(layer)
+        if bias is not None:
+            self.edits.append(edit(f"{path}.bias", 0, bias, added, f"{role}_bias", chunks))
+        self.attributes += grown_outputs(path, layer, added)
+
+    def steps(self, role: str, steps: Iterable[Step]) -> None:
+        """Let them pass steps, one after the other."""
+        for index, step in enumerate(steps):
+            self.between(f"{role}_{index}", step)
 
     def between(self, role: str, step: Step) -> None:
         """Let them pass a step."""
@@ -41,10 +51,10 @@ class Draft:
             self.edits.append(edit(host, 0, step.tensors()[own], self.units, f"{role}_{own}"))
         self.attributes += step.attributes(self.units)
 
-    def columns(self, source: str, path: str, layer: Any, each: int) -> None:
-        """Let a layer read them, in some columns each."""
+    def columns(self, source: str, path: str, layer: nn.Module, each: int, chunks: int = 1) -> None:
+        """Let a layer read them, in some columns each; these come in as many chunks."""
         added = self.units * each
-        self.edits.append(edit(f"{path}.weight", in_axis(layer), layer.weight, added, source))
+        self.edits.append(edit(f"{path}.weight", in_axis(layer), stored_weight(layer), added, source, chunks))
         self.attributes += grown_inputs(path, layer, added)
 
     def plan(self) -> WidenPlan:

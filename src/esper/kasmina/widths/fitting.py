@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from esper.blueprints.kernel import LiveKernel
 from esper.kasmina.widths.places import WidenPlace
-from esper.kasmina.widths.widen import HostKernel
+from esper.kasmina.widths.widen import HostKernel, Widenable
 from esper.surgery.isolation.contexts import same_randomness
 
 
-def fitted(place: WidenPlace, given: LiveKernel, units: int) -> HostKernel[Any]:
+def fitted(place: WidenPlace, given: LiveKernel, units: int) -> HostKernel[Widenable]:
     """Build a kernel of a place's present shapes from one made before its neighbours grew.
 
     Args:
-        place: As it is now.
-        given: Its units are used, the first ones where fewer are asked for.
-        units: How many.
+        place: Place as it is now.
+        given: Kernel whose units are used, the first ones where fewer are asked for.
+        units: Number of units.
     """
     with same_randomness(0):  # what it draws is overwritten; the user's stream stays where it is
         kernel = place.kernel(units)

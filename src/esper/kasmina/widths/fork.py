@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -45,7 +45,7 @@ class Fork:
     """A site with the host's own modules at hand."""
 
     site: Site
-    producer: Any  # a layer, see layers.py
+    producer: nn.Module  # a layer, see layers.py
     stretches: tuple[Stretch, ...]  # each behind the one it goes on from
     branches: tuple[Branch, ...]  # in the order their consumers run
     positions: float  # per example at which the producer is applied
@@ -103,8 +103,8 @@ class ForkKernel(HostKernel[Fork]):
     """New units of a fork.
 
     Args:
-        pair: Where the units will live.
-        units: How many.
+        pair: Fork in which the units will live.
+        units: Number of units.
     """
 
     producer_weight: nn.Parameter

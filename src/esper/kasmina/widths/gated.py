@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -20,40 +19,25 @@ from esper.kasmina.widths.layers import (
     out_size,
     weight_of,
 )
-from esper.kasmina.widths.outlets import Outlet
-from esper.kasmina.widths.pairs import unit_parameters
+from esper.kasmina.widths.pairs import TwoEnded, unit_parameters
 from esper.kasmina.widths.widen import HostKernel
 
 
 @dataclass(frozen=True)
-class GatedPair:
+class GatedPair(TwoEnded):
     """A site with the host's own modules at hand."""
 
     site: Site
-    producer: Any  # nn.Linear or a convolution, the one that runs first
-    partner: Any  # the other factor's
+    producer: nn.Module  # nn.Linear or a convolution, the one that runs first
+    partner: nn.Module  # the other factor's
     partner_name: str
-    consumer: Any
+    consumer: nn.Module
     left: tuple[Step, ...]  # between the producer and the product
     right: tuple[Step, ...]  # between the partner and the product
     steps: tuple[Step, ...]  # between the product and the consumer
     columns: int
     places: tuple[float, float]  # positions per example at which producers and consumer are applied
     step_flops: int
-
-    @property
-    def port(self) -> Literal["parallel"]:
-        """New units read what both producers read."""
-        return "parallel"
-
-    def ends(self) -> tuple[nn.Module, nn.Module]:
-        """Return the first producer and the consumer."""
-        return self.producer, self.consumer
-
-    @property
-    def outlets(self) -> tuple[Outlet, ...]:
-        """The consumer."""
-        return (Outlet(self.consumer, self.columns),)
 
     def used(self) -> Mapping[str, float]:
         """Map all three layers to the positions at which they run."""
@@ -80,8 +64,7 @@ class GatedPair:
         draft.rows("producer", self.site.entry, self.producer)
         draft.rows("partner", self.partner_name, self.partner)
         for role, steps in (("left", self.left), ("right", self.right), ("between", self.steps)):
-            for index, step in enumerate(steps):
-                draft.between(f"{role}_{index}", step)
+            draft.steps(role, steps)
         draft.columns("consumer_weight", self.site.exit, self.consumer, self.columns)
         return draft.plan()
 
@@ -90,8 +73,8 @@ class GatedKernel(HostKernel[GatedPair]):
     """New units of a gated pair.
 
     Args:
-        pair: Where the units will live.
-        units: How many.
+        pair: Pair in which the units will live.
+        units: Number of units.
     """
 
     producer_weight: nn.Parameter
@@ -119,5 +102,6 @@ class GatedKernel(HostKernel[GatedPair]):
         right = affine(pair.partner, x, self.partner_weight, self.partner_bias)
         left = self.through("left", pair.left, self.owned["left"], left)
         right = self.through("right", pair.right, self.owned["right"], right)
+        # (batch, …, units) or (batch, units, *space)
         h = self.through("between", pair.steps, self.owned["between"], left * right)
         return h if hidden else affine(pair.consumer, h, self.consumer_weight, None)

@@ -10,25 +10,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from esper.contracts import Site, WidenEdit, WidenPlan
-from esper.kasmina.widths.draft import edit
+from esper.kasmina.widths.draft import Draft
 from esper.kasmina.widths.layers import (
     affine,
-    grown_inputs,
-    grown_outputs,
-    in_axis,
     in_size,
-    out_axis,
     out_size,
 )
-from esper.kasmina.widths.outlets import Outlet
-from esper.kasmina.widths.pairs import unit_parameters
+from esper.kasmina.widths.pairs import TwoEnded, unit_parameters
 from esper.kasmina.widths.widen import HostKernel
 
 ROLES = ("producer", "key", "value")
@@ -49,7 +43,7 @@ class Count:
 
 
 @dataclass(frozen=True)
-class HeadsPair:
+class HeadsPair(TwoEnded):
     """A site with the host's own modules at hand; a unit is one channel of k, widths grow by whole heads.
 
     With grouped queries a head is one of k and v with ``group`` heads of q, and a unit one channel of each.
@@ -57,10 +51,10 @@ class HeadsPair:
 
     site: Site
     names: tuple[str, str, str, str]  # q, k, v, the layer behind; the same three where one layer makes all
-    producer: Any  # q
-    key: Any
-    value: Any
-    consumer: Any
+    producer: nn.Module  # q
+    key: nn.Module
+    value: nn.Module
+    consumer: nn.Module
     causal: bool
     scale: float
     dropout: float  # on the attention weights, in training
@@ -69,11 +63,6 @@ class HeadsPair:
     group: int = 1  # heads of q per head of k and v
     order: tuple[int, int, int] = (0, 1, 2)  # of q, k and v in one layer
     by_head: bool = False  # in one layer: each head's q, k and v together, not all heads of q first
-
-    @property
-    def port(self) -> Literal["parallel"]:
-        """New heads read what q, k and v read."""
-        return "parallel"
 
     @property
     def columns(self) -> int:
@@ -90,15 +79,6 @@ class HeadsPair:
         """Rows of the first layer per unit."""
         return 3 if self.fused else self.group
 
-    def ends(self) -> tuple[nn.Module, nn.Module]:
-        """Return q and the layer behind."""
-        return self.producer, self.consumer
-
-    @property
-    def outlets(self) -> tuple[Outlet, ...]:
-        """The layer behind."""
-        return (Outlet(self.consumer, self.columns),)
-
     def used(self) -> Mapping[str, int]:
         """Map all layers to the positions at which they run."""
         return dict.fromkeys(self.names, self.time)
@@ -107,7 +87,7 @@ class HeadsPair:
         """Build new heads; the columns of the layer behind are zero."""
         return HeadsKernel(self, units)
 
-    def layers(self) -> tuple[tuple[str, str, Any, int], ...]:
+    def layers(self) -> tuple[tuple[str, str, nn.Module, int], ...]:
         """List (role, path, layer, rows per unit) of q, k and v."""
         layers = zip(
             ROLES, self.names, (self.producer, self.key, self.value), (self.rows, 1, 1), strict=False
@@ -126,28 +106,19 @@ class HeadsPair:
 
     def plan(self, units: int) -> WidenPlan:
         """Write down what grows when ``units`` channels are added."""
-        edits: list[WidenEdit] = []
-        attributes: list[tuple[str, str, int]] = []
+        draft = Draft(self.site.name, units)
         chunks = 3 if self.fused and not self.by_head else 1
         for role, path, layer, each in self.layers():
-            axis, weight = out_axis(layer), f"{path}.weight"
-            edits.append(edit(weight, axis, layer.weight, units * each, f"{role}_weight", chunks))
-            if layer.bias is not None:
-                edits.append(edit(f"{path}.bias", 0, layer.bias, units * each, f"{role}_bias", chunks))
-            attributes += grown_outputs(path, layer, units * each)
-        behind, added = self.names[3], units * self.columns
-        axis = in_axis(self.consumer)
-        edits.append(edit(f"{behind}.weight", axis, self.consumer.weight, added, "consumer_weight"))
-        attributes += grown_inputs(behind, self.consumer, added)
-        heads = units // self.site.granularity
-        attributes.extend(count.plus(heads) for count in self.counts)
-        return WidenPlan(self.site.name, units, tuple(edits), tuple(attributes))
+            draft.rows(role, path, layer, each, chunks)
+        draft.columns("consumer_weight", self.names[3], self.consumer, self.columns)
+        draft.attributes.extend(count.plus(units // self.site.granularity) for count in self.counts)
+        return draft.plan()
 
     def parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Run the host's own layers: q, k and v, (batch, time, heads * head_dim) each."""
         if not self.fused:
             return self.producer(x), self.key(x), self.value(x)
-        made = self.producer(x)
+        made = self.producer(x)  # (batch, time, 3 * heads * head_dim)
         if self.by_head:  # (…, heads, 3, head_dim)
             each = [p.flatten(-2) for p in made.unflatten(-1, (-1, 3, self.site.granularity)).unbind(-2)]
         else:
@@ -157,6 +128,7 @@ class HeadsPair:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, training: bool) -> Tensor:
         """Run attention on (batch, time, heads * head_dim); written out, so that it runs under vmap."""
+        # (batch, heads, time, head_dim)
         q, k, v = (t.unflatten(-1, (-1, self.site.granularity)).transpose(1, 2) for t in (q, k, v))
         if self.group > 1:
             k, v = (t.repeat_interleave(self.group, 1) for t in (k, v))
@@ -165,15 +137,15 @@ class HeadsPair:
             ahead = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
             scores = scores.masked_fill(ahead, -math.inf)
         weights = F.dropout(scores.softmax(-1), self.dropout, training)
-        return (weights.to(v.dtype) @ v).transpose(1, 2).flatten(2)
+        return (weights.to(v.dtype) @ v).transpose(1, 2).flatten(2)  # (batch, time, heads * head_dim)
 
 
 class HeadsKernel(HostKernel[HeadsPair]):
     """New heads; the rows and columns of a unit stand together, and go to their places when laid.
 
     Args:
-        pair: Where they will live.
-        units: How many channels; a multiple of head_dim.
+        pair: Pair in which they will live.
+        units: Number of channels; a multiple of head_dim.
     """
 
     def __init__(self, pair: HeadsPair, units: int) -> None:
@@ -191,7 +163,7 @@ class HeadsKernel(HostKernel[HeadsPair]):
             for role, _, layer, _ in pair.layers()
         ]
         if pair.fused:
-            each = made[0].unflatten(-1, (self.units, 3)).unbind(-1)
+            each = made[0].unflatten(-1, (self.units, 3)).unbind(-1)  # (batch, time, units) each
             q, k, v = (each[place] for place in pair.order)
         else:
             q, k, v = made

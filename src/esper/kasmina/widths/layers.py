@@ -6,8 +6,6 @@ turned for layers whose weight is (in, out, …).
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -50,10 +48,23 @@ def in_axis(layer: nn.Module) -> int:
     return 1 - out_axis(layer)
 
 
+def stored_weight(layer: nn.Module) -> Tensor:
+    """Return a layer's weight as the layer has it: (out, in, …), or (in, out, …)."""
+    assert isinstance(layer.weight, Tensor)
+    return layer.weight
+
+
 def weight_of(layer: nn.Module) -> Tensor:
     """Return a layer's weight as (out, in, …): itself, or a view."""
-    assert isinstance(layer.weight, Tensor)
-    return layer.weight if out_axis(layer) == 0 else layer.weight.transpose(0, 1)
+    weight = stored_weight(layer)
+    return weight if out_axis(layer) == 0 else weight.transpose(0, 1)
+
+
+def bias_of(layer: nn.Module) -> Tensor | None:
+    """Return a layer's bias, (out,), None where it has none."""
+    bias: Tensor | nn.Module | None = layer.bias
+    assert bias is None or isinstance(bias, Tensor)
+    return bias
 
 
 def out_size(layer: nn.Module) -> int:
@@ -82,7 +93,7 @@ def counts(path: str, layer: nn.Module, names: tuple[str, ...], value: int) -> l
     return [(path, name, value) for name in names if isinstance(held.get(name), int)]
 
 
-def affine(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def affine(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Apply another weight, (out, in, …), in a layer's own way: its stride, dilation, padding and their mode.
 
     What was tapped under autocast may be half as wide as the weights; outside it has to be widened first.
@@ -93,8 +104,9 @@ def affine(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
         return F.linear(x, weight, bias)
     if isinstance(layer, PLAIN):
         return layer._conv_forward(x, weight, bias)
+    assert isinstance(layer, TRANSPOSED) and isinstance(layer.padding, tuple)
     func = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}[len(layer.kernel_size)]
-    turned = weight.transpose(0, 1)
+    turned = weight.transpose(0, 1)  # (in, out, *taps)
     return func(x, turned, bias, layer.stride, layer.padding, layer.output_padding, 1, layer.dilation)
 
 

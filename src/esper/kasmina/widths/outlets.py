@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from esper.kasmina.widths.layers import affine, is_linear, weight_of
 
@@ -20,7 +19,7 @@ from esper.kasmina.widths.layers import affine, is_linear, weight_of
 class Outlet:
     """A consumer, and how many of its columns belong to one unit."""
 
-    consumer: Any  # a layer, see layers.py
+    consumer: nn.Module  # a layer, see layers.py
     columns: int  # 1, or positions per channel behind a flatten
 
     def zeros(self, units: int) -> Tensor:
@@ -38,13 +37,13 @@ class Outlet:
         axis = self.axis(hidden)
         shape = list(hidden.shape)
         shape[axis] = self.columns
-        return torch.cat([hidden, hidden.new_ones(shape)], axis)
+        return torch.cat([hidden, hidden.new_ones(shape)], axis)  # units * columns + columns along the axis
 
     def rows(self, hidden: Tensor) -> Tensor:
         """Return the units one by one, a row per position, (rows, units)."""
         if not is_linear(self.consumer):
-            return hidden.movedim(1, -1).flatten(0, -2).float()
-        if self.columns > 1:
+            return hidden.movedim(1, -1).flatten(0, -2).float()  # (batch, units, *space) -> (rows, units)
+        if self.columns > 1:  # (batch, …, units * columns) -> (rows, units)
             return hidden.unflatten(-1, (-1, self.columns)).movedim(-2, -1).flatten(0, -2).float()
         return hidden.flatten(0, -2).float()
 
@@ -52,10 +51,11 @@ class Outlet:
         """Return the gradient of the outgoing weights of these units, (units, out · …).
 
         Args:
-            hidden: What the consumer reads of them.
-            gradient: Of the loss for its output.
+            hidden: Units as the consumer reads them, (batch, …, units) or (batch, units, *space).
+            gradient: Gradient of the loss for its output, (batch, …, out) or (batch, out, *space).
         """
         host, axis = weight_of(self.consumer), self.axis(hidden)
+        # (out, units * columns, *taps)
         weight = host.new_zeros(host.shape[0], hidden.shape[axis], *host.shape[2:]).requires_grad_()
         with torch.enable_grad():
             said = (affine(self.consumer, hidden, weight, None) * gradient).sum()
@@ -65,6 +65,7 @@ class Outlet:
     def through(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """Run the consumer with other weights, given per unit, (units, out · …)."""
         host = weight_of(self.consumer)
+        # (out, units * columns, *taps)
         flat = weight.reshape(-1, host.shape[0], *host.shape[2:]).movedim(0, 1)
         assert flat.shape[1] == weight.shape[0] * self.columns
         return affine(self.consumer, hidden, flat.to(host.dtype), None)

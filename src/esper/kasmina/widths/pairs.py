@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal, Protocol
 
 from torch import nn
 
@@ -16,32 +16,52 @@ from esper.kasmina.widths.outlets import Outlet
 from esper.kasmina.widths.widen import WidenKernel
 
 
-@dataclass(frozen=True)
-class Pair:
-    """A site with the host's own modules at hand."""
+class Layers(Protocol):
+    """The layers of a pair."""
 
-    site: Site
-    producer: Any  # a layer, see layers.py
-    consumer: Any
-    steps: tuple[Step, ...]
-    columns: int  # consumer columns per unit: 1, or positions per channel behind a flatten
-    places: tuple[float, float]  # positions per example at which producer and consumer are applied
-    step_flops: int  # forward, per example and unit, of what stands between
-    fast: tuple[Any, ...] = ()  # modules around whose fast path would pass the layers by in evaluation
+    @property
+    def producer(self) -> nn.Module:
+        """The layer whose input is read."""
+
+    @property
+    def consumer(self) -> nn.Module:
+        """The layer that gets columns."""
+
+    @property
+    def columns(self) -> int:
+        """The consumer's columns per unit."""
+
+
+class TwoEnded:
+    """What pairs have in common: one layer whose input is read, one that gets columns."""
 
     @property
     def port(self) -> Literal["parallel"]:
         """New units read what the producer reads."""
         return "parallel"
 
-    def ends(self) -> tuple[nn.Module, nn.Module]:
+    def ends(self: Layers) -> tuple[nn.Module, nn.Module]:
         """Return producer and consumer."""
         return self.producer, self.consumer
 
     @property
-    def outlets(self) -> tuple[Outlet, ...]:
+    def outlets(self: Layers) -> tuple[Outlet, ...]:
         """The consumer."""
         return (Outlet(self.consumer, self.columns),)
+
+
+@dataclass(frozen=True)
+class Pair(TwoEnded):
+    """A site with the host's own modules at hand."""
+
+    site: Site
+    producer: nn.Module  # a layer, see layers.py
+    consumer: nn.Module
+    steps: tuple[Step, ...]
+    columns: int  # consumer columns per unit: 1, or positions per channel behind a flatten
+    places: tuple[float, float]  # positions per example at which producer and consumer are applied
+    step_flops: int  # forward, per example and unit, of what stands between
+    fast: tuple[nn.Module, ...] = ()  # modules around whose fast path would pass the layers by in evaluation
 
     def used(self) -> Mapping[str, float]:
         """Map producer and consumer to the positions at which they run."""
@@ -65,8 +85,7 @@ class Pair:
         """Write down what grows when ``units`` are added; sources are the kernel's tensor names."""
         draft = Draft(self.site.name, units)
         draft.rows("producer", self.site.entry, self.producer)
-        for index, step in enumerate(self.steps):
-            draft.between(f"between_{index}", step)
+        draft.steps("between", self.steps)
         draft.columns("consumer_weight", self.site.exit, self.consumer, self.columns)
         return draft.plan()
 

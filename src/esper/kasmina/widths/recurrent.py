@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,31 +17,26 @@ from torch import Tensor, nn
 
 from esper.contracts import Site, WidenEdit, WidenPlan
 from esper.kasmina.recording.between import Step
-from esper.kasmina.widths.draft import edit
-from esper.kasmina.widths.layers import affine, grown_inputs, in_axis, weight_of
-from esper.kasmina.widths.outlets import Outlet
+from esper.kasmina.widths.draft import Draft, edit
+from esper.kasmina.widths.layers import affine, weight_of
+from esper.kasmina.widths.pairs import TwoEnded
 from esper.kasmina.widths.widen import HostKernel
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN_TANH": 1, "RNN_RELU": 1}
 
 
 @dataclass(frozen=True)
-class RecurrentPair:
+class RecurrentPair(TwoEnded):
     """A site with the host's own modules at hand; a unit is one in every layer and direction."""
 
     site: Site
-    producer: Any  # nn.LSTM, nn.GRU or nn.RNN
-    consumer: Any
+    producer: nn.RNNBase  # nn.LSTM, nn.GRU or nn.RNN
+    consumer: nn.Module
     part: int  # what is read of it: 0 the outputs, 1 the last states, 2 the last cells
     steps: tuple[Step, ...]
     columns: int  # consumer columns per unit: 2 behind both directions
     places: tuple[int, int]  # positions per example
     step_flops: int
-
-    @property
-    def port(self) -> Literal["parallel"]:
-        """New units read what the layer reads."""
-        return "parallel"
 
     @property
     def gates(self) -> int:
@@ -53,15 +47,6 @@ class RecurrentPair:
     def directions(self) -> int:
         """1, or 2."""
         return 2 if self.producer.bidirectional else 1
-
-    def ends(self) -> tuple[nn.Module, nn.Module]:
-        """Return the recurrent layer and the consumer."""
-        return self.producer, self.consumer
-
-    @property
-    def outlets(self) -> tuple[Outlet, ...]:
-        """The consumer."""
-        return (Outlet(self.consumer, self.columns),)
 
     def used(self) -> Mapping[str, int]:
         """Map both layers to the positions at which they run."""
@@ -100,38 +85,33 @@ class RecurrentPair:
 
     def plan(self, units: int) -> WidenPlan:
         """Write down what grows when ``units`` are added; sources are the kernel's tensor names."""
-        edits: list[WidenEdit] = []
-        entry, exit_, gates = self.site.entry, self.site.exit, self.gates
+        draft = Draft(self.site.name, units)
+        entry, gates = self.site.entry, self.gates
         for layer, role, name in self.names():
             host, path = getattr(self.producer, name), f"{entry}.{name}"
-            edits.append(edit(path, 0, host, gates * units, name, gates))
+            draft.edits.append(edit(path, 0, host, gates * units, name, gates))
             if role == "weight_hh":
-                edits.append(edit(path, 1, host, units, name))
+                draft.edits.append(edit(path, 1, host, units, name))
             elif role == "weight_ih" and layer > 0:
-                edits.append(edit(path, 1, host, self.directions * units, name, self.directions))
-        attributes = [(entry, "hidden_size", self.producer.hidden_size + units)]
-        for index, step in enumerate(self.steps):
-            for own, host in step.grows():
-                edits.append(edit(host, 0, step.tensors()[own], units, f"between_{index}_{own}"))
-            attributes.extend(step.attributes(units))
-        added = units * self.columns
-        behind, axis = f"{exit_}.weight", in_axis(self.consumer)
-        edits.append(edit(behind, axis, self.consumer.weight, added, "consumer_weight", self.columns))
-        attributes += grown_inputs(exit_, self.consumer, added)
-        return WidenPlan(self.site.name, units, tuple(edits), tuple(attributes))
+                draft.edits.append(edit(path, 1, host, self.directions * units, name, self.directions))
+        draft.attributes.append((entry, "hidden_size", self.producer.hidden_size + units))
+        draft.steps("between", self.steps)
+        draft.columns("consumer_weight", self.site.exit, self.consumer, self.columns, self.columns)
+        return draft.plan()
 
 
 class RecurrentKernel(HostKernel[RecurrentPair]):
     """New units of a recurrent layer, written out, so that they run under vmap.
 
     Args:
-        pair: Where the units will live.
-        units: How many.
+        pair: Pair in which the units will live.
+        units: Number of units, in each layer and direction.
     """
 
     def __init__(self, pair: RecurrentPair, units: int) -> None:
         super().__init__(pair, units)
-        bound, like = 1 / math.sqrt(pair.producer.hidden_size), pair.producer.weight_ih_l0
+        bound = 1 / math.sqrt(pair.producer.hidden_size)
+        like: Tensor = getattr(pair.producer, pair.producer._flat_weights_names[0])  # (gates * hidden, in)
         for layer, role, name in pair.names():
             inner = pair.directions * units if role == "weight_ih" and layer else units
             inner = pair.producer.input_size if role == "weight_ih" and not layer else inner
@@ -174,20 +154,22 @@ class RecurrentKernel(HostKernel[RecurrentPair]):
 
     def scan(self, x: Tensor, suffix: str, back: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Run one layer in one direction; returns every state, the last one and the last cell."""
+        # (time, batch, gates, units)
         given = F.linear(x, *self.gated("ih", suffix)).unflatten(-1, (self.pair.gates, self.units))
         weight, bias = self.gated("hh", suffix)
-        h = cell = given.new_zeros(given.shape[1], self.units)
+        h = cell = given.new_zeros(given.shape[1], self.units)  # (batch, units)
         states: list[Tensor] = []
         for g in reversed(given.unbind()) if back else given.unbind():
             recurrent = F.linear(h, weight, bias).unflatten(-1, (self.pair.gates, self.units))
             h, cell = step(self.pair.producer.mode, g, recurrent, h, cell)
             states.append(h)
-        return torch.stack(states[::-1] if back else states), h, cell
+        return torch.stack(states[::-1] if back else states), h, cell  # (time, batch, units)
 
     def gated(self, which: str, suffix: str) -> tuple[Tensor, Tensor | None]:
         """Return a weight and its bias with the gates in front, as torch has them."""
         weight, bias = (getattr(self, f"{kind}_{which}{suffix}", None) for kind in ("weight", "bias"))
         assert isinstance(weight, Tensor)
+        # (units, gates, in) -> (gates * units, in), (units, gates) -> (gates * units,)
         return weight.transpose(0, 1).flatten(0, 1), None if bias is None else bias.T.flatten()
 
     def taken(self, name: str, tensor: Tensor, units: int, which: Tensor) -> Tensor:
@@ -200,6 +182,7 @@ class RecurrentKernel(HostKernel[RecurrentPair]):
     def lay(self, edit: WidenEdit, tensor: Tensor) -> Tensor:
         """Put gates, or directions, in front of units; between old and new units there are zeros."""
         if edit.source == "consumer_weight":
+            # (out, units * chunks) -> (out, chunks * units)
             tensor = tensor.unflatten(1, (self.units, edit.chunks)).transpose(1, 2).flatten(1, 2)
         if edit.source == "consumer_weight" or edit.source.startswith("between"):
             return super().lay(edit, tensor)
@@ -207,7 +190,7 @@ class RecurrentKernel(HostKernel[RecurrentPair]):
         host = getattr(self.pair.producer, edit.source)
         if edit.axis == 1:
             old = tensor.new_zeros(self.pair.gates, host.shape[0] // self.pair.gates, tensor.shape[-1])
-            return torch.cat([old, rows], 1).flatten(0, 1)
+            return torch.cat([old, rows], 1).flatten(0, 1)  # (gates * (old + units), …)
         if edit.source in self.axes:
             return rows.flatten(0, 1)
         return tensor.new_zeros(self.pair.gates * self.units, host.shape[1])

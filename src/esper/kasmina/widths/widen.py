@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ class Widenable(Protocol):
         """The plain facts."""
 
     @property
-    def producer(self) -> Any:
+    def producer(self) -> nn.Module:
         """The layer whose input is read."""
 
     @property
@@ -44,7 +44,7 @@ class TwoLayers(Widenable, Protocol):
     """A pair."""
 
     @property
-    def consumer(self) -> Any:
+    def consumer(self) -> nn.Module:
         """The one layer that gets columns."""
 
     @property
@@ -62,30 +62,23 @@ class HostKernel(LiveKernel, Generic[PlaceT]):
     tuple of what they add to each.
 
     Args:
-        pair: Where the units will live; its modules are used, not owned.
-        units: How many.
+        pair: Place where the units will live; its modules are used, not owned.
+        units: Number of units.
     """
 
     def __init__(self, pair: PlaceT, units: int) -> None:
         super().__init__()
         self.units = units
-        self.pair: PlaceT = pair
+        self.pair: PlaceT = pair  # no module: the host's stay out of the kernel's own tree
         self.outgoing = column_names(pair.outlets)
         self.consumer_weight: nn.Parameter
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Keep the host's modules out of the kernel's own tree."""
-        if name == "pair":
-            object.__setattr__(self, name, value)
-        else:
-            super().__setattr__(name, value)
 
     @property
     def place(self) -> PlaceT:
         """The pair, under the name that every kernel of a place has for it."""
         return self.pair
 
-    def draw(self, role: str, layer: Any, each: int = 1) -> None:
+    def draw(self, role: str, layer: nn.Module, each: int = 1) -> None:
         """Make rows of a producing layer: uniform with bound 1/√fan_in, torch's default, and bias 0.
 
         A unit may have several, which stand together.
@@ -94,6 +87,7 @@ class HostKernel(LiveKernel, Generic[PlaceT]):
         bound = 1 / math.sqrt(host[0].numel())
         rows = host.new_empty(self.units * each, *host.shape[1:]).uniform_(-bound, bound)
         self.register_parameter(f"{role}_weight", nn.Parameter(rows))  # (units * each, in, *taps)
+        # (units * each,)
         bias = None if layer.bias is None else nn.Parameter(host.new_zeros(self.units * each))
         self.register_parameter(f"{role}_bias", bias)
 
@@ -141,7 +135,7 @@ class HostKernel(LiveKernel, Generic[PlaceT]):
 
     def taken(self, name: str, tensor: Tensor, units: int, which: Tensor) -> Tensor:
         """Pick the slices of some units from one tensor; a unit may hold several."""
-        slices = tensor.movedim(self.axes[name], 0)
+        slices = tensor.movedim(self.axes[name], 0)  # (units * slices of each, …)
         own = slices.reshape(units, -1, *slices.shape[1:])  # (units, slices of each, …)
         return own[which].flatten(0, 1).movedim(0, self.axes[name])
 
@@ -163,8 +157,8 @@ class WidenKernel(HostKernel[TwoLayers]):
     """New units of a pair.
 
     Args:
-        pair: Where the units will live.
-        units: How many.
+        pair: Pair in which the units will live.
+        units: Number of units.
     """
 
     producer_weight: nn.Parameter
@@ -179,6 +173,7 @@ class WidenKernel(HostKernel[TwoLayers]):
 
     def forward(self, x: Tensor, hidden: bool = False) -> Tensor:
         """Map the producer's input to what the units add to the consumer's output, or to its input."""
+        # (batch, …, units) or (batch, units, *space)
         h = affine(self.pair.producer, x, self.producer_weight, self.producer_bias)
         h = self.through("between", self.pair.steps, self.owned, h)
         return h if hidden else affine(self.pair.consumer, h, self.consumer_weight, None)

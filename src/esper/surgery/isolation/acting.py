@@ -37,17 +37,18 @@ def held(gateways: Iterable[tuple[str, object]]) -> dict[str, Tensor]:
     return {f"{KEY}.{name}": tensor for part in parts(gateways) for name, tensor in part.items()}
 
 
-def take(own: Mapping[str, Tensor], state: dict[str, Any], prefix: str, errors: list[str]) -> None:
+def take(own: Mapping[str, Tensor], state: dict[str, object], prefix: str, errors: list[str]) -> None:
     """Write a seed's tensors back from a state, and take them out of it; a state without any leaves it.
 
     Args:
-        own: What acts on the module now, by key; without any, the state is left as it is, and torch names
-            the keys that nobody takes.
-        state: To load from.
-        prefix: Of the module.
-        errors: What does not fit is added.
+        own: Tensors that act on the module now, by key; without any, the state is left as it is, and torch
+            names the keys that nobody takes.
+        state: State to load from.
+        prefix: Prefix of the module's keys.
+        errors: Messages; what does not fit is added.
     """
-    given = {key: state[prefix + key] for key in [k[len(prefix) :] for k in state if is_seed(k, prefix)]}
+    found = [key[len(prefix) :] for key in state if is_seed(key, prefix)]
+    given: dict[str, Any] = {key: state[prefix + key] for key in found}
     if not own or not given:
         return
     for key in given:

@@ -8,7 +8,7 @@ import weakref
 from collections import OrderedDict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 Memo: TypeAlias = "dict[int, tuple[Any, Any]]"  # id -> what was copied, kept alive, and its copy
 
+Value = TypeVar("Value")
+
 CONTAINERS = (list, tuple, dict, set, deque)
 STREAMS = (np.random.Generator, np.random.RandomState, random.Random)
 STATE = (Tensor, np.ndarray, int, float, complex, str, type(None), torch.Generator, *CONTAINERS, *STREAMS)
 LARGEST = 64  # entries of a list that are copied one by one; of a longer one the list itself is
-SEAM = "_esper_seam"  # see seam.py
+SEAM = "_esper_seam"  # the attribute of a module with an open seam, see seam.py
 TORCHS = frozenset(nn.Module().__dict__) | {SEAM}  # what every module has
 
 COMPANIONS: weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[nn.Module]]] = weakref.WeakKeyDictionary()
@@ -86,7 +88,7 @@ def lent_tables(model: nn.Module) -> Iterator[None]:
             module._parameters = parameters
 
 
-def own(value: Any, memo: Memo, depth: int = 3) -> Any:
+def own(value: Value, memo: Memo, depth: int = 3) -> Value:
     """Copy what a pass may change; what is met twice is copied once."""
     if not isinstance(value, (Tensor, np.ndarray, torch.Generator, *CONTAINERS, *STREAMS)):
         return value
@@ -95,7 +97,7 @@ def own(value: Any, memo: Memo, depth: int = 3) -> Any:
     return memo[id(value)][1]
 
 
-def made(value: Any, memo: Memo, depth: int) -> Any:
+def made(value: object, memo: Memo, depth: int) -> object:
     """Make the copy."""
     if isinstance(value, Tensor):
         return fresh(value)
@@ -103,15 +105,15 @@ def made(value: Any, memo: Memo, depth: int) -> Any:
         return value.clone_state()
     if isinstance(value, STREAMS):
         return copy.deepcopy(value)
-    deeper = depth > 0 and len(value) <= LARGEST
+    deeper = depth > 0 and isinstance(value, CONTAINERS) and len(value) <= LARGEST
     if isinstance(value, tuple):  # a named one, or one of the user's own, is left alone
         return tuple(own(one, memo, depth - 1) for one in value) if deeper and type(value) is tuple else value
     changed = copy.copy(value)
-    if deeper and isinstance(value, dict):
-        for key, one in value.items():
+    if deeper and isinstance(changed, dict):
+        for key, one in list(changed.items()):
             changed[key] = own(one, memo, depth - 1)
-    elif deeper and isinstance(value, list):
-        changed[:] = [own(one, memo, depth - 1) for one in value]
+    elif deeper and isinstance(changed, list):
+        changed[:] = [own(one, memo, depth - 1) for one in changed]
     return changed
 
 

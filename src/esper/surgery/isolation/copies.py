@@ -7,9 +7,8 @@ layer by another way than its argument sees the copies too.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
@@ -34,7 +33,7 @@ def on_copies(model: nn.Module) -> Iterator[Callable[[], list[str]]]:
     modules = [one for one in modules_of(model) if not isinstance(one, torch.jit.ScriptModule)]
     modules += [core_of(one) for one in modules if is_open(one)]  # its calls run behind the seam
     before = [(module, module.__dict__) for module in modules]
-    made: dict[int, dict[str, Any]] = {}  # a module and its core share one
+    made: dict[int, dict[str, object]] = {}  # a module and its core share one
     memo: Memo = {}
     names = dict(model.named_parameters())
 
@@ -59,14 +58,14 @@ def on_copies(model: nn.Module) -> Iterator[Callable[[], list[str]]]:
             module.training = mode
 
 
-def copied(held: dict[str, Any], memo: Memo) -> dict[str, Any]:
+def copied(held: Mapping[str, object], memo: Memo) -> dict[str, object]:
     """Copy what a module holds."""
     return {name: entry(name, value, memo) for name, value in held.items()}
 
 
-def entry(name: str, value: Any, memo: Memo) -> Any:
+def entry(name: str, value: object, memo: Memo) -> object:
     """Copy one entry of a module's ``__dict__``."""
-    if name in TABLES:
+    if name in TABLES and isinstance(value, dict):
         return {key: None if one is None else own(one, memo) for key, one in value.items()}
     if name in TORCHS:
         tables = isinstance(value, dict)  # of submodules and hooks, which stay what they are

@@ -7,12 +7,13 @@ be seen by every thread that draws from it meanwhile. So calls that would draw f
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
@@ -22,7 +23,7 @@ class OwnDraws(TorchDispatchMode):
     """Lets calls draw from generators of its own.
 
     Args:
-        seed: Of these; None to go on from where the default ones are, which stay there.
+        seed: Seed of these; None to go on from where the default ones are, which stay there.
     """
 
     def __init__(self, seed: int | None) -> None:
@@ -41,7 +42,13 @@ class OwnDraws(TorchDispatchMode):
             self.generators[device] = made
         return self.generators[device]
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: OpOverload,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> object:
         """Run a call; one that draws, draws from here."""
         kwargs = kwargs or {}
         if torch.Tag.nondeterministic_seeded not in func.tags or kwargs.get("generator") is not None:
@@ -55,7 +62,13 @@ class OwnDraws(TorchDispatchMode):
             return self.behind(func, args, kwargs, generator)
         return drawing(*args, **kwargs, generator=generator)
 
-    def behind(self, func: Any, args: Any, kwargs: Any, generator: torch.Generator) -> Any:
+    def behind(
+        self,
+        func: OpOverload,
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
+        generator: torch.Generator,
+    ) -> object:
         """Run a call that takes no generator: the default one stands where ours is, for just this call."""
         default = default_of(generator.device)
         with LOCK:
@@ -69,10 +82,10 @@ class OwnDraws(TorchDispatchMode):
 
 
 LOCK = threading.RLock()
-DRAWING: dict[Any, Any] = {}  # a call -> its form that takes a generator
+DRAWING: dict[OpOverload, OpOverload] = {}  # a call -> its form that takes a generator
 
 
-def drawing_form(func: Any) -> Any:
+def drawing_form(func: OpOverload) -> OpOverload | None:
     """Return the form of a call that takes a generator; None where there is none."""
     if any(argument.name == "generator" for argument in func._schema.arguments):
         found = func

@@ -11,7 +11,6 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 from torch import nn
@@ -23,10 +22,10 @@ DRAWERS: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 class Listening:
     """A function that draws, and notes whether this thread called it."""
 
-    def __init__(self, function: Callable[..., Any], heard: list[str], thread: int) -> None:
+    def __init__(self, function: Callable[..., object], heard: list[str], thread: int) -> None:
         self.function, self.heard, self.thread = function, heard, thread
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         """Draw."""
         if threading.get_ident() == self.thread:
             self.heard.append(self.function.__name__)
@@ -37,7 +36,7 @@ class Listening:
 def draws_noted(model: nn.Module) -> Iterator[None]:
     """Listen to the functions of ``random`` and ``numpy.random`` for a few passes; others draw as ever."""
     heard: list[str] = []
-    replaced: list[tuple[Any, str, Any]] = []
+    replaced: list[tuple[object, str, object]] = []
     try:
         for home, stream in HOMES:
             for name, function in vars(home).copy().items():

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any, Protocol
+from typing import Any, Protocol, SupportsIndex
 
 from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from esper.surgery.isolation.acting import held, refuse_reading, take
+from esper.surgery.isolation.attributes import SEAM
 from esper.surgery.isolation.contexts import slow_path
 
-ATTRIBUTE = "_esper_seam"
 AFTERWARDS = "do so before growth begins, or use torch.export, which calls it"
 
 
@@ -36,8 +36,8 @@ class Gateway(Protocol):
 def seam_class(base: type[nn.Module]) -> type[nn.Module]:
     """Return the subclass of ``base`` whose calls pass through the seam."""
 
-    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        gateways, core = self.__dict__[ATTRIBUTE]
+    def call(self: nn.Module, *args: object, **kwargs: object) -> object:
+        gateways, core = self.__dict__[SEAM]
         if args and isinstance(args[0], Proxy):
             refuse_reading(gateways, "torch.fx", AFTERWARDS)
             return base.__call__(self, *args, **kwargs)  # a tracer knows modules by identity
@@ -54,23 +54,32 @@ def seam_class(base: type[nn.Module]) -> type[nn.Module]:
                 y = gateway.leave(y) if isinstance(y, Tensor) else replaced(y, gateway.leave)
         return y
 
-    def reduce(self: nn.Module, protocol: Any) -> Any:
-        gateways, _ = self.__dict__[ATTRIBUTE]
+    def reduce(self: nn.Module, protocol: SupportsIndex) -> tuple[object, ...]:
+        gateways, _ = self.__dict__[SEAM]
         state = base.__getstate__(self)  # a recurrent layer leaves out its weak references
-        return revive, (base,), {**(state if isinstance(state, dict) else {}), ATTRIBUTE: gateways}
+        return revive, (base,), {**(state if isinstance(state, dict) else {}), SEAM: gateways}
 
     def set_state(self: nn.Module, state: dict[str, Any]) -> None:
         base.__setstate__(self, state)
-        join(self, base, state[ATTRIBUTE])
+        join(self, base, state[SEAM])
 
-    def save(self: nn.Module, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+    def save(self: nn.Module, destination: dict[str, object], prefix: str, keep_vars: bool) -> None:
         base._save_to_state_dict(self, destination, prefix, keep_vars)
         for key, tensor in held(gateways_of(self)).items():
             destination[prefix + key] = tensor if keep_vars else tensor.detach()
 
-    def load(self: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-        take(held(gateways_of(self)), state, prefix, rest[-1])
-        base._load_from_state_dict(self, state, prefix, *rest)
+    def load(
+        self: nn.Module,
+        state: dict[str, object],
+        prefix: str,
+        metadata: object,
+        strict: bool,
+        missing: list[str],
+        unexpected: list[str],
+        errors: list[str],
+    ) -> None:
+        take(held(gateways_of(self)), state, prefix, errors)
+        base._load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors)
 
     def prepare(self: nn.Module) -> nn.Module:
         refuse_reading(gateways_of(self), "torch.jit.script", AFTERWARDS)
@@ -83,13 +92,13 @@ def seam_class(base: type[nn.Module]) -> type[nn.Module]:
     return seam
 
 
-def slowly(core: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def slowly(core: Callable[..., object], *args: object, **kwargs: object) -> object:
     """Call a module whose fast path would pass its layers by, and their seams with them."""
     with slow_path():
         return core(*args, **kwargs)
 
 
-def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+def first_tensor(args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor | None:
     """Return the first floating-point tensor a layer was called with."""
     if args and isinstance(args[0], Tensor) and args[0].is_floating_point():  # the usual call: no flattening
         return args[0]
@@ -97,7 +106,7 @@ def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None
     return next((leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()), None)
 
 
-def replaced(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def replaced(tree: object, change: Callable[[Tensor], Tensor]) -> object:
     """Return a nest of outputs with its first floating-point tensor changed, if it has one."""
     leaves, nest = tree_flatten(tree)
     for index, leaf in enumerate(leaves):
@@ -118,7 +127,7 @@ def join(module: nn.Module, base: type[nn.Module], gateways: tuple[tuple[str, Ga
     core.__dict__ = (
         module.__dict__
     )  # shared, so parameters, hooks and mode follow; a copy went stale (tested)
-    module.__dict__[ATTRIBUTE] = (gateways, core)
+    module.__dict__[SEAM] = (gateways, core)
 
 
 def attach(module: nn.Module, gateways: tuple[tuple[str, Gateway], ...]) -> None:
@@ -130,23 +139,23 @@ def attach(module: nn.Module, gateways: tuple[tuple[str, Gateway], ...]) -> None
 
 def is_open(module: nn.Module) -> bool:
     """Tell whether a module has a seam."""
-    return ATTRIBUTE in module.__dict__
+    return SEAM in module.__dict__
 
 
 def gateways_of(module: nn.Module) -> tuple[tuple[str, Gateway], ...]:
     """Return a module's gateways and their roles; none where it is plain."""
-    return module.__dict__[ATTRIBUTE][0] if is_open(module) else ()
+    return module.__dict__[SEAM][0] if is_open(module) else ()
 
 
 def core_of(module: nn.Module) -> nn.Module:
     """Return the plain object behind an open seam; they share one ``__dict__``."""
-    core: nn.Module = module.__dict__[ATTRIBUTE][1]
+    core: nn.Module = module.__dict__[SEAM][1]
     return core
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
     """Return the class a module has without its seam."""
-    return type(module.__dict__[ATTRIBUTE][1]) if is_open(module) else type(module)
+    return type(module.__dict__[SEAM][1]) if is_open(module) else type(module)
 
 
 def open_seam(module: nn.Module, role: str, gateway: Gateway) -> Callable[[], None]:
@@ -158,8 +167,8 @@ def open_seam(module: nn.Module, role: str, gateway: Gateway) -> Callable[[], No
         A function that takes this gateway out again; with the last one the module is exactly as before.
     """
     if is_open(module):
-        gateways, core = module.__dict__[ATTRIBUTE]
-        module.__dict__[ATTRIBUTE] = ((*gateways, (role, gateway)), core)
+        gateways, core = module.__dict__[SEAM]
+        module.__dict__[SEAM] = ((*gateways, (role, gateway)), core)
     else:
         attach(module, ((role, gateway),))
 
@@ -186,7 +195,7 @@ class Entering:
     def __init__(self, gateway: Gateway) -> None:
         self.gateway = gateway
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __call__(self, module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         """Show its first tensor."""
         self.gateway.enter(first_tensor(args, kwargs))
 
@@ -197,7 +206,7 @@ class Leaving:
     def __init__(self, gateway: Gateway) -> None:
         self.gateway = gateway
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> Any:
+    def __call__(self, module: nn.Module, args: object, result: object) -> object:
         """Return what takes its place."""
         leave = self.gateway.leave
         return leave(result) if isinstance(result, Tensor) else replaced(result, leave)
@@ -205,13 +214,13 @@ class Leaving:
 
 def close_seam(module: nn.Module, role: str, gateway: Gateway) -> None:
     """Take one gateway out; a module that is copied takes its own closing with it, as a closure would not."""
-    gateways, core = module.__dict__[ATTRIBUTE]
+    gateways, core = module.__dict__[SEAM]
     left = tuple(g for g in gateways if g != (role, gateway))
     if left:
-        module.__dict__[ATTRIBUTE] = (left, core)
+        module.__dict__[SEAM] = (left, core)
     else:
         module.__class__ = rebased(type(module), type(core))
-        del module.__dict__[ATTRIBUTE]
+        del module.__dict__[SEAM]
 
 
 def rebased(found: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -29,7 +28,13 @@ ATTENTION = "scaled_dot_product_attention"  # (q, k, v, mask, dropout_p)
 class Still(TorchFunctionMode):
     """Lets every dropout call drop nothing."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
         """Run a call, with a share of zero where it would drop."""
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
@@ -40,7 +45,9 @@ class Still(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def with_zero(args: Any, kwargs: dict[str, Any], index: int, name: str) -> tuple[Any, dict[str, Any]]:
+def with_zero(
+    args: tuple[object, ...], kwargs: dict[str, object], index: int, name: str
+) -> tuple[tuple[object, ...], dict[str, object]]:
     """Set an argument, given by position or by name, to zero."""
     if len(args) > index:
         return (*args[:index], 0.0, *args[index + 1 :]), kwargs

@@ -16,7 +16,7 @@ from esper.errors import StateError, nearest
 from esper.kasmina.race.gate import Verdict
 from esper.kasmina.race.holding import weakly
 from esper.kasmina.race.initialisers import Survey
-from esper.kasmina.race.race import Race
+from esper.kasmina.race.race import Race, RaceState
 from esper.kasmina.race.trial import Trial
 from esper.kasmina.seeds.layer import KasminaLayer
 from esper.kasmina.widths.layers import weight_of
@@ -29,19 +29,6 @@ from esper.tolaria.growth.early.state import RecipeState
 from esper.tolaria.growth.run.state import RunState
 
 VERSION = 2
-
-
-class RaceState(TypedDict):
-    """A race, as it writes itself."""
-
-    units: int
-    starts: list[str]
-    batched: bool
-    missed: NotRequired[int]
-    scores: Tensor
-    parameters: dict[str, Tensor]
-    buffers: dict[str, Tensor]
-    optimizer: dict[str, Any]
 
 
 class TrialState(TypedDict):
@@ -131,7 +118,7 @@ def capture_trial(trial: Trial) -> TrialState:
         "spent": trial.spent,
         "size": list(trial.size),
         "verdict": None if trial.verdict is None else asdict(trial.verdict),
-        "race": None if trial.race is None else cast("RaceState", trial.race.state_dict()),
+        "race": None if trial.race is None else trial.race.state_dict(),
         "kernel": None
         if trial.kernel is None
         else {k: v.detach().clone() for k, v in trial.kernel.state_dict().items()},
@@ -237,5 +224,5 @@ def revived(layer: KasminaLayer, state: RaceState, peers: Peers) -> Race:
     empty = Survey({}, torch.zeros(1), 0)
     race = Race(layer, state["units"], ("random",) * len(state["starts"]), empty, x, 1.0, peers)
     race.starts = tuple(state["starts"])
-    race.load_state_dict(dict(state))
+    race.load_state_dict(state)
     return race

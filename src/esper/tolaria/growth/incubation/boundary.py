@@ -16,10 +16,11 @@ from typing import Literal
 from esper.contracts import Decision, Stage
 from esper.distributed.collectives import Peers
 from esper.errors import ProcessError
+from esper.kasmina.race.initialisers import STARTS
 from esper.tolaria.growth.run.state import RunState
 
 ACTIONS: tuple[Literal["widen", "graft", "nothing"], ...] = ("widen", "graft", "nothing")
-STARTS = ("svd", "random", "mixed")
+WAYS = tuple(STARTS)  # by number, as ranks tell each other
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,14 +79,14 @@ def same_decision(peers: Peers, decision: Decision, names: Sequence[str]) -> Dec
     if peers.world == 1:
         return decision
     index = -1 if decision.site is None else names.index(decision.site)
-    start = -1 if decision.start is None else STARTS.index(decision.start)
+    start = -1 if decision.start is None else WAYS.index(decision.start)
     own = [ACTIONS.index(decision.action), index, decision.width, start]
     first = [int(number) for number in peers.broadcast_floats(own)]
     if first == own:
         return decision
     action, index, width, start = first
     site = None if index < 0 else names[index]
-    how = None if start < 0 else STARTS[start]
+    how = None if start < 0 else WAYS[start]
     return replace(decision, action=ACTIONS[action], site=site, width=width, start=how)
 
 
