@@ -58,7 +58,7 @@ def _content(handle: int, limit: int) -> bytes:
         kind = KINDS.get(stat.S_IFMT(facts.st_mode), "something else")
         raise _UnfitError(f"it is {kind}; give a regular file")
     chunks: list[bytes] = []
-    room = limit + 1
+    room = limit + 1 if facts.st_size <= limit else 0  # a file of holes is read for hours, into memory
     while room and (chunk := os.read(handle, min(CHUNK, room))):
         chunks.append(chunk)
         room -= len(chunk)

@@ -35,6 +35,12 @@ def shortened(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[:most]}… ({len(text) - most:,} characters more)"
 
 
+def raised(error: BaseException) -> str:
+    """Name an error by its type and the first line of its words, as a note beside others shows it."""
+    words = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {words}" if words else type(error).__name__
+
+
 def times(count: int) -> str:
     """Say how often something is called."""
     return "once" if count == 1 else f"{count} times"

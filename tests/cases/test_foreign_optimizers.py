@@ -125,8 +125,42 @@ def by_kind(model: nn.Module, batch: Any) -> Tensor:
 
 
 def test_a_head_that_has_not_run_bars_the_trunk() -> None:
-    with pytest.raises(esper.SiteError, match=r"heads\.0 was not called, and takes as many inputs as trunk"):
+    said = (
+        r"heads\.0 was not called, and takes as many inputs as trunk makes; let the first batch of the probe"
+    )
+    with pytest.raises(esper.SiteError, match=said):
         run(Heads(), loss=by_kind, draw=alternating(lambda i: 1), growth="early")
+    draw = alternating(lambda i: 1 - i % 2)
+    probe = [draw(64) for _ in range(4)]  # later batches of it are not recorded
+    with pytest.raises(esper.SiteError, match=said):
+        run(Heads(), loss=by_kind, draw=draw, probe=probe, growth="early")
+
+
+class Mixed(Heads):
+    """The same for batches in which each row has a kind, (n,)."""
+
+    def forward(self, x: Tensor, kind: Any) -> Tensor:
+        """Return the logits of each row's head; a head without rows is not called."""
+        h, y = torch.tanh(self.trunk(x)), torch.zeros(len(x), 10)
+        for index, head in enumerate(self.heads):
+            rows = kind == index
+            if bool(rows.any()):
+                y = torch.where(rows.unsqueeze(1), head(h), y)
+        return y
+
+
+def test_a_first_batch_that_uses_all_heads_opens_the_trunk() -> None:
+    net, task, count = Mixed(), Task(), iter(range(10**6))
+
+    def draw(n: int = 48) -> Any:
+        """Give all rows of a training batch one kind; the probe has both."""
+        i = next(count)
+        return (*task(n), torch.arange(n) % 2 if n > 48 else torch.full((n,), i % 2))
+
+    ran = run(net, loss=by_kind, draw=draw, steps=STEPS, growth="early")
+    assert ran.growth.run.morphable.names == ["trunk>heads.0+heads.1"]
+    assert net.trunk.out_features > 2
+    assert [head.in_features for head in net.heads] == [net.trunk.out_features] * 2
 
 
 def test_what_would_not_run_on_a_batch_of_the_loop_is_put_back() -> None:

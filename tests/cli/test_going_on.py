@@ -177,16 +177,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.slow
-def test_a_changed_config_is_refused_by_name_and_leaves_the_journal_alone(stopped: Path) -> None:
-    before = (stopped / "run" / "events.jsonl").read_bytes()
-    for changes, complaint in CHANGES.values():
-        write(stopped, **changes)
-        process = started(stopped, "--resume", "auto")
-        _, said = process.communicate(timeout=60)
-        assert process.returncode == 2
-        assert complaint in said
-        assert (stopped / "run" / "events.jsonl").read_bytes() == before
-    write(stopped)
+def test_changed_code_is_named(stopped: Path) -> None:
     with (stopped / "host.py").open("a") as file:
         file.write("\nMORE = 1\n")
     _, said = started(stopped, "--resume", "auto").communicate(timeout=60)

@@ -169,12 +169,12 @@ def mean_loss(model: nn.Module, batch: Any) -> Tensor:
 def test_the_loss_of_every_example_is_what_it_is_alone() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3)).eval()
     batch = {"x": torch.randn(9, 4), "y": (torch.randint(3, (9,)),), "smooth": 0.1}
-    losses, together = example_losses(model, mean_loss, batch)
+    losses, why = example_losses(model, mean_loss, batch)
     alone = [
         mean_loss(model, {**batch, "x": batch["x"][i : i + 1], "y": (batch["y"][0][i : i + 1],)})
         for i in range(9)
     ]
-    assert together
+    assert not why
     torch.testing.assert_close(losses, torch.stack(alone))
     torch.testing.assert_close(losses.mean(), mean_loss(model, batch))
 
@@ -187,8 +187,8 @@ def test_what_does_not_run_under_vmap_is_run_one_by_one_and_says_so() -> None:
         return loss * 2 if loss.item() > 1 else loss
 
     batch = (torch.randn(9, 4), torch.randint(3, (9,)))
-    losses, together = example_losses(model, branching, batch)
-    assert not together
+    losses, why = example_losses(model, branching, batch)
+    assert why.startswith("RuntimeError: vmap: It looks like you're calling .item()")
     torch.testing.assert_close(
         losses, torch.stack([branching(model, (batch[0][[i]], batch[1][[i]])) for i in range(9)])
     )

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from esper.batches.layout import PARTS, Batch, Layout, Leaf, chosen, flatten, is_list, unflatten
 from esper.batches.layout import rows as rows_in
 from esper.errors import ProbeError
+from esper.printable import raised
 
 LossFunction = Callable[[nn.Module, Any], Tensor]  # the user's own, for batches of the user's own kind
 PerExample = Callable[[nn.Module, Any], Tensor]  # (examples,) losses
@@ -108,11 +109,12 @@ def smaller(batch: Batch) -> list[Batch]:
     return [take(batch, torch.arange(half))] if half > 1 else []
 
 
-def example_losses(model: nn.Module, loss_fn: LossFunction, batch: Batch) -> tuple[Tensor, bool]:
-    """Return the loss of every example alone, (examples,), and whether they ran together.
+def example_losses(model: nn.Module, loss_fn: LossFunction, batch: Batch) -> tuple[Tensor, str]:
+    """Return the loss of every example alone, (examples,), and why they did not run together, if so.
 
     A scalar loss says nothing of its examples, so each is run as a batch of one, all at once under vmap;
     where the model or the loss cannot be batched (data-dependent branches, ``.item()``), one after the other.
+    What a loss raises by itself it raises there, too.
     """
     leaves, batched, nest, count = split_batch(batch)
     own = [leaf for leaf, many in zip(leaves, batched, strict=True) if many]
@@ -125,12 +127,15 @@ def example_losses(model: nn.Module, loss_fn: LossFunction, batch: Batch) -> tup
         return loss_fn(model, unflatten(filled, nest))
 
     if not all(isinstance(leaf, Tensor) for leaf in own):  # vmap knows tensors only
-        return torch.stack([loss_fn(model, take(batch, torch.tensor([i]))) for i in range(count)]), False
+        alone = [loss_fn(model, take(batch, torch.tensor([i]))) for i in range(count)]
+        return torch.stack(alone), "a batch holds more than tensors"
     try:
         with sdpa_kernel(SDPBackend.MATH):  # the fused ones have no batching rule and warn of it
-            return vmap(one, randomness="different")(*own), True
-    except RuntimeError:
-        return torch.stack([one(*(leaf[i] for leaf in own)) for i in range(count)]), False
+            return vmap(one, randomness="different")(*own), ""
+    except RuntimeError as error:
+        why = raised(error)
+    # Behind the clause: an error keeps alive what its frames held, and memory may be what was short.
+    return torch.stack([one(*(leaf[i] for leaf in own)) for i in range(count)]), why
 
 
 def join(batches: Iterable[Batch]) -> list[Batch]:

@@ -9,6 +9,7 @@ from typing import Literal, NoReturn
 from esper.blueprints.building import Constant
 from esper.blueprints.operators import OPERATORS
 from esper.errors import BlueprintError, nearest
+from esper.printable import quoted
 
 INPUT = "x"
 MAX_NODES = 256
@@ -76,9 +77,11 @@ def examine(graph: str, nodes: tuple[Node, ...], output: str) -> Structure:
     for one in nodes:
         for name in one.inputs:
             if name != INPUT and name not in known:
-                _refuse(graph, one, f"its input {name!r} is no node; {nearest(name, [INPUT, *known])}")
+                _refuse(graph, one, f"its input {quoted(name)} is no node; {nearest(name, [INPUT, *known])}")
     if output not in known:
-        raise BlueprintError(f"graph {graph!r}: the output {output!r} is no node; {nearest(output, known)}")
+        raise BlueprintError(
+            f"graph {graph!r}: the output {quoted(output)} is no node; {nearest(output, known)}"
+        )
     order = _sorted(graph, known, output)
     reached = {one.name for one in order}
     for one in nodes:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from esper.checkpoint import Batches, CheckpointManager, FolderStorage, MemoryStorage, Run
+from esper.checkpoint import CheckpointManager, FolderStorage, MemoryStorage, Run
 from esper.checkpoint.format.reader import sound
 from esper.contracts import Event
 from esper.errors import ConfigError, FinishedError, StateError, StoreError
@@ -273,28 +273,6 @@ def test_a_fresh_run_does_not_touch_another_runs_checkpoints() -> None:
     with pytest.raises(ConfigError):
         second.manager.save()
     assert storage.names() == ["step-00000003"]
-
-
-def test_the_state_of_another_run_is_refused_by_name() -> None:
-    storage = MemoryStorage()
-    Plain(storage).manager.save(wait=True)
-
-    def resumed(**changes: Any) -> None:
-        run = Plain(MemoryStorage()).manager.run
-        facts = {name: getattr(run, name) for name in ("optimizers", "modules", "others", "generators")}
-        CheckpointManager(storage, Run(run.model, **{**facts, **changes})).resume()
-
-    base = Plain(MemoryStorage())
-    with pytest.raises(StateError, match=r"optimizers 'head', the run does not"):
-        resumed(optimizers={"net": base.optimizers["net"]})
-    with pytest.raises(StateError, match=r"others 'scheduler', the run does not"):
-        resumed(others={})
-    with pytest.raises(StateError, match="no batches"):
-        resumed(batches=Batches([1, 2]))
-    with pytest.raises(StateError, match="give the run those it had"):
-        resumed(generators={})
-    with pytest.raises(StateError, match="does not fit head"):
-        resumed(modules={"head": nn.Linear(3, 1)}, optimizers=base.optimizers)
 
 
 def test_accumulation_is_never_cut(tmp_path: Path) -> None:

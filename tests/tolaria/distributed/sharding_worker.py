@@ -133,8 +133,8 @@ def look(net: nn.Module, optimizers: dict[str, Optimizer], step: int, when: str)
         assert not any(isinstance(p, DTensor) for p in own)
         if rank == 0 or step % 2:
             with evaluating(net), untouched(net):
-                losses, together = example_losses(net, loss_fn, data)
-            assert together
+                losses, why = example_losses(net, loss_fn, data)
+            assert not why
             assert losses.shape == (BATCH,)
             with untouched(net):
                 seen: list[Tensor] = []

@@ -70,7 +70,7 @@ class Gate:
         self.on_fallback, self.peers, self.worth = on_fallback, peers, worth
         self.allowed, self.looks = looks, 0
         self.size: int | None = None
-        self.told = False  # that examples run one by one
+        self.told = set[str]()  # why examples ran one by one, by what was raised
 
     @property
     def threshold(self) -> float:
@@ -152,18 +152,20 @@ class Gate:
 
     def losses(self, layer: KasminaLayer, kernel: nn.Module | None, batch: Batch, seed: int) -> np.ndarray:
         """Return the held-out loss of every example, or the one of the block."""
-        together = True
+        why = ""
         with untouched(self.model, seed), layer.showing(kernel):
             if self.worth.per_example is not None:
                 losses = self.worth.per_example(self.model, batch)
             elif self.worth.alone:
-                losses, together = example_losses(self.model, self.loss_fn, batch)
+                losses, why = example_losses(self.model, self.loss_fn, batch)
             else:
                 losses = self.loss_fn(self.model, batch).reshape(1)
-        if not together and not self.told:
-            self.told = True
+        if why and (kind := why.partition(":")[0]) not in self.told:
+            self.told.add(kind)
             self.on_fallback(
-                "evidence", "the model or loss does not run under vmap; examples were run one by one"
+                "evidence",
+                f"the model or loss did not run under vmap ({why}); examples were run one by one, "
+                f"{len(losses)} passes in place of one",
             )
         return losses.double().cpu().numpy()
 

@@ -6,7 +6,6 @@ to make an optimizer like the host's, how to commit a widening.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -21,9 +20,8 @@ from esper.distributed.collectives import digest
 from esper.kasmina.morphable import MorphableModel
 from esper.kasmina.race.guard import Guard, Unguarded
 from esper.kasmina.race.holding import weakly
-from esper.kasmina.race.initialisers import STARTS
 from esper.kasmina.race.race import Race
-from esper.kasmina.race.schedule import FIELD, Lessons, Step, first
+from esper.kasmina.race.schedule import Lessons, Step, first, lined_up
 from esper.kasmina.race.selection import ask, decide, notes, told
 from esper.kasmina.race.survey import Measured, vitals
 from esper.kasmina.race.trial import Given, Timing, Trial, step_kernel, summed, worse
@@ -79,11 +77,7 @@ class SeedOrchestrator:
             decision, seed, layer, step, spent=self.given.ledger.growth_flops, size=size
         )
         self.move(Stage.GERMINATED, decision.reason)
-        count = self.config.race.candidates
-        if Step(self.model.flops, examples).large(self.config.race):
-            count = min(count, FIELD)
-        sown = math.ceil(count * STARTS[decision.start])
-        starts = ("svd",) * sown + ("random",) * (count - sown)
+        starts = lined_up(self.config.race, Step(self.model.flops, examples), decision.start)
         with same_randomness(self.given.streams.draw("initialisation")):
             seen, given = measured, self.given
             trial.race = Race(layer, decision.width, starts, seen.survey, seen.x, given.rate, given.peers)
@@ -91,7 +85,7 @@ class SeedOrchestrator:
                 trial.race.fit(measured.x, measured.gradient, measured.scale)
         self.given.peers.broadcast_tensors([*trial.race.stack.values()])  # machines round differently
         layer.tap = trial.tap
-        self.move(Stage.TRAINING, f"{count} candidates of {decision.width} units")
+        self.move(Stage.TRAINING, f"{len(starts)} candidates of {decision.width} units")
 
     def share(self, faults: int) -> None:
         """Bring what the last step did to the seed in each process together.
@@ -163,10 +157,9 @@ class SeedOrchestrator:
             verdict = None if final.kernel is None else ask(trial, final.kernel, batches, self.given)
         decision, site = trial.decision.id, trial.decision.site
         self.tell("race", decision=decision, site=site, **final.facts)
-        for why in notes(race, str(site)):
-            self.tell("fallback", what="race", why=why)
         if final.kernel is None or verdict is None:
             return self.cull("doing nothing won the race")
+        self.tell_notes(trial)
         trial.race, trial.verdict = None, verdict
         self.tell("gate", decision=decision, site=site, **told(verdict))
         if not verdict.passed:
@@ -264,6 +257,7 @@ class SeedOrchestrator:
         """Drop the seed; before exposure the host never felt it."""
         assert self.trial is not None
         trial = self.trial
+        self.tell_notes(trial)
         self.move(Stage.CULLED, reason)
         outcome = self.outcome(False, reason)
         self.retire(trial, Stage.CULLED, Stage.EMBARGOED)
@@ -341,6 +335,11 @@ class SeedOrchestrator:
             trial.layer.sample = None
         trial.layer.sampling = self.model.layout.due(self.step + 1)
         return trial
+
+    def tell_notes(self, trial: Trial) -> None:
+        """Tell what of a race that is over went otherwise than planned."""
+        for why in notes(trial.race, str(trial.decision.site)) if trial.race is not None else []:
+            self.tell("fallback", what="race", why=why)
 
     def set_alpha(self, alpha: float) -> None:
         """Write α where the layer reads it."""

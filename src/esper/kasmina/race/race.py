@@ -23,6 +23,7 @@ from esper.kasmina.race.initialisers import Survey, centre, sow
 from esper.kasmina.seeds.layer import KasminaLayer, Tap
 from esper.kasmina.widths.layers import is_linear
 from esper.kasmina.widths.widen import WidenKernel
+from esper.printable import raised
 from esper.surgery.isolation.contexts import same_randomness
 
 TRUST = 0.3  # gradient matching: how far, in output scales, a candidate should move the output
@@ -42,6 +43,7 @@ class RaceState(TypedDict):
     units: int
     starts: list[str]
     batched: bool
+    unbatched: NotRequired[str]  # likewise
     missed: NotRequired[int]  # absent in states of earlier versions
     scores: Tensor
     parameters: dict[str, Tensor]
@@ -79,7 +81,7 @@ class Race:
         self.parameters, self.buffers = stack_module_state(kernels)
         self.optimizer = torch.optim.Adam(self.groups(learning_rate))
         self.scores = torch.zeros(len(starts))  # each candidate's own loss at its last lesson
-        self.batched = True  # False once the model turned out not to run under vmap
+        self.unbatched = ""  # what was raised once the candidates did not run under vmap
         self.missed = 0  # lessons in which the pass left this site out, as stochastic depth does
 
     def candidate(self, index: int, start: str, pool: Survey, x: Tensor) -> LiveKernel:
@@ -197,8 +199,8 @@ class Race:
         """
         try:
             return reached(losses.sum(), own)
-        except RuntimeError:
-            self.batched = False
+        except RuntimeError as error:
+            self.unbatched = raised(error)
             return None
 
     def descend(self, losses: Tensor, gradients: Sequence[Tensor]) -> None:
@@ -210,6 +212,11 @@ class Race:
             parameter.grad = gradient
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+    @property
+    def batched(self) -> bool:
+        """Whether the candidates run together."""
+        return not self.unbatched
 
     @property
     def stack(self) -> dict[str, Tensor]:
@@ -248,8 +255,8 @@ class Race:
         try:
             with sdpa_kernel(SDPBackend.MATH):  # the fused ones have no batching rule and warn of it
                 return vmap(partial(self.one, branch, run), randomness="same")(stack)
-        except RuntimeError:
-            self.batched = False
+        except RuntimeError as error:  # raised once more by a candidate alone where it is the loss's own
+            self.unbatched = raised(error)
             return None
 
     def one(
@@ -305,6 +312,7 @@ class Race:
             "units": self.units,
             "starts": list(self.starts),
             "batched": self.batched,
+            "unbatched": self.unbatched,
             "missed": self.missed,
             "scores": self.scores.clone(),
             "parameters": {k: v.detach().clone() for k, v in self.parameters.items()},
@@ -319,7 +327,8 @@ class Race:
                 self.parameters[name].copy_(tensor)
             for name, tensor in state["buffers"].items():
                 self.buffers[name].copy_(tensor)
-        self.batched, self.scores = state["batched"], state["scores"].clone()
+        self.unbatched = state.get("unbatched", "" if state["batched"] else "before it was saved")
+        self.scores = state["scores"].clone()
         self.missed = state.get("missed", 0)
         self.optimizer.load_state_dict(state["optimizer"])
 

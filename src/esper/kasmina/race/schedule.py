@@ -6,6 +6,7 @@ What a step costs is counted in FLOPs, not read from a clock, so a run takes the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Set
 from dataclasses import dataclass
 from typing import Literal
@@ -14,6 +15,7 @@ from esper.batches.examples import split_batch
 from esper.batches.layout import Batch, unflatten
 from esper.config import Race as RaceSettings
 from esper.contracts import Site
+from esper.kasmina.race.initialisers import STARTS
 
 LARGE = 5e8  # FLOPs of a training step, forward and backward; 15 to 30 ms on one core
 SHARE = 0.03  # of the training beside it: what the lessons of either kind may cost a race there
@@ -86,3 +88,16 @@ def first(batch: Batch, examples: int | None) -> Batch:
     leaves, batched, nest, _ = split_batch(batch)
     few = [leaf[:examples] if many else leaf for leaf, many in zip(leaves, batched, strict=True)]
     return unflatten(few, nest)
+
+
+def lined_up(settings: RaceSettings, step: Step, start: str) -> tuple[str, ...]:
+    """Return where each candidate of a race starts; fewer of them where the host's step is dear.
+
+    Args:
+        settings: Settings of races.
+        step: The host's step, its forward FLOPs and examples.
+        start: Mix of starts, a key of ``STARTS``.
+    """
+    count = min(settings.candidates, FIELD) if step.large(settings) else settings.candidates
+    sown = math.ceil(count * STARTS[start])
+    return ("svd",) * sown + ("random",) * (count - sown)

@@ -95,7 +95,10 @@ def notes(race: Race, site: str) -> list[str]:
     """Say what of a race went otherwise than planned."""
     found = list[str]()
     if not race.batched:
-        found.append("the model or loss does not run under vmap; candidates ran one by one")
+        found.append(
+            f"the model or loss did not run under vmap ({race.unbatched}); from then on candidates ran "
+            "one by one, a pass for each in place of one"
+        )
     if race.missed:
         found.append(f"{race.missed} lessons were missed: the pass did not come by {site}")
     return found

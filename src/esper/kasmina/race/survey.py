@@ -19,6 +19,7 @@ from esper.kasmina.widths.layers import affine, bias_of, is_linear, weight_of
 from esper.kasmina.widths.pairs import Pair
 from esper.kasmina.widths.places import Place
 from esper.surgery.isolation.contexts import same_randomness, untouched
+from esper.surgery.isolation.undisturbed import undisturbed
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +57,9 @@ def measure(
     seen: dict[str, list[Tap]] = {name: [] for name in sites}
     host = [parameter for parameter in model.host.parameters() if parameter.requires_grad]
     try:
-        for layer in layers.values():
-            layer.open()
+        with undisturbed():
+            for layer in layers.values():
+                layer.open()
         for run in runs:
             for name, layer in layers.items():
                 layer.tap = Tap()
@@ -65,8 +67,9 @@ def measure(
             with untouched(model.host, seed):
                 torch.autograd.grad(run(), host, allow_unused=True)
     finally:
-        for layer in layers.values():
-            layer.close()
+        with undisturbed():
+            for layer in layers.values():
+                layer.close()
     found = {}
     with same_randomness(seed), untouched(model.host):
         for name, taps in seen.items():

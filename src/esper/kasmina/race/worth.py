@@ -28,14 +28,16 @@ class Worth:
     """How the loss of held-out batches becomes values.
 
     Attributes:
-        alone: True where every example is a value; else every batch or block of one is.
-        cut: True where batches can be cut and joined to blocks of another size.
-        per_example: Function that gives the losses of examples, (examples,), where the user has said how.
+        alone: Whether every example is a value; else every batch or block of one is.
+        cut: Whether batches can be cut and joined to blocks of another size.
+        per_example: Gives the losses of examples, (examples,), where the user has said how.
+        why: Why batches are never cut, where the loss of a part of one could not be taken.
     """
 
     alone: bool
     cut: bool = False
     per_example: Callable[[nn.Module, Any], Tensor] | None = None
+    why: str = ""
 
     @property
     def named(self) -> str:
@@ -57,14 +59,14 @@ def worth_of(
         places: Places where gradients are looked at, by name.
         held: Batches of the probe.
     """
-    cut = True
+    why = ""
     for batch in held[:ASKED]:
         try:
             answer = independent(model, lambda b: loss_fn(model, b), places, first(batch, FEW), exactly=True)
-        except ProbeError:  # it takes no part of a batch: a graph, whose adjacency is that of its nodes
-            answer = cut = False
+        except ProbeError as error:  # it takes no part of a batch: a graph, whose adjacency is of its nodes
+            answer, why = False, str(error)
         if answer is not None:
-            return Worth(alone=answer, cut=cut)
+            return Worth(alone=answer, cut=not why, why=why)
     return Worth(alone=False, cut=True)
 
 

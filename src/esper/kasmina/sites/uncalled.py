@@ -34,7 +34,8 @@ def not_read_elsewhere(
             continue
         reason = (
             f"{reader} was not called, and takes as many inputs as {place.site.entry} makes; let the first "
-            f"batches of the probe use it, or name {place.site.name} in sites= if it reads something else"
+            f"batch of the probe (example=, where it streams) use all such layers, each for some rows, or "
+            f"name {place.site.name} in sites= if it reads something else"
         )
         barred.append(Refusal(place.site.entry, reason))
     return kept, barred

@@ -124,7 +124,7 @@ def assemble(request: Request, wrapping: Wrapping, observe: Observer) -> Parts:
         host_flops=model.flops,
         steps=request.steps,
         seed=request.seed,
-        warnings=cautions(model, config, request.steps),
+        warnings=cautions(model, config, request.steps, worth),
     )
 
 
@@ -149,7 +149,7 @@ def settling(host: nn.Module) -> int:
     return SETTLING if any(norm.track_running_stats for norm in norms) else 0
 
 
-def cautions(model: MorphableModel, config: Config, steps: int | None) -> list[str]:
+def cautions(model: MorphableModel, config: Config, steps: int | None, worth: Worth) -> list[str]:
     """Say at the start what makes a run slower, worse or less repeatable than it could be."""
     found = []
     if steps is None:
@@ -166,6 +166,8 @@ def cautions(model: MorphableModel, config: Config, steps: int | None) -> list[s
             "branches are raced, since nothing can be widened or most of the model is frozen: runs took up "
             "to twice as long, and what is kept stays beside your layers; growth='off' trains it as it is"
         )
+    if worth.why:
+        found.append(f"held-out evidence is of batches as they come, each one value: {worth.why}")
     return found
 
 

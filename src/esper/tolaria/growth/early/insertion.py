@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from esper.blueprints.kernel import LiveKernel
+from esper.contracts import Event
 from esper.errors import ProcessError, SurgeryError
 from esper.kasmina.depth.stack import DepthKernel, Stack, widens
 from esper.kasmina.evidence.reopen import TEMPER, How, multiply
@@ -19,7 +20,7 @@ from esper.surgery.optimizers.foreign import kept_outside
 from esper.tolaria.growth.early.aside import MUCH, give_back
 from esper.tolaria.growth.early.takeback import Before
 from esper.tolaria.growth.run.check import deviation, outputs
-from esper.tolaria.growth.run.commit import FAILURES, Committer
+from esper.tolaria.growth.run.commit import FAILURES, Committer, described
 
 TRIAL = "it does not run on a batch of the loop"
 SHRINK = 0.5  # of all weights; 0.4 to 0.5 measured best (digits), 0.2 loses what was learned
@@ -82,8 +83,9 @@ class Insertion:
         Returns:
             Why, for each place that was not widened.
         """
-        if not units or not self.widen(kernels, units, before):
+        if not units or not (failed := self.widen(kernels, units, before)):
             return {}
+        self.tell(before.step, f"{', '.join(units)}: {failed}; each was tried alone")
         failures: dict[str, str] = {}
         for name, count in units.items():
             if why := self.widen(kernels, {name: count}, before):
@@ -129,15 +131,17 @@ class Insertion:
                         if old.shape == new.shape:  # an exit that is widened itself has more to say
                             deviation(old, new)
                 if error := broken(self.model.host, self.trials):  # a head that only some batches use, say
-                    raise SurgeryError(f"{TRIAL}: {error}") from error
+                    raise SurgeryError(f"{TRIAL}: {described(error)}") from error
         except ProcessError:
             raise
         except FAILURES as error:
             self.restore(before)
-            if TRIAL in str(error) and broken(self.model.host, self.trials):  # nor did it before
+            if TRIAL in str(error) and (own := broken(self.model.host, self.trials)):  # nor did it before
                 self.trials = ()
+                why = f"it was not tried on the loop's batches, on which it fails by itself: {described(own)}"
+                self.tell(step, why)
                 return self.widen(kernels, units, before)
-            return f"the grown model was put back: {error}"
+            return f"the grown model was put back: {described(error)}"
         self.refreshed()
         return ""
 
@@ -157,6 +161,10 @@ class Insertion:
                 return failed
         self.refreshed()
         return ""
+
+    def tell(self, step: int, why: str) -> None:
+        """Tell that an insertion went on otherwise than planned."""
+        self.committer.observe(Event("fallback", step, {"what": "insertion", "why": why}))
 
     def refreshed(self) -> None:
         """Bring sites and costs up to date."""

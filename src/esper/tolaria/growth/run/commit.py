@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from esper.blueprints.kernel import GraphKernel, LiveKernel
 from esper.contracts import Decision, DeepenPlan, Event, Observer, WidenEdit, WidenPlan
 from esper.distributed.collectives import ALONE, Peers
-from esper.errors import ProcessError, SurgeryError
+from esper.errors import EsperError, ProcessError, SurgeryError
 from esper.kasmina.branches.blocks import Block
 from esper.kasmina.branches.fold import merged, write
 from esper.kasmina.depth.birth import warmed
@@ -29,6 +29,7 @@ from esper.kasmina.depth.stack import Stack
 from esper.kasmina.morphable import MorphableModel, slug
 from esper.kasmina.widths.places import Place
 from esper.kasmina.widths.widen import HostKernel, Widenable
+from esper.printable import raised
 from esper.saving.genome import GraftPlan, Plan, program_of
 from esper.surgery.adding import Passing
 from esper.surgery.branches import PREFIX, attach, weight_name
@@ -40,6 +41,11 @@ from esper.tolaria.growth.run.check import deviation, output, passing
 
 # What surgery may run into; everything is put back then.
 FAILURES = (SurgeryError, RuntimeError, ValueError, TypeError, IndexError)
+
+
+def described(error: Exception) -> str:
+    """Name what ended a change: an error of the user's code by its type, too."""
+    return str(error) if isinstance(error, EsperError) else raised(error)
 
 
 class Committer:
@@ -92,7 +98,7 @@ class Committer:
             raise
         except FAILURES as error:
             layer.exposed = True
-            return f"the grown model was put back: {error}"
+            return f"the grown model was put back: {described(error)}"
         self.model.refresh(self.run)
         facts |= {"decision": decision.id, "site": decision.site}
         facts["parameters"] = self.model.parameter_count()
@@ -135,7 +141,7 @@ class Committer:
         except ProcessError:
             raise
         except FAILURES as error:
-            return f"the deeper model was put back: {error}"
+            return f"the deeper model was put back: {described(error)}"
         self.plans.append(plan)
         self.model.refresh(self.run)
         facts: dict[str, object] = {"decision": decision, "site": plan.site, "difference": difference}
