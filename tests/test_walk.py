@@ -33,10 +33,4 @@ def listed() -> list[str]:
 def test_a_step_at_which_nothing_is_due_can_be_read_in_twenty_files() -> None:
     walk = walks()["nothing due"]
     assert len(walk) <= MOST
-    assert listed()[: len(walk)] == walk
-
-
-def test_an_event_enters_the_further_files_of_the_list() -> None:
-    quiet, event = walks()["nothing due"], walks()["event"]
-    assert event[: len(quiet)] == quiet
-    assert listed()[len(quiet) :] == event[len(quiet) :]
+    assert listed() == walk
