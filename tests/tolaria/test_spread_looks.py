@@ -132,6 +132,18 @@ def test_tensors_put_aside_are_the_same_and_leave_no_file(tmp_path: Any, monkeyp
     assert not list(tmp_path.iterdir())
 
 
+def test_a_large_copy_that_finds_no_room_stays_in_memory_and_says_so(monkeypatch: Any) -> None:
+    said, held = list[str](), [torch.randn(5, 3)]
+    monkeypatch.setattr(aside, "LARGE", 1)
+    monkeypatch.setattr(aside, "SPARE", 2**60)
+    (copy,) = aside.copies(held, said.append)
+    assert torch.equal(copy, held[0])
+    assert copy.data_ptr() != held[0].data_ptr()
+    (told,) = said
+    assert "stays in memory" in told
+    assert "set TMPDIR" in told
+
+
 def test_units_are_picked_alike_by_slopes_in_fewer_numbers() -> None:
     torch.manual_seed(0)
     rows = torch.randn(200, 24)

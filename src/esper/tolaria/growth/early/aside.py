@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,19 +21,27 @@ MUCH = 2**26  # bytes of weights from which on memory that was freed goes back t
 SPARE = 2  # times the bytes that the disk must have free
 
 
-def copies(tensors: Sequence[Tensor], kept: int = 0) -> list[Tensor]:
+def copies(tensors: Sequence[Tensor], say: Callable[[str], None], kept: int = 0) -> list[Tensor]:
     """Copy tensors: in memory, or mapped from the disk where they are large and it has room.
 
     Args:
         tensors: To copy; their graphs are left behind.
+        say: Called with why large ones stay in memory, and what that costs.
         kept: How many, the last, go to the host's memory; copies of the others stay where these are.
     """
     size = sum(one.numel() * one.element_size() for one in tensors)
-    if size >= LARGE and shutil.disk_usage(tempfile.gettempdir()).free >= SPARE * size:
+    if size >= LARGE:
+        folder = tempfile.gettempdir()
         try:
-            return mapped([one.detach() for one in tensors])
-        except (OSError, RuntimeError):  # torch's writer raises the latter; in memory they are safe, too
-            pass
+            if shutil.disk_usage(folder).free >= SPARE * size:
+                return mapped([one.detach() for one in tensors])
+            why = f"{folder} has less than {SPARE * size / 2**30:.1f} GiB free"
+        except (OSError, RuntimeError) as error:  # torch's writer raises the latter
+            why = f"{folder} cannot be written: {type(error).__name__}: {error}"
+        say(
+            f"what an event may take back stays in memory, {size / 2**30:.1f} GiB until it is judged: {why}; "
+            "set TMPDIR to a folder with room"
+        )
     stay = len(tensors) - kept
     own = [one.detach().clone() for one in tensors[:stay]]
     return own + [one.detach().to("cpu", copy=True) for one in tensors[stay:]]

@@ -32,9 +32,11 @@ class Insertion:
     Args:
         committer: Carries out one widening.
         draw: Gives a seed for a purpose.
+        say: Called with what the user should hear.
     """
 
-    def __init__(self, committer: Committer, draw: Callable[[str], int]) -> None:
+    def __init__(self, committer: Committer, draw: Callable[[str], int], say: Callable[[str], None]) -> None:
+        self.say = say
         self.committer, self.model, self.draw = committer, committer.model, draw
         self.trials: Sequence[
             Callable[[], object]
@@ -55,7 +57,7 @@ class Insertion:
         """Copy the run as it is."""
         self.flops = self.model.flops
         self.trim()
-        return Before.of(self.models, self.committer.optimizers, step, len(self.committer.plans))
+        return Before.of(self.models, self.committer.optimizers, step, len(self.committer.plans), self.say)
 
     def carry_out(
         self, kernels: Mapping[str, LiveKernel], units: Mapping[str, int], before: Before

@@ -68,7 +68,7 @@ class EarlyState:
     def __init__(self, run: RunState) -> None:
         self.run, self.parts = run, run.parts
         self.settings = run.config.early
-        self.insertion = Insertion(self.parts.committer, self.parts.streams.draw)
+        self.insertion = Insertion(self.parts.committer, self.parts.streams.draw, run.mishaps.say)
         self.evidence = Streamed(run) if self.parts.example is not None else Evidence(run)
         self.doubts = self.evidence.doubts()
         self.timetable = Timetable(run, self.evidence)

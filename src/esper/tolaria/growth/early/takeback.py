@@ -6,7 +6,7 @@ stay where they are: the loop goes on, and a schedule that was set back would en
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict, cast
 
@@ -56,7 +56,12 @@ class Before:
 
     @classmethod
     def of(
-        cls, models: Sequence[nn.Module], optimizers: Mapping[str, Optimizer], step: int, plans: int
+        cls,
+        models: Sequence[nn.Module],
+        optimizers: Mapping[str, Optimizer],
+        step: int,
+        plans: int,
+        say: Callable[[str], None],
     ) -> Before:
         """Copy a run as it is.
 
@@ -64,7 +69,8 @@ class Before:
             models: The host, then its averages.
             optimizers: By name.
             step: Now.
-            plans: How many there are.
+            plans: Number of plans so far.
+            say: Called with why a large copy takes memory.
         """
         names = {id(p): name for name, p in models[0].named_parameters()}
         own = [dict(named(model)) for model in models]
@@ -74,7 +80,7 @@ class Before:
         known = list[Tensor]()
         duplicate(states, known.append)
         held = [tensor for one in own for tensor in one.values()]
-        copied = iter(copies([*held, *known], kept=len(known)))
+        copied = iter(copies([*held, *known], say, kept=len(known)))
         tensors = [{name: next(copied) for name in one} for one in own]
         held_aside = duplicate(states, lambda t: Kept(next(copied), t.device))
         return cls(step, plans, tensors, [], cast("list[dict[str, State]]", held_aside))
