@@ -8,7 +8,22 @@ _LENGTHS = "both have the same length by the lines above; strict only says so"
 _NONE = "a probe that says it has none gives none: there is nothing to bound"
 _GIVEN = "germinate() and what loads a state both give it"
 _NARROWS = "for the type checker: all who call have made sure"
+_ROUNDED = "half of one candidate, rounded up, is that one"
 EQUIVALENT: dict[str, dict[Key, str]] = {
+    "src/esper/kasmina/race/orchestrator.py": {
+        (
+            "SeedOrchestrator.germinate",
+            "assert decision.site is not None and decision.start is not None",
+            "decision.site is not None and decision.start is not None → "
+            "(decision.site is not None or decision.start is not None)",
+        ): _NARROWS,
+        (
+            "SeedOrchestrator.incubate",
+            "if age in lessons.halvings and size > 1:",
+            "size > 1 → (size >= 1)",
+        ): _ROUNDED,
+        ("SeedOrchestrator.incubate", "if age in lessons.halvings and size > 1:", "1 → 0"): _ROUNDED,
+    },
     "src/esper/kasmina/race/gate.py": {
         (
             "Gate.look",

@@ -15,7 +15,7 @@ from esper.distributed.model_wrapper import Wrapping
 from esper.kasmina.race.initialisers import STARTS
 from esper.kasmina.race.orchestrator import SeedOrchestrator
 from esper.kasmina.race.trial import Trial
-from tests.kasmina.hosts import Loop
+from tests.kasmina.hosts import Loop, batch, frozen, same
 
 ENDED, HARMLESS = "the run ended", "the run ended; no held-out gain"
 WORSE = "the loss is worse than before exposure"
@@ -41,10 +41,10 @@ class Watching:
 class Seed:
     """A loop stopped where its seed has just entered a stage; from there it is moved by hand."""
 
-    def __init__(self, stage: str, evaluate: int = 3, embargo: float = 0.05) -> None:
+    def __init__(self, stage: str, evaluate: int = 3, embargo: float = 0.05, **race: Any) -> None:
         config = {
             "schedule": {"warmup": 0.01, "embargo": embargo},
-            "race": {"steps": 8},
+            "race": {"steps": 8, **race},
             "blend": {"ramp": 3, "stabilise": 2, "evaluate": evaluate},
         }
         self.loop = Loop("mlp", config=config).until(stage)
@@ -85,8 +85,8 @@ def test_a_fresh_orchestrator_cools_nothing_and_keeps_twenty_losses_or_two_evalu
         own.share(2)  # nobody is exposed: nothing to count
 
 
-def test_candidates_begin_as_decided_and_half_of_them_drop_out_twice() -> None:
-    seed = Seed("TRAINING")
+def test_candidates_begin_as_decided_and_half_of_them_drop_out_thrice() -> None:
+    seed = Seed("TRAINING", steps=32)
     trial = seed.trial
     assert trial.race is not None
     assert trial.layer.tap is trial.tap
@@ -94,10 +94,44 @@ def test_candidates_begin_as_decided_and_half_of_them_drop_out_twice() -> None:
     assert [start == "svd" for start in trial.race.starts] == [i < 8 * sown for i in range(8)]
     assert seed.loop.events[-1].data["reason"] == f"8 candidates of {trial.decision.width} units"
     left = []
-    for _ in range(4):
+    for _ in range(8):
         seed.loop.step()
         left.append(len(trial.race.starts))
-    assert left == [4, 2, 2, 2]
+    assert left == [8, 4, 4, 2, 2, 2, 2, 1]  # after a 16th, an eighth and a quarter of the race
+
+
+@pytest.mark.parametrize(("every", "tapped"), [(None, {8}), (3, {1, 3, 4, 6, 7, 8})])
+def test_gradients_are_noted_ahead_of_lessons_from_them_and_at_the_end(
+    every: int | None, tapped: set[int]
+) -> None:
+    seed = Seed("TRAINING", shadow_every=every)
+    layer, noted = seed.trial.layer, set()
+    for age in range(1, 9):
+        seed.loop.step()
+        if layer.tap is not None:
+            noted.add(age)
+    assert noted == tapped
+
+
+def test_without_a_fresh_gradient_the_lesson_is_taken_behind_the_real_loss() -> None:
+    seed = Seed("TRAINING", shadow_every=3)
+    trial, ledger = seed.trial, seed.own.given.ledger
+    assert trial.race is not None
+    trial.tap.gradient = None
+    before, paid = frozen(trial.race.parameters), ledger.growth_flops
+    seed.own.advance((batch("mlp", 32),), 2.0, seed.own.step + 1)
+    assert not same(dict(trial.race.parameters), before)
+    assert ledger.growth_flops > paid
+
+
+def test_unseen_batches_are_waited_for() -> None:
+    seed = Seed("TRAINING")
+    began = seed.own.step
+    seed.loop.step(11)
+    assert seed.targets() == []
+    seed.loop.step()
+    assert seed.targets() == ["GRAFTING"]
+    assert seed.own.step - began == 8 + 4
 
 
 def test_losses_before_exposure_are_kept_and_none_after() -> None:
