@@ -5,7 +5,68 @@ from __future__ import annotations
 Key = tuple[str, str, str]  # function, line, change: as `Mutation.key`
 
 _LENGTHS = "both have the same length by the lines above; strict only says so"
+_NONE = "a probe that says it has none gives none: there is nothing to bound"
+_GIVEN = "germinate() and what loads a state both give it"
+_NARROWS = "for the type checker: all who call have made sure"
+_ROUNDED = "half of one candidate, rounded up, is that one"
 EQUIVALENT: dict[str, dict[Key, str]] = {
+    "src/esper/kasmina/race/orchestrator.py": {
+        (
+            "SeedOrchestrator.germinate",
+            "assert decision.site is not None and decision.start is not None",
+            "decision.site is not None and decision.start is not None → "
+            "(decision.site is not None or decision.start is not None)",
+        ): _NARROWS,
+        (
+            "SeedOrchestrator.incubate",
+            "if age in lessons.halvings and size > 1:",
+            "size > 1 → (size >= 1)",
+        ): _ROUNDED,
+        ("SeedOrchestrator.incubate", "if age in lessons.halvings and size > 1:", "1 → 0"): _ROUNDED,
+    },
+    "src/esper/kasmina/race/gate.py": {
+        (
+            "Gate.look",
+            "elif value < self.threshold and len(differences) < self.fewest:",
+            "value < self.threshold → (value <= self.threshold)",
+        ): "at the threshold 1/p is no smaller, and so there are the fewest at which p can be so small",
+        (
+            "bounded",
+            "ends = len(given) >= 0  # pyrefly: ignore  # asked, not assumed",
+            "len(given) >= 0 → (len(given) > 0)",
+        ): _NONE,
+        (
+            "bounded",
+            "ends = len(given) >= 0  # pyrefly: ignore  # asked, not assumed",
+            "0 → 1",
+        ): _NONE,
+    },
+    "src/esper/kasmina/race/trial.py": {
+        ("Trial", "spent: int = 0  # growth FLOPs before this trial", "0 → 1"): _GIVEN,
+        (
+            "Trial",
+            "size: tuple[int, int] = (0, 0)  "
+            "# the model's parameters and forward FLOPs per example before it",
+            "0 → 1",
+        ): _GIVEN,
+        (
+            "Trial",
+            "size: tuple[int, int] = (0, 0)  "
+            "# the model's parameters and forward FLOPs per example before it",
+            "0 → 1 (2)",
+        ): _GIVEN,
+        (
+            "step_kernel",
+            "assert trial.kernel is not None and trial.optimizer is not None",
+            "trial.kernel is not None and trial.optimizer is not None → "
+            "(trial.kernel is not None or trial.optimizer is not None)",
+        ): _NARROWS,
+        (
+            "step_kernel",
+            "if parameter.grad is not None and scale != 1.0:",
+            "1.0 → 0",
+        ): "a division by 1 changes nothing",
+    },
     "src/esper/tezzeret/container.py": {
         (
             "_read_parts",

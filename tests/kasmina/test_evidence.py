@@ -48,6 +48,19 @@ def test_the_wealth_of_a_bet_by_hand() -> None:
     assert e_value(np.array([-4.0]), rehearsal) == pytest.approx(won(ruined))
     assert e_value(np.array([-4.0, 6.0]), rehearsal) == pytest.approx(won(ruined, 1 + 3 * stakes))
     assert e_value(np.array([-100.0, 6.0, 6.0]), rehearsal) == 0.0
+    assert e_value(np.array([6.0]), rehearsal) == pytest.approx(won(1 + 3 * stakes))  # the most that counts
+    assert e_value(np.array([6.5]), rehearsal) == e_value(np.array([6.0]), rehearsal)
+
+
+def test_the_worst_that_was_rehearsed_bounds_the_bet_by_hand() -> None:
+    """Seven gains of 1, two losses of 3: the risk is 4.5, above 2 · 5/3; Kelly is 1/9 · 4.5 / (25/9)."""
+    rehearsal, stakes = (
+        np.array([1.0] * 7 + [-3.0] * 2),
+        np.array([0.18, 0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8]),
+    )
+    shares = np.array([0.5] + [0.5 / 7] * 7)
+    assert e_value(np.array([4.5]), rehearsal) == pytest.approx(float((shares * (1 + stakes)).sum()))
+    assert e_value(np.array([-2.25]), rehearsal) == pytest.approx(float((shares * (1 - stakes / 2)).sum()))
 
 
 @given(st.lists(st.floats(-10, 10), min_size=1, max_size=30), practice, st.integers(-20, 20))
@@ -130,7 +143,9 @@ def test_one_wild_example_cannot_win_alone() -> None:
 
 
 def test_overwhelming_evidence_does_not_overflow() -> None:
-    assert np.isfinite(e_value(np.ones(100_000), np.ones(10)))
+    """It ends at e^700, of which the two largest stakes, .8, hold their shares."""
+    won = e_value(np.ones(100_000), np.ones(10))
+    assert won == pytest.approx((0.5 + 0.5 / 7) * np.exp(700.0))
 
 
 def test_rare_large_losses_are_not_clipped() -> None:
