@@ -70,6 +70,13 @@ EQUIVALENT: dict[str, dict[Key, str]] = {
             "all → any",
         ): "Muon, which alone takes some and not others, refuses the others in its constructor",
     },
+    "src/esper/kasmina/evidence/significance.py": {
+        (
+            "smallest",
+            "low, high = high, 2 * high",
+            "2 → 3",
+        ): "any factor above one brackets the answer, and the halving behind it finds the same",
+    },
     "src/esper/tamiyo/selector.py": {
         (
             "SeedSelector.arms",
