@@ -234,9 +234,7 @@ def test_the_smallest_probes_are_found_between_powers() -> None:
     """What passes first, counted up one by one."""
 
     def first(alpha: float, unseen: float) -> int:
-        return next(
-            n for n in range(8, 400) if significance.likelihood(np.ones((1, n)), unseen)[0] <= alpha
-        )
+        return next(n for n in range(8, 400) if significance.likelihood(np.ones((1, n)), unseen)[0] <= alpha)
 
     for alpha in (0.3, 0.05, 1e-3, 1e-6, significance.FLOOR):
         assert smallest(alpha) == first(alpha, 5.0)
