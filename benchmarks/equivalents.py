@@ -70,6 +70,13 @@ EQUIVALENT: dict[str, dict[Key, str]] = {
             "all → any",
         ): "Muon, which alone takes some and not others, refuses the others in its constructor",
     },
+    "src/esper/surgery/widen_layers.py": {
+        (
+            "_arm_hooks",
+            "if source._backward_hooks is not None:",
+            "source._backward_hooks is not None → True",
+        ): "the target is the source or a new tensor: without hooks it is given the None that it has",
+    },
     "src/esper/kasmina/evidence/significance.py": {
         (
             "smallest",
