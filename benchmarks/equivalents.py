@@ -83,6 +83,11 @@ EQUIVALENT: dict[str, dict[Key, str]] = {
             "low, high = high, 2 * high",
             "2 → 3",
         ): "any factor above one brackets the answer, and the halving behind it finds the same",
+        (
+            "smallest.passes",
+            "return float(likelihood(np.ones((1, n)), unseen)[0]) <= alpha",
+            "1 → 2",
+        ): "rows are judged one by one, and the first is read",
     },
     "src/esper/tamiyo/selector.py": {
         (
