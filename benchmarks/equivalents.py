@@ -131,6 +131,25 @@ EQUIVALENT: dict[str, dict[Key, str]] = {
             "all → any",
         ): "Muon, which alone takes some and not others, refuses the others in its constructor",
     },
+    "src/esper/surgery/widen_layers.py": {
+        (
+            "_arm_hooks",
+            "if source._backward_hooks is not None:",
+            "source._backward_hooks is not None → True",
+        ): "the target is the source or a new tensor: without hooks it is given the None that it has",
+    },
+    "src/esper/kasmina/evidence/significance.py": {
+        (
+            "smallest",
+            "low, high = high, 2 * high",
+            "2 → 3",
+        ): "any factor above one brackets the answer, and the halving behind it finds the same",
+        (
+            "smallest.passes",
+            "return float(likelihood(np.ones((1, n)), unseen)[0]) <= alpha",
+            "1 → 2",
+        ): "rows are judged one by one, and the first is read",
+    },
     "src/esper/tamiyo/selector.py": {
         (
             "SeedSelector.arms",

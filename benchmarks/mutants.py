@@ -32,7 +32,10 @@ SURGERY, CHECKPOINT, TAMIYO = "tests/tolaria/surgery", "tests/tolaria/checkpoint
 FILES: dict[
     str, tuple[str, ...]
 ] = {  # what guards data and evidence; the tests that hold it, quick ones first
-    "src/esper/surgery/widen_layers.py": ("tests/kasmina/test_materialise.py",),
+    "src/esper/surgery/widen_layers.py": (
+        "tests/kasmina/test_widened_tensors.py",
+        "tests/kasmina/test_materialise.py",
+    ),
     "src/esper/batches/examples.py": ("tests/kasmina/test_evidence.py",),
     "src/esper/kasmina/evidence/significance.py": ("tests/kasmina/test_significance.py",),
     "src/esper/kasmina/evidence/e_values.py": ("tests/kasmina/test_evidence.py",),
@@ -49,6 +52,10 @@ FILES: dict[
         "tests/kasmina/test_orchestrator.py",
         "-k not resumed",  # 9 of their 25 seconds
     ),
+    "src/esper/kasmina/sites/selecting.py": ("tests/kasmina/test_selecting.py",),
+    "src/esper/tolaria/growth/early/verdicts.py": ("tests/tolaria/test_verdicts.py",),
+    "src/esper/tolaria/growth/early/judged.py": ("tests/tolaria/test_judged.py",),
+    "src/esper/tolaria/growth/early/judging.py": ("tests/tolaria/test_judging.py",),
     "src/esper/surgery/optimizers/adoption.py": (f"{SURGERY}/test_adoption.py", f"{SURGERY}/test_own.py"),
     "src/esper/surgery/optimizers/widening.py": tuple(
         f"{SURGERY}/test_{name}.py" for name in ("optimizers", "kinds", "averages", "matrix")

@@ -18,6 +18,7 @@ from esper.kasmina.evidence.significance import (
     p_value,
     smallest,
     starts,
+    student,
     t_tail,
 )
 
@@ -58,6 +59,48 @@ def test_blocks_are_contiguous_and_keep_the_mean() -> None:
     ragged = np.arange(70.0)[None] ** 2
     assert block_means(ragged, starts(70, None)).mean() == pytest.approx(ragged.mean())
     assert [len(starts(n, None)) for n in (8, 15, 63, 64, 255, 256, 1024)] == [8, 15, 9, 8, 31, 16, 32]
+
+
+def test_every_length_has_the_blocks_that_are_named() -> None:
+    """Below 8 values each is a block; then 8 blocks; lengths 8, 16 and 32 from 64, 256 and 1,024 on."""
+    ends = {5: 5, 7: 7, 8: 8, 16: 8, 63: 9, 64: 8, 65: 8, 255: 31, 256: 16, 257: 16, 1023: 63, 1024: 32}
+    assert {n: len(starts(n, None)) for n in ends} == ends
+    assert [len(starts(10, blocks)) for blocks in (0, 1, 2, 3, 10, 11)] == [2, 2, 2, 3, 10, 10]
+    assert starts(10, 3).tolist() == [0, 3, 6]
+    assert starts(20, None).tolist() == [0, 2, 4, 6, 8, 10, 12, 14, 16, 18]
+
+
+def test_students_test_is_the_one_of_the_books() -> None:
+    """1, 2, 3, 6: mean 3, spread √(14/3)/2, t = 2.777 with 3 degrees of freedom."""
+    t = 3 / math.sqrt(14 / 3 / 4)
+    u = t / math.sqrt(3)
+    three = 0.5 - (u / (1 + u * u) + math.atan(u)) / math.pi
+    assert student(np.array([[1.0, 2.0, 3.0, 6.0]]))[0] == pytest.approx(three, rel=1e-9)
+    even = student(np.array([[2.0] * 4, [-2.0] * 4, [0.0] * 4]))
+    assert even.tolist() == [significance.FLOOR, 1.0, 0.5]  # certain, certainly not, and nothing at all
+    assert student(np.array([[1.0, -1.0, 3.0, -3.0]]))[0] == 0.5
+
+
+def test_the_unseen_example_is_five_root_mean_squares_or_one_and_a_half_or_the_worst() -> None:
+    """Constant gains g: Σ log(1 + λx) over n of 1/u and one of −1, in closed form, u = 5 or 1.5."""
+    for n, unseen in ((30, 5.0), (30, 1.5)):
+        best = (n - unseen) / (n + 1)
+        ratio = n * math.log1p(best / unseen) + math.log1p(-best)
+        expected = t_tail(np.array([math.sqrt(n * math.expm1(2 * ratio / (n + 1)))]), n)[0]
+        assert significance.likelihood(np.full((1, n), 0.5), unseen)[0] == pytest.approx(expected, rel=1e-6)
+    rows = np.array([[1.0] * 99 + [-9.0]])  # root mean square 1.342, five of them 6.7: the worst counts
+    grid = np.arange(0, 1, 1e-5)
+    ratio = (99 * np.log1p(grid / 9) + 2 * np.log1p(-grid)).max()
+    expected = t_tail(np.array([math.sqrt(100 * math.expm1(2 * ratio / 101))]), 100)[0]
+    assert significance.likelihood(rows, 5.0)[0] == pytest.approx(expected, rel=1e-4)
+
+
+def test_means_of_blocks_have_a_smaller_unseen_example() -> None:
+    values = np.array([1.0, 1.25] * 10)
+    as_blocks, as_examples = p_value(values, blocks=20), p_value(values, blocks=19)
+    scaled = values[None] / 1.25
+    assert as_blocks == significance.likelihood(scaled, 1.5)[0]
+    assert as_examples == significance.likelihood(scaled, 5.0)[0]
 
 
 def test_a_p_value_is_the_larger_of_its_two_tests() -> None:
@@ -164,6 +207,38 @@ def test_all_looks_together_spend_at_most_the_budget(budget: float, places: list
     assert total <= budget * (1 + 1e-12)
     assert spending.spent == pytest.approx(total)
     assert all(spending.share(event) <= spending.most for event in range(len(places)))
+
+
+def test_the_budget_is_shared_as_is_written() -> None:
+    """.02, .03, .07, .16, .26, .26; of the rest, .2: a half, a sixth, a twelfth. Places share evenly."""
+    spending = Spending(0.5)
+    shares = [0.01, 0.015, 0.035, 0.08, 0.13, 0.13, 0.1 / 2, 0.1 / 6, 0.1 / 12]
+    assert [spending.share(event) for event in range(9)] == pytest.approx(shares)
+    assert spending.most == pytest.approx(0.13)
+    assert spending.threshold(6, 4) == pytest.approx(0.0125)
+    assert not spending.paid
+    spending.paid = True  # nothing more is given after it: the shares stay
+    assert spending.share(0) == pytest.approx(0.01)
+    assert spending.threshold(0, 1) == pytest.approx(0.01)
+
+
+def test_a_state_without_payment_is_one_of_before_it() -> None:
+    spending = Spending(0.05, further=0.2)
+    spending.load_state_dict({"budget": 0.05, "looks": [[3, 2]]})
+    assert not spending.paid
+    assert spending.looks == {3: 2}
+    assert spending.state_dict() == {"budget": 0.05, "looks": [[3, 2]], "paid": False}
+
+
+def test_the_smallest_probes_are_found_between_powers() -> None:
+    """What passes first, counted up one by one."""
+
+    def first(alpha: float, unseen: float) -> int:
+        return next(n for n in range(8, 400) if significance.likelihood(np.ones((1, n)), unseen)[0] <= alpha)
+
+    for alpha in (0.3, 0.05, 1e-3, 1e-6, significance.FLOOR):
+        assert smallest(alpha) == first(alpha, 5.0)
+        assert smallest(alpha, of_blocks=True) == first(alpha, 1.5)
 
 
 def test_an_event_is_spent_once() -> None:
