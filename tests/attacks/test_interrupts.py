@@ -14,12 +14,13 @@ from tests.attacks.interrupted import CALLS
 
 QUICK = {"commits": 24, "is let in": 6, "ends": 12, "ends while it learns": 8}
 EVERY = 60  # lines of a call, spread over it
+EXHAUSTIVE = [pytest.mark.slow, pytest.mark.exhaustive]
 
 
 @pytest.mark.parametrize(
     ("recipe", "name", "points"),
     [
-        pytest.param(recipe, name, points, marks=[] if points < EVERY else pytest.mark.slow)
+        pytest.param(recipe, name, points, marks=[] if points < EVERY else EXHAUSTIVE)
         for recipe, calls in CALLS.items()
         for name in calls
         for points in sorted({QUICK.get(name, EVERY), EVERY})

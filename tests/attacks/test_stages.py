@@ -16,7 +16,13 @@ from tests.attacks.staged import HOSTS, STOPS
 @pytest.mark.parametrize(
     ("host", "recipe"),
     [
-        pytest.param(host, recipe, marks=[] if (host, recipe) == ("pair", "incubate") else pytest.mark.slow)
+        pytest.param(
+            host,
+            recipe,
+            marks=[]
+            if (host, recipe) == ("pair", "incubate")
+            else [pytest.mark.slow, pytest.mark.exhaustive],
+        )
         for recipe in STOPS
         for host in HOSTS
     ],

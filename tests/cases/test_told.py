@@ -119,6 +119,7 @@ def test_errors_of_the_loss_are_told(case: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("case", HOSTS)
 def test_an_error_of_the_loss_at_any_call_is_told(case: str) -> None:
     assert swept(case, None) == []
