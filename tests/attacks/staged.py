@@ -98,7 +98,8 @@ def tried(loop: Loop, host: str, recipe: Any, name: str) -> str:
     try:
         handlings(loop.net)[name](loop.net, loop.growth)
     except Exception as error:
-        own = isinstance(error, EsperError) or "StateError(" in str(error)  # dynamo wraps what a pass raises
+        said = "StateError(", "torch.jit.script cannot hold"  # dynamo wraps what a pass raises; a branch's own
+        own = isinstance(error, EsperError) or any(one in str(error) for one in said)
         if not own and ordinary(host, recipe, name) != type(error).__name__:
             return f"handling: {type(error).__name__}: {error}"[:300]
     try:
