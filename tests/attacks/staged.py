@@ -98,7 +98,7 @@ def tried(loop: Loop, host: str, recipe: Any, name: str) -> str:
     try:
         handlings(loop.net)[name](loop.net, loop.growth)
     except Exception as error:
-        said = "StateError(", "torch.jit.script cannot hold"  # dynamo wraps what a pass raises; a branch's own
+        said = "StateError(", "torch.jit.script cannot hold"  # as dynamo wraps it; a branch's own
         own = isinstance(error, EsperError) or any(one in str(error) for one in said)
         if not own and ordinary(host, recipe, name) != type(error).__name__:
             return f"handling: {type(error).__name__}: {error}"[:300]
