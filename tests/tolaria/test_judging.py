@@ -6,25 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Adam
 
 import esper
 from esper.contracts import Event
 from esper.tolaria.growth.early.judged import Judged
-
-STEPS, CLASSES = 240, 8
-
-
-def clusters(seed: int, examples: int = 64) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    label = torch.randint(CLASSES, (examples,), generator=generator)
-    return 2 * torch.eye(CLASSES)[label] + 0.3 * torch.randn(examples, CLASSES, generator=generator), label
-
-
-def loss_fn(model: nn.Module, batch: Any) -> Tensor:
-    return F.cross_entropy(model(batch[0]), batch[1])
+from tests.tolaria.test_takeback import STEPS, clusters, loss_fn, mlp
 
 
 class Run:
@@ -32,7 +20,7 @@ class Run:
 
     def __init__(self, **options: Any) -> None:
         torch.manual_seed(0)
-        self.net = nn.Sequential(nn.Linear(8, 2), nn.Tanh(), nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 8))
+        self.net = mlp()
         self.size = self.parameters
         self.optimizer = Adam(self.net.parameters(), lr=0.01)
         self.events: list[Event] = []

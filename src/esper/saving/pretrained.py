@@ -29,15 +29,8 @@ ROUNDING = 1e-5  # of the largest value, between what the grown model says and t
 Shapes = dict[str, tuple[int, ...]]
 
 
-class Entry(NamedTuple):
-    """One number of a config, or of a config within it."""
-
-    path: tuple[str, ...]
-    value: int | None
-
-
-class Change(NamedTuple):
-    """A number and what it may have become."""
+class Number(NamedTuple):
+    """One number of a config, or of a config within it: as it is, or as it may have become."""
 
     path: tuple[str, ...]
     value: int | None
@@ -86,7 +79,7 @@ def settle(host: nn.Module, path: str, model: nn.Module, run: Callable[[], objec
 
 def said(
     host: nn.Module, model: nn.Module, wanted: Shapes, run: Callable[[], object]
-) -> tuple[list[Change], list[str]]:
+) -> tuple[list[Number], list[str]]:
     """Find numbers that give the wanted shapes and a model that computes the same, or say what none gives.
 
     Several may give the shapes, as the number of heads and their size do: then each is left out in turn.
@@ -135,13 +128,13 @@ def search(
     wanted: Shapes,
     now: Shapes,
     barred: Container[tuple[str, ...]] = (),
-) -> tuple[list[Change], list[str]]:
-    """Change a config until a model built from it has the wanted shapes.
+) -> tuple[list[Number], list[str]]:
+    """Number a config until a model built from it has the wanted shapes.
 
     Returns:
         The changes, and what still differs: tensors with their shapes.
     """
-    changes: list[Change] = []
+    changes: list[Number] = []
     tries, wrong = 0, different(wanted, now)
     progress = True
     while wrong and progress and wanted.keys() == now.keys():
@@ -163,7 +156,7 @@ def search(
     return changes, [f"{name!r} the shape {shape}" for name, shape in named.items()]
 
 
-def tried(model: nn.Module, config: object, change: Change) -> Shapes:
+def tried(model: nn.Module, config: object, change: Number) -> Shapes:
     """Set a number and return the shapes of what is built then; none where it is refused."""
     try:
         put(config, change.path, change.value)
@@ -177,7 +170,7 @@ def different(wanted: Shapes, made: Shapes) -> Mapping[str, tuple[int, ...] | No
     return {name: shape for name, shape in wanted.items() if made.get(name) != shape}
 
 
-def candidates(config: object, wanted: Shapes, now: Shapes) -> list[Change]:
+def candidates(config: object, wanted: Shapes, now: Shapes) -> list[Number]:
     """List numbers that may have become others, the likeliest first.
 
     A number that is the size of an axis which has grown is likelier than one that divides it, as the number
@@ -193,27 +186,27 @@ def candidates(config: object, wanted: Shapes, now: Shapes) -> list[Change]:
         }
     )
     entries = list(entries_of(config))
-    equal = [Change(e.path, new) for old, new in sizes for e in entries if e.value == old]
+    equal = [Number(e.path, new) for old, new in sizes for e in entries if e.value == old]
     parts = [
-        Change(e.path, e.value * new // old)
+        Number(e.path, e.value * new // old)
         for old, new in sizes
         for e in entries
         if e.value and e.value != old and old % e.value == 0 and e.value * new % old == 0
     ]
-    unset = [Change(e.path, new) for old, new in sizes for e in entries if e.value is None]
+    unset = [Number(e.path, new) for old, new in sizes for e in entries if e.value is None]
     return list(dict.fromkeys((*equal, *parts, *unset)))
 
 
-def entries_of(config: object, path: tuple[str, ...] = ()) -> Iterator[Entry]:
+def entries_of(config: object, path: tuple[str, ...] = ()) -> Iterator[Number]:
     """List the whole numbers of a config and of configs in it, and what is not given."""
     for name, value in vars(config).items():
         own = (*path, name)
         if name.startswith("_"):
             continue
         if value is None or type(value) is int:
-            yield Entry(own, value)
+            yield Number(own, value)
         elif isinstance(value, list) and value and all(type(one) is int for one in value):
-            yield from (Entry((*own, str(index)), one) for index, one in enumerate(value))
+            yield from (Number((*own, str(index)), one) for index, one in enumerate(value))
         elif hasattr(value, "to_dict") and hasattr(value, "__dict__") and len(own) < DEEP:
             yield from entries_of(value, own)
 

@@ -43,10 +43,7 @@ def ties(host: nn.Module, places: Mapping[str, Place]) -> Ties:
     for path, model in built_from_configs(host):
         prefix = f"{path}." if path else ""
         inside = {n: p for n, p in places.items() if isinstance(p, WidenPlace) and held(p, prefix)}
-        with (
-            suppress(*MISTAKES),
-            same_randomness(0),
-        ):  # of its classes; what cannot be built is told at the end
+        with suppress(*MISTAKES), same_randomness(0):  # what cannot be built is told at the end
             found += groups(model, {name: grown(place, prefix) for name, place in inside.items()})
     return tuple(found)
 

@@ -178,7 +178,7 @@ def morphable(
     few, others = ([of(loss_fn, one) for one in some] for some in trials(batch, features(host)))
     return MorphableModel(
         host,
-        lambda model: loss_fn(model, batch),
+        of(loss_fn, batch),
         count_examples(batch),
         sites,
         blueprints=config.blueprints,

@@ -21,7 +21,7 @@ from esper.tolaria.growth.resumable import Resumable
 from esper.tolaria.growth.run.account import Report
 from esper.tolaria.growth.run.components import Parts
 from esper.tolaria.growth.run.keeping import keep
-from esper.tolaria.growth.run.telling import follow_configs, size_and_cost
+from esper.tolaria.growth.run.telling import size_and_cost
 
 
 class Growth(Resumable):
@@ -140,7 +140,6 @@ class Growth(Resumable):
         self._refuse_finished("finish")
         run, loop = self.run, self.loop
         loop.finish()
-        follow_configs(run)
         with undisturbed():
             self.leave()
         if loop.watch is not None:

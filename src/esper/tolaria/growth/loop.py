@@ -10,6 +10,7 @@ from torch import Tensor
 
 from esper.batches.examples import copied, count_examples
 from esper.contracts import Outcome
+from esper.saving.pretrained import follow
 from esper.surgery.isolation.contexts import taught
 from esper.tolaria.governor import Watch
 from esper.tolaria.growth.early.early import Early
@@ -19,6 +20,7 @@ from esper.tolaria.growth.incubation.redo import Redo
 from esper.tolaria.growth.opening.entrance import check_finite, check_loss, failing
 from esper.tolaria.growth.opening.presence import Presence
 from esper.tolaria.growth.run.components import Parts
+from esper.tolaria.growth.run.proven import Proven
 from esper.tolaria.growth.run.state import RunState
 from esper.tolaria.growth.run.telling import size_and_cost
 
@@ -33,14 +35,15 @@ class Loop:
     Attributes:
         early: The early recipe, where the run grows by it.
         redo: What a process before decided.
+        proven: What the model was like when its places were proven.
         watch: The governor, where the settings want one.
     """
 
     def __init__(self, parts: Parts, presence: Presence) -> None:
         self.presence = presence
         self.run = RunState(parts, presence.clock)
-        self.redo = Redo(self.run)
-        self.incubation = Incubation(self.run, self.redo)
+        self.redo, self.proven = Redo(self.run), Proven(self.run)
+        self.incubation = Incubation(self.run, self.redo, self.proven)
         self.watch: Watch | None = None
         self.early: Early | None = None
 
@@ -50,15 +53,14 @@ class Loop:
         if run.recipe == "early":
             looking = failing("the model or loss, run on the first held-out examples, raised")
             with looking, run.morphable.policy.uncompiled(), run.parts.wrapping.gathered():
-                self.early = Early(run)
+                self.early = Early(run, self.proven)
             run.parts.warnings.extend(self.early.doubts)
 
     def step(self, batch: object, loss: Tensor) -> None:
         """Take one micro-batch; act if an optimizer step has happened."""
         run = self.run
         check_loss(loss)
-        if loss.is_cpu:  # elsewhere the device would be waited for at every micro-batch: it is read at a step
-            self.refuse_infinite(float(loss.detach()))
+        value = self.read(loss) if loss.is_cpu else None  # a device would be waited for at every micro-batch
         run.batches.append(copied(batch) if run.recipe == "incubate" else batch)
         examples = count_examples(batch) * max(self.presence.evaluations, 1)
         self.presence.evaluations = 0
@@ -69,8 +71,7 @@ class Loop:
             if complaint := run.clock.complaint():
                 run.mishaps.say(complaint, "no step")
             return
-        value = float(loss.detach())
-        self.refuse_infinite(value)
+        value = self.read(loss) if value is None else value
         run.steps = steps
         if run.peers.world > 1:
             value = self.meet(value)
@@ -79,14 +80,16 @@ class Loop:
             if run.steps % run.config.telemetry.progress_every == 0:
                 self.tell_progress()
 
-    def refuse_infinite(self, loss: float) -> None:
-        """Refuse a loss that is not finite, where neither a governor nor other processes see to it.
+    def read(self, loss: Tensor) -> float:
+        """Return a loss as a number.
 
         Raises:
-            LossError: It is not.
+            LossError: It is not finite, and neither a governor nor other processes see to that.
         """
+        value = float(loss.detach())
         if self.watch is None and self.run.peers.world == 1:
-            check_finite(loss, self.run.steps)
+            check_finite(value, self.run.steps)
+        return value
 
     def meet(self, loss: float) -> float:
         """Meet the other processes: from here on all know the same; returns the mean loss."""
@@ -167,7 +170,7 @@ class Loop:
             run.tell("rewrapped", sites=[site], milliseconds=seconds * 1e3)
 
     def finish(self) -> None:
-        """Judge what is open; take a last look at the seed that is awake."""
+        """Judge what is open, take a last look at the seed that is awake, and bring configs up to date."""
         run = self.run
         begun = time.perf_counter()
         if self.early is None:
@@ -177,6 +180,22 @@ class Loop:
             with run.morphable.policy.uncompiled(), run.parts.wrapping.reshaping(run.parts.optimizers):
                 self.early.finish()
         run.cost.seconds += time.perf_counter() - begun
+        self.follow_configs()
+
+    def follow_configs(self) -> None:
+        """Let the configs that a model is built from say what it is by now, or tell what they cannot say."""
+        run = self.run
+        if not run.plans:
+            return
+        unsaid = run.mishaps.unsaid
+        with (
+            run.mishaps.contained("bringing a config up to date", unsaid.append),
+            run.morphable.policy.uncompiled(),
+            run.parts.wrapping.gathered(),
+        ):
+            unsaid += follow(run.morphable.host, run.parts.committer.run)
+        for why in unsaid:
+            run.mishaps.say(why)
 
     def examined(self) -> bool:
         """Ask the governor, where there is one, whether the seed that is awake may stay for good."""

@@ -15,6 +15,7 @@ from esper.tolaria.growth.early.state import Asking, EarlyState
 from esper.tolaria.growth.early.verdicts import looked_at
 from esper.tolaria.growth.evidence.saturation import ENOUGH
 from esper.tolaria.growth.run.account import NO_EVIDENCE, NONE_LEFT, OVER, SPENT, EventRecord, Looked
+from esper.tolaria.growth.run.proven import Proven
 from esper.tolaria.growth.run.state import RunState
 
 PROMISING = 0.3  # p-value below which an event that grew nothing is asked again before the next
@@ -25,10 +26,11 @@ class Early(EarlyState):
 
     Args:
         run: What the run knows of itself.
+        proven: What the model was like when its places were proven.
     """
 
-    def __init__(self, run: RunState) -> None:
-        super().__init__(run)
+    def __init__(self, run: RunState, proven: Proven) -> None:
+        super().__init__(run, proven)
         self.growth, self.judging = Growing(self), Judging(self)
 
     @property
@@ -107,9 +109,7 @@ class Early(EarlyState):
             self.skip(OVER)
         if self.open is not None:
             self.open.extended = True
-            with self.mishaps.contained(
-                "the last judgement", lambda why: self.judging.keep(f"not judged: {why}")
-            ):
+            with self.mishaps.contained("the last judgement", self.judging.leave):
                 self.judging.judge()
 
     def skip(self, why: str) -> None:

@@ -42,10 +42,9 @@ class Growing:
         record.looked += [
             Looked(name, place.site.width, reason=reason) for name, place in free.items() if name not in known
         ]
-        self.state.seeds.tell_survey(record, scored)
-        self.state.seeds.tell_decision(
-            record, len(self.state.spending.looks), None, 0, f"{record.why}; {reason}"
-        )
+        seeds, looks = self.state.seeds, len(self.state.spending.looks)
+        seeds.tell_survey(record, scored)
+        seeds.tell_decision(record, looks, None, 0, f"{record.why}; {reason}")
 
     def grow(self, record: EventRecord, found: Found, units: Mapping[str, int], before: Before) -> None:
         """Insert what passed; whatever ends this in the middle, Ctrl-C too, takes all of it back."""
@@ -99,13 +98,11 @@ class Growing:
 
     def change(self, found: Found, units: Mapping[str, int], before: Before) -> dict[str, str]:
         """Widen and deepen the model; returns why, for each place that was not changed."""
-        kernels = {name: found.scored[name].kernel for name in units}
-        self.state.insertion.trials = [
-            partial(self.state.parts.loss_of, batch) for batch in self.state.evidence.latest
-        ]
-        with self.state.run.reshaping():
-            widened, failures = self.state.insertion.carry_out(kernels, units, before)
-        self.state.reach.barred.update(widened)
+        state, kernels = self.state, {name: found.scored[name].kernel for name in units}
+        state.insertion.trials = [partial(state.parts.loss_of, batch) for batch in state.evidence.latest]
+        with state.run.reshaping():
+            widened, failures = state.insertion.carry_out(kernels, units, before)
+        state.reach.barred.update(widened)
         return failures
 
     def await_judgement(

@@ -31,13 +31,13 @@ class Reach:
     Args:
         run: What the run knows of itself.
         timetable: Of the run.
+        proven: What the model was like when its places were proven.
     """
 
-    def __init__(self, run: RunState, timetable: Timetable) -> None:
-        self.run, self.timetable = run, timetable
+    def __init__(self, run: RunState, timetable: Timetable, proven: Proven) -> None:
+        self.run, self.timetable, self.proven = run, timetable, proven
         self.settings = run.config.early
         self.resting: dict[str, str] = {}  # places that cannot learn at present, and why
-        self.proven = Proven(run)
         self.barred: dict[str, str] = {}  # places that are closed for the rest of the run, and why
         self.tied: tuple[object, Ties] = (
             None,

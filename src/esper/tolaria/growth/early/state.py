@@ -18,6 +18,7 @@ from esper.tolaria.growth.evidence.streamed import Streamed
 from esper.tolaria.growth.run.account import EventRecord, Point, record_from
 from esper.tolaria.growth.run.allowance import Allowance
 from esper.tolaria.growth.run.mishaps import Mishaps
+from esper.tolaria.growth.run.proven import Proven
 from esper.tolaria.growth.run.state import RunState
 
 
@@ -57,6 +58,7 @@ class EarlyState:
 
     Args:
         run: What the run knows of itself.
+        proven: What the model was like when its places were proven.
 
     Attributes:
         open: The event that is still judged.
@@ -65,14 +67,14 @@ class EarlyState:
         doubts: What would keep anything from passing.
     """
 
-    def __init__(self, run: RunState) -> None:
+    def __init__(self, run: RunState, proven: Proven) -> None:
         self.run, self.parts = run, run.parts
         self.settings = run.config.early
         self.insertion = Insertion(self.parts.committer, self.parts.streams.draw, run.mishaps.say)
         self.evidence = Streamed(run) if self.parts.example is not None else Evidence(run)
         self.doubts = self.evidence.doubts()
         self.timetable = Timetable(run, self.evidence)
-        self.reach = Reach(run, self.timetable)
+        self.reach = Reach(run, self.timetable, proven)
         self.mishaps: Mishaps = run.mishaps
         self.hindsight = Hindsight(run, self.evidence, self.insertion)
         self.seeds = Seeds(run)

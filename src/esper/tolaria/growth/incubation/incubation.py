@@ -33,12 +33,12 @@ class Incubation:
     Args:
         run: What the run knows of itself.
         redo: What a process before decided.
+        proven: What the model was like when its places were proven.
     """
 
-    def __init__(self, run: RunState, redo: Redo) -> None:
-        self.run, self.parts, self.redo = run, run.parts, redo
+    def __init__(self, run: RunState, redo: Redo, proven: Proven) -> None:
+        self.run, self.parts, self.redo, self.proven = run, run.parts, redo, proven
         self.dear = ""  # why a decision could not be paid for
-        self.proven = Proven(run)
 
     def step(self, loss: float) -> None:
         """Do one step's work; what goes wrong in it ends the seed that is awake, not training."""

@@ -30,7 +30,7 @@ class Passes:
 
     def over_probe(self) -> Tensor:
         """Return the loss of the first held-out batch."""
-        return self.loss_fn(self.host, self.batch)
+        return self.loss_of(self.batch)
 
     def latency_ms(self) -> float:
         """Return the median of five passes over the first held-out batch, in milliseconds."""

@@ -1,4 +1,4 @@
-"""What the conductor's events say; :data:`esper.contracts.EVENT_FIELDS` lists the fields."""
+"""What a run's events say; :data:`esper.contracts.EVENT_FIELDS` lists the fields."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from esper.contracts import ArmFacts, Decision, HealthReport, WidenPlan
 from esper.kasmina.morphable import MorphableModel
 from esper.kasmina.race.survey import Measured
 from esper.saving.genome import Plan
-from esper.saving.pretrained import follow
 from esper.tolaria.growth.run.account import EventRecord, Looked
 from esper.tolaria.growth.run.components import Parts
 from esper.tolaria.growth.run.recipe import Recipe
-from esper.tolaria.growth.run.state import RunState
 
 
 def started(parts: Parts, recipe: Recipe) -> dict[str, object]:
@@ -130,18 +128,3 @@ def widened(plans: Sequence[Plan], decision: int, site: str, parameters: int) ->
         "difference": 0.0,
         "milliseconds": None,
     }
-
-
-def follow_configs(run: RunState) -> None:
-    """Let the configs that a model is built from say what it is by now, or tell what they cannot say."""
-    if not run.plans:
-        return
-    host, unsaid = run.morphable.host, run.mishaps.unsaid
-    with (
-        run.mishaps.contained("bringing a config up to date", unsaid.append),
-        run.morphable.policy.uncompiled(),
-        run.parts.wrapping.gathered(),
-    ):
-        unsaid += follow(host, run.parts.committer.run)
-    for why in unsaid:
-        run.mishaps.say(why)
