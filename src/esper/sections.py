@@ -78,6 +78,9 @@ class Schedule(Section):
     plateau: bool = Field(True, description="bring a decision forward when the loss stalls")
     plateau_window: int = Field(50, ge=4, description="steps over which a stall is judged")
     patience: int = Field(5, ge=1, description="refused gates in a row after which growth rests")
+    concurrent: int = Field(
+        1, ge=1, le=16, description="seeds that may be awake at the same time, each at a place of its own"
+    )
     embargo: float = Field(0.03, ge=0, le=1, description="share of the steps a culled site cools down")
 
 

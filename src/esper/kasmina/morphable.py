@@ -11,7 +11,7 @@ from esper.arguments import flag, texts, whole
 from esper.batches.cropped import trials
 from esper.batches.examples import count_examples, refuse_layouts
 from esper.batches.layout import Batch
-from esper.contracts import Refusal, Stage
+from esper.contracts import Refusal
 from esper.errors import EsperError, ProbeError, SiteError
 from esper.kasmina.branches.blocks import find_blocks
 from esper.kasmina.branches.choice import chosen
@@ -185,27 +185,28 @@ class MorphableModel(nn.Module):
         """Count the host's parameters, each once."""
         return sum(parameter.numel() for parameter in self.host.parameters())
 
-    def layer(self, site: str, on_fault: Callable[[str], None]) -> KasminaLayer:
-        """Open the seams of a site."""
+    def layer(self, site: str, on_fault: Callable[[str], None], slot: int = 0) -> KasminaLayer:
+        """Open the seams of a site for the seed in one of its slots."""
         layer = KasminaLayer(self.places[site], on_fault, self.pool)
         if self.policy.kind != "whole":  # there an open seam is a graph: it opens when the kernel is exposed
             layer.open()
             layer.closers.append(self.policy.stand_aside(self.places[site].ends()))
-        self.layers[slug(site)] = layer
+        self.layers[slug(site, slot)] = layer
         return layer
 
-    def awake(self, site: str) -> KasminaLayer | None:
-        """Return the layer of a site with an awake seed."""
-        layer = self.layers[slug(site)] if slug(site) in self.layers else None  # noqa: SIM401 - has no get
+    def awake(self, site: str, slot: int = 0) -> KasminaLayer | None:
+        """Return the layer of the seed that is awake in a slot of a site; None where it sleeps."""
+        name = slug(site, slot)
+        layer = self.layers[name] if name in self.layers else None  # noqa: SIM401 - has no get
         assert layer is None or isinstance(layer, KasminaLayer)
         return layer
 
-    def release(self, site: str) -> None:
-        """Close a site's seams and drop whatever was awake there."""
-        layer = self.awake(site)
+    def release(self, site: str, slot: int = 0) -> None:
+        """Close the seams of a slot and drop whatever was awake there."""
+        layer = self.awake(site, slot)
         if layer is not None:
             layer.close()
-            del self.layers[slug(site)]
+            del self.layers[slug(site, slot)]
 
     def refresh(self, run: Callable[[], object]) -> None:
         """Bring the facts of all sites up to date after one of them has grown.
@@ -224,16 +225,17 @@ class MorphableModel(nn.Module):
         """Move everything, then hand the awake layers the rows of the moved layout."""
         super()._apply(fn, recurse)
         for site in self.names:
-            layer = self.awake(site)
-            if layer is not None and layer.alpha is not None:
-                awake = next(s for s in self.seeds(site) if self.layout.stage_of(s) is not Stage.DORMANT)
-                layer.alpha = self.layout.alpha[awake]
+            for slot, seed in enumerate(self.seeds(site)):
+                layer = self.awake(site, slot)
+                if layer is not None and layer.alpha is not None:
+                    layer.alpha = self.layout.alpha[seed]
         return self
 
 
-def slug(site: str) -> str:
-    """Write a site's name as a module name."""
-    return site.replace(".", "_").replace(">", "__").replace(":", "_to_").replace("+", "__")
+def slug(site: str, slot: int = 0) -> str:
+    """Write a site's name as a module name, and behind it the number of any slot but the first."""
+    name = site.replace(".", "_").replace(">", "__").replace(":", "_to_").replace("+", "__")
+    return f"{name}@{slot}" if slot else name
 
 
 def _host_keys_verbatim(module: nn.Module, state: dict[str, object], prefix: str, metadata: object) -> None:
@@ -373,5 +375,6 @@ def unwrap(model: MorphableModel) -> nn.Module:
     if not isinstance(model, MorphableModel):
         raise SiteError(f"a {type(model).__name__} is not wrapped; unwrap takes what esper.wrap returned")
     for site in model.names:
-        model.release(site)
+        for slot in range(model.seeds_per_site):
+            model.release(site, slot)
     return model.host

@@ -27,9 +27,8 @@ class FailingKernel(Fault):
         """Look for a kernel after every step, and hang the failure on it."""
 
         def look(step: int) -> None:
-            trial = child.armed.growth.run.orchestrator.trial
-            if not child.struck and trial is not None and trial.kernel is not None:
-                child.strike(f"the kernel at {trial.decision.site} fails")
+            for trial in child.armed.growth.run.orchestrator.exposed[:1] if not child.struck else []:
+                child.strike(f"the kernel at {trial.origin.site} fails")
                 trial.kernel.register_forward_hook(Failure())
 
         child.each(look)

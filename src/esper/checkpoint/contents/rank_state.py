@@ -19,7 +19,7 @@ from esper.checkpoint.format.manifest import packed, safetensors_chunks
 from esper.checkpoint.format.run_state import GrowthState, ModuleState, OwnState, Position, RunState, Streams
 from esper.errors import CheckpointError
 
-GROWTH = ("batches", "trial")  # of a growth's state: what it saw last, and a kernel's own statistics
+GROWTH = ("batches", "trial", "others")  # of a growth's state: what it saw last, kernels' own statistics
 
 EVIDENCE = ("batches", "coming")  # likewise, of what early growth keeps for its next event
 
@@ -28,7 +28,7 @@ def own_part(state: RunState) -> OwnState:
     """Return the part of a run's state that other processes do not share."""
     growth = state["growth"]
     return {
-        "growth": None if growth is None else {name: growth[name] for name in GROWTH},
+        "growth": None if growth is None else {name: growth[name] for name in GROWTH if name in growth},
         "evidence": evidence_of(growth),
         "buffers": {name: buffers_of(module) for name, module in state["modules"].items()},
         "others": state["others"],

@@ -148,9 +148,9 @@ def _batches(value: object) -> bool:
 def _growth(value: object) -> bool:
     if not isinstance(value, dict) or not count(value.get("version")):
         return False
-    if value["version"] != 2:  # growth itself says which version it reads
+    if value["version"] not in (2, 3):  # growth itself says which version it reads
         return True
-    return not odd(value, GROWTH)
+    return not odd(value, GROWTH if value["version"] == 2 else GROWTH | SEVERAL)
 
 
 def _odd_stream(streams: object) -> str | None:
@@ -197,6 +197,10 @@ GROWTH: dict[str, Check] = {
     "pending": lambda value: isinstance(value, list),
     "batches": lambda value: isinstance(value, list),
     "trial": _maybe(lambda value: isinstance(value, dict)),
+}
+SEVERAL: dict[str, Check] = {  # where several seeds may be awake
+    "others": lambda value: isinstance(value, list) and all(isinstance(one, dict) for one in value),
+    "mixed": lambda value: isinstance(value, list) and all(type(one) is float for one in value),
 }
 STATE: dict[str, Check] = {
     "steps": count,

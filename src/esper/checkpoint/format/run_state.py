@@ -63,6 +63,7 @@ class GrowthState(TypedDict, total=False):
     plans: list[Mapping[str, object]]
     batches: object
     trial: object
+    others: object
     early: EarlyState | None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -28,7 +29,7 @@ class OwnOptimizers:
     def __init__(self, optimizers: Mapping[str, Optimizer], tell: Callable[[str, str], None]) -> None:
         self.optimizers, self.tell = optimizers, tell
         # by place, because load_state_dict replaces the groups themselves
-        self.owners: dict[int, Home] = {}
+        self.owners: WeakKeyDictionary[Optimizer, Home] = WeakKeyDictionary()
 
     def like(self, kernel: nn.Module, place: Place) -> Optimizer:
         """Return an optimizer of the kind and settings of the place's own.
@@ -45,7 +46,7 @@ class OwnOptimizers:
             if own is not None:
                 if optimizer is not found[0]:
                     self._tell(found[0], f"{type(own).__name__} as the host's other one")
-                self.owners[id(own)] = optimizer, index
+                self.owners[own] = optimizer, index
                 return own
         own = torch.optim.Adam(kernel.parameters())
         self._tell(found[0], f"Adam at {own.defaults['lr']}")
@@ -53,8 +54,8 @@ class OwnOptimizers:
 
     def follow(self, own: Optimizer) -> None:
         """Take over what schedulers have set since."""
-        if id(own) in self.owners:
-            optimizer, index = self.owners[id(own)]
+        if own in self.owners:
+            optimizer, index = self.owners[own]
             group = optimizer.param_groups[index]
             own.param_groups[0].update({key: group[key] for key in FOLLOWED if key in group})
 

@@ -1,5 +1,6 @@
-"""How much of the training a race looks at: every batch where steps are cheap, samples where they are dear.
+"""How long stages last, and how much of the training a race looks at.
 
+It looks at every batch where steps are cheap, and at samples where they are dear.
 Eight candidates that learn from whole batches cost a large host a third of its training (docs/decisions.md).
 What a step costs is counted in FLOPs, not read from a clock, so a run takes the same way on every machine.
 """
@@ -13,6 +14,7 @@ from typing import Literal
 
 from esper.batches.examples import split_batch
 from esper.batches.layout import Batch, unflatten
+from esper.config import Config
 from esper.config import Race as RaceSettings
 from esper.contracts import Site
 from esper.kasmina.race.initialisers import STARTS
@@ -26,7 +28,38 @@ FIELD = 4  # candidates
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class Timing:
+    """How many steps each stage lasts."""
+
+    incubate: int
+    ramp: int
+    stabilise: int
+    evaluate: int
+    embargo: int
+
+    @classmethod
+    def of(cls, config: Config, steps: int | None, settling: int) -> Timing:
+        """Derive from the run's length what the settings leave open.
+
+        Args:
+            config: Settings of the run.
+            steps: Optimizer steps of the run; None counts as 1,000.
+            settling: Steps the host's running statistics need to settle (0 without BatchNorm).
+        """
+        length = steps or 1000
+        ramp = config.blend.ramp or min(max(length // 250, 4), 100)
+        stabilise = config.blend.stabilise if config.blend.stabilise is not None else max(ramp // 2, settling)
+        return cls(
+            incubate=config.race.steps or min(max(length // 16, 8), 200),
+            ramp=ramp,
+            stabilise=stabilise,
+            evaluate=config.blend.evaluate or ramp,
+            embargo=math.ceil(config.schedule.embargo * length),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StepCost:
     """What a training step of the host costs."""
 
     flops: int  # forward, per example
@@ -38,7 +71,7 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class Lessons:
+class RaceSchedule:
     """The plan of one race."""
 
     every: int  # steps from one lesson behind the real loss to the next
@@ -48,7 +81,7 @@ class Lessons:
     halvings: Set[int]  # steps after which the worse half drops out
 
     @classmethod
-    def of(cls, settings: RaceSettings, steps: int, step: Step, site: Site, units: int) -> Lessons:
+    def of(cls, settings: RaceSettings, steps: int, step: StepCost, site: Site, units: int) -> RaceSchedule:
         """Plan a race.
 
         Args:
@@ -90,7 +123,7 @@ def first(batch: Batch, examples: int | None) -> Batch:
     return unflatten(few, nest)
 
 
-def lined_up(settings: RaceSettings, step: Step, start: str) -> tuple[str, ...]:
+def lined_up(settings: RaceSettings, step: StepCost, start: str) -> tuple[str, ...]:
     """Return where each candidate of a race starts; fewer of them where the host's step is dear.
 
     Args:

@@ -13,81 +13,82 @@ from esper.batches.layout import Batch
 from esper.blueprints.kernel import LiveKernel
 from esper.kasmina.race.gate import Verdict
 from esper.kasmina.race.race import AMPLITUDES, Race
-from esper.kasmina.race.trial import Given, Trial, number
+from esper.kasmina.race.needs import Services
+from esper.kasmina.race.trial import Training
 from esper.surgery.isolation.contexts import untouched
 
 
 @dataclass(frozen=True, slots=True)
-class Final:
+class Selection:
     """Who won, and what is told of it."""
 
     kernel: LiveKernel | None  # None: doing nothing was better
     facts: dict[str, object]
 
 
-def decide(
-    race: Race, batches: Sequence[Batch], given: Given, host: nn.Module, decision: int, examples: int
-) -> Final:
+def select_winner(
+    trial: Training, batches: Sequence[Batch], services: Services, host: nn.Module, examples: int
+) -> Selection:
     """Return the winner; amplitude 0 is "do nothing", which competes in every race.
 
     Args:
-        race: Race whose candidates have learned.
+        trial: Its candidates have learned.
         batches: Training batches that no candidate has seen.
-        given: Means to run the host, random streams and the ledger.
+        services: Means to run the host, random streams and the ledger.
         host: Left untouched.
-        decision: Number of the decision whose cost it is.
         examples: Examples in a step, for the ledger.
     """
-    scores = score(race, batches, given, host, decision, examples)
+    race, decision = trial.race, trial.origin.decision.id
+    scores = score(trial, batches, services, host, examples)
     winner = int(scores.argmin())
     with (
-        untouched(host, given.streams.draw("evidence")),
-        given.ledger.growth("amplitude", decision, examples),
+        untouched(host, services.streams.draw("evidence")),
+        services.ledger.growth("amplitude", decision, examples),
     ):
-        curves = [race.amplitudes(winner, lambda b=batch: given.passes.loss_of(b)) for batch in batches]
+        curves = [race.amplitudes(winner, lambda b=batch: services.passes.loss_of(b)) for batch in batches]
     curve = torch.stack(curves).mean(0)
-    given.peers.all_reduce_mean([curve])
+    services.peers.all_reduce_mean([curve])
     amplitude = AMPLITUDES[int(torch.nan_to_num(curve, nan=math.inf).argmin())]
     facts: dict[str, object] = {
         "candidates": [
-            {"start": start, "loss": number(loss)}
+            {"start": start, "loss": finite(loss)}
             for start, loss in zip(race.starts, scores.tolist(), strict=True)
         ],
         "winner": winner,
         "amplitude": amplitude,
-        "nothing": number(float(curve[0])),
+        "nothing": finite(float(curve[0])),
         "start": race.starts[winner],
         "batched": race.batched,
     }
-    return Final(race.kernel(winner, amplitude) if amplitude != 0.0 else None, facts)
+    return Selection(race.kernel(winner, amplitude) if amplitude != 0.0 else None, facts)
 
 
 def score(
-    race: Race, batches: Sequence[Batch], given: Given, host: nn.Module, decision: int, examples: int
+    trial: Training, batches: Sequence[Batch], services: Services, host: nn.Module, examples: int
 ) -> Tensor:
     """Return each candidate's mean loss over the batches; non-finite counts as worst."""
-    losses = []
+    losses, race, decision = list[Tensor](), trial.race, trial.origin.decision.id
     for batch in batches:
         with (
-            untouched(host, given.streams.draw("evidence")),
+            untouched(host, services.streams.draw("evidence")),
             torch.no_grad(),
-            given.ledger.growth("score", decision, len(race.starts), examples),
+            services.ledger.growth("score", decision, len(race.starts), examples),
         ):
-            losses.append(race.losses(lambda b=batch: given.passes.loss_of(b)))
+            losses.append(race.losses(lambda b=batch: services.passes.loss_of(b)))
     mean = torch.stack(losses).mean(0)
-    given.peers.all_reduce_mean([mean])
+    services.peers.all_reduce_mean([mean])
     return torch.nan_to_num(mean, nan=math.inf)
 
 
-def ask(trial: Trial, kernel: LiveKernel, batches: Sequence[Batch], given: Given) -> Verdict:
+def ask(trial: Training, kernel: LiveKernel, batches: Sequence[Batch], services: Services) -> Verdict:
     """Let the gate look at a winner."""
-    with given.ledger.growth("gate", trial.decision.id):
-        return given.gate.look(trial.layer, kernel, batches, given.streams.draw("evidence"))
+    with services.ledger.growth("gate", trial.origin.decision.id):
+        return services.gate.look(trial.origin.layer, kernel, batches, services.streams.draw("evidence"))
 
 
 def told(verdict: Verdict) -> dict[str, object]:
     """Return a verdict as an event tells it."""
-    found = {name: number(getattr(verdict, name)) for name in ("e_value", "threshold")}
+    found = {name: finite(getattr(verdict, name)) for name in ("e_value", "threshold")}
     return {**asdict(verdict), **found}
 
 
@@ -102,3 +103,8 @@ def notes(race: Race, site: str) -> list[str]:
     if race.missed:
         found.append(f"{race.missed} lessons were missed: the pass did not come by {site}")
     return found
+
+
+def finite(value: float) -> float | None:
+    """Return a finite number, or None: JSON has no infinity."""
+    return float(value) if math.isfinite(value) else None

@@ -6,7 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -20,9 +20,12 @@ from esper.kasmina.seeds.private_api import aloof, on_the_way_back
 from esper.kasmina.seeds.streams import Fork, StreamPool
 from esper.kasmina.widths.pairs import Pair
 from esper.kasmina.widths.places import Place
+from esper.surgery.isolation.contexts import borrowed_buffers
 from esper.surgery.isolation.seam import open_seam
 
 Branch = Callable[[Tensor], Tensor]
+# What a pass leaves behind in a layer.
+PASSING = ("tap", "x", "through", "sampling", "sample", "finite", "failed", "fork", "exposed")
 
 
 @dataclass(slots=True)
@@ -233,6 +236,23 @@ class KasminaLayer(nn.Module):
         tap.scale = y.detach().square().mean().sqrt()
         if y.requires_grad:
             y.register_hook(tap.receive)
+
+    @contextmanager
+    def aside(self, hidden: bool = False) -> Iterator[None]:
+        """Let passes for another seed's sake run through, and leave no trace of them here.
+
+        Args:
+            hidden: Whether an exposed kernel takes no part in them.
+        """
+        kept = {name: self.__dict__[name] for name in PASSING if hidden or name != "exposed"}
+        self.__dict__.update(tap=None, sampling=False, fork=None)
+        if hidden:
+            self.exposed = False
+        try:
+            with nullcontext() if self.kernel is None else borrowed_buffers(self.kernel):
+                yield
+        finally:
+            self.__dict__.update(kept)
 
     @contextmanager
     def showing(self, branch: Branch | None) -> Iterator[None]:

@@ -33,8 +33,15 @@ def parts(gateways: Iterable[tuple[str, object]]) -> list[Mapping[str, Tensor]]:
 
 
 def held(gateways: Iterable[tuple[str, object]]) -> dict[str, Tensor]:
-    """Return the tensors that act on a module's output, by their keys in its state."""
-    return {f"{KEY}.{name}": tensor for part in parts(gateways) for name, tensor in part.items()}
+    """Return the tensors that act on a module's output, by their keys in its state.
+
+    Where several seeds act on it, the keys of each but the first have its number.
+    """
+    found: dict[str, Tensor] = {}
+    for index, part in enumerate(parts(gateways)):
+        prefix = f"{KEY}.{index}" if index else KEY
+        found |= {f"{prefix}.{name}": tensor for name, tensor in part.items()}
+    return found
 
 
 def take(own: Mapping[str, Tensor], state: dict[str, object], prefix: str, errors: list[str]) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from esper.blueprints.kernel import LiveKernel
 from esper.contracts import Stage
 from esper.kasmina.race.orchestrator import SeedOrchestrator
-from esper.kasmina.race.trial import Trial
+from esper.kasmina.race.trial import Decaying, Exposed, Germinated, Training, Trial
 from esper.kasmina.seeds.layer import Branch
 from esper.surgery.isolation.contexts import borrowed_buffers, evaluating, same_randomness
 from esper.tolaria.governor.audit import AllowedEffects, HostFingerprint, find_side_effects, rights
@@ -58,16 +58,15 @@ class Examiner:
 
     def expose(self, step: int) -> bool:
         """Note what the host is like before it feels the seed; False where the seed is suspect already."""
-        trial = self.orchestrator.trial
-        assert trial is not None
         self.exposed, self.silent = step, 0
-        self.suspected = self.together(self.audit(trial))
-        self.before = self.held_out(trial, None)
+        for trial in self.orchestrator.exposed:
+            self.suspected = self.together(self.audit(trial))
+            self.before = self.held_out(trial, None)
         return not self.suspected
 
     def look(self, step: int) -> Finding | None:
         """Examine the seed after a step."""
-        trial = self.orchestrator.trial
+        trial = self.orchestrator.oldest
         if trial is None:
             self.sealed = None
             return None
@@ -79,16 +78,17 @@ class Examiner:
 
     def last_look(self, step: int) -> Finding | None:
         """Say what speaks against keeping an exposed seed, before it is made part of the host."""
-        trial = self.orchestrator.trial
-        if trial is None or trial.kernel is None or trial.ending:
+        trial = self.orchestrator.oldest
+        if not isinstance(trial, Exposed) or isinstance(trial, Decaying):
             return None
-        if faults := int(self.orchestrator.model.layout.faults[trial.seed]):
-            trial.ending = f"it failed {faults} times beside the host, and within it nobody would catch that"
+        if faults := int(self.orchestrator.model.layout.faults[trial.origin.seed]):
+            why = f"it failed {faults} times beside the host, and within it nobody would catch that"
+            self.orchestrator.put(trial.decaying(why))
             return None
         if not self.before:
             return None  # resumed from a checkpoint of an older version
-        found = self.rise(np.asarray(self.held_out(trial, trial.layer.kernel)))
-        rise, error = self.orchestrator.given.peers.broadcast_floats(found)
+        found = self.rise(np.asarray(self.held_out(trial, trial.origin.layer.kernel)))
+        rise, error = self.orchestrator.services.peers.broadcast_floats(found)
         if rise <= BEYOND * error:
             return None
         why = f"the held-out loss is {rise:.3g} ± {error:.2g} above what it was before exposure"
@@ -104,27 +104,26 @@ class Examiner:
 
     def ends_now(self, trial: Trial) -> bool:
         """Tell whether the step that is due is the last of the evaluation."""
-        timing, layout = self.orchestrator.timing, self.orchestrator.model.layout
-        evaluating = layout.stage_of(trial.seed) is Stage.EVALUATING
-        return evaluating and len(trial.after) + 1 == timing.evaluate
+        stage, evaluate = self.orchestrator.stage_of(trial), self.orchestrator.timing.evaluate
+        return isinstance(trial, Exposed) and stage is Stage.EVALUATING and len(trial.losses) + 1 == evaluate
 
     def finding(self, kind: Kind, why: str, step: int, since: int) -> Finding:
         """Write it down."""
         return Finding(kind, "seed", step, None, None, None, since, what=why)
 
-    def held_out(self, trial: Trial, kernel: LiveKernel | None) -> list[float]:
+    def held_out(self, trial: Exposed, kernel: LiveKernel | None) -> list[float]:
         """Return every held-out example's loss with a kernel at full strength, or without any."""
-        gate, seed = self.orchestrator.given.gate, 0
+        gate, seed = self.orchestrator.services.gate, 0
         found: list[float] = []
-        key = ("held out", trial.decision.id, kernel is None)
-        with self.orchestrator.given.ledger.growth(*key), evaluating(self.host):
+        key = ("held out", trial.origin.decision.id, kernel is None)
+        with self.orchestrator.services.ledger.growth(*key), evaluating(self.host):
             for batch in gate.probe:
-                found += gate.losses(trial.layer, kernel, batch, seed).tolist()
+                found += gate.losses(trial.origin.layer, kernel, batch, seed).tolist()
         return found
 
     def together(self, audited: tuple[str, bool]) -> str:
         """Say what is wrong in any process, and count the steps in which the kernel is silent in all."""
-        peers, (why, silent) = self.orchestrator.given.peers, audited
+        peers, (why, silent) = self.orchestrator.services.peers, audited
         if peers.world > 1:
             answers = peers.all_gather_ints([int(bool(why)), int(silent)])
             silent = all(row[1] for row in answers)
@@ -139,16 +138,18 @@ class Examiner:
         Returns:
             What it does that it may not, and whether it is exposed and gives nothing.
         """
-        x, race, kernel = trial.tap.x, trial.race, trial.layer.kernel
-        if x is None or (race is None and kernel is None):
+        x, kernel = None if isinstance(trial, Germinated) else trial.tap.x, trial.origin.layer.kernel
+        race = trial.race if isinstance(trial, Training) else None
+        if x is None:
             return "", False
         if self.sealed is not None and any(self.sealed.added()):
             return "it hooks into the host", False
         run: Branch
         if kernel is not None:
             run, own, stateful = kernel.forward, [*kernel.parameters()], kernel
+        elif race is None:
+            return "", False
         else:
-            assert race is not None
             run, own, stateful = (
                 partial(race.branch, race.rows()[0]),
                 [*race.parameters.values()],
@@ -157,7 +158,7 @@ class Examiner:
         self.turn += 1
         with same_randomness(), borrowed_buffers(stateful):
             if self.allowed is None or self.allowed.shape != x.shape:
-                fresh = trial.layer.place.kernel(trial.decision.width).train()
+                fresh = trial.origin.layer.place.kernel(trial.origin.decision.width).train()
                 self.allowed = rights(fresh, x, fresh.parameters())
             seal = HostFingerprint(self.host, self.share, self.turn)
             why, nothing = find_side_effects(run, x, own, self.allowed, seal)
@@ -177,4 +178,4 @@ class Examiner:
         """Go on looking; who listens to the host now did so before."""
         self.clean, self.exposed, self.silent, self.turn = state["steps"]
         self.before = None if state["before"] is None else list(state["before"])
-        self.sealed = HostFingerprint(self.host, 0.0) if self.orchestrator.trial is not None else None
+        self.sealed = HostFingerprint(self.host, 0.0) if self.orchestrator.trials else None

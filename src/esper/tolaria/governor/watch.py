@@ -21,6 +21,7 @@ from esper.contracts import Stage
 from esper.errors import LossError
 from esper.kasmina.morphable import MorphableModel
 from esper.kasmina.race.orchestrator import SeedOrchestrator
+from esper.kasmina.race.trial import Exposed
 from esper.kasmina.seeds.state import AWAKE
 from esper.tamiyo.controller import Tamiyo
 from esper.tolaria.governor.detectors import Finding
@@ -123,7 +124,7 @@ class Watch:
         self.model, self.orchestrator = growth.morphable, growth.orchestrator
         actions = Actions(self._notify, self._hold, self._release, self._roll_back, self._stop)
         self.governor = Governor(self.settings, actions)
-        optimizers, peers = growth.parts.optimizers, self.orchestrator.given.peers
+        optimizers, peers = growth.parts.optimizers, self.orchestrator.services.peers
         self.watcher = VitalsReader(self.model.host, optimizers)
         self.examiner = Examiner(self.orchestrator)
         self.snapshots = Snapshots(
@@ -159,7 +160,7 @@ class Watch:
 
     def together(self, vitals: Vitals) -> Vitals:
         """Make the vital signs the same in every process: gradients may be shards, buffers are one's own."""
-        peers = self.orchestrator.given.peers
+        peers = self.orchestrator.services.peers
         if peers.world == 1 or (vitals.gradient is None and vitals.weights is None):
             return vitals
         # The mean of squares: what is not finite in one process is so in all of them.
@@ -188,8 +189,8 @@ class Watch:
 
     def drop_dead(self) -> None:
         """Drop an exposed seed that no gradient reaches or that gives nothing: it would be kept."""
-        trial = self.orchestrator.trial
-        if trial is None or trial.kernel is None:
+        trial = self.orchestrator.oldest
+        if not isinstance(trial, Exposed):
             self.silent = 0
             return
         gradients = [p.grad for p in trial.kernel.parameters() if p.grad is not None]
@@ -235,8 +236,7 @@ class Watch:
 
     def exposed(self) -> bool:
         """Tell whether a seed takes part in the host's output."""
-        trial = self.orchestrator.trial
-        return trial is not None and trial.kernel is not None
+        return bool(self.orchestrator.exposed)
 
     def close(self) -> None:
         """Take the hooks away and forget the snapshots."""
@@ -282,12 +282,12 @@ class Watch:
     def drop(self, reason: str, way: Stage = Stage.CULLED) -> None:
         """End the seed that is awake, on its way through a stage; the site cools down as after any cull."""
         orchestrator = self.orchestrator
-        trial = orchestrator.trial
+        trial = orchestrator.oldest
         if trial is None:
             return
-        if way is not Stage.CULLED and self.model.layout.stage_of(trial.seed) in AWAKE:
-            orchestrator.move(way, reason)
-        self.growth.tamiyo.learn(orchestrator.cull(reason), orchestrator.step)
+        if way is not Stage.CULLED and orchestrator.stage_of(trial) in AWAKE:
+            trial = orchestrator.move(trial, way, reason)
+        self.growth.tamiyo.learn(orchestrator.cull(trial, reason), orchestrator.step)
 
     def _stop(self, finding: Finding) -> None:
         raise LossError(

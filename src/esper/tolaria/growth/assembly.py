@@ -22,10 +22,10 @@ from esper.errors import ProcessError
 from esper.kasmina.evidence.coupling import ASKED
 from esper.kasmina.morphable import MorphableModel
 from esper.kasmina.race.gate import Gate
-from esper.kasmina.race.needs import Unforged, Unscaled
+from esper.kasmina.race.needs import Services, Unforged, Unscaled
 from esper.kasmina.race.orchestrator import SeedOrchestrator
 from esper.kasmina.race.own_optimizers import OwnOptimizers
-from esper.kasmina.race.trial import Given, Timing
+from esper.kasmina.race.schedule import Timing
 from esper.kasmina.race.worth import ALONE_EACH, Worth, worth_of
 from esper.kasmina.recording.flops import Ledger
 from esper.kasmina.seeds.compiling import CompilePolicy, detect
@@ -78,7 +78,7 @@ def assemble(request: Request, wrapping: Wrapping, observe: Observer) -> Parts:
     gate = Gate(host, opening.loss_fn, opening.held, config.gate, looks(model, config), tell, peers, worth)
     committer = Committer(model, optimizers, ema, passes.over_probe, config.new_slot_state, observe, peers)
     streams, ledger, joins = Streams(request.seed), Ledger(peers.world), Joins(apart=not worth.alone)
-    given = Given(
+    services = Services(
         passes=passes,
         gate=gate,
         ledger=ledger,
@@ -93,7 +93,7 @@ def assemble(request: Request, wrapping: Wrapping, observe: Observer) -> Parts:
         rate=config.race.learning_rate,
     )
     timing = Timing.of(config, request.steps, settling(host))
-    orchestrator = tell.orchestrator = SeedOrchestrator(model, config, timing, given)
+    orchestrator = tell.orchestrator = SeedOrchestrator(model, config, timing, services)
     refuse_strangers(peers, model, request.seed, request.steps)
     return Parts(
         given=request.model,

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from torch import Tensor
 
 from esper.batches.examples import copied, count_examples
 from esper.contracts import Outcome
+from esper.kasmina.race.trial import Decaying, Key, Passed
 from esper.saving.pretrained import follow
 from esper.surgery.isolation.contexts import taught
 from esper.tolaria.governor import Watch
 from esper.tolaria.growth.early.early import Early
-from esper.tolaria.growth.incubation.boundary import Word, bits, meet, realign
+from esper.tolaria.growth.incubation.boundary import Word, bits, meet, packed, realign
 from esper.tolaria.growth.incubation.incubation import Incubation
 from esper.tolaria.growth.incubation.redo import Redo
 from esper.tolaria.growth.opening.entrance import check_finite, check_loss, failing
@@ -96,15 +98,17 @@ class Loop:
         run = self.run
         names, orchestrator = list(run.morphable.places), run.orchestrator
         asked = names.index(run.asked) if run.asked in names else -1
-        facts = bits(loss), orchestrator.examples, len(orchestrator.noted), asked, int(run.paused)
-        found = meet(run.peers, Word(run.steps, run.topology, orchestrator.lineage, *facts))
+        faults = packed(orchestrator.faults_noted())
+        facts = bits(loss), orchestrator.examples, faults, asked, int(run.paused)
+        word = Word(run.steps, run.topology, orchestrator.lineage, *facts)
+        found = meet(run.peers, word, len(orchestrator.trials))
         orchestrator.examples, run.paused = found.examples, found.paused
         run.asked = None if found.asked < 0 else names[found.asked]
         if not found.alike:
             realign(run)
         if self.watch is None:
             check_finite(found.loss, run.steps)
-        orchestrator.share(found.faults)
+        orchestrator.share(found.faults if found.alike else [])  # nobody is awake after a realignment
         return found.loss
 
     def governed(self, loss: float) -> bool:
@@ -149,7 +153,7 @@ class Loop:
             return False
         if self.early is not None:
             return self.early.growing
-        return run.orchestrator.trial is not None or run.room().events > 0
+        return bool(run.orchestrator.trials) or run.room().events > 0
 
     # -- between steps ---------------------------------------------------------------------------------------
 
@@ -161,21 +165,22 @@ class Loop:
                 with run.morphable.policy.uncompiled(), run.parts.wrapping.reshaping(run.parts.optimizers):
                     early.rewrap()
             return
-        trial = run.orchestrator.trial
-        if trial is not None and trial.waiting and self.examined():
-            begun, site = time.perf_counter(), trial.decision.site
-            self.change(run.orchestrator.commit_waiting)
+        waiting = [trial.origin for trial in run.orchestrator.trials.values() if isinstance(trial, Passed)]
+        if waiting and self.examined():
+            begun = time.perf_counter()
+            self.change(run.orchestrator.commit_waiting, [origin.key for origin in waiting])
             seconds = time.perf_counter() - begun
             run.cost.seconds += seconds
-            run.tell("rewrapped", sites=[site], milliseconds=seconds * 1e3)
+            sites = [origin.site for origin in waiting]
+            run.tell("rewrapped", sites=sites, milliseconds=seconds * 1e3)
 
     def finish(self) -> None:
-        """Judge what is open, take a last look at the seed that is awake, and bring configs up to date."""
+        """Judge what is open, take a last look at the seeds that are awake, and bring configs up to date."""
         run = self.run
         begun = time.perf_counter()
         if self.early is None:
             self.examined()
-            self.change(run.orchestrator.settle)
+            self.change(run.orchestrator.settle, list(run.orchestrator.trials))
         elif self.early.open is not None or self.early.asking is not None:
             with run.morphable.policy.uncompiled(), run.parts.wrapping.reshaping(run.parts.optimizers):
                 self.early.finish()
@@ -199,25 +204,26 @@ class Loop:
 
     def examined(self) -> bool:
         """Ask the governor, where there is one, whether the seed that is awake may stay for good."""
-        trial = self.run.orchestrator.trial
-        if self.watch is not None and trial is not None:
-            with self.run.morphable.policy.uncompiled():
-                self.watch.examine(self.run.steps, last=True)
-            if trial.ending:
-                trial.waiting = False  # its part is taken back, step by step
-            return self.run.orchestrator.trial is trial and not trial.ending
-        return True
+        orchestrator = self.run.orchestrator
+        if self.watch is None or orchestrator.oldest is None:
+            return True
+        key = orchestrator.oldest.origin.key  # a governed run has one awake at a time
+        with self.run.morphable.policy.uncompiled():
+            self.watch.examine(self.run.steps, last=True)
+        left = orchestrator.trials.get(key)
+        return left is not None and not isinstance(left, Decaying)
 
-    def change(self, change: Callable[[], Outcome | None]) -> None:
-        """Carry out what may change the layers' shapes."""
+    def change(self, change: Callable[[Key], Outcome | None], keys: Sequence[Key]) -> None:
+        """Carry out what may change the layers' shapes, for one seed after another."""
         run, parts = self.run, self.run.parts
-        if run.orchestrator.trial is not None:
-            with (
-                run.morphable.policy.uncompiled(),
-                parts.wrapping.reshaping(parts.optimizers),
-                run.mishaps.contained("a last look at what grows", self.incubation.skip),
-            ):
-                outcome = change()
-                if outcome is not None:
-                    self.incubation.conclude(outcome)
-            run.mishaps.warn_replaced()
+        if not run.orchestrator.trials:
+            return
+        with run.morphable.policy.uncompiled(), parts.wrapping.reshaping(parts.optimizers):
+            for key in keys:
+                drop = partial(self.incubation.drop, key)
+                if key not in run.orchestrator.trials:  # it no longer fitted once another had grown
+                    continue
+                with run.mishaps.contained("a last look at what grows", drop):
+                    change(key)
+                    self.incubation.conclude_all()
+        run.mishaps.warn_replaced()

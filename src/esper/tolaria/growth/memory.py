@@ -14,11 +14,25 @@ from esper.contracts import Decision, Stage
 from esper.distributed.collectives import Peers
 from esper.errors import StateError, nearest
 from esper.kasmina.race.gate import Verdict
-from esper.kasmina.race.holding import weakly
 from esper.kasmina.race.initialisers import Survey
 from esper.kasmina.race.race import Race, RaceState
-from esper.kasmina.race.trial import Trial
-from esper.kasmina.seeds.layer import KasminaLayer
+from esper.kasmina.race.orchestrator import SeedOrchestrator
+from esper.kasmina.race.trial import (
+    Baseline,
+    Decaying,
+    Evaluating,
+    Exposed,
+    Germinated,
+    Grafting,
+    Judged,
+    Origin,
+    Passed,
+    Stabilising,
+    Training,
+    Trial,
+    carried,
+)
+from esper.kasmina.seeds.layer import KasminaLayer, Tap
 from esper.kasmina.widths.layers import weight_of
 from esper.kasmina.widths.pairs import Pair
 from esper.saving.genome import plan_from
@@ -28,7 +42,8 @@ from esper.tolaria.growth.early.early import Early
 from esper.tolaria.growth.early.state import RecipeState
 from esper.tolaria.growth.run.state import RunState
 
-VERSION = 2
+ONE = 2  # version of a state where one seed at most may be awake
+SEVERAL = 3  # where several may be
 
 
 class TrialState(TypedDict):
@@ -74,14 +89,16 @@ class GrowthState(TypedDict):
     batches: list[object]
     governor: NotRequired[Any]
     early: NotRequired[RecipeState | None]
-    trial: TrialState | None
+    trial: TrialState | None  # the oldest one
+    others: NotRequired[list[TrialState]]  # from version 3 on, like those that follow
+    mixed: NotRequired[list[float]]
 
 
 def capture(run: RunState, early: Early | None, watch: Watch | None) -> GrowthState:
     """Return the state of a run: tensors, numbers, strings and containers of them."""
     parts, orchestrator = run.parts, run.orchestrator
-    return {
-        "version": VERSION,
+    state: GrowthState = {
+        "version": ONE,
         "sites": {name: pair.site.width for name, pair in run.morphable.places.items()},
         "plans": [asdict(plan) for plan in run.plans],
         "layout": {k: v.clone() for k, v in run.morphable.layout.named_buffers()},
@@ -101,30 +118,40 @@ def capture(run: RunState, early: Early | None, watch: Watch | None) -> GrowthSt
         "batches": list(run.batches),
         "governor": None if watch is None else watch.state_dict(),
         "early": None if early is None else early.state_dict(),
-        "trial": None if orchestrator.trial is None else capture_trial(orchestrator.trial),
+        "trial": None,
     }
+    first, *others = [*map(capture_trial, orchestrator.trials.values())] or [None]
+    state["trial"] = first
+    if run.config.schedule.concurrent > 1:  # what reads one seed only must not leave the others out
+        state["version"] = SEVERAL
+        state["others"] = [other for other in others if other is not None]
+        state["mixed"] = list(orchestrator.mixed)
+    return state
 
 
 def capture_trial(trial: Trial) -> TrialState:
     """Return one trial's state."""
+    origin, baseline = trial.origin, trial.origin.baseline
+    exposed = trial if isinstance(trial, Exposed) else None
+    won = trial if isinstance(trial, Judged | Exposed) else None
     return {
-        "decision": asdict(trial.decision),
-        "seed": trial.seed,
+        "decision": asdict(origin.decision),
+        "seed": origin.seed,
         "started": trial.started,
-        "before": list(trial.before),
-        "after": list(trial.after),
-        "ending": trial.ending,
-        "waiting": trial.waiting,
-        "spent": trial.spent,
-        "size": list(trial.size),
-        "verdict": None if trial.verdict is None else asdict(trial.verdict),
-        "race": None if trial.race is None else trial.race.state_dict(),
+        "before": [] if exposed is None else list(exposed.before),
+        "after": [] if exposed is None else list(exposed.losses),
+        "ending": trial.ending if isinstance(trial, Decaying) else "",
+        "waiting": isinstance(trial, Passed),
+        "spent": baseline.spent,
+        "size": [baseline.parameters, baseline.flops],
+        "verdict": None if won is None else asdict(won.verdict),
+        "race": trial.race.state_dict() if isinstance(trial, Training) else None,
         "kernel": None
-        if trial.kernel is None
-        else {k: v.detach().clone() for k, v in trial.kernel.state_dict().items()},
-        "optimizer": None if trial.optimizer is None else copy.deepcopy(trial.optimizer.state_dict()),
-        "sampling": trial.layer.sampling,
-        "tapped": None if trial.kernel is None else trial.tap.x,  # what an exposed kernel is examined with
+        if won is None
+        else {k: v.detach().clone() for k, v in won.kernel.state_dict().items()},
+        "optimizer": None if exposed is None else copy.deepcopy(exposed.optimizer.state_dict()),
+        "sampling": origin.layer.sampling,
+        "tapped": None if won is None else won.tap.x,  # what an exposed kernel is examined with
     }
 
 
@@ -134,9 +161,9 @@ def restore(run: RunState, given: Mapping[str, object], early: Early | None, wat
     Raises:
         StateError: Another version, or the state of another model.
     """
-    if given.get("version") != VERSION:
+    if given.get("version") not in (ONE, SEVERAL):
         raise StateError(
-            f"the state has version {given.get('version')!r}; this Esper reads version {VERSION}"
+            f"the state has version {given.get('version')!r}; this Esper reads versions {ONE} and {SEVERAL}"
         )
     state = cast("GrowthState", given)  # of this version
     places = run.morphable.places
@@ -174,45 +201,61 @@ def restore(run: RunState, given: Mapping[str, object], early: Early | None, wat
         )
     if early is not None and state["early"] is not None:
         early.load_state_dict(state["early"])
-    if state["trial"] is not None:
-        restore_trial(run, state["trial"])
+    orchestrator.mixed.extend(state.get("mixed", ()))
+    for trial in (state["trial"], *state.get("others", ())):
+        if trial is not None:
+            restore_trial(run, trial)
 
 
 def restore_trial(run: RunState, state: TrialState) -> None:
-    """Wake the seed that was awake."""
+    """Wake a seed that was awake."""
     facts: dict[str, Any] = {**state["decision"], "arms": tuple(state["decision"]["arms"])}
-    decision = Decision(**facts)
+    decision, seed = Decision(**facts), state["seed"]
     orchestrator, morphable = run.orchestrator, run.morphable
-    assert decision.site is not None
-    layer = morphable.layer(decision.site, weakly(orchestrator.fault))
-    trial = Trial(
-        decision,
-        state["seed"],
-        layer,
-        state["started"],
-        before=list(state["before"]),
-        after=list(state["after"]),
-        ending=state["ending"],
-        waiting=state.get("waiting", False),
-        spent=state["spent"],
-        size=(state["size"][0], state["size"][1]),
-    )
-    trial.verdict = None if state["verdict"] is None else Verdict(**state["verdict"])
-    orchestrator.trial = trial
+    site = morphable.site_of(seed)
+    slot = seed - morphable.seeds(site)[0]
+    baseline = Baseline(state["spent"], state["size"][0], state["size"][1])
+    origin = Origin(decision, site, slot, seed, orchestrator.wake(site, slot), baseline)
     with same_randomness(0):
-        if state["race"] is not None:
-            trial.race = revived(layer, state["race"], orchestrator.given.peers)
-            layer.tap = trial.tap
-        if state["kernel"] is not None and state["optimizer"] is not None:
-            trial.kernel = layer.kernel = layer.place.kernel(decision.width).train()
-            trial.kernel.load_state_dict(state["kernel"])
-            trial.optimizer = orchestrator.given.donor.like(trial.kernel, layer.place)
-            trial.optimizer.load_state_dict(state["optimizer"])
-            layer.alpha = morphable.layout.alpha[trial.seed]
-            trial.tap.x = state.get("tapped")
-            layer.open()
-            layer.sampling = state.get("sampling", False)  # whether the next pass tells vitals
-            layer.exposed = bool(layer.alpha > 0) and morphable.layout.stage_of(trial.seed) is not Stage.ERROR
+        orchestrator.put(phase_of(origin, state, orchestrator))
+
+
+def phase_of(origin: Origin, state: TrialState, orchestrator: SeedOrchestrator) -> Trial:
+    """Return a trial as far as it had come, by what is known of it."""
+    layer, started, services = origin.layer, state["started"], orchestrator.services
+    if state["race"] is not None:
+        race = revived(layer, state["race"], services.peers)
+        trial = Training(origin, started, Tap(), race)
+        layer.tap = trial.tap
+        return trial
+    if state["kernel"] is None or state["verdict"] is None:
+        return Germinated(origin, started)
+    kernel = layer.place.kernel(origin.decision.width).train()
+    kernel.load_state_dict(state["kernel"])
+    won = Judged(origin, started, Tap(x=state.get("tapped")), kernel, Verdict(**state["verdict"]))
+    if state["optimizer"] is None:
+        return won
+    optimizer = services.donor.like(kernel, layer.place)
+    optimizer.load_state_dict(state["optimizer"])
+    layout, layer.kernel = orchestrator.model.layout, kernel
+    stage = layout.stage_of(origin.seed)
+    layer.alpha = layout.alpha[origin.seed]
+    layer.open()
+    layer.sampling = state.get("sampling", False)  # whether the next pass tells vitals
+    layer.exposed = bool(layer.alpha > 0) and stage is not Stage.ERROR
+    return exposed_phase(won.grafting(optimizer, list(state["before"])), state, stage)
+
+
+def exposed_phase(grafting: Grafting, state: TrialState, stage: Stage) -> Exposed:
+    """Return the phase an exposed kernel had come to; one that is to be culled next goes by its losses."""
+    after, held = list(state["after"]), carried(grafting)
+    if state["ending"]:
+        return Decaying(*held, after, state["ending"])
+    if state.get("waiting", False):
+        return Passed(*held, after)
+    if stage is Stage.EVALUATING or after:
+        return Evaluating(*held, after)
+    return Stabilising(*held) if stage is Stage.STABILISING else grafting
 
 
 def revived(layer: KasminaLayer, state: RaceState, peers: Peers) -> Race:

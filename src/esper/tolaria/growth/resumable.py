@@ -11,7 +11,6 @@ from esper.contracts import Event
 from esper.distributed.collectives import Peers
 from esper.distributed.model_wrapper import Wrapping
 from esper.errors import StateError
-from esper.kasmina.race.awake import awake
 from esper.nissa.run.journal import RunJournal
 from esper.saving.genome import Plan
 from esper.tolaria.growth.loop import Loop
@@ -75,7 +74,7 @@ class Resumable:
 
     def awake(self) -> list[dict[str, object]]:
         """List the seeds that are not dormant: stage, α, evidence."""
-        return awake(self.run.orchestrator)
+        return self.run.orchestrator.table()
 
     def gates(self) -> dict[str, int]:
         """Count the looks at held-out evidence, and what was kept after them."""

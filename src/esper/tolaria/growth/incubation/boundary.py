@@ -17,6 +17,7 @@ from esper.contracts import Decision, Stage
 from esper.distributed.collectives import Peers
 from esper.errors import ProcessError
 from esper.kasmina.race.initialisers import STARTS
+from esper.kasmina.race.lifecycle import FAULTS
 from esper.tolaria.growth.run.state import RunState
 
 ACTIONS: tuple[Literal["widen", "graft", "nothing"], ...] = ("widen", "graft", "nothing")
@@ -32,7 +33,7 @@ class Word:
     lineage: int  # digest of all moves of seeds
     loss: int  # the bits of a float64
     examples: int
-    faults: int
+    faults: int  # of each awake kernel, see :func:`packed`
     asked: int  # index of the site the user asked for, -1 without
     paused: int
 
@@ -43,14 +44,19 @@ class Agreed:
 
     loss: float  # mean
     examples: int  # of the largest batch; growth's own work is planned by it
-    faults: int  # of the awake kernel, in all
+    faults: list[int]  # of each awake kernel, in all
     asked: int  # rank 0's
     paused: bool  # rank 0's
     alike: bool  # whether all went the same way so far
 
 
-def meet(peers: Peers, word: Word) -> Agreed:
+def meet(peers: Peers, word: Word, seeds: int) -> Agreed:
     """Exchange records.
+
+    Args:
+        peers: Processes of the run.
+        word: What this one brings.
+        seeds: Number that are awake.
 
     Raises:
         ProcessError: The processes are at different steps or hold different models.
@@ -67,7 +73,7 @@ def meet(peers: Peers, word: Word) -> Agreed:
     return Agreed(
         loss=sum(losses) / len(losses),
         examples=max(one.examples for one in words),
-        faults=sum(one.faults for one in words),
+        faults=[sum(counts) for counts in zip(*(unpacked(one.faults, seeds) for one in words), strict=True)],
         asked=words[0].asked,
         paused=bool(words[0].paused),
         alike=len({one.lineage for one in words}) == 1,
@@ -94,12 +100,12 @@ def realign(run: RunState) -> None:
     """Bring processes that went different ways together again, on rank 0's.
 
     The models are the same ones (a difference there ends the run): only what growth was about to do differs.
-    So the seed that is awake is dropped everywhere, and rank 0's random streams, experience and counters are
+    So the seeds that are awake are dropped everywhere, and rank 0's random streams, experience and counters are
     taken over.
     """
     orchestrator, layout, peers = run.orchestrator, run.morphable.layout, run.peers
-    if orchestrator.trial is not None:
-        run.tamiyo.learn(orchestrator.cull("the processes went different ways"), run.steps)
+    for trial in list(orchestrator.trials.values()):
+        run.tamiyo.learn(orchestrator.cull(trial, "the processes went different ways"), run.steps)
     for seed in range(len(layout.stage)):
         layout.clear(seed)
     layout.stage.fill_(int(Stage.DORMANT))
@@ -113,11 +119,22 @@ def realign(run: RunState) -> None:
     run.tamiyo.load_state_dict(state["tamiyo"])
     run.parts.streams.load_state_dict(state["streams"])
     run.events_kept, run.parts.gate.looks, orchestrator.lineage, run.parts.epochs = state["counters"]
+    orchestrator.mixed.clear()
     orchestrator.losses.clear()
     orchestrator.losses.extend(state["losses"])
     orchestrator.cool_until = -1
     why = "the processes went different ways; the awake seed was dropped and rank 0's growth taken over"
     run.tell("ranks", world=peers.world, rank=peers.rank, why=why)
+
+
+def packed(counts: Sequence[int]) -> int:
+    """Write the faults of each awake kernel as one whole number, two bits each; a third ends a seed anyway."""
+    return sum(min(count, FAULTS) << 2 * index for index, count in enumerate(counts))
+
+
+def unpacked(number: int, seeds: int) -> list[int]:
+    """Return the faults of each of so many kernels."""
+    return [number >> 2 * index & 3 for index in range(seeds)]
 
 
 def bits(value: float) -> int:

@@ -1,17 +1,21 @@
-"""The incubating recipe: one place at a time is surveyed, raced, gated and let in by degrees."""
+"""The incubating recipe: places are surveyed, raced, gated and let in by degrees, each on its own.
+
+One seed is awake at a time, or ``schedule.concurrent``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from esper.batches.examples import count_examples
-from esper.contracts import Outcome
 from esper.errors import EsperError
-from esper.kasmina.race.orchestrator import UNSEEN
 from esper.kasmina.race.race import AMPLITUDES
-from esper.kasmina.race.schedule import SHARE, Step, first
+from esper.kasmina.race.racing import UNSEEN
+from esper.kasmina.race.schedule import SHARE, StepCost, first
 from esper.kasmina.race.survey import Measured, measure
+from esper.kasmina.race.trial import Germinated, Key, Training
 from esper.kasmina.widths.places import gone
 from esper.surgery.isolation.undisturbed import undisturbed
 from esper.tamiyo.controller import Room
@@ -41,29 +45,38 @@ class Incubation:
         self.dear = ""  # why a decision could not be paid for
 
     def step(self, loss: float) -> None:
-        """Do one step's work; what goes wrong in it ends the seed that is awake, not training."""
+        """Do one step's work; what goes wrong in it ends the seed it was done for, not training."""
         with self.run.mishaps.contained("incubation", self.skip):
             self.act(loss)
 
     def skip(self, why: str) -> None:
-        """Leave everything in order where a decision or a seed met an error."""
+        """Leave everything in order where a decision met an error: what it has woken sleeps again."""
         self.run.asked = None
-        if self.run.orchestrator.trial is not None:
-            self.conclude(self.run.orchestrator.cull(why))
+        trials = self.run.orchestrator.trials
+        for key in [key for key, trial in trials.items() if isinstance(trial, Germinated)]:
+            self.drop(key, why)
+
+    def drop(self, key: Key, why: str) -> None:
+        """End a seed whose work met an error."""
+        orchestrator = self.run.orchestrator
+        if key in orchestrator.trials:
+            orchestrator.cull(orchestrator.trials[key], why)
+        self.conclude_all()
 
     def act(self, loss: float) -> None:
-        """Go on with the seed that is awake, or look whether a decision is due."""
+        """Go on with the seeds that are awake, and where another may be look whether a decision is due."""
         run, orchestrator = self.run, self.run.orchestrator
-        if orchestrator.untold is not None:  # Ctrl-C came between
-            self.conclude(orchestrator.untold)
+        self.conclude_all()  # Ctrl-C may have come between
         if self.parts.forging.orders:
             self.parts.forging.collect(run.steps)
-        if orchestrator.trial is not None:
-            outcome = orchestrator.advance(tuple(run.batches), loss, run.steps)
-            if outcome is not None:
-                self.conclude(outcome)
+        awake = list(orchestrator.trials)
+        orchestrator.begin(loss, run.steps)
+        for key in awake:
+            if key in orchestrator.trials:  # else its place is another one since a neighbour was kept
+                self.advance(key, loss)
+        orchestrator.examples = 0
+        if len(awake) >= run.config.schedule.concurrent:
             return
-        orchestrator.advance(tuple(run.batches), loss, run.steps)
         if orchestrator.cooling():
             orchestrator.wake_embargoed(run.steps)
             if all(orchestrator.embargoed(name) for name in run.morphable.places):
@@ -75,27 +88,41 @@ class Incubation:
         if why is not None and not run.paused:
             self.decide(why)
 
-    @undisturbed()
-    def conclude(self, outcome: Outcome) -> None:
-        """Learn what a decision came to."""
+    def advance(self, key: Key, loss: float) -> None:
+        """Do one seed's work."""
         run = self.run
-        run.orchestrator.untold = None
+        with run.mishaps.contained("incubation", partial(self.drop, key)):
+            run.orchestrator.advance(key, tuple(run.batches), loss)
+            self.conclude_all()
+
+    def conclude_all(self) -> None:
+        """Learn what decisions came to that nobody has learned from yet."""
+        while self.run.orchestrator.untold:
+            self.conclude()
+
+    @undisturbed()
+    def conclude(self) -> None:
+        """Learn what one of them came to."""
+        run = self.run
+        outcome = run.orchestrator.untold.pop(0)
         run.events_kept += outcome.kept
         run.tamiyo.learn(outcome, run.steps)
         run.topology_changed()
 
     def decide(self, why: str) -> None:
         """Survey the free sites, let Tamiyo choose, and germinate what was chosen."""
-        with self.parts.wrapping.gathered():
+        orchestrator = self.run.orchestrator
+        with self.parts.wrapping.gathered(), orchestrator.paying(None), orchestrator.aside(None):
             self.choose(why)
 
     def choose(self, why: str) -> None:
         """Choose, with the whole model at hand."""
         run, places = self.run, self.run.morphable.places
         only, run.asked = run.asked, None
-        shut = self.shut()
+        with self.run.orchestrator.aside(None, hidden=True):  # proofs are of the host alone
+            shut = self.shut(only)
         free = [n for n in places if n not in shut and only in (None, n)]
-        self.dear = Allowance(run).declined(self.price())
+        self.dear = Allowance(run).declined(self.price() + self.promised())
         measured = self.survey(free)
         sites = [places[n].site for n in free]
         reports = {name: m.report for name, m in measured.items()}
@@ -111,8 +138,11 @@ class Incubation:
             latest = count_examples(run.batches[-1])
             run.orchestrator.germinate(decision, measured[decision.site], run.steps, latest)
 
-    def shut(self) -> set[str]:
-        """Return the places where nothing can be tried now; those that a change has shut are told once."""
+    def shut(self, asked: str | None) -> set[str]:
+        """Return the places where nothing can be tried now; those that a change has shut are told once.
+
+        A seed wakes beside another of its site only where the user asks for it, and while none is judged there.
+        """
         run, places = self.run, self.run.morphable.places
         lost = gone(run.morphable.host, places.values())
         refused = self.proven.refused(lost)
@@ -120,7 +150,15 @@ class Incubation:
             run.mishaps.say(f"{name} can no longer grow: {missing}")
         for name in refused:
             run.mishaps.say(f"{name} is left out: {refused[name]}", f"left out: {name}")
-        return {n for n in places if run.orchestrator.embargoed(n)} | lost.keys() | refused.keys()
+        return self.busy(asked) | lost.keys() | refused.keys()
+
+    def busy(self, asked: str | None) -> set[str]:
+        """Return the places that cool down, or where a seed is awake and another one may not be."""
+        orchestrator, places = self.run.orchestrator, self.run.morphable.places
+        taken = {site for site, _ in orchestrator.trials}
+        if asked in taken and not orchestrator.judging(asked) and orchestrator.slot(asked) is not None:
+            taken.remove(asked)
+        return taken | {name for name in places if orchestrator.embargoed(name)}
 
     def room(self) -> Room:
         """Return what the budget allows; no event that could not be paid for."""
@@ -154,17 +192,22 @@ class Incubation:
         latest = count_examples(run.batches[-1])
         seen = sum(count_examples(batch) for batch in run.batches)
         lessons = 3 * HALVED * run.orchestrator.timing.incubate * latest
-        if Step(run.morphable.flops, latest).large(race):
+        if StepCost(run.morphable.flops, latest).large(race):
             lessons = int(3 * SHARE * run.orchestrator.timing.incubate * latest)
         final = (race.candidates + len(AMPLITUDES)) * UNSEEN * latest
         return int(run.morphable.flops * (3 * seen + lessons + final + 2 * latest))
+
+    def promised(self) -> int:
+        """Return about what the races under way may still cost; each has been paid for in thought."""
+        racing = [t for t in self.run.orchestrator.trials.values() if isinstance(t, Training)]
+        return self.price() * len(racing)
 
     def measured(self, free: Sequence[str], seed: int) -> dict[str, Measured]:
         """Measure free sites once."""
         run, morphable, settings = self.run, self.run.morphable, self.run.config.race
         facts = tuple(place.site.width for place in morphable.places.values()), len(run.plans)
         latest = count_examples(run.batches[-1])
-        few = SURVEYED if Step(morphable.flops, latest).large(settings) else None
+        few = SURVEYED if StepCost(morphable.flops, latest).large(settings) else None
         batches = [first(batch, few) for batch in self.parts.joins(run.batches)]
         examples = tuple(count_examples(batch) for batch in batches)
         runs = [lambda b=batch: self.parts.loss_of(b) for batch in batches]

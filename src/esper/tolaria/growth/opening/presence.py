@@ -29,7 +29,7 @@ class Presence:
 
     Args:
         optimizers: By name, see :class:`Clock`.
-        orchestrator: Whose exposed kernel's gradients a closure does not know of.
+        orchestrator: Whose exposed kernels' gradients a closure does not know of.
 
     Attributes:
         clock: Counts steps.
@@ -45,11 +45,10 @@ class Presence:
         self.closers: list[Callable[[], None]] = [self.clock.close, *(hook.remove for hook in hooks)]
 
     def _begin_evaluation(self) -> None:
-        """Clear an exposed kernel's gradients: a closure clears the host's and knows of no other."""
+        """Clear exposed kernels' gradients: a closure clears the host's and knows of no other."""
         self.evaluations += 1
         orchestrator = self.orchestrator()
-        trial = None if orchestrator is None else orchestrator.trial
-        if trial is not None and trial.kernel is not None:
+        for trial in [] if orchestrator is None else orchestrator.exposed:
             trial.kernel.zero_grad()
 
     def close(self) -> None:

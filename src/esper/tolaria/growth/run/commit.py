@@ -76,7 +76,9 @@ class Committer:
         self.plans: list[Plan] = []
         self.replaced: list[str] = []  # parameters that are other objects since they grew
 
-    def commit(self, kernel: LiveKernel, optimizer: Optimizer, decision: Decision, step: int) -> str:
+    def commit(
+        self, kernel: LiveKernel, optimizer: Optimizer, decision: Decision, step: int, slot: int = 0
+    ) -> str:
         """Make a kernel part of the model it stands beside.
 
         Returns:
@@ -84,7 +86,7 @@ class Committer:
         """
         begun = time.perf_counter()
         assert decision.site is not None
-        layer = self.model.awake(decision.site)
+        layer = self.model.awake(decision.site, slot)
         assert layer is not None
         branch = output(self.model, layer.place.ends()[1], self.run)
         layer.exposed = False
@@ -109,11 +111,13 @@ class Committer:
             self.observe(Event("recompiled", step, {"policy": self.model.policy.kind, "why": why}))
         return ""
 
-    def keep(self, kernel: LiveKernel, optimizer: Optimizer, decision: Decision, step: int) -> str:
+    def keep(
+        self, kernel: LiveKernel, optimizer: Optimizer, decision: Decision, step: int, slot: int = 0
+    ) -> str:
         """Commit a kernel; the model's passes cost more from then on."""
         assert decision.site is not None
         before = self.model.places[decision.site].site
-        why = self.commit(kernel, optimizer, decision, step)
+        why = self.commit(kernel, optimizer, decision, step, slot)
         if not why and before.kind == "pair":
             self.model.flops += before.unit_flops * decision.width
         elif not why:

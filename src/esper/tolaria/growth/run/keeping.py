@@ -11,6 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from esper.errors import StateError
 from esper.kasmina.branches.blocks import Block
 from esper.kasmina.seeds.layer import KasminaLayer
 from esper.kasmina.widths.widen import HostKernel
@@ -25,7 +26,7 @@ from esper.tolaria.growth.run.state import RunState
 
 def keep(run: RunState, directory: str | Path) -> Path:
     """Write a run's model; see :meth:`Growth.save`."""
-    morphable, trial = run.morphable, run.orchestrator.trial
+    morphable, exposed = run.morphable, [t for t in run.orchestrator.exposed if t.origin.layer.exposed]
     size = morphable.parameter_count()
     card: dict[str, float | str] = {
         "host parameters": run.parts.host_parameters,
@@ -35,10 +36,16 @@ def keep(run: RunState, directory: str | Path) -> Path:
         "steps": run.steps,
     }
     plans, tensors = list(run.plans), None
-    if trial is not None and trial.layer.exposed:
-        layer = trial.layer
+    if len(exposed) > 1:
+        sites = " and ".join(trial.origin.site for trial in exposed)
+        raise StateError(
+            f"a save holds one seed that is being let in, and {len(exposed)} are, at {sites}; save once all but "
+            "one are decided or after growth.finish(), or keep a checkpoint, which holds them all"
+        )
+    for trial in exposed:
+        layer = trial.origin.layer
         assert layer.kernel is not None and layer.alpha is not None
-        plan, tensors = as_it_is(run.parts.committer, layer, trial.decision.width)
+        plan, tensors = as_it_is(run.parts.committer, layer, trial.origin.decision.width)
         plans.append(plan)
         card["parameters"] = size + sum(parameter.numel() for parameter in layer.kernel.parameters())
         card["not decided yet"] = f"{plan.site}, with α = {float(layer.alpha):.6g}"

@@ -12,6 +12,7 @@ from esper.contracts import Event
 from esper.distributed.collectives import Peers, digest
 from esper.kasmina.morphable import MorphableModel
 from esper.kasmina.race.orchestrator import SeedOrchestrator
+from esper.kasmina.race.trial import Germinated, Training
 from esper.kasmina.recording.flops import Ledger
 from esper.saving.genome import Plan
 from esper.surgery.optimizers.clock import Clock
@@ -64,19 +65,27 @@ class RunState:
         return self.parts.committer.plans
 
     def room(self) -> Room:
-        """Return what the budget still allows."""
+        """Return what the budget still allows beside all that is awake."""
         budget, limits, gate = self.parts.budget, self.parts.limits, self.parts.gate
+        awake = self.orchestrator.trials.values()
+        looks = gate.looks + sum(isinstance(trial, Germinated | Training) for trial in awake)
         spent = (
-            gate.looks >= gate.allowed  # a race that may not be judged would only cost
+            looks >= gate.allowed  # a race that may not be judged would only cost
             or (budget.growth_flops is not None and self.cost.growth_flops >= budget.growth_flops)
             or (budget.wall_seconds is not None and self.cost.seconds >= budget.wall_seconds)
             or (budget.latency_ms is not None and self.parts.latency_ms() >= budget.latency_ms)
         )
         most = budget.early_events if self.recipe == "early" else budget.raced_events
-        events = 0 if spent else most - self.events_kept
-        size = self.morphable.parameter_count()
-        flops = None if limits.flops is None else limits.flops - self.morphable.flops
-        return Room(size, limits.parameters - size, events, flops)
+        events = 0 if spent else most - self.events_kept - len(awake)
+        size, (parameters, flops) = self.morphable.parameter_count(), self.promised()
+        left = None if limits.flops is None else limits.flops - self.morphable.flops - flops
+        return Room(size, limits.parameters - size - parameters, events, left)
+
+    def promised(self) -> tuple[int, int]:
+        """Return the parameters and forward FLOPs per example that come if all that is awake is kept."""
+        grown = [(t.origin.layer.place.site, t.origin.decision.width) for t in self.orchestrator.trials.values()]
+        parameters = sum(site.base_parameters + width * site.unit_parameters for site, width in grown)
+        return parameters, sum(width * site.unit_flops for site, width in grown)
 
     @contextmanager
     def reshaping(self) -> Iterator[None]:
