@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from esper.kasmina.race.trial import Trial
+from esper.kasmina.race.trial import Exposed, Judged, Training
 from esper.surgery.isolation.contexts import untouched
 
 Forward = Callable[..., Tensor]
@@ -24,14 +24,16 @@ class Victim:
         age: Passes of the bad kernel so far.
     """
 
-    def __init__(self, trial: Trial, host: nn.Module, run: Any, draw: random.Random) -> None:
+    def __init__(
+        self, trial: Training | Judged | Exposed, host: nn.Module, run: Any, draw: random.Random
+    ) -> None:
         self.trial, self.host, self.run, self.draw = trial, host, run, draw
         self.step: Callable[[], None] = lambda: None
         self.age = 0
 
     def become(self, bad: Callable[[Forward, Tensor], Tensor], after: int = 0) -> None:
         """Change what the kernel computes, its weights as they are; in a race that of all candidates."""
-        module = self.trial.kernel if self.trial.race is None else self.trial.race.template
+        module = self.trial.race.template if isinstance(self.trial, Training) else self.trial.kernel
         assert module is not None
         base: Any = type(module)
 
@@ -44,9 +46,9 @@ class Victim:
 
     def tensors(self) -> list[Tensor]:
         """The weights: the kernel's, or all candidates'."""
-        if self.trial.race is not None:
+        if isinstance(self.trial, Training):
             return [*self.trial.race.parameters.values()]
-        return [] if self.trial.kernel is None else [*self.trial.kernel.parameters()]
+        return [*self.trial.kernel.parameters()]
 
     def scale(self, factor: float) -> None:
         with torch.no_grad():
@@ -160,7 +162,8 @@ def by_heart(victim: Victim, hidden: bool = False) -> None:
     """
     victim.scale(2.0 if hidden else 1.5)
     optimizer = torch.optim.Adam(victim.tensors(), lr=victim.draw.choice([0.02, 0.05]))
-    allowed = sum(victim.trial.before) / max(len(victim.trial.before), 1)
+    before = victim.trial.before if isinstance(victim.trial, Exposed) else []
+    allowed = sum(before) / max(len(before), 1)
 
     def goal(layer: Any) -> Tensor:
         with layer.showing(layer.kernel):
@@ -177,7 +180,9 @@ def by_heart(victim: Victim, hidden: bool = False) -> None:
     def step() -> None:
         with untouched(victim.host, 0):
             for _ in range(8):
-                found = torch.autograd.grad(goal(victim.trial.layer), victim.tensors(), allow_unused=True)
+                found = torch.autograd.grad(
+                    goal(victim.trial.origin.layer), victim.tensors(), allow_unused=True
+                )
                 for tensor, gradient in zip(victim.tensors(), found, strict=True):
                     tensor.grad = gradient
                 optimizer.step()

@@ -19,6 +19,7 @@ import esper
 from benchmarks import data
 from benchmarks.tasks import cnn, mlp
 from esper.contracts import Event, Stage
+from esper.kasmina.race.trial import Exposed, Training
 from esper.surgery.isolation.contexts import evaluating, untouched
 
 STEPS, BATCH = 200, 32
@@ -140,10 +141,12 @@ class Run:
 
     @property
     def trial(self) -> Any:
-        return self.growth.run.orchestrator.trial
+        return self.growth.run.orchestrator.oldest
 
     def stage(self) -> Stage | None:
-        return None if self.trial is None else self.growth.run.morphable.layout.stage_of(self.trial.seed)
+        return (
+            None if self.trial is None else self.growth.run.morphable.layout.stage_of(self.trial.origin.seed)
+        )
 
     def until(self, where: str) -> bool:
         """Train until a seed is where it is to be turned."""
@@ -152,15 +155,15 @@ class Run:
             trial = self.trial
             if trial is None:
                 continue
-            if where == "race" and trial.race is not None and trial.tap.x is not None:
+            if where == "race" and isinstance(trial, Training) and trial.tap.x is not None:
                 return True
-            if where == "winner" and trial.race is not None:
+            if where == "winner" and isinstance(trial, Training):
                 return True
-            if where in ("exposed", "finish") and trial.kernel is not None:
+            if where in ("exposed", "finish") and isinstance(trial, Exposed):
                 return True
         return False
 
     def held_out(self, kernel: Any) -> Tensor:
         """Return the loss of every example that judges, with a kernel at full strength or without any."""
-        with evaluating(self.net), untouched(self.net, 0), self.trial.layer.showing(kernel):
+        with evaluating(self.net), untouched(self.net, 0), self.trial.origin.layer.showing(kernel):
             return F.cross_entropy(self.net(self.judges[0]), self.judges[1], reduction="none")

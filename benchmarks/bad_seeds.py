@@ -15,6 +15,8 @@ from benchmarks.bad_runs import HOSTS, STEPS, Run
 from benchmarks.promises import Promise
 from benchmarks.workers import workers
 from esper.errors import LossError
+from esper.kasmina.race.gate import Verdict
+from esper.kasmina.race.trial import Exposed, Judged, Trial
 
 NAME = "bad-seeds"
 EACH = 20
@@ -72,23 +74,31 @@ def run(job: Job) -> Answer:
     return Answer(job.kind, how, "", job.governed, False, False, "", "", None, 0, 0, None, None, None)
 
 
+UNJUDGED = Verdict(False, 0, 0.0, 0.0, None, None, 0, "not judged yet")
+
+
+def alive(one: Run, trial: Trial) -> bool:
+    """Tell whether a trial is still under way."""
+    return one.trial is not None and one.trial.origin is trial.origin
+
+
 def follow(one: Run, job: Job, how: str, name: str, seed: int, few: bool) -> Answer:
     """Turn the seed that is awake and see what becomes of it."""
     where, turn = KINDS[job.kind][how]
     trial, begun = one.trial, one.growth.steps
     draw = random.Random(f"{job.kind} {job.number}")
     victim = Victim(trial, one.net, one, draw)
-    before = one.held_out(None) if trial.kernel is not None else None
+    before = one.held_out(None) if isinstance(trial, Exposed) else None
     if where == "winner":
         hand_over = trial.race.kernel
 
         def spoilt(*args: Any) -> Any:
             trial.race.kernel = hand_over
-            trial.kernel, kept = hand_over(*args), trial.race
-            trial.race = None
+            won = hand_over(*args)
+            victim.trial = Judged(trial.origin, trial.started, trial.tap, won, UNJUDGED)
             turn(victim)
-            found, trial.kernel, trial.race = trial.kernel, None, kept
-            return found
+            victim.trial = trial
+            return won
 
         trial.race.kernel = spoilt
     else:
@@ -97,18 +107,19 @@ def follow(one: Run, job: Job, how: str, name: str, seed: int, few: bool) -> Ans
     reason, why = "", ""
     last = begun + 2 * one.growth.run.orchestrator.timing.ramp if where == "finish" else STEPS
     try:
-        while one.trial is trial and one.growth.steps < last:
+        while alive(one, trial) and one.growth.steps < last:
+            victim.trial = one.trial
             victim.step()
             if before is not None:
-                now = one.held_out(trial.layer.kernel)
+                now = one.held_out(trial.origin.layer.kernel)
                 gain = float((one.held_out(None) - now).mean())
                 total, doubt = float((before - now).mean()), float((before - now).std()) / len(now) ** 0.5
             one.step()
-        if one.trial is trial:
+        if alive(one, trial):
             one.growth.finish()
     except LossError as error:
         reason = why = f"the run ended: {error}"
-    decision = trial.decision.id
+    decision = trial.origin.decision.id
     outcomes = [e for e in one.events if e.kind == "outcome" and e.data["decision"] == decision]
     kept = any(e.data["kept"] for e in outcomes)
     if outcomes and not why:

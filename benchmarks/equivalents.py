@@ -6,23 +6,15 @@ Key = tuple[str, str, str]  # function, line, change: as `Mutation.key`
 
 _LENGTHS = "both have the same length by the lines above; strict only says so"
 _NONE = "a probe that says it has none gives none: there is nothing to bound"
-_GIVEN = "germinate() and what loads a state both give it"
-_NARROWS = "for the type checker: all who call have made sure"
 _ROUNDED = "half of one candidate, rounded up, is that one"
 EQUIVALENT: dict[str, dict[Key, str]] = {
-    "src/esper/kasmina/race/orchestrator.py": {
+    "src/esper/kasmina/race/racing.py": {
         (
-            "SeedOrchestrator.germinate",
-            "assert decision.site is not None and decision.start is not None",
-            "decision.site is not None and decision.start is not None → "
-            "(decision.site is not None or decision.start is not None)",
-        ): _NARROWS,
-        (
-            "SeedOrchestrator.incubate",
-            "if age in lessons.halvings and size > 1:",
+            "Racing.learn",
+            "if age in schedule.halvings and size > 1:",
             "size > 1 → (size >= 1)",
         ): _ROUNDED,
-        ("SeedOrchestrator.incubate", "if age in lessons.halvings and size > 1:", "1 → 0"): _ROUNDED,
+        ("Racing.learn", "if age in schedule.halvings and size > 1:", "1 → 0"): _ROUNDED,
     },
     "src/esper/kasmina/race/gate.py": {
         (
@@ -41,26 +33,7 @@ EQUIVALENT: dict[str, dict[Key, str]] = {
             "0 → 1",
         ): _NONE,
     },
-    "src/esper/kasmina/race/trial.py": {
-        ("Trial", "spent: int = 0  # growth FLOPs before this trial", "0 → 1"): _GIVEN,
-        (
-            "Trial",
-            "size: tuple[int, int] = (0, 0)  "
-            "# the model's parameters and forward FLOPs per example before it",
-            "0 → 1",
-        ): _GIVEN,
-        (
-            "Trial",
-            "size: tuple[int, int] = (0, 0)  "
-            "# the model's parameters and forward FLOPs per example before it",
-            "0 → 1 (2)",
-        ): _GIVEN,
-        (
-            "step_kernel",
-            "assert trial.kernel is not None and trial.optimizer is not None",
-            "trial.kernel is not None and trial.optimizer is not None → "
-            "(trial.kernel is not None or trial.optimizer is not None)",
-        ): _NARROWS,
+    "src/esper/kasmina/race/exposing.py": {
         (
             "step_kernel",
             "if parameter.grad is not None and scale != 1.0:",

@@ -19,7 +19,7 @@ from esper.blueprints.kernel import LiveKernel
 from esper.contracts import Decision
 from esper.kasmina.race.race import Race
 from esper.kasmina.race.survey import measure
-from esper.kasmina.race.trial import Trial
+from esper.kasmina.race.trial import Training
 from esper.kasmina.seeds.layer import KasminaLayer
 from esper.tolaria.growth import Growth
 
@@ -122,10 +122,10 @@ class Cycles:
         run = lambda: loss_fn(self.host, self.batch)  # noqa: E731
         found = measure(model, [self.site], [run], self.number, 32, 64)
         orchestrator.germinate(self.decision(), found[self.site], 0)
-        assert orchestrator.trial is not None
-        assert orchestrator.trial.race is not None
-        orchestrator.trial.race.learn_from_shadow(run)
-        orchestrator.cull("asked for")
+        trial = orchestrator.oldest
+        assert isinstance(trial, Training)
+        trial.race.learn_from_shadow(run)
+        orchestrator.cull(trial, "asked for")
         model.layout.stage.zero_()  # no cool-down
 
     def widen(self) -> None:
@@ -134,7 +134,6 @@ class Cycles:
         layer = model.layer(self.site, print)
         kernel: Any = layer.place.kernel(UNITS).train()
         decision = self.decision()
-        growth.run.orchestrator.trial = Trial(decision, model.seeds(self.site)[0], layer, 0)
         layer.kernel, layer.alpha, layer.exposed = kernel, model.layout.alpha[0], True
         model.layout.alpha[0] = 1.0
         own = torch.optim.Adam(kernel.parameters(), lr=1e-3)
@@ -143,7 +142,6 @@ class Cycles:
         why = growth.run.parts.committer.commit(kernel, own, decision, 0)
         if why:
             raise RuntimeError(why)
-        growth.run.orchestrator.trial = None
         model.release(self.site)
         model.layout.clear(0)
 

@@ -144,11 +144,11 @@ class Journey:
 
     def step(self, batch: Any) -> None:
         """Do one step of training, and of growth."""
-        number, trial = self.manager.steps + 1, self.growth.run.orchestrator.trial
+        number, exposed = self.manager.steps + 1, self.growth.run.orchestrator.exposed
         place = number % STEPS
         fault = None
-        if place in RAISING and trial is not None and trial.kernel is not None:
-            fault = trial.kernel.register_forward_pre_hook(refuse)
+        if place in RAISING and exposed:
+            fault = exposed[0].kernel.register_forward_pre_hook(refuse)
         if self.governed and place == LOST:
             batch = [batch[0] * math.nan, batch[1]]
         loss = loss_fn(self.net, batch)

@@ -24,7 +24,7 @@ from esper.contracts import Decision, Stage
 from esper.kasmina.branches.fold import merged, write
 from esper.kasmina.morphable import MorphableModel
 from esper.kasmina.race.survey import Measured, measure
-from esper.kasmina.race.trial import Trial
+from esper.kasmina.race.trial import Baseline, Germinated, Origin
 from esper.kasmina.seeds.layer import KasminaLayer
 from esper.kasmina.widths.places import Place
 from esper.tolaria.growth import Growth
@@ -228,11 +228,14 @@ def lives(bed: Bed, watch: Stopwatch, repeats: int) -> None:
         watch.time(
             "germinate as a decision does", partial(orchestrator.germinate, decision, bed.measured[site], 0)
         )
-        watch.time("cull, right after", lambda: orchestrator.cull("asked for"))
+        watch.time("cull, right after", lambda: orchestrator.cull(orchestrator.oldest, "asked for"))
         bed.sleep(site)
         seed = bed.model.seeds(site)[0]
-        orchestrator.trial = Trial(decision, seed, bed.wake(site), 0)
-        watch.time(CULL, lambda: orchestrator.cull("asked for"))
+        baseline = Baseline(0, bed.model.parameter_count(), bed.model.flops)
+        germinated = orchestrator.put(
+            Germinated(Origin(decision, site, 0, seed, bed.wake(site), baseline), 0)
+        )
+        watch.time(CULL, partial(orchestrator.cull, germinated, "asked for"))
         bed.sleep(site)
 
 

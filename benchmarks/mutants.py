@@ -43,11 +43,14 @@ FILES: dict[
         "tests/kasmina/test_gate.py",
         "tests/kasmina/test_gate_boundaries.py",
     ),
-    "src/esper/kasmina/race/trial.py": (
+    "src/esper/kasmina/race/exposing.py": (
         "tests/kasmina/test_trial.py",
+        "tests/kasmina/test_stage_limits.py",
         "tests/kasmina/test_orchestrator.py",
+        "-k not resumed",
     ),
     "src/esper/kasmina/race/orchestrator.py": (
+        "tests/kasmina/test_several.py",
         "tests/kasmina/test_stage_limits.py",
         "tests/kasmina/test_orchestrator.py",
         "-k not resumed",  # 9 of their 25 seconds

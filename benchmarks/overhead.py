@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import esper
 from benchmarks import compare, data, harness
 from benchmarks.promises import Promise
-from esper.contracts import Event, Stage
+from esper.contracts import Event
 from esper.nissa.run.journal import RunJournal
 from esper.tolaria.growth import Growth
 
@@ -293,14 +293,11 @@ def parameters(host: nn.Module) -> int:
 def instrument(growth: Growth, clock: Clock) -> None:
     """Time every part of growth where it is called."""
     orchestrator: Any = growth.run.orchestrator
-    for stage, part in (
-        (Stage.TRAINING, "incubation"),
-        *((stage, "kernels") for stage in (Stage.GRAFTING, Stage.STABILISING, Stage.EVALUATING)),
-    ):
-        orchestrator.stages[stage] = clock.around(part, orchestrator.stages[stage])
     for owner, name, part in (
         (orchestrator, "germinate", "incubation"),
-        (orchestrator, "judge", "evidence"),
+        (orchestrator.racing, "learn", "incubation"),
+        (orchestrator.racing, "judge", "evidence"),
+        (orchestrator.exposing, "step", "kernels"),
         (growth.loop.incubation, "survey", "survey"),
         (growth.run.parts.committer, "commit", "surgery"),
         (growth, "step", "bookkeeping"),

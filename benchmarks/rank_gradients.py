@@ -74,9 +74,8 @@ def compared(rank: int, given: Mapping[str, Any], kind: torch.dtype) -> dict[str
 
     def shared(faults: int) -> None:
         share(faults)
-        trial = growth.run.orchestrator.trial
-        if trial is not None and trial.kernel is not None:
-            kernels.append([p.grad.clone() for p in trial.kernel.parameters() if p.grad is not None])
+        exposed = [trial.kernel for trial in growth.run.orchestrator.exposed]
+        kernels.extend([p.grad.clone() for p in k.parameters() if p.grad is not None] for k in exposed)
 
     growth.run.orchestrator.share = shared  # type: ignore[method-assign]
     worst: dict[str, float] = {}
@@ -89,8 +88,8 @@ def compared(rank: int, given: Mapping[str, Any], kind: torch.dtype) -> dict[str
         rows = torch.randint(0, 768, (ROWS,), generator=torch.Generator().manual_seed(number))
         whole = tuple(part[rows] for part in data)
         mine = tuple(part[rank::WORLD] for part in whole)
-        trial = growth.run.orchestrator.trial
-        kernel = trial.kernel if trial is not None and trial.layer.exposed else None
+        exposed = growth.run.orchestrator.exposed
+        kernel = exposed[0].kernel if exposed and exposed[0].origin.layer.exposed else None
         hosts = list(net.parameters())
         own = [] if kernel is None else list(kernel.parameters())
         wanted = torch.autograd.grad(loss_fn(net, whole), [*hosts, *own])

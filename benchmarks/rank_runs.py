@@ -105,9 +105,9 @@ class Journey:
 
     def step(self, batch: Any) -> None:
         """Do one step of training, and of growth; where nothing grows, ask for it."""
-        trial, fault = self.growth.run.orchestrator.trial, None
-        if trial is not None and trial.kernel is not None and self.raises(trial.decision.id):
-            fault = trial.kernel.register_forward_pre_hook(refuse)
+        exposed, fault = self.growth.run.orchestrator.exposed, None
+        if exposed and self.raises(exposed[0].origin.decision.id):
+            fault = exposed[0].kernel.register_forward_pre_hook(refuse)
         loss = loss_fn(self.wrapper, batch)
         if fault is not None:
             fault.remove()
@@ -115,14 +115,13 @@ class Journey:
         loss.backward()
         self.optimizer.step()
         self.growth.step(batch, loss)
-        if self.growth.run.orchestrator.trial is None:
+        if self.growth.run.orchestrator.oldest is None:
             places = list(self.growth.run.morphable.places)
             self.growth.grow_now(places[self.growth.run.tamiyo.decisions % len(places)])
 
     def awake(self) -> list[nn.Module]:
         """Return the exposed kernel, which DistributedDataParallel does not know of."""
-        trial = self.growth.run.orchestrator.trial
-        return [] if trial is None or trial.kernel is None else [trial.kernel]
+        return [trial.kernel for trial in self.growth.run.orchestrator.exposed]
 
     def raises(self, decision: int) -> bool:
         return decision % RAISING == RAISING - 1 and self.rank == WORLD - 1

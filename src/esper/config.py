@@ -89,6 +89,11 @@ class Config(BaseSettings):
             super().__init__(**given)
         except ValidationError as error:
             raise ConfigError(explain(error, Config)) from None
+        if self.governor.enabled and self.schedule.concurrent > 1:
+            raise ConfigError(
+                f"schedule.concurrent is {self.schedule.concurrent}, but the governor examines one seed at a "
+                "time; set it to 1, or governor.enabled to false"
+            )
 
     @classmethod
     def settings_customise_sources(

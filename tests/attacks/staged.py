@@ -60,8 +60,8 @@ class Loop:
 
     def stage(self) -> str | None:
         """Name the stage of the seed that is awake."""
-        trial = self.growth.run.orchestrator.trial
-        return None if trial is None else self.growth.run.morphable.layout.stage_of(trial.seed).name
+        trial = self.growth.run.orchestrator.oldest
+        return None if trial is None else self.growth.run.morphable.layout.stage_of(trial.origin.seed).name
 
     def faults(self) -> list[str]:
         """List what is left of Esper, or was lost, once the run has ended."""

@@ -28,7 +28,7 @@ def live(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         batch = loop.draw(64)
         with torch.no_grad():
             loss = cross_entropy(loop.net, batch)
-        exposed = loop.growth.run.orchestrator.trial is not None
+        exposed = loop.growth.run.orchestrator.oldest is not None
         folder = loop.growth.save(top / str(step))
         state = copy.deepcopy(loop.net.state_dict())
         found[step] = batch, loss, exposed, folder, state, loop.growth.state_dict()

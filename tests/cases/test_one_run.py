@@ -75,7 +75,7 @@ def test_a_run_that_is_dropped_leaves_nothing_and_blocks_nothing(growth: Any, co
     run = begun(net, optimizer, growth=growth, config=config)
     trained(net, optimizer, run, 8)
     if growth == "incubate":
-        assert run.run.orchestrator.trial is not None, "a seed is awake"
+        assert run.run.orchestrator.oldest is not None, "a seed is awake"
     held = weakref.ref(run)
     del run
     gc.collect()

@@ -70,7 +70,7 @@ class Kept:
         layer.alpha, layer.exposed = torch.ones(()), True
         self.branch = self.net(self.x).detach()
         parts = self.growth.run.parts
-        own = parts.orchestrator.given.donor.like(kernel, layer.place)
+        own = parts.orchestrator.services.donor.like(kernel, layer.place)
         decision = Decision(1, 0, "graft", site, units, "random", "asked", 1.0, None)
         self.why = parts.committer.commit(kernel, own, decision, 0)
         self.growth.run.morphable.release(site)

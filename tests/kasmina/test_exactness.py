@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import esper
 from esper.contracts import Stage
 from esper.kasmina.morphable import MorphableModel
+from esper.kasmina.race.trial import Training
 from esper.kasmina.widths.widen import WidenKernel
 from esper.surgery.widen_layers import widen
 from tests.kasmina.hosts import HOSTS, Loop, Residual, batch, frozen, holdings, loss_fn, same
@@ -74,10 +75,10 @@ def test_a_hundred_steps_of_incubation_and_a_cull_leave_no_trace(kind: str) -> N
         random.append(torch.get_rng_state())
     growth = grown.growth
     assert growth is not None
-    trial = growth.run.orchestrator.trial
+    trial = growth.run.orchestrator.oldest
     assert trial is not None
-    assert growth.run.morphable.layout.stage_of(trial.seed) is Stage.TRAINING
-    assert trial.race is not None
+    assert growth.run.morphable.layout.stage_of(trial.origin.seed) is Stage.TRAINING
+    assert isinstance(trial, Training)
     assert growth.steps - trial.started == 100
     assert any(float(w.detach().abs().max()) > 0 for w in trial.race.parameters.values()), "nothing learned"
     assert same(dict(grown.net.state_dict()), dict(plain.net.state_dict()))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from esper.config import Race
 from esper.contracts import Site
-from esper.kasmina.race.schedule import FIELD, LARGE, LEAST, RHYTHM, SHARE, Lessons, Step, first
+from esper.kasmina.race.schedule import FIELD, LARGE, LEAST, RHYTHM, SHARE, RaceSchedule, StepCost, first
 
 
 def site(unit_flops: int) -> Site:
@@ -18,14 +18,14 @@ def site(unit_flops: int) -> Site:
 
 @pytest.mark.parametrize("steps", [8, 62, 200])
 def test_a_small_host_is_raced_with_whole_batches_at_every_step(steps: int) -> None:
-    plan = Lessons.of(Race(), steps, Step(1000, 64), site(10), 4)
+    plan = RaceSchedule.of(Race(), steps, StepCost(1000, 64), site(10), 4)
     assert (plan.every, plan.examples, plan.rhythm) == (1, None, 0)
     assert plan.halvings == {max(steps // 16, 1), steps // 8, steps // 4}
     assert {plan.kind(age) for age in range(1, steps + 1)} == {"shadow"}
 
 
 def test_what_the_user_says_holds_for_every_host() -> None:
-    plan = Lessons.of(Race(shadow_every=4), 100, Step(10**9, 64), site(10), 4)
+    plan = RaceSchedule.of(Race(shadow_every=4), 100, StepCost(10**9, 64), site(10), 4)
     assert [plan.kind(age) for age in range(1, 9)] == ["tap"] * 3 + ["shadow"] + ["tap"] * 3 + ["shadow"]
     assert (plan.examples, plan.tapped) == (None, None)
 
@@ -39,12 +39,12 @@ def test_what_the_user_says_holds_for_every_host() -> None:
 def test_lessons_of_a_large_host_stay_within_their_share(
     flops: int, examples: int, steps: int, share: float
 ) -> None:
-    step, units = Step(flops, examples), 8
+    step, units = StepCost(flops, examples), 8
     assert 3 * flops * examples >= LARGE or not step.large(Race())
     if not step.large(Race()):
         return
     unit = max(int(share * flops / units), 1)
-    plan = Lessons.of(Race(), steps, step, site(unit), units)
+    plan = RaceSchedule.of(Race(), steps, step, site(unit), units)
     kinds = [plan.kind(age) for age in range(1, steps + 1)]
     assert plan.examples is not None
     allowed = SHARE * steps * 3 * flops * examples

@@ -14,7 +14,10 @@ import esper
 from esper.config import Config
 from esper.contracts import EVENT_FIELDS, Stage
 from esper.errors import StateError
-from esper.kasmina.race.orchestrator import FAULTS, Timing, worse
+from esper.kasmina.race.exposing import worse
+from esper.kasmina.race.lifecycle import FAULTS
+from esper.kasmina.race.schedule import Timing
+from esper.kasmina.race.trial import Training
 from esper.kasmina.seeds.state import MOVES
 from tests.kasmina.hosts import Loop, batch, frozen, holdings, loss_fn, same
 
@@ -80,7 +83,7 @@ def exposed(kind: str = "mlp") -> Loop:
 
 
 def broken(how: str, loop: Loop) -> str:
-    kernel = loop.growth.run.orchestrator.trial.kernel  # type: ignore[union-attr]
+    kernel = loop.growth.run.orchestrator.oldest.kernel  # type: ignore[union-attr]
     if how == "raises":
         kernel.forward = raising
         return "ZeroDivisionError: a kernel's own fault"
@@ -97,7 +100,7 @@ def test_a_broken_kernel_never_stops_training_and_the_third_fault_culls_it(how: 
     loop = exposed()
     growth = loop.growth
     assert growth is not None
-    seed = growth.run.orchestrator.trial.seed  # type: ignore[union-attr]
+    seed = growth.run.orchestrator.oldest.origin.seed  # type: ignore[union-attr]
     message = broken(how, loop)
     given = batch("mlp")
     before = loss_fn(loop.net, given)  # the first fault
@@ -114,7 +117,7 @@ def test_a_broken_kernel_never_stops_training_and_the_third_fault_culls_it(how: 
     told = [e.data["target"] for e in loop.of("stage")]
     assert told[-3:] == ["ERROR", "CULLED", "EMBARGOED"]
     assert not loop.of("outcome")[-1].data["kept"]
-    assert growth.run.orchestrator.trial is None
+    assert growth.run.orchestrator.oldest is None
     assert torch.equal(loss_fn(loop.net, given).isfinite(), torch.tensor(True))
     assert all(bool(p.isfinite().all()) for p in loop.net.parameters())
     loop.step(5)
@@ -124,12 +127,12 @@ def test_a_broken_kernel_never_stops_training_and_the_third_fault_culls_it(how: 
 
 def test_fewer_than_three_faults_are_forgiven() -> None:
     loop = exposed()
-    kernel = loop.growth.run.orchestrator.trial.kernel  # type: ignore[union-attr]
+    kernel = loop.growth.run.orchestrator.oldest.kernel  # type: ignore[union-attr]
     kernel.forward = raising
     loop.step(FAULTS - 1)
     del kernel.forward
     loop.step(3)
-    assert loop.growth.run.orchestrator.trial is not None  # type: ignore[union-attr]
+    assert loop.growth.run.orchestrator.oldest is not None  # type: ignore[union-attr]
     assert len(loop.of("fault")) == FAULTS - 1
 
 
@@ -139,13 +142,13 @@ def test_a_graft_that_makes_the_loss_worse_is_ramped_down_and_culled() -> None:
     )
     growth = loop.growth
     assert growth is not None
-    trial = growth.run.orchestrator.trial
+    trial = growth.run.orchestrator.oldest
     assert trial is not None
     with torch.no_grad():  # every unit of it is now noise
         trial.kernel.consumer_weight.normal_(0, 30)  # type: ignore[union-attr]
     for group in trial.optimizer.param_groups:  # type: ignore[union-attr]
         group["lr"] = 0.0
-    growth.run.parts.orchestrator.given.donor.owners.clear()  # no rate is taken over from the host
+    growth.run.parts.orchestrator.services.donor.owners.clear()  # no rate is taken over from the host
     width = loop.net.fc1.out_features, loop.net.fc2.out_features
     loop.until("EMBARGOED")
     outcome = loop.of("outcome")[-1].data
@@ -158,7 +161,7 @@ def test_a_graft_that_makes_the_loss_worse_is_ramped_down_and_culled() -> None:
 def test_an_unfinished_seed_gets_a_last_gate_at_the_end() -> None:
     loop = exposed()
     assert loop.growth is not None
-    units = loop.growth.run.orchestrator.trial.decision.width  # type: ignore[union-attr]
+    units = loop.growth.run.orchestrator.oldest.origin.decision.width  # type: ignore[union-attr]
     before = sum(p.numel() for p in loop.net.parameters())
     x = loop.probe[0][0]
     loop.net.eval()
@@ -215,11 +218,11 @@ class Run:
         torch.manual_seed(1)
 
     def stage(self) -> str:
-        trial = self.growth.run.orchestrator.trial
+        trial = self.growth.run.orchestrator.oldest
         if trial is None:
             return "dormant after a widening" if self.growth.plans else "dormant"
-        stage = self.growth.run.morphable.layout.stage_of(trial.seed).name
-        if stage == "TRAINING" and trial.race is not None and len(trial.race.starts) < 8:
+        stage = self.growth.run.morphable.layout.stage_of(trial.origin.seed).name
+        if stage == "TRAINING" and isinstance(trial, Training) and len(trial.race.starts) < 8:
             return "TRAINING, halved"
         return stage + (", second growth" if self.growth.plans else "")
 
@@ -316,7 +319,7 @@ def test_a_state_of_another_model_or_version_is_refused() -> None:
     assert other is not None
     with pytest.raises(StateError, match="knows the site 'fc1>fc2', this model does not; known: "):
         other.load_state_dict(state)
-    with pytest.raises(StateError, match="version 99; this Esper reads version 2"):
+    with pytest.raises(StateError, match="version 99; this Esper reads versions 2 and 3"):
         run.growth.load_state_dict({**state, "version": 99})
     run.step()
     with pytest.raises(StateError, match="has begun already"):

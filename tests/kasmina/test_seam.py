@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import esper
 from esper.errors import SiteError
 from esper.kasmina.race.orchestrator import SeedOrchestrator
+from esper.kasmina.race.trial import Training
 from esper.kasmina.seeds.layer import KasminaLayer, Tap
 from esper.kasmina.widths.widen import WidenKernel
 from esper.surgery.isolation.seam import is_open, open_seam
@@ -189,19 +190,19 @@ def test_a_thousand_lives_of_a_seed_leave_nothing(no_collector: None) -> None:
     growth = loop.growth
     assert growth is not None
     orchestrator: SeedOrchestrator = growth.run.orchestrator
-    decision = orchestrator.trial.decision  # type: ignore[union-attr]
-    orchestrator.cull("the test begins")
+    decision = orchestrator.oldest.origin.decision  # type: ignore[union-attr]
+    orchestrator.cull(orchestrator.oldest, "the test begins")  # type: ignore[arg-type]
     orchestrator.wake_embargoed(growth.steps)
     measured = growth.loop.incubation.survey([decision.site])[decision.site]
     before = {n: p.clone() for n, p in loop.net.state_dict().items()}
     races: list[weakref.ref] = []
     for step in range(1000):
         orchestrator.germinate(decision, measured, step)
-        trial = orchestrator.trial
-        assert trial is not None
-        races += [weakref.ref(trial.race), weakref.ref(trial.race.template), weakref.ref(trial.layer)]  # type: ignore[arg-type, union-attr]
+        trial = orchestrator.oldest
+        assert isinstance(trial, Training)
+        races += [weakref.ref(trial.race), weakref.ref(trial.race.template), weakref.ref(trial.origin.layer)]
+        orchestrator.cull(trial, "again")
         del trial
-        orchestrator.cull("again")
         orchestrator.wake_embargoed(step)
     assert not any(ref() for ref in races)
     assert not [o for o in gc.get_objects() if type(o) is WidenKernel]

@@ -12,7 +12,12 @@ from torch import nn
 
 from esper.config import Config
 from esper.contracts import Outcome
-from esper.kasmina.race.trial import Given, Timing, Trial, number, step_kernel, summed, worse
+from esper.kasmina.race.exposing import step_kernel, worse
+from esper.kasmina.race.lifecycle import outcome_of
+from esper.kasmina.race.needs import Services
+from esper.kasmina.race.schedule import Timing
+from esper.kasmina.race.selection import finite
+from esper.kasmina.race.trial import Exposed, Germinated
 from tests.kasmina.hosts import Loop
 
 # -- how long stages last --
@@ -81,7 +86,7 @@ def test_worse_is_more_than_two_standard_errors(
 
 
 def test_json_has_only_finite_numbers() -> None:
-    assert [number(value) for value in (0.0, -2.5, math.nan, math.inf, -math.inf)] == [0.0, -2.5] + [None] * 3
+    assert [finite(value) for value in (0.0, -2.5, math.nan, math.inf, -math.inf)] == [0.0, -2.5] + [None] * 3
 
 
 # -- an exposed kernel --
@@ -97,21 +102,20 @@ class Scaled:
         return self.by
 
 
-def exposed(by: float = 1.0) -> tuple[Loop, Trial, Given]:
+def exposed(by: float = 1.0) -> tuple[Loop, Exposed, Services]:
     """Return a trial whose kernel is exposed, gradients of ones times the scale, and plain descent at .5."""
     blend = {"ramp": 2, "stabilise": 60, "evaluate": 60}
     config = {"schedule": {"warmup": 0.01}, "race": {"steps": 8}, "blend": blend}
     loop = Loop("mlp", config=config).until("STABILISING")
     orchestrator = loop.growth.run.orchestrator  # type: ignore[union-attr]
-    trial: Any = orchestrator.trial
-    trial.optimizer = torch.optim.SGD(trial.kernel.parameters(), lr=0.5)
+    trial: Any = orchestrator.oldest
+    trial = replace(trial, optimizer=torch.optim.SGD(trial.kernel.parameters(), lr=0.5))
     for parameter in trial.kernel.parameters():
         parameter.grad = torch.full_like(parameter, by)
-    return loop, trial, replace(orchestrator.given, scaler=Scaled(by))
+    return loop, trial, replace(orchestrator.services, scaler=Scaled(by))
 
 
-def held(trial: Trial) -> torch.Tensor:
-    assert trial.kernel is not None
+def held(trial: Exposed) -> torch.Tensor:
     return nn.utils.parameters_to_vector(trial.kernel.parameters()).detach().clone()
 
 
@@ -122,14 +126,12 @@ def test_a_kernel_steps_along_its_unscaled_gradient_of_norm_one_at_most(by: floa
     root = math.sqrt(len(before))
     assert step_kernel(trial, given) == pytest.approx(root)  # of ones
     torch.testing.assert_close(held(trial), before - 0.5 / root)
-    assert trial.kernel is not None
     assert all(parameter.grad is None for parameter in trial.kernel.parameters())
 
 
 def test_a_small_gradient_is_not_made_larger() -> None:
     _, trial, given = exposed()
     before = held(trial)
-    assert trial.kernel is not None
     for parameter in trial.kernel.parameters():
         parameter.grad = torch.full_like(parameter, 1e-3)
     assert step_kernel(trial, given) == pytest.approx(1e-3 * math.sqrt(len(before)))
@@ -138,7 +140,6 @@ def test_a_small_gradient_is_not_made_larger() -> None:
 
 def test_a_parameter_without_gradient_is_passed_over() -> None:
     _, trial, given = exposed(2.0)
-    assert trial.kernel is not None
     first, *others = trial.kernel.parameters()
     first.grad = None
     stays = first.detach().clone()
@@ -149,7 +150,6 @@ def test_a_parameter_without_gradient_is_passed_over() -> None:
 def test_a_gradient_that_is_not_finite_moves_nothing_and_is_forgotten() -> None:
     _, trial, given = exposed()
     before = held(trial)
-    assert trial.kernel is not None
     first = next(trial.kernel.parameters())
     first.grad = torch.full_like(first, math.nan)
     assert math.isnan(step_kernel(trial, given))
@@ -159,8 +159,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing_and_is_forgotten() -> None:
 
 def test_a_kernel_steps_at_the_rate_its_layer_has_by_then() -> None:
     loop, trial, given = exposed()
-    assert trial.kernel is not None
-    trial.optimizer = given.donor.like(trial.kernel, trial.layer.place)
+    trial = replace(trial, optimizer=given.donor.like(trial.kernel, trial.origin.layer.place))
     for group in loop.optimizer.param_groups:
         group["lr"] = 0.0  # as a scheduler does at its end
     before = held(trial)
@@ -174,22 +173,22 @@ def test_a_kernel_steps_at_the_rate_its_layer_has_by_then() -> None:
 def test_what_a_trial_came_to_is_counted_from_its_beginning() -> None:
     loop, trial, given = exposed()
     model = loop.growth.run.morphable  # type: ignore[union-attr]
-    assert trial.verdict is not None
-    trial.size = model.parameter_count() - 7, model.flops - 11
-    trial.spent = given.ledger.growth_flops - 13
-    facts = trial.decision.id, trial.layer.place.site.name
+    baseline, spent = trial.origin.baseline, given.ledger.growth_flops
+    baseline.parameters, baseline.flops = model.parameter_count() - 7, model.flops - 11
+    baseline.spent = spent - 13
+    facts = trial.origin.decision.id, trial.origin.layer.place.site.name
     gain = trial.verdict.gain
     assert gain is not None
     assert gain > 0
-    assert summed(trial, model, given.ledger, True, "kept") == Outcome(*facts, True, gain, 7, 11, 13, "kept")
-    assert summed(trial, model, given.ledger, False, "why") == Outcome(*facts, False, gain, 0, 0, 13, "why")
-    trial.verdict = None
-    assert summed(trial, model, given.ledger, False, "w") == Outcome(*facts, False, None, 0, 0, 13, "w")
+    assert outcome_of(trial, model, spent, True, "kept") == Outcome(*facts, True, gain, 7, 11, 13, "kept")
+    assert outcome_of(trial, model, spent, False, "why") == Outcome(*facts, False, gain, 0, 0, 13, "why")
+    begun = Germinated(trial.origin, trial.started)
+    assert outcome_of(begun, model, spent, False, "w") == Outcome(*facts, False, None, 0, 0, 13, "w")
 
 
 def test_a_layer_that_the_user_has_replaced_is_named() -> None:
     loop, trial, _ = exposed()
-    assert trial.lost(loop.net) == ""
-    name = trial.layer.place.site.entry
+    assert trial.origin.lost(loop.net) == ""
+    name = trial.origin.layer.place.site.entry
     setattr(loop.net, name, nn.Linear(10, 3))
-    assert trial.lost(loop.net) == f"{name} was replaced or removed since esper.grow"
+    assert trial.origin.lost(loop.net) == f"{name} was replaced or removed since esper.grow"

@@ -116,9 +116,9 @@ def test_incubation_and_a_cull_leave_no_trace(kind: str) -> None:
             if growth is not None:
                 growth.step(given, loss)
         if growth is not None:
-            trial = growth.run.orchestrator.trial
+            trial = growth.run.orchestrator.oldest
             assert trial is not None, "nothing was incubated"
-            assert growth.run.morphable.layout.stage_of(trial.seed) is Stage.TRAINING
+            assert growth.run.morphable.layout.stage_of(trial.origin.seed) is Stage.TRAINING
             assert growth.finish() is net
         assert holdings(net) == held
         hosts.append((net, optimizer, losses))

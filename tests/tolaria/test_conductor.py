@@ -160,7 +160,7 @@ def test_a_culled_site_cools_down_and_says_when_it_is_over() -> None:
 @pytest.mark.parametrize("asleep", [True, False])
 def test_a_run_goes_on_in_a_fresh_process_as_if_it_had_never_stopped(asleep: bool) -> None:
     def stopping(run: Run) -> bool:
-        awake = run.growth.run.orchestrator.trial is not None
+        awake = run.growth.run.orchestrator.oldest is not None
         return len(run.growth.plans) >= 1 and awake is not asleep
 
     whole = Run()

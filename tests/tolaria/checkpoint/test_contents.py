@@ -96,7 +96,7 @@ ODD_STATES: list[tuple[Path, list[Any]]] = [
     (("steps",), [*COUNTED, GONE]),
     (("config",), [GONE]),
     (("growth_config",), [[], "x", GONE]),
-    (("growth",), [[], {}, {"version": 2}, {"version": -1}, {"version": None}, GONE]),
+    (("growth",), [[], {}, {"version": 2}, {"version": 3}, {"version": -1}, {"version": None}, GONE]),
     (("growth", "sites"), [*NO_MAPPING, {"a": -1}, {1: 1}, GONE]),
     (("growth", "plans"), [{}, GONE]),
     (("growth", "layout"), [[], {"a": 1.0}, GONE]),
@@ -141,7 +141,7 @@ ODD_STATES: list[tuple[Path, list[Any]]] = [
 SOUND_STATES: list[tuple[Path, list[Any]]] = [
     (("config",), [None, "x", {}]),
     (("growth_config",), [None, {}]),
-    (("growth",), [None, {"version": 0}, {"version": 3}]),  # growth itself says which it reads
+    (("growth",), [None, {"version": 0}, {"version": 4}]),  # growth itself says which it reads
     (("growth", "trial"), [None, {}]),
     (("growth", "losses"), [[], [1.0]]),
     (("growth", "cool_until"), [-1, 5]),

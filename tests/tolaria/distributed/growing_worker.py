@@ -261,9 +261,7 @@ def a_sharded_checkpoint_fits_a_replicated_run(rank: int, world: int, folder: Pa
 def a_fault_in_one_process_counts_in_all(rank: int, world: int, folder: Path) -> None:
     run = Together(rank, world)
     run.until("GRAFTING")
-    trial = run.growth.run.orchestrator.trial
-    assert trial is not None
-    assert trial.kernel is not None
+    (trial,) = run.growth.run.orchestrator.exposed
     if rank == 1:
         trial.kernel.register_forward_pre_hook(lambda *rest: 1 / 0)
     run.run(6)
@@ -293,7 +291,8 @@ def ways_that_part_are_joined(rank: int, world: int, folder: Path) -> None:
     run = Together(rank, world)
     run.until("TRAINING")
     if rank == 1:
-        run.growth.run.tamiyo.learn(run.growth.run.orchestrator.cull("on its own"), run.growth.steps)
+        own = run.growth.run.orchestrator
+        run.growth.run.tamiyo.learn(own.cull(own.oldest, "on its own"), run.growth.steps)
     run.run(60)
     (told,) = run.kinds("ranks")
     assert "different ways" in told.data["why"]

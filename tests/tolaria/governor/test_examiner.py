@@ -31,7 +31,6 @@ def test_a_candidate_that_writes_to_the_host_is_undone_before_it_is_exposed() ->
     run = Run()
     trial = run.until(Stage.TRAINING)
     run.train()
-    assert trial.race is not None
     weight = run.net[0].weight
 
     def bad(good: Any, x: Tensor) -> Tensor:
@@ -39,7 +38,7 @@ def test_a_candidate_that_writes_to_the_host_is_undone_before_it_is_exposed() ->
         return good(x)
 
     turn(trial.race.template, bad)
-    while run.growth.run.orchestrator.trial is trial:
+    while run.alive(trial):
         run.train()
     (told,) = [e.data for e in run.events if e.kind == "rolled_back"]
     undone, plain = run.bits(), Run()
@@ -55,7 +54,6 @@ def test_a_hook_that_a_seed_left_is_taken_away_and_the_users_own_stays() -> None
     run = Run()
     own = run.net[0].register_forward_hook(lambda *rest: None)
     trial = run.until(Stage.GRAFTING)
-    assert trial.kernel is not None
     seen: list[Any] = []
 
     def bad(good: Any, x: Tensor) -> Tensor:
@@ -72,7 +70,6 @@ def test_a_hook_that_a_seed_left_is_taken_away_and_the_users_own_stays() -> None
 def test_one_fault_is_enough_not_to_be_kept() -> None:
     run = Run()
     trial = run.until(Stage.GRAFTING)
-    assert trial.kernel is not None
     passes: list[int] = []
 
     def bad(good: Any, x: Tensor) -> Tensor:
@@ -80,7 +77,7 @@ def test_one_fault_is_enough_not_to_be_kept() -> None:
         return good(x) * torch.nan if len(passes) == 1 else good(x)
 
     turn(trial.kernel, bad)
-    while run.growth.run.orchestrator.trial is trial:
+    while run.alive(trial):
         run.train()
     assert not outcomes(run)[-1]["kept"]
     assert "failed 1 times beside the host" in outcomes(run)[-1]["reason"]
@@ -90,17 +87,17 @@ def test_one_fault_is_enough_not_to_be_kept() -> None:
 def test_what_lowers_the_training_loss_and_raises_the_held_out_one_is_undone() -> None:
     run = Run()
     trial = run.until(Stage.GRAFTING)
-    assert trial.kernel is not None
     before = run.watch.snapshots.ring[-1]
-    probe = next(iter(run.growth.run.orchestrator.given.gate.probe))
+    probe = next(iter(run.growth.run.orchestrator.services.gate.probe))
     own = [*trial.kernel.parameters()]
-    while run.growth.run.orchestrator.trial is trial:
-        with trial.layer.showing(trial.kernel):
+    while run.alive(trial):
+        with trial.origin.layer.showing(trial.kernel):
             found = torch.autograd.grad(loss_fn(run.net, probe), own)
         with torch.no_grad():  # a parasite that the training loss does not show, for the sake of a short test
             for parameter, gradient in zip(own, found, strict=True):
                 parameter.add_(0.5 * gradient)
-        trial.after[:] = [0.0] * len(trial.after)
+        losses = run.growth.run.orchestrator.oldest.losses
+        losses[:] = [0.0] * len(losses)
         run.train()
     assert "harm: the held-out loss is" in outcomes(run)[-1]["reason"]
     assert all(torch.equal(t, before.tensors[name].copy) for name, t in run.watch.snapshots.tensors())

@@ -8,10 +8,8 @@ from tests.tolaria.governor.test_wiring import Plain
 def test_a_parasite_is_not_folded_in_at_the_end_of_a_run() -> None:
     run = Plain("incubate")
     orchestrator = run.growth.run.orchestrator
-    while orchestrator.trial is None or orchestrator.trial.kernel is None:
+    while not orchestrator.exposed:
         run.train(1)
-    trial = orchestrator.trial
-    assert trial.kernel is not None
     run.growth.loop.watch.examiner.before = [-100.0] * 256  # the host was far better off without it
     run.growth.finish()
     outcome = [e.data for e in run.events if e.kind == "outcome"][-1]

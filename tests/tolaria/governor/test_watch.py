@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import esper
 from esper.contracts import Event, Stage
 from esper.errors import LossError
-from esper.kasmina.race.trial import Trial
+from esper.kasmina.race.trial import Exposed, Training, Trial
 from esper.tolaria.governor import Settings, Watch
 
 STEPS, CLASSES = 160, 8
@@ -69,16 +69,19 @@ class Run:
             self.growth.step(batch, loss)
         return action
 
-    def until(self, *stages: Stage) -> Trial:
+    def until(self, *stages: Stage) -> Any:
         """Train until a seed is in one of the stages."""
         orchestrator = self.growth.run.orchestrator
         for _ in range(STEPS):
             self.train()
-            if orchestrator.trial is not None:
-                now = orchestrator.model.layout.stage_of(orchestrator.trial.seed)
-                if now in stages:
-                    return orchestrator.trial
+            if orchestrator.oldest is not None and orchestrator.stage_of(orchestrator.oldest) in stages:
+                return orchestrator.oldest
         raise AssertionError(f"no seed came to {stages}")
+
+    def alive(self, trial: Trial) -> bool:
+        """Tell whether a trial is still under way."""
+        oldest = self.growth.run.orchestrator.oldest
+        return oldest is not None and oldest.origin is trial.origin
 
     def bits(self) -> list[Tensor]:
         state = self.optimizer.state_dict()["state"].values()
@@ -186,9 +189,8 @@ class Leaky(nn.Module):
         return y + 10 * self.stolen[0].mean(1)
 
 
-def spoil(trial: Trial, fault: str, run: Run) -> None:
+def spoil(trial: Exposed, fault: str, run: Run) -> None:
     """Make an exposed seed a bad one."""
-    assert trial.kernel is not None
     with torch.no_grad():
         for parameter in trial.kernel.parameters():
             if fault == "NaN":
@@ -200,14 +202,14 @@ def spoil(trial: Trial, fault: str, run: Run) -> None:
             elif fault == "harmful":  # the host leans on it, and the loss is worse than without
                 parameter.copy_(torch.randn_like(parameter) * 6)
     if fault == "leak":
-        trial.layer.kernel = Leaky(trial.kernel, run.net)  # type: ignore[assignment]
+        trial.origin.layer.kernel = Leaky(trial.kernel, run.net)  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize("value", [math.nan, 1e6, 0.0])
 def test_a_candidate_that_is_bad_before_exposure_leaves_no_trace(value: float) -> None:
     run = Run()
     trial = run.until(Stage.TRAINING)
-    while trial.race is not None and run.growth.run.orchestrator.trial is trial:
+    while isinstance(run.growth.run.orchestrator.oldest, Training) and run.alive(trial):
         with torch.no_grad():
             for tensor in trial.race.parameters.values():
                 tensor.fill_(value)
@@ -244,7 +246,7 @@ def bad_seed(fault: str, seed: int) -> str:
     before = run.watch.snapshots.ring[-1]
     spoil(trial, fault, run)
     plans, actions = len(run.growth.plans), []
-    while run.growth.run.orchestrator.trial is trial:
+    while run.alive(trial):
         actions.append(run.train())
         if "rollback" in actions:
             for name, tensor in run.watch.snapshots.tensors():

@@ -41,7 +41,12 @@ class Exposing:
     """
 
     def __init__(self, life: Lifecycle, timing: Timing) -> None:
-        self.life, self.services, self.model, self.timing = life, life.services, life.model, timing
+        self.life, self.model, self.timing = life, life.model, timing
+
+    @property
+    def services(self) -> Services:
+        """What the run lends."""
+        return self.life.services
 
     @undisturbed()
     def expose(self, trial: Judged, losses: Sequence[float]) -> None:

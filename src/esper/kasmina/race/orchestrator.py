@@ -1,9 +1,9 @@
 """``SeedOrchestrator``: takes seeds through their lives, a step at a time; several may be awake at once.
 
-What it needs of other rooms is lent to it: how to run the model, how to make an optimizer like the host's, how
-to commit a widening. Each seed is judged on its own: passes for one leave no trace in the others, and what one
-costs or adds is none of theirs. Where one is kept, those that stand elsewhere go on, and those whose place has
-changed its shape are culled.
+What it needs of other rooms is lent to it: how to run the model, how to make an optimizer like the host's,
+how to commit a widening. Each seed is judged on its own: passes for one leave no trace in the others, and what
+one costs or adds is none of theirs. Where one is kept, those that stand elsewhere go on, and those whose place
+has changed its shape are culled.
 """
 
 from __future__ import annotations
@@ -97,10 +97,10 @@ class SeedOrchestrator(Lifecycle):
         site, start, self.step = decision.site, decision.start, step
         slot = None if site is None else self.slot(site)
         if site is None or start is None or slot is None:
-            raise TransitionError(f"decision {decision.id}, {decision.action} at {site}, finds no seed to wake")
-        baseline = Baseline(
-            self.services.ledger.growth_flops, self.model.parameter_count(), self.model.flops
-        )
+            raise TransitionError(
+                f"decision {decision.id}, {decision.action} at {site}, finds no seed to wake"
+            )
+        baseline = Baseline(self.services.ledger.growth_flops, self.model.parameter_count(), self.model.flops)
         seed = self.model.seeds(site)[slot]
         origin = Origin(decision, site, slot, seed, self.wake(site, slot), baseline)
         germinated = self.move(Germinated(origin, step), Stage.GERMINATED, decision.reason)

@@ -1,4 +1,4 @@
-"""TRAINING: candidates learn beside the host; at the end they are compared, and the gate looks at the best."""
+"""TRAINING: candidates learn beside the host; at the end they are compared, and the gate sees the best."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from esper.batches.layout import Batch
 from esper.config import Config
 from esper.contracts import Stage
 from esper.kasmina.race.lifecycle import Lifecycle
+from esper.kasmina.race.needs import Services
 from esper.kasmina.race.race import Race
 from esper.kasmina.race.schedule import RaceSchedule, StepCost, Timing, first, lined_up
 from esper.kasmina.race.selection import ask, select_winner, told
@@ -28,8 +29,12 @@ class Racing:
     """
 
     def __init__(self, life: Lifecycle, config: Config, timing: Timing) -> None:
-        self.life, self.services, self.model = life, life.services, life.model
-        self.config, self.timing = config, timing
+        self.life, self.model, self.config, self.timing = life, life.model, config, timing
+
+    @property
+    def services(self) -> Services:
+        """What the run lends."""
+        return self.life.services
 
     def line_up(self, trial: Germinated, measured: Measured, start: str, examples: int) -> Training:
         """Let a race begin.

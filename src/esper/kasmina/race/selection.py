@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from esper.batches.layout import Batch
 from esper.blueprints.kernel import LiveKernel
 from esper.kasmina.race.gate import Verdict
-from esper.kasmina.race.race import AMPLITUDES, Race
 from esper.kasmina.race.needs import Services
+from esper.kasmina.race.race import AMPLITUDES, Race
 from esper.kasmina.race.trial import Training
 from esper.surgery.isolation.contexts import untouched
 

@@ -189,4 +189,12 @@ Carried: TypeAlias = tuple[Origin, int, Tap, LiveKernel, Verdict, Optimizer, lis
 
 def carried(trial: Exposed) -> Carried:
     """Return what every phase of an exposed kernel hands to the next."""
-    return (trial.origin, trial.started, trial.tap, trial.kernel, trial.verdict, trial.optimizer, trial.before)
+    return (
+        trial.origin,
+        trial.started,
+        trial.tap,
+        trial.kernel,
+        trial.verdict,
+        trial.optimizer,
+        trial.before,
+    )

@@ -15,8 +15,8 @@ from esper.distributed.collectives import Peers
 from esper.errors import StateError, nearest
 from esper.kasmina.race.gate import Verdict
 from esper.kasmina.race.initialisers import Survey
-from esper.kasmina.race.race import Race, RaceState
 from esper.kasmina.race.orchestrator import SeedOrchestrator
+from esper.kasmina.race.race import Race, RaceState
 from esper.kasmina.race.trial import (
     Baseline,
     Decaying,

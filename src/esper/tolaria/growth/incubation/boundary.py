@@ -100,8 +100,8 @@ def realign(run: RunState) -> None:
     """Bring processes that went different ways together again, on rank 0's.
 
     The models are the same ones (a difference there ends the run): only what growth was about to do differs.
-    So the seeds that are awake are dropped everywhere, and rank 0's random streams, experience and counters are
-    taken over.
+    So the seeds that are awake are dropped everywhere, and rank 0's random streams, experience and counters
+    are taken over.
     """
     orchestrator, layout, peers = run.orchestrator, run.morphable.layout, run.peers
     for trial in list(orchestrator.trials.values()):
@@ -128,7 +128,7 @@ def realign(run: RunState) -> None:
 
 
 def packed(counts: Sequence[int]) -> int:
-    """Write the faults of each awake kernel as one whole number, two bits each; a third ends a seed anyway."""
+    """Write the faults of each awake kernel as one number, two bits each; a third ends a seed anyway."""
     return sum(min(count, FAULTS) << 2 * index for index, count in enumerate(counts))
 
 

@@ -141,7 +141,7 @@ class Incubation:
     def shut(self, asked: str | None) -> set[str]:
         """Return the places where nothing can be tried now; those that a change has shut are told once.
 
-        A seed wakes beside another of its site only where the user asks for it, and while none is judged there.
+        A seed wakes beside another of its site only where the user asks for it, and none is judged there.
         """
         run, places = self.run, self.run.morphable.places
         lost = gone(run.morphable.host, places.values())

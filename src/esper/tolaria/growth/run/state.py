@@ -83,7 +83,9 @@ class RunState:
 
     def promised(self) -> tuple[int, int]:
         """Return the parameters and forward FLOPs per example that come if all that is awake is kept."""
-        grown = [(t.origin.layer.place.site, t.origin.decision.width) for t in self.orchestrator.trials.values()]
+        grown = [
+            (t.origin.layer.place.site, t.origin.decision.width) for t in self.orchestrator.trials.values()
+        ]
         parameters = sum(site.base_parameters + width * site.unit_parameters for site, width in grown)
         return parameters, sum(width * site.unit_flops for site, width in grown)
 
