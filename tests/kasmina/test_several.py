@@ -26,7 +26,7 @@ FAST = {
 
 
 class Wide(nn.Module):
-    """Three bottlenecks side by side, none of which touches another's layers; each block reads one feature."""
+    """Three bottlenecks side by side, none of which touches another's layers."""
 
     def __init__(self) -> None:
         super().__init__()

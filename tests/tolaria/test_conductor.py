@@ -189,7 +189,7 @@ def test_a_run_goes_on_in_a_fresh_process_as_if_it_had_never_stopped(asleep: boo
 
 def test_states_that_do_not_fit_are_refused() -> None:
     state = Run().growth.state_dict()
-    with pytest.raises(StateError, match=r"version 99; this Esper reads version 2"):
+    with pytest.raises(StateError, match=r"version 99; this Esper reads versions 2 and 3"):
         Run().growth.load_state_dict({**state, "version": 99})
     with pytest.raises(StateError, match=r"the state knows the site 'fc1>fc2', this model does not; .*0>2"):
         Run().growth.load_state_dict({**state, "sites": {"fc1>fc2": 3}})

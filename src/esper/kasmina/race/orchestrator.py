@@ -1,9 +1,9 @@
 """``SeedOrchestrator``: takes seeds through their lives, a step at a time; several may be awake at once.
 
 What it needs of other rooms is lent to it: how to run the model, how to make an optimizer like the host's,
-how to commit a widening. Each seed is judged on its own: passes for one leave no trace in the others, and what
-one costs or adds is none of theirs. Where one is kept, those that stand elsewhere go on, and those whose place
-has changed its shape are culled.
+how to commit a widening. Each seed is judged on its own: passes for one leave no trace in the others, and
+what one costs or adds is none of theirs. Where one is kept, those that stand elsewhere go on, and those whose
+place has changed its shape are culled.
 """
 
 from __future__ import annotations

@@ -39,8 +39,8 @@ def keep(run: RunState, directory: str | Path) -> Path:
     if len(exposed) > 1:
         sites = " and ".join(trial.origin.site for trial in exposed)
         raise StateError(
-            f"a save holds one seed that is being let in, and {len(exposed)} are, at {sites}; save once all but "
-            "one are decided or after growth.finish(), or keep a checkpoint, which holds them all"
+            f"a save holds one seed that is being let in, and {len(exposed)} are, at {sites}; save once all "
+            "but one are decided or after growth.finish(), or keep a checkpoint, which holds them all"
         )
     for trial in exposed:
         layer = trial.origin.layer
