@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import signal
 from typing import Any
 
 import pytest
@@ -63,6 +64,7 @@ class Run:
 
     def __init__(self, kind: type[nn.Module] = Wide, grow: bool = True, **options: Any) -> None:
         torch.manual_seed(0)
+        self.calls = self.interrupted = 0  # of the loss by growth, and the one in which Ctrl-C comes
         self.net = kind()
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=0.01)
         self.order = torch.Generator().manual_seed(1)
@@ -73,9 +75,16 @@ class Run:
             probe = [pair(256, torch.Generator().manual_seed(9))]
             told = self.events.append
             self.growth = esper.grow(
-                self.net, self.optimizer, loss_fn, probe=probe, steps=STEPS, on_event=told, **given
+                self.net, self.optimizer, self.loss, probe=probe, steps=STEPS, on_event=told, **given
             )
         torch.manual_seed(2)
+
+    def loss(self, net: nn.Module, batch: Any) -> Tensor:
+        """The user's loss, in which Ctrl-C may come."""
+        self.calls += 1
+        if self.calls == self.interrupted:
+            signal.raise_signal(signal.SIGINT)
+        return loss_fn(net, batch)
 
     @property
     def trials(self) -> dict[Any, Any]:
@@ -244,6 +253,26 @@ def test_an_error_in_one_seeds_work_ends_that_seed_alone() -> None:
     run.step()
     assert [t.origin for t in run.trials.values()] == [second.origin]
     assert run.told("outcome")[0]["site"] == SITES[0]
+
+
+@pytest.mark.parametrize("call", [1, 10, 25, 37])
+def test_ctrl_c_in_the_work_for_one_leaves_the_others_and_the_run_whole(call: int) -> None:
+    run = Run().wake(*SITES)
+    run.step(7)
+    run.interrupted = run.calls + call
+    with pytest.raises(KeyboardInterrupt):
+        run.step(40)
+    for trial in run.trials.values():
+        layer = trial.origin.layer
+        assert layer.shown is None
+        assert layer.exposed == (float(run.growth.run.morphable.layout.alpha[trial.origin.seed]) > 0)
+    run.step(30)
+    net = run.growth.finish()
+    assert not any("_esper_seam" in vars(module) for module in net.modules())
+    assert {id(p) for g in run.optimizer.param_groups for p in g["params"]} == {
+        id(p) for p in net.parameters()
+    }
+    assert not run.told("fault")
 
 
 def test_a_save_says_that_it_holds_one_exposed_seed_and_the_run_goes_on(tmp_path: Any) -> None:
