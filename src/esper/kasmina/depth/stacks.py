@@ -20,7 +20,7 @@ from esper.kasmina.depth.identity import is_identity, unshared, zeros_of
 from esper.kasmina.depth.stack import Stack
 from esper.kasmina.recording.flops import FlopMeter
 from esper.kasmina.recording.recorder import Refused
-from esper.kasmina.recording.visits import PLAIN, Given, Visits, visit
+from esper.kasmina.recording.visits import PLAIN, RecordedCall, Visits, visit
 from esper.surgery.isolation.contexts import same_modes, untouched
 from esper.surgery.isolation.seam import look_through
 
@@ -157,7 +157,7 @@ def proven(
     return stack
 
 
-def lightened(given: Given, block: nn.Module, y: Tensor) -> Given:
+def lightened(given: RecordedCall, block: nn.Module, y: Tensor) -> RecordedCall:
     """Leave out what a block is given and does not need, a cache of other layers say."""
     with torch.no_grad(), untouched(block, seed=0):
         wanted = given.call(block, y.clone())

@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from esper.kasmina.depth.stack import Stack
 from esper.kasmina.evidence.inlaid import Inlay
-from esper.kasmina.recording.visits import Given, Visits
+from esper.kasmina.recording.visits import RecordedCall, Visits
 from esper.kasmina.widths.places import Place
 from esper.surgery.isolation.contexts import same_modes, slow_path, untouched
 from esper.surgery.isolation.seam import look_through
@@ -45,7 +45,7 @@ class Sight:
 
     exits: tuple[Seen, ...]
     x: Tensor | None = None  # what a kernel reads, (batch, …)
-    given: Given | None = None  # what a block was called with besides its input
+    given: RecordedCall | None = None  # what a block was called with besides its input
     back: tuple[Tensor | None, ...] = ()  # what flowed back to units inlaid, by exit; shaped as its leaves
 
     @property

@@ -41,7 +41,7 @@ from esper.tolaria.growth.opening.optimizers import named_optimizers
 from esper.tolaria.growth.opening.request import Request
 from esper.tolaria.growth.run.budget import limits, merged_budget
 from esper.tolaria.growth.run.commit import Committer
-from esper.tolaria.growth.run.components import Parts
+from esper.tolaria.growth.run.components import RunComponents
 from esper.tolaria.growth.run.forging import Forging
 from esper.tolaria.growth.run.passes import Passes
 from esper.tolaria.growth.run.recipe import is_raced, recipe_of
@@ -63,7 +63,7 @@ class Detours:
         self.observe(Event("fallback", step, {"what": what, "why": why}))
 
 
-def assemble(request: Request, wrapping: Wrapping, observe: Observer) -> Parts:
+def assemble(request: Request, wrapping: Wrapping, observe: Observer) -> RunComponents:
     """Check what was given and wire a run; nothing of the user's is changed."""
     policy, peers, config = detect(wrapping.host, request.loss_fn), wrapping.peers, request.config
     host = policy.host
@@ -95,7 +95,7 @@ def assemble(request: Request, wrapping: Wrapping, observe: Observer) -> Parts:
     timing = Timing.of(config, request.steps, settling(host))
     orchestrator = tell.orchestrator = SeedOrchestrator(model, config, timing, given)
     refuse_strangers(peers, model, request.seed, request.steps)
-    return Parts(
+    return RunComponents(
         given=request.model,
         wrapping=wrapping,
         model=model,

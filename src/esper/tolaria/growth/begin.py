@@ -21,7 +21,7 @@ from esper.kasmina.sites.sites import Sites
 from esper.nissa.run.journal import RunJournal
 from esper.surgery.isolation.contexts import same_randomness, taught
 from esper.surgery.isolation.global_draws import forgetting
-from esper.tolaria.governor import Settings, Watch
+from esper.tolaria.governor import GovernorHooks, Settings
 from esper.tolaria.growth.assembly import assemble
 from esper.tolaria.growth.growth import Growth
 from esper.tolaria.growth.opening.arguments import (
@@ -34,7 +34,7 @@ from esper.tolaria.growth.opening.arguments import (
 from esper.tolaria.growth.opening.entrance import refuse_host
 from esper.tolaria.growth.opening.presence import refuse_growing
 from esper.tolaria.growth.opening.request import Request, Restorable, Scaler, Scheduler
-from esper.tolaria.growth.run.components import Parts
+from esper.tolaria.growth.run.components import RunComponents
 from esper.tolaria.growth.run.recipe import with_growth
 
 
@@ -167,10 +167,10 @@ def journal_of(
     return RunJournal(run_dir, run=secrets.token_hex(8), config=digest_of(settings))
 
 
-def govern(made: Growth, parts: Parts, stateful: Sequence[Restorable]) -> None:
+def govern(made: Growth, parts: RunComponents, stateful: Sequence[Restorable]) -> None:
     """Let the governor watch a run."""
     chosen = Settings(**made.config.governor.model_dump(exclude={"enabled"}))
-    watch = Watch(made.run, chosen, averages=parts.averages, stateful=stateful)
+    watch = GovernorHooks(made.run, chosen, averages=parts.averages, stateful=stateful)
     made.loop.watch = made.run.orchestrator.guard = watch
     made.loop.presence.closers.append(watch.watcher.close)
 

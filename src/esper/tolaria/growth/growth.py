@@ -19,7 +19,7 @@ from esper.tolaria.growth.opening.presence import Presence, begin
 from esper.tolaria.growth.reporting import report
 from esper.tolaria.growth.resumable import Resumable
 from esper.tolaria.growth.run.account import Report
-from esper.tolaria.growth.run.components import Parts
+from esper.tolaria.growth.run.components import RunComponents
 from esper.tolaria.growth.run.keeping import keep
 from esper.tolaria.growth.run.telling import size_and_cost
 
@@ -31,7 +31,7 @@ class Growth(Resumable):
         model: The host, the same object from first to last.
     """
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: RunComponents) -> None:
         self.model: nn.Module = parts.given
         presence = Presence(parts.optimizers, parts.orchestrator)
         self.leave = begin(self, parts.model.host, presence)

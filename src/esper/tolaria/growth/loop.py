@@ -12,14 +12,14 @@ from esper.batches.examples import copied, count_examples
 from esper.contracts import Outcome
 from esper.saving.pretrained import follow
 from esper.surgery.isolation.contexts import taught
-from esper.tolaria.governor import Watch
+from esper.tolaria.governor import GovernorHooks
 from esper.tolaria.growth.early.early import Early
-from esper.tolaria.growth.incubation.boundary import Word, bits, meet, realign
+from esper.tolaria.growth.incubation.boundary import StepRecord, bits, realign, sync_step
 from esper.tolaria.growth.incubation.incubation import Incubation
 from esper.tolaria.growth.incubation.redo import Redo
 from esper.tolaria.growth.opening.entrance import check_finite, check_loss, failing
 from esper.tolaria.growth.opening.presence import Presence
-from esper.tolaria.growth.run.components import Parts
+from esper.tolaria.growth.run.components import RunComponents
 from esper.tolaria.growth.run.proven import Proven
 from esper.tolaria.growth.run.state import RunState
 from esper.tolaria.growth.run.telling import size_and_cost
@@ -39,12 +39,12 @@ class Loop:
         watch: The governor, where the settings want one.
     """
 
-    def __init__(self, parts: Parts, presence: Presence) -> None:
+    def __init__(self, parts: RunComponents, presence: Presence) -> None:
         self.presence = presence
         self.run = RunState(parts, presence.clock)
         self.redo, self.proven = Redo(self.run), Proven(self.run)
         self.incubation = Incubation(self.run, self.redo, self.proven)
-        self.watch: Watch | None = None
+        self.watch: GovernorHooks | None = None
         self.early: Early | None = None
 
     def begin(self) -> None:
@@ -74,7 +74,7 @@ class Loop:
         value = self.read(loss) if value is None else value
         run.steps = steps
         if run.peers.world > 1:
-            value = self.meet(value)
+            value = self.across_ranks(value)
         if self.governed(value):
             self.act(value)
             if run.steps % run.config.telemetry.progress_every == 0:
@@ -91,13 +91,13 @@ class Loop:
             check_finite(value, self.run.steps)
         return value
 
-    def meet(self, loss: float) -> float:
+    def across_ranks(self, loss: float) -> float:
         """Meet the other processes: from here on all know the same; returns the mean loss."""
         run = self.run
         names, orchestrator = list(run.morphable.places), run.orchestrator
         asked = names.index(run.asked) if run.asked in names else -1
         facts = bits(loss), orchestrator.examples, len(orchestrator.noted), asked, int(run.paused)
-        found = meet(run.peers, Word(run.steps, run.topology, orchestrator.lineage, *facts))
+        found = sync_step(run.peers, StepRecord(run.steps, run.topology, orchestrator.lineage, *facts))
         orchestrator.examples, run.paused = found.examples, found.paused
         run.asked = None if found.asked < 0 else names[found.asked]
         if not found.alike:
@@ -149,7 +149,7 @@ class Loop:
             return False
         if self.early is not None:
             return self.early.growing
-        return run.orchestrator.trial is not None or run.room().events > 0
+        return run.orchestrator.trial is not None or run.remaining_budget().events > 0
 
     # -- between steps ---------------------------------------------------------------------------------------
 

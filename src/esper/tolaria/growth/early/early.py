@@ -142,7 +142,7 @@ class Early(EarlyState):
             return
         only, run.asked = run.asked, None
         free = {name: p for name, p in self.reach.places().items() if only in (None, name)}
-        room = run.room()
+        room = run.remaining_budget()
         units = self.reach.allocated(free, room)
         record = EventRecord(run.steps, why, None, self.evidence.training_loss, 0)
         for name, reason in self.reach.left_out(free if only is None else run.morphable.places).items():

@@ -44,7 +44,7 @@ class Judging:
         state.spending.paid = state.spending.paid or kept
         if kept or replaced:  # to take it back would overwrite the user's own new layer
             self.keep(reason if kept else f"{reason}; not taken back, for {replaced}")
-            if kept and run.room().events > 0:
+            if kept and run.remaining_budget().events > 0:
                 state.timetable.further(run.steps)
             return True
         lost, record = run.steps - judged.before.step, judged.record

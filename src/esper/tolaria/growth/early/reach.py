@@ -14,7 +14,7 @@ from esper.kasmina.evidence.growth_cost import GrowthCost
 from esper.kasmina.widths.layers import in_size, out_size
 from esper.kasmina.widths.places import Place, WidenPlace, gone
 from esper.saving.ruled import Ties, ties
-from esper.tamiyo.controller import Room
+from esper.tamiyo.controller import RemainingBudget
 from esper.tamiyo.early import allocate
 from esper.tolaria.growth.early.timetable import Timetable
 from esper.tolaria.growth.run.proven import Proven
@@ -57,7 +57,7 @@ class Reach:
         found = {n: p for n, p in self.run.morphable.places.items() if n not in closed}
         stacks = {n: p for n, p in found.items() if isinstance(p, Stack)}
         pairs = {n: p for n, p in found.items() if isinstance(p, WidenPlace)}
-        if not stacks or not self.allocated(stacks, self.run.room()):
+        if not stacks or not self.allocated(stacks, self.run.remaining_budget()):
             return {**pairs}
         inside = self.paths_of_blocks()
         widths: dict[str, Place] = {
@@ -101,11 +101,11 @@ class Reach:
                 found[name] = f"{path} {still[path]}, and so would be what is added to it"
         return found
 
-    def waits_for_depth(self, room: Room) -> bool:
+    def waits_for_depth(self, room: RemainingBudget) -> bool:
         """Tell whether blocks can be added at a later event."""
         return bool(self.timetable.due and self.allocated(self.run.morphable.stacks, room))
 
-    def allocated(self, places: Mapping[str, Place], room: Room) -> dict[str, int]:
+    def allocated(self, places: Mapping[str, Place], room: RemainingBudget) -> dict[str, int]:
         """Return the units each place gets: widths spend the budget before the last events.
 
         Where blocks can come at these, all events share it.
@@ -125,7 +125,7 @@ class Reach:
         A new block was drawn like the last one as that was looked at; inside blocks that a config gives one
         size nothing becomes wider beside it.
         """
-        units = self.allocated(passed, self.run.room())
+        units = self.allocated(passed, self.run.remaining_budget())
         inside, groups = self.paths_of_blocks(), self.together(passed)
         if not any(isinstance(passed[name], Stack) for name in units):
             return units, []

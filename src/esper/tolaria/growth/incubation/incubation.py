@@ -14,7 +14,7 @@ from esper.kasmina.race.schedule import SHARE, Step, first
 from esper.kasmina.race.survey import Measured, measure
 from esper.kasmina.widths.places import gone
 from esper.surgery.isolation.undisturbed import undisturbed
-from esper.tamiyo.controller import Room
+from esper.tamiyo.controller import RemainingBudget
 from esper.tolaria.growth.incubation.boundary import same_decision
 from esper.tolaria.growth.incubation.redo import Redo
 from esper.tolaria.growth.run.allowance import Allowance
@@ -100,8 +100,8 @@ class Incubation:
         sites = [places[n].site for n in free]
         reports = {name: m.report for name, m in measured.items()}
         rng = self.parts.streams.generators["policy"]
-        own = run.tamiyo.decide(run.steps, why, sites, reports, self.room(), rng, only)
-        decision = self.redo.instead(own, measured)
+        own = run.tamiyo.decide(run.steps, why, sites, reports, self.remaining_budget(), rng, only)
+        decision = self.redo.journalled_or(own, measured)
         decision = same_decision(run.peers, decision, list(places))
         if decision is not own:
             run.tamiyo.adopt(decision)
@@ -122,9 +122,9 @@ class Incubation:
             run.mishaps.say(f"{name} is left out: {refused[name]}", f"left out: {name}")
         return {n for n in places if run.orchestrator.embargoed(n)} | lost.keys() | refused.keys()
 
-    def room(self) -> Room:
+    def remaining_budget(self) -> RemainingBudget:
         """Return what the budget allows; no event that could not be paid for."""
-        room = self.run.room()
+        room = self.run.remaining_budget()
         return replace(room, events=0) if self.dear else room
 
     def survey(self, free: Sequence[str]) -> dict[str, Measured]:

@@ -15,9 +15,9 @@ from esper.kasmina.race.orchestrator import SeedOrchestrator
 from esper.kasmina.recording.flops import Ledger
 from esper.saving.genome import Plan
 from esper.surgery.optimizers.clock import Clock
-from esper.tamiyo.controller import Room, Tamiyo
+from esper.tamiyo.controller import RemainingBudget, Tamiyo
 from esper.tolaria.growth.run.account import Point
-from esper.tolaria.growth.run.components import Parts
+from esper.tolaria.growth.run.components import RunComponents
 from esper.tolaria.growth.run.mishaps import Mishaps
 from esper.tolaria.growth.run.recipe import Recipe, recipe_of
 
@@ -40,7 +40,7 @@ class RunState:
         metrics: Of the latest epoch.
     """
 
-    def __init__(self, parts: Parts, clock: Clock) -> None:
+    def __init__(self, parts: RunComponents, clock: Clock) -> None:
         self.parts, self.clock = parts, clock
         self.morphable: MorphableModel = parts.model
         self.orchestrator: SeedOrchestrator = parts.orchestrator
@@ -63,7 +63,7 @@ class RunState:
         """Everything that grew and changed the model's shape, in order."""
         return self.parts.committer.plans
 
-    def room(self) -> Room:
+    def remaining_budget(self) -> RemainingBudget:
         """Return what the budget still allows."""
         budget, limits, gate = self.parts.budget, self.parts.limits, self.parts.gate
         spent = (
@@ -76,7 +76,7 @@ class RunState:
         events = 0 if spent else most - self.events_kept
         size = self.morphable.parameter_count()
         flops = None if limits.flops is None else limits.flops - self.morphable.flops
-        return Room(size, limits.parameters - size, events, flops)
+        return RemainingBudget(size, limits.parameters - size, events, flops)
 
     @contextmanager
     def reshaping(self) -> Iterator[None]:
