@@ -10,9 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-NumpyState: TypeAlias = (
-    "dict[str, object] | tuple[str, np.ndarray, int, int, float]"  # either form
-)
+NumpyState: TypeAlias = "dict[str, object] | tuple[str, np.ndarray, int, int, float]"  # either form
 
 
 @dataclass(frozen=True, slots=True)
