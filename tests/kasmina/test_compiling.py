@@ -23,6 +23,9 @@ from esper.kasmina.seeds.compiling import CompilePolicy, apply, blended, blocks,
 from esper.surgery.isolation.seam import open_seam
 from esper.surgery.widen_layers import widen
 
+# There a second width is taken for a dynamic size, and one graph fits all.
+BEFORE_2_12 = torch.__version__ < "2.12"
+
 # Dynamo reads .grad of the activations between two compiled blocks; torch warns of its own reading.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
@@ -309,13 +312,15 @@ def test_twenty_growths_compile_once_each_and_say_so(how: str, caplog: pytest.Lo
             why = run.commit(growth % 2)
             assert "new shapes" in why
             run.step()
-            assert run.graphs() == 1, growth
+            counted = run.graphs()
+            assert counted == 1 or (BEFORE_2_12 and counted == 0), growth
     assert not [r for r in caplog.records if "recompile_limit" in r.getMessage()]
     compiled = run.net(run.x)
     with run.policy.uncompiled():
         torch.testing.assert_close(compiled, run.net(run.x))
 
 
+@pytest.mark.skipif(BEFORE_2_12, reason="one graph fits all widths")
 def test_torchs_own_limit_would_have_ended_it() -> None:
     run = Run("wrapped")
     run.step()

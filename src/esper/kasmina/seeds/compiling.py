@@ -31,6 +31,7 @@ Compiled: TypeAlias = Callable[..., object]  # what torch.compile made
 WRAPPED = "_orig_mod"  # where torch.compile keeps the module it was given
 # Graphs a code object must still have room for: awake and wider, in training, evaluation and a last batch.
 SPARE = 6
+SEEN = "2.12"  # from this torch on a model compiled as a whole sees that a seam has come
 CHECKPOINTED = "skip_fwd_side_effects_in_bwd_under_checkpoint"  # a setting of torch's
 
 
@@ -167,6 +168,21 @@ def detect(model: nn.Module, loss_fn: Callable[..., object] | None = None) -> Co
         return CompilePolicy("whole", host, calls={"": loss_fn})
     regions = {name: host.get_submodule(name) for name in calls}
     return CompilePolicy("regional" if regions else "none", host, regions, calls)
+
+
+def refuse_unseen_seeds(policy: CompilePolicy) -> None:
+    """Refuse to let seeds wake in a host whose graph would pass them by.
+
+    Raises:
+        SiteError: It is compiled as a whole, by a torch whose graphs do not look for seams (counted: a kernel
+            that gave NaN was never called).
+    """
+    if policy.kind == "whole" and torch.__version__ < SEEN:
+        raise SiteError(
+            f"a model compiled as a whole does not see a seed that wakes in it before torch {SEEN}, and this "
+            f"is {torch.__version__}; compile its blocks instead, grow with growth='early', which needs no "
+            f"seeds, or install torch>={SEEN}"
+        )
 
 
 def apply(

@@ -28,7 +28,7 @@ from esper.kasmina.race.own_optimizers import OwnOptimizers
 from esper.kasmina.race.trial import Given, Timing
 from esper.kasmina.race.worth import ALONE_EACH, Worth, worth_of
 from esper.kasmina.recording.flops import Ledger
-from esper.kasmina.seeds.compiling import CompilePolicy, detect
+from esper.kasmina.seeds.compiling import CompilePolicy, detect, refuse_unseen_seeds
 from esper.kasmina.sites.sites import Sites
 from esper.kasmina.widths.layers import features
 from esper.surgery.isolation.contexts import same_randomness
@@ -139,6 +139,7 @@ def looked_at(
         opening = opened(policy.host, request.loss_fn, request.per_example, held, find)
         refuse_branches(opening.model, optimizers)
         if recipe_of(config.growth, opening.model) == "incubate":
+            refuse_unseen_seeds(policy)
             worth = raced_worth(opening.model, opening, request.per_example)
     return opening, worth
 
