@@ -376,6 +376,36 @@ def test_a_region_alone_in_its_class_lets_its_old_graphs_go() -> None:
     assert torch._dynamo.config.recompile_limit == 8
 
 
+def test_torchs_settings_are_put_back_once_the_last_run_leaves() -> None:
+    config, checkpointed = torch._dynamo.config, "skip_fwd_side_effects_in_bwd_under_checkpoint"
+    before = config.recompile_limit, getattr(config, checkpointed)
+    one, other = Run("wrapped"), Run("in place")
+    for run in (one, other):
+        for batch in range(2, 6):  # graphs of their own: sizes are told apart
+            run.x = torch.randn(batch, 4)
+            torch._dynamo.mark_static(run.x)
+            run.step()
+        run.policy.make_room()
+    raised = config.recompile_limit
+    assert (raised > before[0], getattr(config, checkpointed)) == (True, True)
+    assert (one.policy.leave(), config.recompile_limit) == ("", raised)
+    assert [other.policy.leave(), other.policy.leave()] == ["", ""]
+    assert (config.recompile_limit, getattr(config, checkpointed)) == before
+    one.step()
+
+
+def test_the_limit_stays_raised_where_blocks_need_more_graphs_than_it_holds() -> None:
+    run = Run("regional", count=12)
+    for index in range(12):
+        for _ in range(index):
+            run.commit(index)
+    run.step()
+    assert "12 blocks share one code object" in run.policy.leave()
+    run.graphs()
+    run.step()
+    assert run.graphs() == 0
+
+
 def test_a_compiled_container_of_torch_counts_too() -> None:
     host = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 4))
     net = apply(host, "whole", backend="eager")

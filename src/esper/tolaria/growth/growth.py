@@ -34,6 +34,7 @@ class Growth(Resumable):
     def __init__(self, parts: RunComponents) -> None:
         self.model: nn.Module = parts.given
         presence = Presence(parts.optimizers, parts.orchestrator)
+        presence.closers.append(parts.model.policy.leave)
         self.leave = begin(self, parts.model.host, presence)
         try:
             self.loop = Loop(parts, presence)

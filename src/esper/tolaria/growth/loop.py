@@ -181,6 +181,8 @@ class Loop:
                 self.early.finish()
         run.cost.seconds += time.perf_counter() - begun
         self.follow_configs()
+        if why := run.morphable.policy.leave():
+            run.tell("fallback", what="recompile_limit", why=f"torch's limit of graphs stays raised: {why}")
 
     def follow_configs(self) -> None:
         """Let the configs that a model is built from say what it is by now, or tell what they cannot say."""
