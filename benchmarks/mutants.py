@@ -62,7 +62,9 @@ FILES: dict[
         f"{SURGERY}/test_{name}.py" for name in ("optimizers", "kinds", "averages", "matrix")
     ),
     "src/esper/kasmina/race/own_optimizers.py": (f"{SURGERY}/test_own.py",),
-    "src/esper/surgery/optimizers/kinds.py": (f"{SURGERY}/test_kinds.py", f"{SURGERY}/test_matrix.py"),
+    "src/esper/surgery/optimizers/kinds.py": tuple(
+        f"{SURGERY}/test_{name}.py" for name in ("kinds", "own", "matrix")
+    ),
     "src/esper/checkpoint/format/manifest.py": tuple(
         f"{CHECKPOINT}/test_{name}.py" for name in ("format", "encoding", "checking", "checkpoints")
     ),
@@ -99,6 +101,11 @@ class Tally:
     @property
     def tried(self) -> int:
         return len(self.killed) + len(self.survived)
+
+    @property
+    def everything(self) -> bool:
+        """Whether no change is left to try."""
+        return self.tried + len(self.equivalent) == self.changes
 
     @property
     def share(self) -> float | None:
@@ -244,8 +251,9 @@ def report(given: argparse.Namespace, tallies: Sequence[Tally]) -> int:
     tried = sum(tally.tried for tally in tallies)
     killed = sum(len(tally.killed) for tally in tallies)
     worst = min((tally.share for tally in tallies if tally.share is not None), default=None)
+    fewest = min(COUNT if tally.everything else tally.tried for tally in tallies)
     judged = [
-        Promise("mutants a file, the fewest", min(tally.tried for tally in tallies), ">=", COUNT, digits=0),
+        Promise("mutants a file, the fewest, or all there are", fewest, ">=", COUNT, digits=0),
         Promise("killed of all that are not equivalent", killed / tried if tried else None, ">=", KILLED),
         Promise("killed, the worst file", worst, ">=", KILLED),
     ]
