@@ -8,6 +8,7 @@ _LENGTHS = "both have the same length by the lines above; strict only says so"
 _NONE = "a probe that says it has none gives none: there is nothing to bound"
 _GIVEN = "germinate() and what loads a state both give it"
 _NARROWS = "for the type checker: all who call have made sure"
+_AGAIN = "the layer's own optimizer is tried once more behind itself, and refused for the same reason"
 _ROUNDED = "half of one candidate, rounded up, is that one"
 EQUIVALENT: dict[str, dict[Key, str]] = {
     "src/esper/kasmina/race/orchestrator.py": {
@@ -106,6 +107,11 @@ EQUIVALENT: dict[str, dict[Key, str]] = {
     "src/esper/checkpoint/format/manifest.py": {
         (
             "parts_of",
+            'text = json.dumps(skeleton, separators=(",", ":"), allow_nan=False).encode()',
+            "False → True",
+        ): "what is packed has text for a number that is not finite",
+        (
+            "parts_of",
             "STATE: [zlib.compress(text, 1)],  "
             "# JSON shrinks 5 to 10 times; weights by 8 %, which does not pay",
             "1 → 2",
@@ -124,6 +130,16 @@ EQUIVALENT: dict[str, dict[Key, str]] = {
         ): _LENGTHS,
     },
     "src/esper/kasmina/race/own_optimizers.py": {
+        (
+            "OwnOptimizers.like",
+            "for optimizer, index in (found, *self._others(found[0])):",
+            "0 → 1",
+        ): _AGAIN,
+        (
+            "OwnOptimizers._others",
+            "return ((optimizer, 0) for optimizer in self.optimizers.values() if optimizer is not found)",
+            "optimizer is not found → True",
+        ): _AGAIN,
         (
             "built",
             "if needs_closure(type(optimizer)) or "
