@@ -147,6 +147,13 @@ EQUIVALENT: dict[str, dict[Key, str]] = {
             "all → any",
         ): "Muon, which alone takes some and not others, refuses the others in its constructor",
     },
+    "src/esper/surgery/optimizers/widening.py": {
+        (
+            "_commit",
+            "if change.replaced is not None:",
+            "change.replaced is not None → True",
+        ): "no member and no key of a state is None: nothing is exchanged",
+    },
     "src/esper/surgery/widen_layers.py": {
         (
             "_arm_hooks",

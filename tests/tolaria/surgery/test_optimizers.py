@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import ASGD, SGD, Adagrad, Adam, Optimizer, Rprop
+from torch.optim import ASGD, SGD, Adafactor, Adagrad, Adam, Optimizer, Rprop
 
 from esper.contracts import WidenEdit, WidenPlan
 from esper.errors import SurgeryError
@@ -249,6 +249,18 @@ def test_the_mean_is_that_of_a_chunk() -> None:
     torch.testing.assert_close(
         optimizer.state[model[0].weight]["exp_avg"], put_together(old, rows, column), rtol=0, atol=0
     )
+
+
+def test_factors_follow_the_one_axis_that_each_has() -> None:
+    """The mean over columns has rows only, and the mean over rows has columns only."""
+    model, optimizer, before, changes = fused(Adafactor)
+    widen_state({"main": optimizer}, changes)
+    after = optimizer.state[model[0].weight]
+    rows = before["row_var"]  # (6, 1), in two chunks
+    halves = [torch.cat([half, half.mean(0, keepdim=True)]) for half in (rows[:3], rows[3:])]
+    assert torch.equal(after["row_var"], torch.cat(halves))
+    columns = before["col_var"]  # (1, 4)
+    assert torch.equal(after["col_var"], torch.cat([columns, columns.mean(1, keepdim=True)], 1))
 
 
 def test_a_seed_s_state_is_found_by_the_slice_s_key() -> None:
