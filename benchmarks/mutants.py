@@ -37,7 +37,7 @@ FILES: dict[
         "tests/kasmina/test_widened_tensors.py",
         "tests/kasmina/test_materialise.py",
     ),
-    "src/esper/batches/examples.py": ("tests/kasmina/test_evidence.py",),
+    "src/esper/batches/examples.py": ("tests/batches/test_examples.py", "tests/kasmina/test_evidence.py"),
     "src/esper/kasmina/evidence/significance.py": ("tests/kasmina/test_significance.py",),
     "src/esper/kasmina/evidence/e_values.py": ("tests/kasmina/test_evidence.py",),
     "src/esper/kasmina/race/gate.py": (
