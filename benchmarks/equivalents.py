@@ -199,6 +199,7 @@ EQUIVALENT: dict[str, dict[Key, str]] = {
             "return all(many or alike(a, b) for a, b, many in zip(one, other, batched, strict=True))",
             "True → False",
         ): _LENGTHS,
+        ("alike", "return False", "False → None"): "asked only whether it is true",
         (
             "count_examples",
             "first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch",

@@ -168,6 +168,8 @@ BESIDE: list[
     (torch.tensor(1.0), 1.0, False),
     (SPARSE, SPARSE, True),
     (SPARSE, SPARSE.clone(), False),  # nobody knows
+    (SPARSE, torch.eye(2), False),
+    (torch.eye(2), SPARSE, False),
     (np.ones(2), np.ones(2), True),
     (np.ones(2), np.zeros(2), False),
     (3, 3, True),

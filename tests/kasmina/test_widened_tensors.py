@@ -124,6 +124,8 @@ def test_what_is_tied_is_told_by_all_its_names() -> None:
     assert Holders(model).tied == {}  # one owner under two names
     model[4].bias = model[2].bias
     assert Holders(model).tied == {name: ["2.bias", "4.bias"] for name in ("2.bias", "4.bias")}
+    bare = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    assert Holders(bare).tied == {}  # what neither has is not tied
 
 
 # -- the way back to earlier shapes --
