@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -156,7 +156,7 @@ def join(batches: Iterable[Batch]) -> list[Batch]:
     return [unflatten(whole, nest)]
 
 
-def shared(one: list[Any], other: list[Any], batched: list[bool]) -> bool:
+def shared(one: Sequence[Leaf], other: Sequence[Leaf], batched: Sequence[bool]) -> bool:
     """Tell whether two batches hold the same beside their examples, so that either's serves both."""
     return all(many or alike(a, b) for a, b, many in zip(one, other, batched, strict=True))
 
