@@ -227,6 +227,12 @@ EQUIVALENT: dict[str, dict[Key, str]] = {
     },
     "src/esper/surgery/widen_layers.py": {
         (
+            "extend",
+            "pairs = zip(old.detach().chunk(chunks, axis), "
+            "new.detach().to(old).chunk(chunks, axis), strict=True)",
+            "True → False",
+        ): "parts that are not equal are refused before",
+        (
             "_put_back",
             "parameter.grad = None",
             "parameter.grad = None → pass",

@@ -265,6 +265,9 @@ def test_a_module_under_two_names_is_no_obstacle() -> None:
     by_alias = WidenPlan("alias", 1, (WidenEdit("alias.bias", 0, 4, 5, ""),), ())
     wide = extended(model, by_alias, {"alias.bias": torch.ones(1)})
     assert torch.equal(wide["alias.bias"], torch.cat([first.bias, torch.ones(1)]))
+    widen(model, by_alias, {"alias.bias": torch.ones(1)})
+    assert model[0].bias is first.bias
+    assert torch.equal(first.bias, wide["alias.bias"])
 
 
 def test_a_graph_that_nobody_holds_is_collected_before_a_swap_is_given_up(net: Net) -> None:
