@@ -154,6 +154,8 @@ def test_batches_become_one_with_all_their_examples() -> None:
     assert array.tolist() == [0, 1, 2, 3, 0, 1]
     assert [len(one) for one in series] == [1, 2, 3, 4, 1, 2]
     assert (same is weight, number) == (True, 0.5)
+    ((x, y, array, *_),) = join(parts[:1])  # type: ignore[misc]
+    assert (x.tolist(), y, array.tolist()) == (rows(4).tolist(), ["a"] * 4, [0, 1, 2, 3])
     assert join([]) == []
 
 
