@@ -233,6 +233,11 @@ EQUIVALENT: dict[str, dict[Key, str]] = {
             "True → False",
         ): "parts that are not equal are refused before",
         (
+            "_layout",
+            "if last is None:",
+            "last is None → False",
+        ): "in no format at all a tensor keeps its strides, which is the answer given then",
+        (
             "_put_back",
             "parameter.grad = None",
             "parameter.grad = None → pass",
