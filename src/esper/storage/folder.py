@@ -114,6 +114,18 @@ class FolderStorage:
         except OSError as error:
             raise _refusal(f"cannot read {path}", error) from None
 
+    def size(self, name: str, part: str) -> int:
+        """Return the bytes of one part, none of which are read: a file of holes may have more than memory.
+
+        Raises:
+            CheckpointError: There is no such checkpoint or part.
+        """
+        path = self.folder / require(name, NAME, "a checkpoint's name") / require(part, PART, "a part")
+        try:
+            return os.lstat(path).st_size
+        except OSError as error:
+            raise _refusal(f"cannot read {path}", error) from None
+
     def names(self) -> list[str]:
         """List the checkpoints, sorted.
 
