@@ -26,14 +26,14 @@ class FolderStorage:
     name, and the folder above is synced. A hidden one is nobody's checkpoint.
 
     Args:
-        folder: Path, created with the first checkpoint.
+        folder: Path, created with the first checkpoint; it stays the same folder wherever the process goes.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.given, self.folder = folder, Path(os.path.abspath(folder))
 
     def __str__(self) -> str:
-        return str(self.folder)
+        return str(self.given)
 
     def put(self, name: str, parts: Mapping[str, Chunks]) -> None:
         """Keep a checkpoint.
