@@ -16,6 +16,8 @@ import numpy as np
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from esper.errors import ProbeError
+
 Batch: TypeAlias = object  # what a loader yields: nothing is assumed of it but that leaves are found in it
 Leaf: TypeAlias = object  # of a batch: a tensor, an array, a list with an entry per example, or anything else
 
@@ -75,9 +77,19 @@ def series_in(batch: Batch) -> Callable[[object], bool]:
 
 
 def flatten(batch: Batch) -> tuple[list[Leaf], Layout]:
-    """Take a batch apart; the second value compares equal for batches that are laid out alike."""
+    """Take a batch apart; the second value compares equal for batches that are laid out alike.
+
+    Raises:
+        ProbeError: It is nested in itself.
+    """
     series = series_in(batch)
-    tops, nest = tree_flatten(batch, is_leaf=lambda one: is_list(one) or is_record(one) or series(one))
+    try:
+        tops, nest = tree_flatten(batch, is_leaf=lambda one: is_list(one) or is_record(one) or series(one))
+    except RecursionError:
+        raise ProbeError(
+            f"a batch, a {type(batch).__name__}, is nested in itself, or deeper than Python follows; give "
+            "tensors, and lists, tuples, mappings or dataclasses of them"
+        ) from None
     leaves: list[Leaf] = []
     inner: list[Below | None] = []
     for top in tops:

@@ -144,6 +144,16 @@ def grow(
     return made
 
 
+def take_back(made: Growth) -> None:
+    """Leave nothing of a run that began, and could not go on before its first step."""
+    made.leave()
+    made.run.parts.forging.close()
+    made.run.parts.wrapping.close()
+    made.run.finished = True
+    if made.journal is not None:
+        made.journal.take_back()
+
+
 class Observers:
     """Tells every event to several, in order."""
 

@@ -62,30 +62,50 @@ class Insertion:
     def carry_out(
         self, kernels: Mapping[str, LiveKernel], units: Mapping[str, int], before: Before
     ) -> tuple[dict[str, str], dict[str, str]]:
-        """Widen what can be widened, and deepen.
+        """Deepen, and widen what can be widened.
+
+        A block is like its donor as that was when both were looked at; so it comes first, and whoever repeats
+        the plans in order makes the same.
 
         Returns:
             Why, for each place that could not be widened, and for each that was not changed in the end.
         """
         widths = {name: count for name, count in units.items() if widens(kernels[name])}
-        unfit = self.widen_what_can(kernels, widths, before)
-        failures = dict(unfit)
-        for name in [one for one in units if one not in widths]:
-            seed = self.draw("initialisation")
-            if failed := self.deepen(name, kernels[name], units[name], seed, before):
-                failures.update(dict.fromkeys(units, failed))  # everything was put back
-                break
-        return unfit, failures
+        blocks = {name: count for name, count in units.items() if name not in widths}
+        seeds = {name: self.draw("initialisation") for name in blocks}
+
+        def deepened() -> str:
+            if len(before.deeper(self.committer.plans)) == sum(blocks.values()):
+                return ""
+            tried = (self.deepen(name, kernels[name], blocks[name], seeds[name], before) for name in blocks)
+            return next(filter(None, tried), "")
+
+        if failed := deepened():  # everything was put back
+            return {}, dict.fromkeys(units, failed)
+        unfit = self.widen_what_can(kernels, widths, before, deepened)
+        if failed := deepened():
+            return unfit, {**dict.fromkeys(units, failed), **unfit}
+        return unfit, unfit
 
     def widen_what_can(
-        self, kernels: Mapping[str, LiveKernel], units: Mapping[str, int], before: Before
+        self,
+        kernels: Mapping[str, LiveKernel],
+        units: Mapping[str, int],
+        before: Before,
+        first: Callable[[], str],
     ) -> dict[str, str]:
         """Widen places together; where that fails, those that can be widened alone.
+
+        Args:
+            kernels: By name of the place.
+            units: Numbers of units to add, by name.
+            before: The run as it was.
+            first: Function that inserts blocks where they are not, and says why it could not.
 
         Returns:
             Why, for each place that was not widened.
         """
-        if not units or not (failed := self.widen(kernels, units, before)):
+        if not units or not (failed := self.widen(kernels, units, before, first)):
             return {}
         self.tell(before.step, f"{', '.join(units)}: {failed}; each was tried alone")
         failures: dict[str, str] = {}
@@ -95,14 +115,26 @@ class Insertion:
             else:
                 self.restore(before)
         left = {name: count for name, count in units.items() if name not in failures}
-        if left and (why := self.widen(kernels, left, before)):
+        if left and (why := self.widen(kernels, left, before, first)):
             failures.update(dict.fromkeys(left, why))
         return failures
 
-    def widen(self, kernels: Mapping[str, LiveKernel], units: Mapping[str, int], before: Before) -> str:
+    def widen(
+        self,
+        kernels: Mapping[str, LiveKernel],
+        units: Mapping[str, int],
+        before: Before,
+        first: Callable[[], str] = lambda: "",
+    ) -> str:
         """Widen places together; what the model says stays as it is.
 
         Consumers come first: rows that are new read what is there, and get zeros for what comes beside it.
+
+        Args:
+            kernels: By name of the place.
+            units: Numbers of units to add, by name.
+            before: The run as it was.
+            first: Function called before anything becomes wider; says why that is not to be.
 
         Returns:
             "" when it was carried out, otherwise why everything was put back.
@@ -110,6 +142,8 @@ class Insertion:
         committer, step = self.committer, before.step
         if outside := kept_outside(committer.optimizers):  # a dict of its own fills as it steps
             return outside
+        if failed := first():
+            return failed
         names = list(units)[::-1]
         exits: dict[str, nn.Module] = {}
         for name in names:
@@ -142,7 +176,7 @@ class Insertion:
                 self.trials = ()
                 why = f"it was not tried on the loop's batches, on which it fails by itself: {described(own)}"
                 self.tell(step, why)
-                return self.widen(kernels, units, before)
+                return self.widen(kernels, units, before, first)
             return f"the grown model was put back: {described(error)}"
         self.refreshed()
         return ""
