@@ -62,25 +62,32 @@ class Insertion:
     def carry_out(
         self, kernels: Mapping[str, LiveKernel], units: Mapping[str, int], before: Before
     ) -> tuple[dict[str, str], dict[str, str]]:
-        """Widen what can be widened, and deepen.
+        """Deepen, and widen what can be widened: a block is like the last of its kind as it was looked at.
 
         Returns:
             Why, for each place that could not be widened, and for each that was not changed in the end.
         """
         widths = {name: count for name, count in units.items() if widens(kernels[name])}
-        unfit = self.widen_what_can(kernels, widths, before)
-        failures = dict(unfit)
-        for name in [one for one in units if one not in widths]:
-            seed = self.draw("initialisation")
-            if failed := self.deepen(name, kernels[name], units[name], seed, before):
-                failures.update(dict.fromkeys(units, failed))  # everything was put back
-                break
-        return unfit, failures
+        blocks = {n: (count, self.draw("initialisation")) for n, count in units.items() if n not in widths}
+        if failed := self.deepen_all(kernels, blocks, before):
+            return {}, dict.fromkeys(units, next(iter(failed.values())))
+        unfit = self.widen_what_can(kernels, widths, before, blocks)
+        return unfit, dict(unfit)
 
     def widen_what_can(
-        self, kernels: Mapping[str, LiveKernel], units: Mapping[str, int], before: Before
+        self,
+        kernels: Mapping[str, LiveKernel],
+        units: Mapping[str, int],
+        before: Before,
+        blocks: Mapping[str, tuple[int, int]],
     ) -> dict[str, str]:
         """Widen places together; where that fails, those that can be widened alone.
+
+        Args:
+            kernels: By place.
+            units: To come, by place.
+            before: The run as it was; everything is put back to it where something fails.
+            blocks: That have come by then, as for :meth:`deepen_all`.
 
         Returns:
             Why, for each place that was not widened.
@@ -95,9 +102,25 @@ class Insertion:
             else:
                 self.restore(before)
         left = {name: count for name, count in units.items() if name not in failures}
+        if failed_blocks := self.deepen_all(kernels, blocks, before):
+            return {**dict.fromkeys(units, next(iter(failed_blocks.values()))), **failed_blocks}
         if left and (why := self.widen(kernels, left, before)):
             failures.update(dict.fromkeys(left, why))
+            failures |= self.deepen_all(kernels, blocks, before)
         return failures
+
+    def deepen_all(
+        self, kernels: Mapping[str, LiveKernel], blocks: Mapping[str, tuple[int, int]], before: Before
+    ) -> dict[str, str]:
+        """Insert an event's blocks: how many of each stack, and the seed that those behind the first draw by.
+
+        Returns:
+            Why, for each stack, where one of them could not be inserted: everything was put back then.
+        """
+        for name, (count, seed) in blocks.items():
+            if failed := self.deepen(name, kernels[name], count, seed, before):
+                return dict.fromkeys(blocks, failed)
+        return {}
 
     def widen(self, kernels: Mapping[str, LiveKernel], units: Mapping[str, int], before: Before) -> str:
         """Widen places together; what the model says stays as it is.
