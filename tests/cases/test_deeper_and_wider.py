@@ -1,4 +1,4 @@
-"""One event inserts a block and widens the layers inside its like: what grew is saved, averaged and put back."""
+"""One event inserts a block and widens the layers inside its like: it is saved, averaged and replayed."""
 
 from __future__ import annotations
 

@@ -135,8 +135,10 @@ class Insertion:
             return outside
         names = list(units)[::-1]
         exits: dict[str, nn.Module] = {}
+        made: list[nn.Module] = []
         for name in names:
             place = self.model.places[name]
+            made += place.ends()
             exits |= dict(zip(place.site.exits, place.ends()[1:], strict=True))
         try:
             said = outputs(self.model, exits, committer.run)
@@ -154,7 +156,7 @@ class Insertion:
                 for path in exits:
                     for old, new in zip(said[path], now[path], strict=True):  # call by call
                         if old.shape == new.shape:  # an exit that is widened itself has more to say
-                            deviation(old, new)
+                            deviation(old, new, made)
                 if error := broken(self.model.host, self.trials):  # a head that only some batches use, say
                     raise SurgeryError(f"{TRIAL}: {described(error)}") from error
         except ProcessError:
