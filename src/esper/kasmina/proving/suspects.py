@@ -6,6 +6,7 @@ from torch import nn
 
 from esper.kasmina.widths.places import WidenPlace
 
+NUMBER = "a number may be read from the width or from the weights; keep it as a constant"
 HOOKS = {
     "_forward_pre_hooks": "a forward pre-hook",
     "_forward_hooks": "a forward hook",
@@ -51,7 +52,7 @@ def hint(place: WidenPlace, ends: list[tuple[str, nn.Module]], why: str) -> str:
         )
     if "does not run" in why:
         return "a size is written as a number somewhere; use -1, flatten, or the size of the tensor itself"
-    return "a number may be read from the width or from the weights; keep it as a constant"
+    return NUMBER
 
 
 def forward_of_its_own(module: nn.Module) -> str:
