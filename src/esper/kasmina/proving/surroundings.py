@@ -6,6 +6,7 @@ from typing import TypeAlias
 
 from torch import Tensor, nn
 
+from esper.kasmina.seeds.compiling import WRAPPED
 from esper.surgery.isolation.seam import is_open
 
 Surroundings: TypeAlias = "list[tuple[object, ...]]"
@@ -50,7 +51,7 @@ def about(path: str, module: nn.Module) -> tuple[object, ...]:
     kind = type(module).__mro__[1] if is_open(module) else type(module)  # a seam is Esper's own
     hooks = [tuple(held[table]) for table in HOOKS if held.get(table)]
     tensors = [(name, look(one)) for name, one in module._parameters.items() if one is not None]
-    calls = held.get("forward")  # of the object itself
+    calls = None if WRAPPED in module._modules else held.get("forward")  # of the object itself, or compiled
     return path, id(module), kind, hooks, id(calls), tensors
 
 
