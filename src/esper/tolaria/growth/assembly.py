@@ -163,8 +163,8 @@ def cautions(model: MorphableModel, config: Config, steps: int | None, worth: Wo
         )
     if config.growth == "early" and not model.pairs and not model.stacks:
         found.append(
-            "nothing will grow: growth='early' widens layers and adds blocks, and this model has no place for "
-            "either; growth='incubate' races branches beside its layers"
+            "nothing will grow: growth='early' widens layers and adds blocks, and this model has no place "
+            "for either; growth='incubate' races branches beside its layers"
         )
     if config.growth == "auto" and recipe_of("auto", model) == "incubate":
         found.append(
