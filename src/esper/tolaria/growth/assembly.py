@@ -173,6 +173,11 @@ def cautions(model: MorphableModel, config: Config, steps: int | None, worth: Wo
         )
     if worth.why:
         found.append(f"held-out evidence is of batches as they come, each one value: {worth.why}")
+    elif not worth.told:
+        found.append(
+            "held-out evidence is of batches, each one value: it cannot be told whether the loss couples "
+            "their examples, as where experts get some rows of a batch; pass per_example= if it does not"
+        )
     return found
 
 
