@@ -203,8 +203,8 @@ def put_in_place(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def like(tensor: Tensor, now: Tensor | None) -> Tensor:
-    """Copy a tensor to where the one is that it takes the place of: it may have been put aside."""
-    return tensor.clone() if now is None else tensor.to(now.device, copy=True)
+    """Copy a tensor as the one is that it takes the place of: put aside since, or of another dtype by now."""
+    return tensor.clone() if now is None else tensor.to(now.device, now.dtype, copy=True)
 
 
 def extend(old: Tensor, new: Tensor, axis: int, chunks: int = 1) -> Tensor:

@@ -100,5 +100,6 @@ def notes(race: Race, site: str) -> list[str]:
             "one by one, a pass for each in place of one"
         )
     if race.missed:
-        found.append(f"{race.missed} lessons were missed: the pass did not come by {site}")
+        many = "a lesson was" if race.missed == 1 else f"{race.missed} lessons were"
+        found.append(f"{many} missed: the pass did not come by {site}")
     return found

@@ -26,7 +26,7 @@ def region(recording: Recording, start: int, name: str, readers: Sequence[Call])
     Raises:
         Refused: The readers do more than elementwise calls that meet again.
     """
-    names = ", ".join(call.name for call in readers)
+    names = ", ".join(call.spoken for call in readers)
     many = f"has {len(readers)} consumers" if len(readers) > 1 else "meets itself"
     refusal = Refused(f"the output of {name} {many} ({names})")
     slots, parts = {start: Slot(0)}, list[Part]()

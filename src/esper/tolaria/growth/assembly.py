@@ -162,6 +162,11 @@ def cautions(model: MorphableModel, config: Config, steps: int | None, worth: Wo
         found.append(
             "a budget in seconds makes decisions depend on the clock; runs with the same seed may differ"
         )
+    if config.growth == "early" and not model.pairs and not model.stacks:
+        found.append(
+            "nothing will grow: growth='early' widens layers and adds blocks, and this model has no place "
+            "for either; growth='incubate' races branches beside its layers"
+        )
     if config.growth == "auto" and recipe_of("auto", model) == "incubate":
         found.append(
             "branches are raced, since nothing can be widened or most of the model is frozen: runs took up "
@@ -169,6 +174,11 @@ def cautions(model: MorphableModel, config: Config, steps: int | None, worth: Wo
         )
     if worth.why:
         found.append(f"held-out evidence is of batches as they come, each one value: {worth.why}")
+    elif not worth.told:
+        found.append(
+            "held-out evidence is of batches, each one value: it cannot be told whether the loss couples "
+            "their examples, as where experts get some rows of a batch; pass per_example= if it does not"
+        )
     return found
 
 

@@ -175,7 +175,7 @@ class Loop:
         begun = time.perf_counter()
         if self.early is None:
             self.examined()
-            self.change(run.orchestrator.settle)
+            self.change(self.incubation.settle)
         elif self.early.open is not None or self.early.asking is not None:
             with run.morphable.policy.uncompiled(), run.parts.wrapping.reshaping(run.parts.optimizers):
                 self.early.finish()

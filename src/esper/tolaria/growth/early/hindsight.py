@@ -56,6 +56,8 @@ class Hindsight:
 
     def earlier(self, judged: Judged, held: Sequence[object]) -> float:
         """Return what the weights from before an event lose now; NaN where that cannot be told."""
+        if self.overtaken(judged):
+            return math.nan
         try:
             with self.weights_of(judged.before):
                 return self.evidence.in_hindsight(held, judged.held_out)
@@ -67,6 +69,10 @@ class Hindsight:
                 f"{type(error).__name__}: {error}"
             )
             return math.nan
+
+    def overtaken(self, judged: Judged) -> str:
+        """Say what is another than it was at an event, so that there is no way back to it; "" mostly."""
+        return judged.before.overtaken(self.insertion.models, self.run.plans)
 
     @contextmanager
     def weights_of(self, before: Before) -> Iterator[None]:

@@ -62,50 +62,37 @@ class Insertion:
     def carry_out(
         self, kernels: Mapping[str, LiveKernel], units: Mapping[str, int], before: Before
     ) -> tuple[dict[str, str], dict[str, str]]:
-        """Deepen, and widen what can be widened.
-
-        A block is like its donor as that was when both were looked at; so it comes first, and whoever repeats
-        the plans in order makes the same.
+        """Deepen, and widen what can be widened: a block is like the last of its kind as it was looked at.
 
         Returns:
             Why, for each place that could not be widened, and for each that was not changed in the end.
         """
         widths = {name: count for name, count in units.items() if widens(kernels[name])}
-        blocks = {name: count for name, count in units.items() if name not in widths}
-        seeds = {name: self.draw("initialisation") for name in blocks}
-
-        def deepened() -> str:
-            if len(before.deeper(self.committer.plans)) == sum(blocks.values()):
-                return ""
-            tried = (self.deepen(name, kernels[name], blocks[name], seeds[name], before) for name in blocks)
-            return next(filter(None, tried), "")
-
-        if failed := deepened():  # everything was put back
-            return {}, dict.fromkeys(units, failed)
-        unfit = self.widen_what_can(kernels, widths, before, deepened)
-        if failed := deepened():
-            return unfit, {**dict.fromkeys(units, failed), **unfit}
-        return unfit, unfit
+        blocks = {n: (count, self.draw("initialisation")) for n, count in units.items() if n not in widths}
+        if failed := self.deepen_all(kernels, blocks, before):
+            return {}, dict.fromkeys(units, next(iter(failed.values())))
+        unfit = self.widen_what_can(kernels, widths, before, blocks)
+        return unfit, dict(unfit)
 
     def widen_what_can(
         self,
         kernels: Mapping[str, LiveKernel],
         units: Mapping[str, int],
         before: Before,
-        first: Callable[[], str],
+        blocks: Mapping[str, tuple[int, int]],
     ) -> dict[str, str]:
         """Widen places together; where that fails, those that can be widened alone.
 
         Args:
-            kernels: By name of the place.
-            units: Numbers of units to add, by name.
-            before: The run as it was.
-            first: Function that inserts blocks where they are not, and says why it could not.
+            kernels: By place.
+            units: To come, by place.
+            before: The run as it was; everything is put back to it where something fails.
+            blocks: That have come by then, as for :meth:`deepen_all`.
 
         Returns:
             Why, for each place that was not widened.
         """
-        if not units or not (failed := self.widen(kernels, units, before, first)):
+        if not units or not (failed := self.widen(kernels, units, before)):
             return {}
         self.tell(before.step, f"{', '.join(units)}: {failed}; each was tried alone")
         failures: dict[str, str] = {}
@@ -115,26 +102,30 @@ class Insertion:
             else:
                 self.restore(before)
         left = {name: count for name, count in units.items() if name not in failures}
-        if left and (why := self.widen(kernels, left, before, first)):
+        if failed_blocks := self.deepen_all(kernels, blocks, before):
+            return {**dict.fromkeys(units, next(iter(failed_blocks.values()))), **failed_blocks}
+        if left and (why := self.widen(kernels, left, before)):
             failures.update(dict.fromkeys(left, why))
+            failures |= self.deepen_all(kernels, blocks, before)
         return failures
 
-    def widen(
-        self,
-        kernels: Mapping[str, LiveKernel],
-        units: Mapping[str, int],
-        before: Before,
-        first: Callable[[], str] = lambda: "",
-    ) -> str:
+    def deepen_all(
+        self, kernels: Mapping[str, LiveKernel], blocks: Mapping[str, tuple[int, int]], before: Before
+    ) -> dict[str, str]:
+        """Insert an event's blocks: how many of each stack, and the seed that those behind the first draw by.
+
+        Returns:
+            Why, for each stack, where one of them could not be inserted: everything was put back then.
+        """
+        for name, (count, seed) in blocks.items():
+            if failed := self.deepen(name, kernels[name], count, seed, before):
+                return dict.fromkeys(blocks, failed)
+        return {}
+
+    def widen(self, kernels: Mapping[str, LiveKernel], units: Mapping[str, int], before: Before) -> str:
         """Widen places together; what the model says stays as it is.
 
         Consumers come first: rows that are new read what is there, and get zeros for what comes beside it.
-
-        Args:
-            kernels: By name of the place.
-            units: Numbers of units to add, by name.
-            before: The run as it was.
-            first: Function called before anything becomes wider; says why that is not to be.
 
         Returns:
             "" when it was carried out, otherwise why everything was put back.
@@ -142,12 +133,12 @@ class Insertion:
         committer, step = self.committer, before.step
         if outside := kept_outside(committer.optimizers):  # a dict of its own fills as it steps
             return outside
-        if failed := first():
-            return failed
         names = list(units)[::-1]
         exits: dict[str, nn.Module] = {}
+        made: list[nn.Module] = []
         for name in names:
             place = self.model.places[name]
+            made += place.ends()
             exits |= dict(zip(place.site.exits, place.ends()[1:], strict=True))
         try:
             said = outputs(self.model, exits, committer.run)
@@ -165,7 +156,7 @@ class Insertion:
                 for path in exits:
                     for old, new in zip(said[path], now[path], strict=True):  # call by call
                         if old.shape == new.shape:  # an exit that is widened itself has more to say
-                            deviation(old, new)
+                            deviation(old, new, made)
                 if error := broken(self.model.host, self.trials):  # a head that only some batches use, say
                     raise SurgeryError(f"{TRIAL}: {described(error)}") from error
         except ProcessError:
@@ -176,7 +167,7 @@ class Insertion:
                 self.trials = ()
                 why = f"it was not tried on the loop's batches, on which it fails by itself: {described(own)}"
                 self.tell(step, why)
-                return self.widen(kernels, units, before, first)
+                return self.widen(kernels, units, before)
             return f"the grown model was put back: {described(error)}"
         self.refreshed()
         return ""

@@ -21,6 +21,7 @@ from esper.tolaria.growth.run.proven import Proven
 from esper.tolaria.growth.run.state import RunState
 
 WAITS = "it waits: blocks come first, as long as another fits the budget"
+RACED = "a branch is raced beside its layer, which growth='incubate' does; this run widens and deepens"
 WAITS_FOR_BLOCK = "it waits: a block comes, and the config gives all blocks one size"
 WAITS_FOR_LATE = "it waits: blocks come at the last events"
 
@@ -69,7 +70,10 @@ class Reach:
         """Return the places an event does not ask at, and why."""
         waiting = [name for name in self.run.morphable.places if name not in free]
         stacks = self.run.morphable.stacks
-        waits = {name: WAITS_FOR_LATE if name in stacks else WAITS for name in waiting}
+        pairs = self.run.morphable.pairs
+        waits = {
+            name: WAITS_FOR_LATE if name in stacks else WAITS if name in pairs else RACED for name in waiting
+        }
         return {**waits, **self.resting, **self.barred}
 
     def paths_of_blocks(self) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from esper.batches.examples import count_examples
-from esper.contracts import Outcome
+from esper.contracts import Outcome, Stage
 from esper.errors import EsperError
 from esper.kasmina.race.orchestrator import UNSEEN
 from esper.kasmina.race.race import AMPLITUDES
@@ -59,7 +59,10 @@ class Incubation:
         if self.parts.forging.orders:
             self.parts.forging.collect(run.steps)
         if orchestrator.trial is not None:
-            outcome = orchestrator.advance(tuple(run.batches), loss, run.steps)
+            why = self.overtaken()
+            outcome = (
+                orchestrator.cull(why) if why else orchestrator.advance(tuple(run.batches), loss, run.steps)
+            )
             if outcome is not None:
                 self.conclude(outcome)
             return
@@ -74,6 +77,30 @@ class Incubation:
         why = self.redo.due(why)
         if why is not None and not run.paused:
             self.decide(why)
+
+    def overtaken(self, last: bool = False) -> str:
+        """Say what the user has changed around the seed that is awake, so that it cannot grow; "" mostly.
+
+        Asked where a verdict may fall: a walk over all modules at every step would cost.
+
+        Args:
+            last: The run ends.
+        """
+        run, trial = self.run, self.run.orchestrator.trial
+        assert trial is not None
+        stage = run.morphable.layout.stage_of(trial.seed)
+        racing = stage is Stage.TRAINING and run.steps - trial.started <= run.orchestrator.timing.incubate
+        if trial.lost(run.morphable.host) or trial.ending:
+            return ""  # the orchestrator says so itself
+        if not last and (racing or stage not in (Stage.TRAINING, Stage.EVALUATING)):
+            return ""
+        refused = self.proven.refused(gone(run.morphable.host, run.morphable.places.values()))
+        return refused.get(trial.layer.place.site.name, "")
+
+    def settle(self) -> Outcome | None:
+        """End the run with the seed that is awake."""
+        why = self.overtaken(last=True)
+        return self.run.orchestrator.cull(why) if why else self.run.orchestrator.settle()
 
     @undisturbed()
     def conclude(self, outcome: Outcome) -> None:
