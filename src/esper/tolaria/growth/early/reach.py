@@ -21,7 +21,7 @@ from esper.tolaria.growth.run.proven import Proven
 from esper.tolaria.growth.run.state import RunState
 
 WAITS = "it waits: blocks come first, as long as another fits the budget"
-WAITS_FOR_BLOCK = "it waits: a block comes, and the config gives all blocks one size"
+WAITS_FOR_BLOCK = "it waits: a block comes, as wide inside as the ones before it"
 WAITS_FOR_LATE = "it waits: blocks come at the last events"
 
 
@@ -73,8 +73,13 @@ class Reach:
         return {**waits, **self.resting, **self.barred}
 
     def paths_of_blocks(self) -> tuple[str, ...]:
-        """Return how the path of what stands within a block of a stack begins."""
-        return tuple(f"{stack.container}." for stack in self.run.morphable.stacks.values())
+        """Return how the path of what stands within a block of a stack begins.
+
+        Where the blocks are children of the model itself, all else is, too: only what is theirs counts.
+        """
+        stacks = self.run.morphable.stacks.values()
+        inside = [[stack.container] if stack.container else stack.names() for stack in stacks]
+        return tuple(f"{path}." for paths in inside for path in paths)
 
     def gone(self, names: Iterable[str]) -> dict[str, str]:
         """Return the places of which a layer was replaced by hand, and which one."""
@@ -122,15 +127,19 @@ class Reach:
     def inserted(self, passed: Mapping[str, Place]) -> tuple[dict[str, int], list[str]]:
         """Return the units that places which have passed get now, and which wait for a block.
 
-        A new block was drawn like the last one as that was looked at; inside blocks that a config gives one
-        size nothing becomes wider beside it.
+        A new block was drawn like the last one as that was looked at, and what is saved says no more of it
+        than that it is like the last one; inside blocks nothing becomes wider beside it.
         """
         units = self.allocated(passed, self.run.room())
-        inside, groups = self.paths_of_blocks(), self.together(passed)
         if not any(isinstance(passed[name], Stack) for name in units):
             return units, []
-        tied = {name for group in groups for name in group if passed[name].site.entry.startswith(inside)}
-        return {n: count for n, count in units.items() if n not in tied}, sorted(tied & units.keys())
+        inside = self.paths_of_blocks()
+        waits = {
+            name
+            for name in units
+            if isinstance(passed[name], WidenPlace) and passed[name].site.entry.startswith(inside)
+        }
+        return {n: count for n, count in units.items() if n not in waits}, sorted(waits)
 
     def together(self, names: Iterable[str]) -> Ties:
         """Return which of some places must stay equally wide, so that a config can say how wide they are.
