@@ -15,7 +15,7 @@ import esper
 from esper.errors import SurgeryError
 from esper.kasmina.depth.deepen import duplicate, insert
 from esper.kasmina.depth.stacks import find_stacks
-from esper.tolaria.growth.early.reach import WAITS_FOR_BLOCK
+from esper.tolaria.growth.early.reach import NO_BLOCK_FITS, WAITS_FOR_BLOCK
 
 STEPS = 120
 
@@ -87,3 +87,21 @@ def test_a_block_drawn_before_its_like_became_wider_is_refused() -> None:
     with pytest.raises(SurgeryError, match=r"a\.weight is \(1, 16\) in it and \(3, 16\) there"):
         insert(net, plan, block)
     assert len(net[1]) == 2
+
+
+def test_a_block_that_does_not_fit_the_budget_is_not_said_to_wait() -> None:
+    torch.manual_seed(0)
+    net = in_a_container()
+    optimizer = torch.optim.Adam(net.parameters(), 5e-3)
+    inputs = torch.randn(400, 8)
+    held = [(inputs[200:], inputs[200:, :1].sin())]
+    room = {"parameters": sum(p.numel() for p in net.parameters()) + 40}  # a block has 81
+    growth = esper.grow(net, optimizer, loss_fn, probe=held, steps=60, budget=room)
+    for _ in range(60):
+        loss = loss_fn(net, (inputs[:200], inputs[:200, :1].sin()))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        growth.step((inputs[:200], inputs[:200, :1].sin()), loss)
+    said = {o.reason for one in growth.report().events for o in one.looked if "+block" in o.site}
+    assert said == {NO_BLOCK_FITS}

@@ -23,6 +23,7 @@ from esper.tolaria.growth.run.state import RunState
 WAITS = "it waits: blocks come first, as long as another fits the budget"
 WAITS_FOR_BLOCK = "it waits: a block comes, as wide inside as the ones before it"
 WAITS_FOR_LATE = "it waits: blocks come at the last events"
+NO_BLOCK_FITS = "the budget leaves no room for another block"
 
 
 class Reach:
@@ -68,8 +69,9 @@ class Reach:
     def left_out(self, free: Iterable[str]) -> dict[str, str]:
         """Return the places an event does not ask at, and why."""
         waiting = [name for name in self.run.morphable.places if name not in free]
-        stacks = self.run.morphable.stacks
-        waits = {name: WAITS_FOR_LATE if name in stacks else WAITS for name in waiting}
+        stacks = {name: p for name, p in self.run.morphable.stacks.items() if name in waiting}
+        later = WAITS_FOR_LATE if self.allocated(stacks, self.run.room()) else NO_BLOCK_FITS
+        waits = {name: later if name in stacks else WAITS for name in waiting}
         return {**waits, **self.resting, **self.barred}
 
     def paths_of_blocks(self) -> tuple[str, ...]:
