@@ -105,3 +105,4 @@ def test_a_block_that_does_not_fit_the_budget_is_not_said_to_wait() -> None:
         growth.step((inputs[:200], inputs[:200, :1].sin()), loss)
     said = {o.reason for one in growth.report().events for o in one.looked if "+block" in o.site}
     assert said == {NO_BLOCK_FITS}
+    assert "1+block (2 blocks): the budget leaves no room for another block" in str(growth)

@@ -24,6 +24,8 @@ from esper.kasmina.recording.visits import PLAIN, Given, Visits, visit
 from esper.surgery.isolation.contexts import same_modes, untouched
 from esper.surgery.isolation.seam import look_through
 
+BLOCK = "+block"  # how a stack's name ends
+
 
 def find_stacks(
     model: nn.Module, run: Callable[[], object], examples: int = 1
@@ -102,7 +104,7 @@ def likeness(child: nn.Module) -> object:
 def titled(container: str, names: Sequence[str], several: bool) -> str:
     """Name a place: after its container, or after its first block where the container holds several rows."""
     whole = container if container and not several else f"{container}.{names[0]}".lstrip(".")
-    return f"{whole}+block"
+    return f"{whole}{BLOCK}"
 
 
 def proven(

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, cast
 
+from esper.kasmina.depth.stacks import BLOCK
+
 Verdict = Literal["nothing", "open", "kept", "taken back"]
 
 
@@ -146,9 +148,14 @@ def _because(reason: str) -> str:
     return f", {reason}" if reason else ""
 
 
+def counted(site: str, count: int) -> str:
+    """Say how many of what grows at a place: blocks of a stack, units everywhere else."""
+    return f"{count} {'block' if site.endswith(BLOCK) else 'unit'}{'s' * (count != 1)}"
+
+
 def _line(one: Looked) -> str:
-    found = f"{one.site} ({one.width} units): "
-    found += f"+{one.grown} units; " if one.grown else ""
+    found = f"{one.site} ({counted(one.site, one.width)}): "
+    found += f"+{counted(one.site, one.grown)}; " if one.grown else ""
     if one.p_value is not None and one.threshold is not None:
         found += f"p {one.p_value:.2g} where {one.threshold:.2g} is needed"
         found += "" if one.together is None else f", {one.together:.2g} with all places together"
