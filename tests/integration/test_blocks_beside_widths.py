@@ -12,9 +12,12 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 import esper
+from esper.cli.output import growth_lines
+from esper.contracts import Event
 from esper.errors import SurgeryError
 from esper.kasmina.depth.deepen import duplicate, insert
 from esper.kasmina.depth.stacks import find_stacks
+from esper.nissa.run.history import fold
 from esper.tolaria.growth.early.reach import NO_BLOCK_FITS, WAITS_FOR_BLOCK
 
 STEPS = 120
@@ -50,10 +53,12 @@ def test_what_is_inside_waits_for_the_block_and_all_of_it_is_saved_and_averaged(
     targets = (torch.sin(2 * inputs[:, :1]) * inputs[:, 1:2] + inputs[:, 2:3].abs()).detach()
     net = made()
     small, average = copy.deepcopy(net), AveragedModel(net)
+    told = list[Event]()
     optimizer = torch.optim.Adam(net.parameters(), 5e-3)
     growth = esper.grow(
         net, optimizer, loss_fn, probe=[(inputs[600:], targets[600:])], steps=STEPS, ema=average,
         budget={"growth_factor": 40.0}, config={"early": {"false_keep": 0.9, "further": 0.9}},
+        on_event=told.append,
     )  # fmt: skip
     for _ in range(STEPS):
         rows = torch.randint(600, (32,))
@@ -73,6 +78,11 @@ def test_what_is_inside_waits_for_the_block_and_all_of_it_is_saved_and_averaged(
     assert {k: v.shape for k, v in average.module.state_dict().items()} == {
         k: v.shape for k, v in net.state_dict().items()
     }
+    blocks = [m for m in net.modules() if isinstance(m, Residual)]
+    (stack,) = [widths for site, widths in fold(told).widths.items() if site.endswith("+block")]
+    assert stack == (2, len(blocks))
+    said = "\n".join(growth_lines(fold(told)))
+    assert f"+block has {len(blocks)} blocks, it had 2" in said
     growth.save(tmp_path / "grown")
     esper.load_into(small, tmp_path / "grown")
     assert torch.equal(small.eval()(inputs), net.eval()(inputs))

@@ -21,10 +21,9 @@ from esper.kasmina.depth.stack import Stack
 from esper.kasmina.recording.flops import FlopMeter
 from esper.kasmina.recording.recorder import Refused
 from esper.kasmina.recording.visits import PLAIN, Given, Visits, visit
+from esper.printable import BLOCK
 from esper.surgery.isolation.contexts import same_modes, untouched
 from esper.surgery.isolation.seam import look_through
-
-BLOCK = "+block"  # how a stack's name ends
 
 
 def find_stacks(

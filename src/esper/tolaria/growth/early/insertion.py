@@ -60,9 +60,19 @@ class Insertion:
         return Before.of(self.models, self.committer.optimizers, step, len(self.committer.plans), self.say)
 
     def carry_out(
-        self, kernels: Mapping[str, LiveKernel], units: Mapping[str, int], before: Before
+        self,
+        kernels: Mapping[str, LiveKernel],
+        units: Mapping[str, int],
+        before: Before,
+        decisions: Mapping[str, int],
     ) -> tuple[dict[str, str], dict[str, str]]:
         """Widen what can be widened, and deepen.
+
+        Args:
+            kernels: What was tested, by place.
+            units: How many units or blocks each place gets.
+            before: The run as it was.
+            decisions: The number of each place's decision, for what is told of blocks.
 
         Returns:
             Why, for each place that could not be widened, and for each that was not changed in the end.
@@ -72,7 +82,7 @@ class Insertion:
         failures = dict(unfit)
         for name in [one for one in units if one not in widths]:
             seed = self.draw("initialisation")
-            if failed := self.deepen(name, kernels[name], units[name], seed, before):
+            if failed := self.deepen(name, kernels[name], units[name], seed, before, decisions.get(name)):
                 failures.update(dict.fromkeys(units, failed))  # everything was put back
                 break
         return unfit, failures
@@ -147,7 +157,9 @@ class Insertion:
         self.refreshed()
         return ""
 
-    def deepen(self, site: str, kernel: LiveKernel, blocks: int, seed: int, before: Before) -> str:
+    def deepen(
+        self, site: str, kernel: LiveKernel, blocks: int, seed: int, before: Before, decision: int | None
+    ) -> str:
         """Insert blocks behind the last of their kind; the first is the one that was tested.
 
         Returns:
@@ -157,7 +169,7 @@ class Insertion:
             place = self.model.places[site]
             assert isinstance(place, Stack) and isinstance(kernel, DepthKernel)
             block = kernel.block if count == 0 else place.block(seed + count)
-            failed = self.committer.deepen(place, block, before.step)
+            failed = self.committer.deepen(place, block, before.step, decision)
             if failed:
                 self.restore(before)
                 return failed

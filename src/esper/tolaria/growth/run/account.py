@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, cast
 
-from esper.kasmina.depth.stacks import BLOCK
+from esper.printable import counted
 
 Verdict = Literal["nothing", "open", "kept", "taken back"]
 
@@ -146,11 +146,6 @@ class Report:
 
 def _because(reason: str) -> str:
     return f", {reason}" if reason else ""
-
-
-def counted(site: str, count: int) -> str:
-    """Say how many of what grows at a place: blocks of a stack, units everywhere else."""
-    return f"{count} {'block' if site.endswith(BLOCK) else 'unit'}{'s' * (count != 1)}"
 
 
 def _line(one: Looked) -> str:
