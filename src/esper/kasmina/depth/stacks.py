@@ -21,6 +21,7 @@ from esper.kasmina.depth.stack import Stack
 from esper.kasmina.recording.flops import FlopMeter
 from esper.kasmina.recording.recorder import Refused
 from esper.kasmina.recording.visits import PLAIN, RecordedCall, Visits, visit
+from esper.printable import BLOCK
 from esper.surgery.isolation.contexts import same_modes, untouched
 from esper.surgery.isolation.seam import look_through
 
@@ -102,7 +103,7 @@ def likeness(child: nn.Module) -> object:
 def titled(container: str, names: Sequence[str], several: bool) -> str:
     """Name a place: after its container, or after its first block where the container holds several rows."""
     whole = container if container and not several else f"{container}.{names[0]}".lstrip(".")
-    return f"{whole}+block"
+    return f"{whole}{BLOCK}"
 
 
 def proven(

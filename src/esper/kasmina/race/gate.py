@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from esper.batches.examples import LossFunction, count_examples, example_losses
-from esper.batches.layout import Batch
+from esper.batches.layout import Batch, flatten, rows
 from esper.config import Gate as GateSettings
 from esper.distributed.collectives import ALONE, Peers
 from esper.errors import ProbeError
@@ -21,7 +23,13 @@ from esper.kasmina.race.worth import ALONE_EACH, Worth, blocks, counted
 from esper.kasmina.seeds.layer import KasminaLayer
 from esper.surgery.isolation.contexts import examining, same_generators, same_randomness, untouched
 
+Charged: TypeAlias = Callable[..., AbstractContextManager[None]]
 MOST = 2048  # examples that a look reads of a probe that does not say how many it has
+
+
+def uncharged(*what: Hashable) -> AbstractContextManager[None]:
+    """Let a pass run that is metered around this, or not at all."""
+    return nullcontext()
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +90,14 @@ class Gate:
         """The fewest held-out values that could pass."""
         return smallest(1 / self.threshold, of_blocks=not self.worth.alone)
 
-    def look(self, layer: KasminaLayer, kernel: nn.Module, train: Sequence[Batch], seed: int) -> Verdict:
+    def look(
+        self,
+        layer: KasminaLayer,
+        kernel: nn.Module,
+        train: Sequence[Batch],
+        seed: int,
+        charged: Charged = uncharged,
+    ) -> Verdict:
         """Test one kernel at full strength against the host as it is.
 
         Args:
@@ -91,6 +106,7 @@ class Gate:
             train: Training batches; scale and stake of the bet are taken from the last, or where a batch is
                 one value from all.
             seed: Seed of the random numbers that both passes share.
+            charged: Function of what the cost of a pass depends on; the pass runs in what it returns.
         """
         if self.looks >= self.allowed:
             return Verdict(
@@ -105,8 +121,10 @@ class Gate:
             )
         self.looks += 1
         self.size = count_examples(train[-1])
-        rehearsal = self.differences(layer, kernel, train[-1:] if self.worth.alone else train, seed)[0]
-        differences, losses = self.differences(layer, kernel, self.probe, seed)
+        rehearsal = self.differences(layer, kernel, train[-1:] if self.worth.alone else train, seed, charged)[
+            0
+        ]
+        differences, losses = self.differences(layer, kernel, self.probe, seed, charged)
         weight = weight_of_evidence(differences, rehearsal, blocks=not self.worth.alone)
         found = float(differences.mean()), float(losses.mean()), weight
         gain, loss, value = self.peers.broadcast_floats(found)
@@ -126,15 +144,22 @@ class Gate:
         return Verdict(passed, self.looks, value, self.threshold, gain, loss, len(differences), reason)
 
     def differences(
-        self, layer: KasminaLayer, kernel: nn.Module, batches: Iterable[Batch], seed: int
+        self,
+        layer: KasminaLayer,
+        kernel: nn.Module,
+        batches: Iterable[Batch],
+        seed: int,
+        charged: Charged = uncharged,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return, value by value, the loss without minus with the kernel, and the loss without."""
         found: list[np.ndarray] = []
         without: list[np.ndarray] = []
         with examining(self.model):
             for batch in self.parts(batches):
-                off = self.losses(layer, None, batch, seed)
-                found.append(off - self.losses(layer, kernel, batch, seed))
+                with charged("host", *shapes(batch)):
+                    off = self.losses(layer, None, batch, seed)
+                with charged("kernel", *shapes(batch)):
+                    found.append(off - self.losses(layer, kernel, batch, seed))
                 without.append(off)
         if not found:
             raise ProbeError(
@@ -168,6 +193,15 @@ class Gate:
                 f"{len(losses)} passes in place of one",
             )
         return losses.double().cpu().numpy()
+
+
+def shapes(batch: Batch) -> list[Hashable]:
+    """Return what tells batches apart that cost another number of FLOPs.
+
+    A pass that is metered runs all its operations through Python, one by one; where examples run one after
+    the other this was most of what a race took.
+    """
+    return [tuple(leaf.shape) if isinstance(leaf, Tensor) else rows(leaf) for leaf in flatten(batch)[0]]
 
 
 def bounded(probe: Iterable[Batch]) -> Iterator[Batch]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -81,8 +82,8 @@ def score(
 
 def ask(trial: Trial, kernel: LiveKernel, batches: Sequence[Batch], given: Given) -> Verdict:
     """Let the gate look at a winner."""
-    with given.ledger.growth("gate", trial.decision.id):
-        return given.gate.look(trial.layer, kernel, batches, given.streams.draw("evidence"))
+    charged = partial(given.ledger.growth, "gate", trial.decision.id)
+    return given.gate.look(trial.layer, kernel, batches, given.streams.draw("evidence"), charged)
 
 
 def told(verdict: Verdict) -> dict[str, object]:

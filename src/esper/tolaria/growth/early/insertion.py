@@ -23,6 +23,7 @@ from esper.tolaria.growth.run.check import deviation, outputs
 from esper.tolaria.growth.run.commit import FAILURES, Committer, described
 
 TRIAL = "it does not run on a batch of the loop"
+Blocks = Mapping[str, tuple[int, int, int | None]]  # by stack: count, seed, decision
 SHRINK = 0.5  # of all weights; 0.4 to 0.5 measured best (digits), 0.2 loses what was learned
 
 
@@ -60,15 +61,29 @@ class Insertion:
         return Before.of(self.models, self.committer.optimizers, step, len(self.committer.plans), self.say)
 
     def carry_out(
-        self, kernels: Mapping[str, LiveKernel], units: Mapping[str, int], before: Before
+        self,
+        kernels: Mapping[str, LiveKernel],
+        units: Mapping[str, int],
+        before: Before,
+        decisions: Mapping[str, int],
     ) -> tuple[dict[str, str], dict[str, str]]:
         """Deepen, and widen what can be widened: a block is like the last of its kind as it was looked at.
+
+        Args:
+            kernels: What was tested, by place.
+            units: How many units or blocks each place gets.
+            before: The run as it was.
+            decisions: The number of each place's decision, for what is told of blocks.
 
         Returns:
             Why, for each place that could not be widened, and for each that was not changed in the end.
         """
         widths = {name: count for name, count in units.items() if widens(kernels[name])}
-        blocks = {n: (count, self.draw("initialisation")) for n, count in units.items() if n not in widths}
+        blocks = {
+            name: (count, self.draw("initialisation"), decisions.get(name))
+            for name, count in units.items()
+            if name not in widths
+        }
         if failed := self.deepen_all(kernels, blocks, before):
             return {}, dict.fromkeys(units, next(iter(failed.values())))
         unfit = self.widen_what_can(kernels, widths, before, blocks)
@@ -79,7 +94,7 @@ class Insertion:
         kernels: Mapping[str, LiveKernel],
         units: Mapping[str, int],
         before: Before,
-        blocks: Mapping[str, tuple[int, int]],
+        blocks: Blocks,
     ) -> dict[str, str]:
         """Widen places together; where that fails, those that can be widened alone.
 
@@ -110,15 +125,15 @@ class Insertion:
         return failures
 
     def deepen_all(
-        self, kernels: Mapping[str, LiveKernel], blocks: Mapping[str, tuple[int, int]], before: Before
+        self, kernels: Mapping[str, LiveKernel], blocks: Blocks, before: Before
     ) -> dict[str, str]:
-        """Insert an event's blocks: how many of each stack, and the seed that those behind the first draw by.
+        """Insert an event's blocks.
 
         Returns:
             Why, for each stack, where one of them could not be inserted: everything was put back then.
         """
-        for name, (count, seed) in blocks.items():
-            if failed := self.deepen(name, kernels[name], count, seed, before):
+        for name, (count, seed, decision) in blocks.items():
+            if failed := self.deepen(name, kernels[name], count, seed, before, decision):
                 return dict.fromkeys(blocks, failed)
         return {}
 
@@ -172,7 +187,9 @@ class Insertion:
         self.refreshed()
         return ""
 
-    def deepen(self, site: str, kernel: LiveKernel, blocks: int, seed: int, before: Before) -> str:
+    def deepen(
+        self, site: str, kernel: LiveKernel, blocks: int, seed: int, before: Before, decision: int | None
+    ) -> str:
         """Insert blocks behind the last of their kind; the first is the one that was tested.
 
         Returns:
@@ -182,7 +199,7 @@ class Insertion:
             place = self.model.places[site]
             assert isinstance(place, Stack) and isinstance(kernel, DepthKernel)
             block = kernel.block if count == 0 else place.block(seed + count)
-            failed = self.committer.deepen(place, block, before.step)
+            failed = self.committer.deepen(place, block, before.step, decision)
             if failed:
                 self.restore(before)
                 return failed

@@ -29,8 +29,8 @@ def named_optimizers(
     for name, one in given.items():
         if not isinstance(one, Optimizer):
             raise OptimizerError(
-                f"{name!r} is a {type(one).__name__}; a torch.optim.Optimizer or a mapping of them is needed"
-                f"{within(one)}"
+                f"{name!r} is a {type(one).__name__}; a torch.optim.Optimizer is needed, or several by names "
+                f"that you choose, {{'body': one, 'head': other}} say{within(one)}"
             )
     found = with_inner(given)
     if not found:
