@@ -33,11 +33,12 @@ from esper.kasmina.sites.sites import Sites
 from esper.kasmina.widths.layers import features
 from esper.surgery.isolation.contexts import same_randomness
 from esper.surgery.optimizers.adoption import refuse_homeless
+from esper.surgery.optimizers.inner import with_wrappers
 from esper.tamiyo.controller import Tamiyo
 from esper.tolaria.growth.opening.arguments import averages
 from esper.tolaria.growth.opening.entrance import Differentiating, held_out
 from esper.tolaria.growth.opening.opening import Opening, opened
-from esper.tolaria.growth.opening.optimizers import named_optimizers
+from esper.tolaria.growth.opening.optimizers import by_name, named_optimizers
 from esper.tolaria.growth.opening.request import Request
 from esper.tolaria.growth.run.budget import limits, merged_budget
 from esper.tolaria.growth.run.commit import Committer
@@ -76,7 +77,8 @@ def assemble(request: Request, wrapping: Wrapping, observe: Observer) -> Parts:
     model.pool.enabled = config.kernels.streams
     forging, tell = Forging(config.kernels, observe), Detours(observe)
     gate = Gate(host, opening.loss_fn, opening.held, config.gate, looks(model, config), tell, peers, worth)
-    committer = Committer(model, optimizers, ema, passes.over_probe, config.new_slot_state, observe, peers)
+    followers = with_wrappers(by_name(request.optimizer))
+    committer = Committer(model, followers, ema, passes.over_probe, config.new_slot_state, observe, peers)
     streams, ledger, joins = Streams(request.seed), Ledger(peers.world), Joins(apart=not worth.alone)
     given = Given(
         passes=passes,
