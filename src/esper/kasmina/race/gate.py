@@ -70,6 +70,7 @@ class Gate:
         self.on_fallback, self.peers, self.worth = on_fallback, peers, worth
         self.allowed, self.looks = looks, 0
         self.size: int | None = None
+        self.values: int | None = None  # that the probe has, once it was counted
         self.told = set[str]()  # why examples ran one by one, by what was raised
 
     @property
@@ -81,6 +82,23 @@ class Gate:
     def fewest(self) -> int:
         """The fewest held-out values that could pass."""
         return smallest(1 / self.threshold, of_blocks=not self.worth.alone)
+
+    def too_few(self, size: int) -> str:
+        """Say that the probe has fewer values than could ever pass; "" where it has enough.
+
+        Args:
+            size: Examples in a batch of the loop, of which blocks are made.
+        """
+        if self.values is None:
+            self.size = size
+            with same_randomness(), same_generators(self.probe):
+                alone = self.worth.alone
+                self.values = sum(count_examples(one) if alone else 1 for one in self.parts(self.probe))
+        if self.values >= self.fewest:
+            return ""
+        more = "hold out more" if self.worth.alone else "hold out more, or pass per_example="
+        what = self.worth.named.removesuffix(",")
+        return f"the probe has {self.values} {what}; with fewer than {self.fewest} nothing can pass: {more}"
 
     def look(self, layer: KasminaLayer, kernel: nn.Module, train: Sequence[Batch], seed: int) -> Verdict:
         """Test one kernel at full strength against the host as it is.

@@ -96,7 +96,11 @@ class Incubation:
         only, run.asked = run.asked, None
         shut = self.shut()
         free = [n for n in places if n not in shut and only in (None, n)]
-        self.dear = kept_outside(self.parts.committer.optimizers) or Allowance(run).declined(self.price())
+        self.dear = (
+            kept_outside(self.parts.committer.optimizers)
+            or self.parts.gate.too_few(count_examples(run.batches[-1]))
+            or Allowance(run).declined(self.price())
+        )
         measured = self.survey(free)
         sites = [places[n].site for n in free]
         reports = {name: m.report for name, m in measured.items()}
