@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from esper.batches.examples import count_examples
 from esper.errors import ProbeError
 from tests.cases.loops import Task, cross_entropy, narrow, run
 
@@ -94,3 +95,54 @@ def test_a_table_is_one_batch_and_no_probe(recipe: Recipe) -> None:
     for probe in (table, table.numpy()):
         with pytest.raises(ProbeError, match="looks like one batch"):
             run(narrow(), lambda m, b: m(torch.as_tensor(b)).square().mean(), probe=probe, growth=recipe)
+
+
+class Picture:
+    """An image as image libraries have them."""
+
+    def __init__(self, pixels: Any) -> None:
+        self.pixels = pixels
+
+
+def pairs(x: Tensor, y: Tensor) -> Any:
+    """Collect examples as pairs."""
+    return [(one, int(label)) for one, label in zip(x, y, strict=True)]
+
+
+def mappings(x: Tensor, y: Tensor) -> Any:
+    """Collect examples by name."""
+    return [{"x": one, "y": label} for one, label in zip(x, y, strict=True)]
+
+
+def pictures(x: Tensor, y: Tensor) -> Any:
+    """Keep images as objects beside their labels."""
+    return [Picture(one.numpy()) for one in x], y
+
+
+READ: dict[Any, Any] = {
+    pairs: lambda b: (torch.stack([x for x, _ in b]), torch.tensor([y for _, y in b])),
+    mappings: lambda b: (torch.stack([one["x"] for one in b]), torch.stack([one["y"] for one in b])),
+    pictures: lambda b: (torch.stack([torch.from_numpy(one.pixels) for one in b[0]]), b[1]),
+}
+
+
+@pytest.mark.parametrize("made", list(READ))
+def test_examples_as_they_were_collected_count_one_by_one(made: Any) -> None:
+    task, plain, net, twin = Task(), Task(), narrow(), narrow()
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        """Collate, and return the usual loss."""
+        return cross_entropy(model, READ[made](batch))
+
+    ran = run(net, loss, lambda n=48: made(*task(n)), [made(*Task(7)(200))], steps=40, growth="early")
+    run(twin, cross_entropy, plain, [Task(7)(200)], steps=40, growth="early")
+    assert count_examples(made(*Task()(9))) == 9
+    assert net[0].out_features > 1
+    assert torch.equal(net[0].weight, twin[0].weight), "the same as tensors"
+    assert not ran.warnings
+
+
+def test_a_list_of_batches_is_no_list_of_examples() -> None:
+    tasks = [Task(seed)(12) for seed in range(6)]
+    assert count_examples(tasks) == 12
+    assert count_examples([{"x": x, "y": y} for x, y in tasks]) == 12
