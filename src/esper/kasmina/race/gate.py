@@ -149,7 +149,7 @@ class Gate:
         """Return, value by value, the loss without minus with the kernel, and the loss without."""
         found: list[np.ndarray] = []
         without: list[np.ndarray] = []
-        with examining(self.model):
+        with examining(self.model), same_generators(batches):
             for batch in self.parts(batches):
                 off = self.losses(layer, None, batch, seed)
                 found.append(off - self.losses(layer, kernel, batch, seed))
