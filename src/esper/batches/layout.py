@@ -56,16 +56,41 @@ def is_series(value: object, examples: int | None = None) -> TypeGuard[list[obje
     if not isinstance(value, list) or len(value) < 2:
         return False
     if not all(isinstance(one, Tensor) for one in value):
-        return len(value) == examples and all(isinstance(one, Mapping) for one in value)
+        return len(value) == examples and (opaque(value) or all(isinstance(one, Mapping) for one in value))
     shapes = {one.shape for one in value}
     if len({(one.dtype, one.dim()) for one in value}) > 1:
         return False
     return len(shapes) > 1 or (len(value) == examples and value[0].shape[:1] != (examples,))
 
 
+def opaque(value: list[object]) -> bool:
+    """Tell a list of one kind of objects that are taken apart no further, images say."""
+    kinds = {type(one) for one in value}
+    nests = (list, tuple, dict, np.ndarray, Tensor, *PLAIN, type(None))
+    return len(kinds) == 1 and not isinstance(value[0], nests) and not is_record(value[0])
+
+
+def is_collected(batch: object) -> TypeGuard[list[object]]:
+    """Tell a batch that is a list of its examples, (input, target) pairs or mappings, as they were collected.
+
+    A list as short as one of a batch's parts may be such a list of parts; so may one whose members are
+    batches themselves, their tensors all equally long.
+    """
+    if not isinstance(batch, list) or len(batch) <= PARTS:
+        return False
+    if all(isinstance(one, Mapping) for one in batch):
+        kinds, members = {tuple(one) for one in batch}, [list(one.values()) for one in batch]
+    elif all(isinstance(one, tuple) for one in batch):
+        kinds, members = {tuple(map(type, one)) for one in batch}, [list(one) for one in batch]
+    else:
+        return False
+    lengths = {rows(part) for member in members for part in member}
+    return len(kinds) == 1 and bool(members[0]) and (len(lengths) > 1 or None in lengths)
+
+
 def series_in(batch: Batch) -> Callable[[object], bool]:
     """Return what tells the lists in a batch that have something of every example."""
-    if is_series(batch) and len(batch) > PARTS:
+    if is_collected(batch) or (is_series(batch) and len(batch) > PARTS):
         return lambda one: one is batch
     parts = list(batch.values()) if isinstance(batch, dict) else batch
     parts = parts if isinstance(parts, (tuple, list)) else []

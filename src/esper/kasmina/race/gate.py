@@ -78,6 +78,7 @@ class Gate:
         self.on_fallback, self.peers, self.worth = on_fallback, peers, worth
         self.allowed, self.looks = looks, 0
         self.size: int | None = None
+        self.values: int | None = None  # that the probe has, once it was counted
         self.told = set[str]()  # why examples ran one by one, by what was raised
 
     @property
@@ -89,6 +90,23 @@ class Gate:
     def fewest(self) -> int:
         """The fewest held-out values that could pass."""
         return smallest(1 / self.threshold, of_blocks=not self.worth.alone)
+
+    def too_few(self, size: int) -> str:
+        """Say that the probe has fewer values than could ever pass; "" where it has enough.
+
+        Args:
+            size: Examples in a batch of the loop, of which blocks are made.
+        """
+        if self.values is None:
+            self.size = size
+            with same_randomness(), same_generators(self.probe):
+                alone = self.worth.alone
+                self.values = sum(count_examples(one) if alone else 1 for one in self.parts(self.probe))
+        if self.values >= self.fewest:
+            return ""
+        more = "hold out more" if self.worth.alone else "hold out more, or pass per_example="
+        what = self.worth.named.removesuffix(",")
+        return f"the probe has {self.values} {what}; with fewer than {self.fewest} nothing can pass: {more}"
 
     def look(
         self,
@@ -154,7 +172,7 @@ class Gate:
         """Return, value by value, the loss without minus with the kernel, and the loss without."""
         found: list[np.ndarray] = []
         without: list[np.ndarray] = []
-        with examining(self.model):
+        with examining(self.model), same_generators(batches):
             for batch in self.parts(batches):
                 with charged("host", *shapes(batch)):
                     off = self.losses(layer, None, batch, seed)

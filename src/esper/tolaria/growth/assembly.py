@@ -26,18 +26,20 @@ from esper.kasmina.race.needs import Unforged, Unscaled
 from esper.kasmina.race.orchestrator import SeedOrchestrator
 from esper.kasmina.race.own_optimizers import OwnOptimizers
 from esper.kasmina.race.trial import Given, Timing
-from esper.kasmina.race.worth import ALONE_EACH, Worth, worth_of
+from esper.kasmina.race.worth import ALONE_EACH, Worth, counted, worth_of
 from esper.kasmina.recording.flops import Ledger
 from esper.kasmina.seeds.compiling import CompilePolicy, detect, refuse_unseen_seeds
 from esper.kasmina.sites.sites import Sites
 from esper.kasmina.widths.layers import features
-from esper.surgery.isolation.contexts import same_randomness
+from esper.surgery.isolation.contexts import examining, same_randomness
 from esper.surgery.optimizers.adoption import refuse_homeless
+from esper.surgery.optimizers.inner import with_wrappers
 from esper.tamiyo.controller import Tamiyo
+from esper.tolaria.growth.evidence.held import refuse_not_finite
 from esper.tolaria.growth.opening.arguments import averages
 from esper.tolaria.growth.opening.entrance import Differentiating, held_out
 from esper.tolaria.growth.opening.opening import Opening, opened
-from esper.tolaria.growth.opening.optimizers import named_optimizers
+from esper.tolaria.growth.opening.optimizers import by_name, named_optimizers
 from esper.tolaria.growth.opening.request import Request
 from esper.tolaria.growth.run.budget import limits, merged_budget
 from esper.tolaria.growth.run.commit import Committer
@@ -76,7 +78,8 @@ def assemble(request: Request, wrapping: Wrapping, observe: Observer) -> RunComp
     model.pool.enabled = config.kernels.streams
     forging, tell = Forging(config.kernels, observe), Detours(observe)
     gate = Gate(host, opening.loss_fn, opening.held, config.gate, looks(model, config), tell, peers, worth)
-    committer = Committer(model, optimizers, ema, passes.over_probe, config.new_slot_state, observe, peers)
+    followers = with_wrappers(by_name(request.optimizer))
+    committer = Committer(model, followers, ema, passes.over_probe, config.new_slot_state, observe, peers)
     streams, ledger, joins = Streams(request.seed), Ledger(peers.world), Joins(apart=not worth.alone)
     given = Given(
         passes=passes,
@@ -207,7 +210,11 @@ def raced_worth(model: MorphableModel, opening: Opening, per_example: PerExample
     if per_example is not None:
         inner = isinstance(opening.loss_fn, Differentiating)
         return Worth(alone=True, per_example=Differentiating(per_example) if inner else per_example)
-    return worth_of(model.host, opening.loss_fn, model.places, first(opening.held, ASKED))
+    held = first(opening.held, ASKED)
+    with examining(model.host, 0):
+        losses = [float(opening.loss_fn(model.host, batch)) for batch in counted(held)]
+    refuse_not_finite({f"batch {i} of the probe": loss for i, loss in enumerate(losses)})
+    return worth_of(model.host, opening.loss_fn, model.places, held)
 
 
 def of(loss_fn: LossFunction, batch: object) -> Callable[[nn.Module], Tensor]:

@@ -31,7 +31,7 @@ from esper.tolaria.growth.opening.arguments import (
     refuse_scaler,
     refuse_uncallable,
 )
-from esper.tolaria.growth.opening.entrance import refuse_host
+from esper.tolaria.growth.opening.entrance import Handing, refuse_host
 from esper.tolaria.growth.opening.presence import refuse_growing
 from esper.tolaria.growth.opening.request import Request, Restorable, Scaler, Scheduler
 from esper.tolaria.growth.run.components import RunComponents
@@ -115,7 +115,7 @@ def grow(
         loss_fn=loss_fn,
         probe=probe,
         example=example,
-        per_example=per_example,
+        per_example=None if per_example is None else Handing(per_example),
         steps=steps,
         schedulers=movers,
         scaler=scaler,

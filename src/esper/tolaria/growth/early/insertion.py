@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from esper.blueprints.kernel import LiveKernel
 from esper.contracts import Event
@@ -16,7 +16,7 @@ from esper.kasmina.widths.fitting import fitted
 from esper.kasmina.widths.places import WidenPlace
 from esper.surgery.isolation.contexts import same_modes, untouched
 from esper.surgery.optimizers.averages import copy_of
-from esper.surgery.optimizers.foreign import kept_outside
+from esper.surgery.optimizers.foreign import forget_gradients, kept_outside
 from esper.tolaria.growth.early.aside import MUCH, give_back
 from esper.tolaria.growth.early.takeback import Before
 from esper.tolaria.growth.run.check import deviation, outputs
@@ -250,10 +250,7 @@ class Insertion:
                     for parameter in model.parameters():
                         parameter.mul_(SHRINK)
             for optimizer in self.committer.optimizers.values():
-                for state in optimizer.state.values():
-                    for value in state.values():
-                        if isinstance(value, Tensor):
-                            value.zero_()
+                forget_gradients(optimizer, SHRINK)
 
 
 def broken(host: nn.Module, runs: Sequence[Callable[[], object]]) -> Exception | None:

@@ -14,6 +14,7 @@ from esper.kasmina.race.schedule import SHARE, Step, first
 from esper.kasmina.race.survey import Measured, measure
 from esper.kasmina.widths.places import gone
 from esper.surgery.isolation.undisturbed import undisturbed
+from esper.surgery.optimizers.foreign import kept_outside
 from esper.tamiyo.controller import RemainingBudget
 from esper.tolaria.growth.incubation.boundary import same_decision
 from esper.tolaria.growth.incubation.redo import Redo
@@ -38,7 +39,7 @@ class Incubation:
 
     def __init__(self, run: RunState, redo: Redo, proven: Proven) -> None:
         self.run, self.parts, self.redo, self.proven = run, run.parts, redo, proven
-        self.dear = ""  # why a decision could not be paid for
+        self.dear = ""  # why no decision is taken now
 
     def step(self, loss: float) -> None:
         """Do one step's work; what goes wrong in it ends the seed that is awake, not training."""
@@ -122,7 +123,11 @@ class Incubation:
         only, run.asked = run.asked, None
         shut = self.shut()
         free = [n for n in places if n not in shut and only in (None, n)]
-        self.dear = Allowance(run).declined(self.price())
+        self.dear = (
+            kept_outside(self.parts.committer.optimizers)
+            or self.parts.gate.too_few(count_examples(run.batches[-1]))
+            or Allowance(run).declined(self.price())
+        )
         measured = self.survey(free)
         sites = [places[n].site for n in free]
         reports = {name: m.report for name, m in measured.items()}
@@ -159,7 +164,7 @@ class Incubation:
         if not free:
             return {}
         if self.dear:
-            self.run.mishaps.say(f"a decision was declined: {self.dear}", "growth_flops")
+            self.run.mishaps.say(f"a decision was declined: {self.dear}", self.dear[:20])
             return {}
         joins, seed = self.parts.joins, self.parts.streams.draw("evidence")
         try:

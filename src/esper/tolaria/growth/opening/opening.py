@@ -16,6 +16,7 @@ from esper.kasmina.race.gate import check_probe
 from esper.kasmina.recording.first import at_first, companions_noted
 from esper.surgery.isolation.contexts import untouched
 from esper.tolaria.growth.opening.entrance import (
+    Handing,
     as_needed,
     failing,
     first_probe,
@@ -84,7 +85,7 @@ def look(
     """Look at a model by a probe's first batch."""
     with at_first(host):
         with companions_noted(host):
-            loss_fn = as_needed(loss_fn, host, held)
+            loss_fn = as_needed(Handing(loss_fn), host, held)
             batch = first_probe(held, host, loss_fn)
             refuse_uneven(per_example, host, batch)
         noted = Noted(loss_fn)

@@ -35,6 +35,7 @@ from esper.surgery.adding import Passing
 from esper.surgery.branches import PREFIX, attach, weight_name
 from esper.surgery.optimizers.adoption import adopt, let_go
 from esper.surgery.optimizers.averages import copy_of, widen_average
+from esper.surgery.optimizers.foreign import kept_outside
 from esper.surgery.optimizers.widening import widen_state
 from esper.surgery.widen_layers import empty_slices, widen
 from esper.tolaria.growth.run.check import deviation, output, passing
@@ -304,6 +305,8 @@ class Committer:
         difference = 0.0
         with ExitStack() as back:
             with self.everywhere():
+                if outside := kept_outside(self.optimizers):  # containers of their own fill as they step
+                    raise SurgeryError(outside)
                 widened = widen(self.model.host, plan, slices)
                 back.callback(widened.undo)
                 if branch is not None:
