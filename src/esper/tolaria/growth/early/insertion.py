@@ -17,6 +17,7 @@ from esper.kasmina.widths.places import WidenPlace
 from esper.surgery.isolation.contexts import same_modes, untouched
 from esper.surgery.optimizers.averages import copy_of
 from esper.surgery.optimizers.foreign import kept_outside
+from esper.surgery.widen_layers import Holders
 from esper.tolaria.growth.early.aside import MUCH, give_back
 from esper.tolaria.growth.early.takeback import Before
 from esper.tolaria.growth.run.check import deviation, outputs
@@ -117,6 +118,7 @@ class Insertion:
             exits |= dict(zip(place.site.exits, place.ends()[1:], strict=True))
         try:
             said = outputs(self.model, exits, committer.run)
+            holders = Holders(self.model.host)
             for name in names:
                 place = self.model.places[name]
                 assert isinstance(place, WidenPlace)
@@ -124,7 +126,7 @@ class Insertion:
                 kernel = fitted(place, kernels[name], units[name])
                 plan = kernel.plan()
                 before.note(self.model.host, plan)
-                committer.carry_out(plan, kernel.slices(plan), {}, None, step)
+                committer.carry_out(plan, kernel.slices(plan), {}, None, step, holders)
                 committer.plans.append(plan)
             with committer.everywhere():
                 now = outputs(self.model, exits, committer.run)

@@ -36,7 +36,7 @@ from esper.surgery.branches import PREFIX, attach, weight_name
 from esper.surgery.optimizers.adoption import adopt, let_go
 from esper.surgery.optimizers.averages import copy_of, widen_average
 from esper.surgery.optimizers.widening import widen_state
-from esper.surgery.widen_layers import empty_slices, widen
+from esper.surgery.widen_layers import Holders, empty_slices, widen
 from esper.tolaria.growth.run.check import deviation, output, passing
 
 # What surgery may run into; everything is put back then.
@@ -286,8 +286,17 @@ class Committer:
         donor: Mapping[str, Mapping[str, object]],
         branch: Tensor | None,
         step: int,
+        holders: Holders | None = None,
     ) -> float:
         """Widen host, averages and optimizers; whatever raises, everything is put back.
+
+        Args:
+            plan: What becomes how large.
+            slices: The new part of every tensor, by key of the plan.
+            donor: State of the new units that an optimizer has, by key.
+            branch: What the consumer's output should be, or None.
+            step: Of the run.
+            holders: Of the host, where many places are widened in a row.
 
         Returns:
             The largest difference from the branch, 0 where there is none to compare with.
@@ -295,7 +304,7 @@ class Committer:
         difference = 0.0
         with ExitStack() as back:
             with self.everywhere():
-                widened = widen(self.model.host, plan, slices)
+                widened = widen(self.model.host, plan, slices, holders)
                 back.callback(widened.undo)
                 if branch is not None:
                     exit_ = self.model.places[plan.site].ends()[1]
