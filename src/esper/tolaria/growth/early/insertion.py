@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from esper.surgery.isolation.contexts import same_modes, untouched
 from esper.surgery.optimizers.averages import copy_of
 from esper.surgery.optimizers.foreign import kept_outside
 from esper.surgery.widen_layers import Holders
-from esper.tolaria.growth.early.aside import MUCH, give_back
+from esper.tolaria.growth.early.aside import MUCH, SOME, give_back
 from esper.tolaria.growth.early.takeback import Before
 from esper.tolaria.growth.run.check import deviation, outputs
 from esper.tolaria.growth.run.commit import FAILURES, Committer, described
@@ -118,7 +119,7 @@ class Insertion:
             exits |= dict(zip(place.site.exits, place.ends()[1:], strict=True))
         try:
             said = outputs(self.model, exits, committer.run)
-            holders = Holders(self.model.host)
+            holders, freed = Holders(self.model.host), 0
             for name in names:
                 place = self.model.places[name]
                 assert isinstance(place, WidenPlace)
@@ -128,6 +129,10 @@ class Insertion:
                 before.note(self.model.host, plan)
                 committer.carry_out(plan, kernel.slices(plan), {}, None, step, holders)
                 committer.plans.append(plan)
+                freed += size_of(self.model.host, {edit.name for edit in plan.edits})
+                if freed >= SOME:
+                    freed = 0
+                    give_back()
             with committer.everywhere():
                 now = outputs(self.model, exits, committer.run)
                 for path in exits:
@@ -178,7 +183,8 @@ class Insertion:
 
     def trim(self) -> None:
         """Give back what a look or tensors that have grown left behind, where it is much."""
-        if sum(one.numel() * one.element_size() for one in self.model.host.parameters()) >= MUCH:
+        host = self.model.host
+        if size_of(host, dict(host.named_parameters())) >= MUCH:
             give_back()
 
     def restore(self, before: Before) -> None:
@@ -214,6 +220,12 @@ class Insertion:
                     for value in state.values():
                         if isinstance(value, Tensor):
                             value.zero_()
+
+
+def size_of(host: nn.Module, names: Iterable[str]) -> int:
+    """Return the bytes that some tensors of a host take."""
+    tensors = [attrgetter(name)(host) for name in names]
+    return sum(one.numel() * one.element_size() for one in tensors)
 
 
 def broken(host: nn.Module, runs: Sequence[Callable[[], object]]) -> Exception | None:
