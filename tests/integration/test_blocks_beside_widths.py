@@ -47,7 +47,7 @@ def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("made", [in_a_container, in_the_model_itself])
-def test_what_is_inside_grows_behind_the_block_and_all_of_it_is_saved_and_averaged(made, tmp_path: Path) -> None:
+def test_what_is_inside_grows_behind_the_block_and_is_saved_and_averaged(made, tmp_path: Path) -> None:
     torch.manual_seed(0)
     inputs = torch.randn(800, 8)
     targets = (torch.sin(2 * inputs[:, :1]) * inputs[:, 1:2] + inputs[:, 2:3].abs()).detach()

@@ -89,16 +89,20 @@ def is_collected(batch: object) -> TypeGuard[list[object]]:
 
 
 def series_in(batch: Batch) -> Callable[[object], bool]:
-    """Return what tells the lists in a batch that have something of every example."""
+    """Return what tells the lists in a batch that have something of every example.
+
+    It does not hold the batch: torch's walk leaves what it was given in a cycle, and a batch may be large.
+    """
+    own = id(batch)
     if is_collected(batch) or (is_series(batch) and len(batch) > PARTS):
-        return lambda one: one is batch
+        return lambda one: id(one) == own
     parts = list(batch.values()) if isinstance(batch, dict) else batch
     parts = parts if isinstance(parts, (tuple, list)) else []
     plain = [rows(one) for one in parts if isinstance(one, Tensor | np.ndarray) or is_list(one)]
     lists = [len(one) for one in parts if is_series(one)]
     lists += [len(one) for one in parts if isinstance(one, list) and one and isinstance(one[0], Mapping)]
     examples = next(iter([*plain, *lists]), None)
-    return lambda one: one is not batch and is_series(one, examples)
+    return lambda one: id(one) != own and is_series(one, examples)
 
 
 def flatten(batch: Batch) -> tuple[list[Leaf], Layout]:

@@ -10,7 +10,7 @@ the result says so.
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -171,12 +171,15 @@ def empty_slices(model: nn.Module, plan: WidenPlan) -> dict[str, Tensor]:
     return slices
 
 
-def put_in_place(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def put_in_place(
+    model: nn.Module, tensors: Mapping[str, Tensor], read: Callable[[Tensor], object] = type
+) -> None:
     """Write earlier weights and buffers into a model, whatever their shapes; parameters keep their identity.
 
     Args:
         model: Model whose parameters and buffers have these names.
         tensors: Tensors by name; they are not kept.
+        read: Called with each of them when it has been read.
     """
     owners = {
         f"{path}.{leaf}".lstrip("."): (module, leaf)
@@ -199,6 +202,7 @@ def put_in_place(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
                 own.copy_(tensor)
             else:
                 _put_back(own, like(tensor, own), None)
+            read(tensor)
     _hold_weights(recurrent)
 
 

@@ -163,7 +163,9 @@ class Early(EarlyState):
         asking = self.asking = Asking(record, list(free), dict(units))
         spread = not self.parts.wrapping.deferred
         self.evidence.begin({name: free[name] for name in units}, units, spread)
-        self.go_on(asking)
+        look = self.evidence.under_way
+        if look is None or not look.spread:  # else the next step reads the first portion
+            self.go_on(asking)
 
     def go_on(self, asking: Asking) -> None:
         """Go on looking; once all is read, grow the places that pass."""

@@ -102,6 +102,8 @@ class Growing:
         """Widen and deepen the model; returns why, for each place that was not changed."""
         state, kernels = self.state, {name: found.scored[name].kernel for name in units}
         state.insertion.trials = [partial(state.parts.loss_of, batch) for batch in state.evidence.latest]
+        for scored in found.scored.values():
+            scored.moves = ()  # they have told the gain, and are as large as the units
         with state.run.reshaping():
             widened, failures = state.insertion.carry_out(kernels, units, before, decisions)
         state.reach.barred.update(widened)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import attrgetter
 
 import torch
 from torch import nn
@@ -17,7 +18,8 @@ from esper.kasmina.widths.places import WidenPlace
 from esper.surgery.isolation.contexts import same_modes, untouched
 from esper.surgery.optimizers.averages import copy_of
 from esper.surgery.optimizers.foreign import forget_gradients, kept_outside
-from esper.tolaria.growth.early.aside import MUCH, give_back
+from esper.surgery.widen_layers import Holders
+from esper.tolaria.growth.early.aside import MUCH, SOME, give_back
 from esper.tolaria.growth.early.takeback import Before
 from esper.tolaria.growth.run.check import deviation, outputs
 from esper.tolaria.growth.run.commit import FAILURES, Committer, described
@@ -124,9 +126,7 @@ class Insertion:
             failures |= self.deepen_all(kernels, blocks, before)
         return failures
 
-    def deepen_all(
-        self, kernels: Mapping[str, LiveKernel], blocks: Blocks, before: Before
-    ) -> dict[str, str]:
+    def deepen_all(self, kernels: Mapping[str, LiveKernel], blocks: Blocks, before: Before) -> dict[str, str]:
         """Insert an event's blocks.
 
         Returns:
@@ -157,6 +157,7 @@ class Insertion:
             exits |= dict(zip(place.site.exits, place.ends()[1:], strict=True))
         try:
             said = outputs(self.model, exits, committer.run)
+            holders, freed = Holders(self.model.host), 0
             for name in names:
                 place = self.model.places[name]
                 assert isinstance(place, WidenPlace)
@@ -164,8 +165,12 @@ class Insertion:
                 kernel = fitted(place, kernels[name], units[name])
                 plan = kernel.plan()
                 before.note(self.model.host, plan)
-                committer.carry_out(plan, kernel.slices(plan), {}, None, step)
+                committer.carry_out(plan, kernel.slices(plan), {}, None, step, holders=holders)
                 committer.plans.append(plan)
+                freed += size_of(self.model.host, {edit.name for edit in plan.edits})
+                if freed >= SOME:
+                    freed = 0
+                    give_back()
             with committer.everywhere():
                 now = outputs(self.model, exits, committer.run)
                 for path in exits:
@@ -218,7 +223,8 @@ class Insertion:
 
     def trim(self) -> None:
         """Give back what a look or tensors that have grown left behind, where it is much."""
-        if sum(one.numel() * one.element_size() for one in self.model.host.parameters()) >= MUCH:
+        host = self.model.host
+        if size_of(host, dict(host.named_parameters())) >= MUCH:
             give_back()
 
     def restore(self, before: Before) -> None:
@@ -251,6 +257,12 @@ class Insertion:
                         parameter.mul_(SHRINK)
             for optimizer in self.committer.optimizers.values():
                 forget_gradients(optimizer, SHRINK)
+
+
+def size_of(host: nn.Module, names: Iterable[str]) -> int:
+    """Return the bytes that some tensors of a host take."""
+    tensors = [attrgetter(name)(host) for name in names]
+    return sum(one.numel() * one.element_size() for one in tensors)
 
 
 def broken(host: nn.Module, runs: Sequence[Callable[[], object]]) -> Exception | None:

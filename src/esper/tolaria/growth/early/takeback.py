@@ -23,7 +23,7 @@ from esper.surgery.optimizers.averages import copy_of
 from esper.surgery.optimizers.history import forget
 from esper.surgery.widen_layers import put_in_place
 from esper.tolaria.governor.rollback import Kept, duplicate, read_state, write, written_state
-from esper.tolaria.growth.early.aside import copies
+from esper.tolaria.growth.early.aside import copies, page_out
 
 State = dict[str, object]  # of a parameter
 
@@ -49,6 +49,7 @@ class Before:
         attributes: (module path, attribute, value) of the counts that plans changed since, in order.
         states: Per optimizer, the state of each parameter by the host's name for it.
         layers: The host's modules that held tensors, by path; none where a checkpoint brought it.
+        mapped: Whether its tensors are mapped from the disk.
     """
 
     step: int
@@ -57,6 +58,7 @@ class Before:
     attributes: list[tuple[str, str, object]]
     states: list[dict[str, State]]
     layers: dict[str, weakref.ref[nn.Module]] = field(default_factory=dict)
+    mapped: bool = False
 
     @classmethod
     def of(
@@ -84,13 +86,14 @@ class Before:
         known = list[Tensor]()
         duplicate(states, known.append)
         held = [tensor for one in own for tensor in one.values()]
-        copied = iter(copies([*held, *known], say, kept=len(known)))
+        made, mapped = copies([*held, *known], say, kept=len(known))
+        copied = iter(made)
         tensors = [{name: next(copied) for name in one} for one in own]
         held_aside = duplicate(states, lambda t: Kept(next(copied), t.device))
         layers = {
             path: weakref.ref(m) for path, m in models[0].named_modules() if m._parameters or m._buffers
         }
-        return cls(step, plans, tensors, [], cast("list[dict[str, State]]", held_aside), layers)
+        return cls(step, plans, tensors, [], cast("list[dict[str, State]]", held_aside), layers, mapped)
 
     def overtaken(self, models: Sequence[nn.Module], plans: Sequence[Plan]) -> str:
         """Say what the user has made another since, so that there is no way back; "" where nothing is.
@@ -146,6 +149,9 @@ class Before:
             for name, parameter in parameters.items():
                 if name in states:
                     write(optimizer.state[parameter], states[name])
+                    for value in states[name].values():
+                        if isinstance(value, Kept):
+                            self.read(value.copy)
                 else:
                     optimizer.state.pop(parameter, None)
 
@@ -172,8 +178,13 @@ class Before:
             copy = copy_of(model, {path for path, _, _ in self.attributes})
         for path, attribute, value in reversed(self.attributes):
             setattr(at(copy, path), attribute, value)
-        put_in_place(model, self.tensors[index])
+        put_in_place(model, self.tensors[index], self.read)
         return blocks
+
+    def read(self, tensor: Tensor) -> None:
+        """Let go of the memory that reading one of its tensors took."""
+        if self.mapped:
+            page_out(tensor)
 
     def state_dict(self) -> BeforeState:
         """Return what a checkpoint keeps."""

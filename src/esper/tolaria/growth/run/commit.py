@@ -37,7 +37,7 @@ from esper.surgery.optimizers.adoption import adopt, let_go
 from esper.surgery.optimizers.averages import copy_of, widen_average
 from esper.surgery.optimizers.foreign import kept_outside
 from esper.surgery.optimizers.widening import widen_state
-from esper.surgery.widen_layers import empty_slices, widen
+from esper.surgery.widen_layers import Holders, empty_slices, widen
 from esper.tolaria.growth.run.check import deviation, output, passing
 
 # What surgery may run into; everything is put back then.
@@ -288,6 +288,7 @@ class Committer:
         branch: Tensor | None,
         step: int,
         beside: tuple[nn.Module, ...] = (),
+        holders: Holders | None = None,
     ) -> float:
         """Widen host, averages and optimizers; whatever raises, everything is put back.
 
@@ -298,6 +299,7 @@ class Committer:
             branch: What the exit said with the kernel beside it; None where there was none.
             step: Of the run.
             beside: That kernel.
+            holders: Of the host, where many places are widened in a row.
 
         Returns:
             The largest difference from the branch, 0 where there is none to compare with.
@@ -307,7 +309,7 @@ class Committer:
             with self.everywhere():
                 if outside := kept_outside(self.optimizers):  # containers of their own fill as they step
                     raise SurgeryError(outside)
-                widened = widen(self.model.host, plan, slices)
+                widened = widen(self.model.host, plan, slices, holders)
                 back.callback(widened.undo)
                 if branch is not None:
                     ends = self.model.places[plan.site].ends()
