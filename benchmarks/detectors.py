@@ -28,7 +28,7 @@ from benchmarks.detector_runs import (
 )
 from benchmarks.promises import Promise
 from benchmarks.workers import workers
-from esper.tolaria.governor import Detectors, Finding, Reading, VitalsReader, Watch
+from esper.tolaria.governor import Detectors, Finding, GovernorHooks, Reading, VitalsReader
 
 NAME = "detectors"
 STEPS, AFTER = 1500, 12  # of a healthy run; of a spoilt one behind its fault
@@ -181,7 +181,7 @@ def grow(
             growth="incubate",
             seed=seed,
         )
-    watch = growth.run.orchestrator.guard = Watch(growth.run)
+    watch = growth.run.orchestrator.guard = GovernorHooks(growth.run)
     watch.watcher.close()  # the bench reads by itself
     watch.governor.detectors = detectors
     return growth

@@ -6,6 +6,7 @@ import argparse
 import itertools
 import queue
 import random
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,21 +14,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.progress import track
 from rich.text import Text
 
 from benchmarks import compare, harness
 from benchmarks.equivalents import EQUIVALENT
 from benchmarks.mutations import Mutation, mutations
-from benchmarks.nursery import ROOT, Nursery, Trial, Verdict
+from benchmarks.nursery import ROOT, Ending, Nursery, Trial, Verdict
 from benchmarks.promises import Promise
+from benchmarks.tried import Tried
 from benchmarks.workers import progress
 
 NAME = "mutants"
 COUNT = 25  # mutants a file
 QUICK = 2
 KILLED = 0.92  # of those that are not equivalent
-LIMIT = 600.0  # seconds of the unchanged tests
+LIMIT = 600.0, 3600.0  # seconds of the unchanged tests, on a CPU and of a clock
 SURGERY, CHECKPOINT, TAMIYO = "tests/tolaria/surgery", "tests/tolaria/checkpoint", "tests/tamiyo"
 FILES: dict[
     str, tuple[str, ...]
@@ -36,7 +37,7 @@ FILES: dict[
         "tests/kasmina/test_widened_tensors.py",
         "tests/kasmina/test_materialise.py",
     ),
-    "src/esper/batches/examples.py": ("tests/kasmina/test_evidence.py",),
+    "src/esper/batches/examples.py": ("tests/batches/test_examples.py", "tests/kasmina/test_evidence.py"),
     "src/esper/kasmina/evidence/significance.py": ("tests/kasmina/test_significance.py",),
     "src/esper/kasmina/evidence/e_values.py": ("tests/kasmina/test_evidence.py",),
     "src/esper/kasmina/race/gate.py": (
@@ -64,7 +65,9 @@ FILES: dict[
         f"{SURGERY}/test_{name}.py" for name in ("optimizers", "kinds", "averages", "matrix")
     ),
     "src/esper/kasmina/race/own_optimizers.py": (f"{SURGERY}/test_own.py",),
-    "src/esper/surgery/optimizers/kinds.py": (f"{SURGERY}/test_kinds.py", f"{SURGERY}/test_matrix.py"),
+    "src/esper/surgery/optimizers/kinds.py": tuple(
+        f"{SURGERY}/test_{name}.py" for name in ("kinds", "own", "matrix")
+    ),
     "src/esper/checkpoint/format/manifest.py": tuple(
         f"{CHECKPOINT}/test_{name}.py" for name in ("format", "encoding", "checking", "checkpoints")
     ),
@@ -95,18 +98,39 @@ class Tally:
     equivalent: list[Mutation] = field(default_factory=list)
     killed: list[Mutation] = field(default_factory=list)
     survived: list[Mutation] = field(default_factory=list)
+    timed_out: list[Mutation] = field(default_factory=list)  # of the killed: endless, or stuck
+    late: list[Mutation] = field(default_factory=list)  # by the clock: no verdict, and not counted
 
     @property
     def tried(self) -> int:
         return len(self.killed) + len(self.survived)
 
     @property
+    def everything(self) -> bool:
+        """Whether no change is left to try."""
+        return self.tried + len(self.equivalent) == self.changes
+
+    @property
     def share(self) -> float | None:
         return len(self.killed) / self.tried if self.tried else None
 
+    def count(self, one: Mutation, verdict: Verdict) -> str:
+        """Put a mutant where it belongs, and name that."""
+        if verdict.ending == Ending.LATE:
+            self.late.append(one)
+            return "late"
+        if verdict.code == 0:
+            self.survived.append(one)
+            return "SURVIVED"
+        self.killed.append(one)
+        if verdict.code is None:
+            self.timed_out.append(one)
+            return f"killed, {verdict.ending}"
+        return "killed"
+
     def to_dict(self) -> dict[str, Any]:
-        kinds = {"equivalent": self.equivalent, "killed": self.killed, "survived": self.survived}
-        lists = {kind: [[m.line, m.text, m.change] for m in found] for kind, found in kinds.items()}
+        kinds = ("equivalent", "killed", "survived", "timed_out", "late")
+        lists = {kind: [[m.line, m.text, m.change] for m in getattr(self, kind)] for kind in kinds}
         return {"changes": self.changes, "seconds": self.seconds, "killed_share": self.share, **lists}
 
 
@@ -132,15 +156,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> int:
     """Change one thing at a time and run the file's tests; what survives is listed."""
     given = parse(argv)
-    with Runs(given.jobs) as runs:
+    with Runs(given.jobs, ROOT, given.out / "mutants-tried.jsonl") as runs:
         tallies = [judge(runs, ROOT, path, FILES[path], given.seed, given.count) for path in given.files]
     return report(given, tallies)
 
 
 class Runs:
-    """As many nurseries as may run tests at the same time."""
+    """As many nurseries as may run tests at the same time; what is in the file of verdicts is not run."""
 
-    def __init__(self, jobs: int, root: Path = ROOT) -> None:
+    def __init__(self, jobs: int, root: Path = ROOT, verdicts: Path | None = None) -> None:
+        self.tried = Tried(root, verdicts)
         self.free: queue.SimpleQueue[Nursery] = queue.SimpleQueue()
         self.all = [Nursery(root) for _ in range(jobs)]
         for one in self.all:
@@ -154,15 +179,19 @@ class Runs:
             one.close()
 
     def one(self, trial: Trial) -> Verdict:
+        if (known := self.tried.get(trial)) is not None:
+            return known
         nursery = self.free.get()
         try:
-            return nursery.run(trial)
+            verdict = nursery.run(trial)
         finally:
             self.free.put(nursery)
+        self.tried.put(trial, verdict)
+        return verdict
 
-    def map(self, trials: Sequence[Trial], note: str) -> Iterator[Verdict]:
+    def map(self, trials: Sequence[Trial]) -> Iterator[Verdict]:
         with ThreadPoolExecutor(len(self.all)) as pool:
-            yield from track(pool.map(self.one, trials), note, total=len(trials), console=progress)
+            yield from pool.map(self.one, trials)
 
 
 def judge(runs: Runs, root: Path, path: str, tests: tuple[str, ...], seed: int, count: int) -> Tally:
@@ -172,18 +201,19 @@ def judge(runs: Runs, root: Path, path: str, tests: tuple[str, ...], seed: int, 
         ValueError: The tests do not pass on the file as it is.
     """
     source = (root / path).read_text(encoding="utf-8")
-    unchanged = runs.one(Trial(path, source, tests, LIMIT))
+    unchanged = runs.one(Trial(path, source, tests, *LIMIT))
     if unchanged.code != 0:
         raise ValueError(f"{path}: its tests do not pass unchanged:\n{unchanged.said}")
     possible = mutations(source)
-    tally = Tally(path, len(possible), unchanged.seconds)
+    tally = Tally(path, len(possible), unchanged.cpu)
     chosen, tally.equivalent = draw(possible, EQUIVALENT.get(path, {}), seed, count)
-    seconds = 3 * unchanged.seconds + 10
-    trials = [Trial(path, one.apply(source), tests, seconds) for one in chosen]
-    for one, verdict in zip(chosen, runs.map(trials, path), strict=True):
-        (tally.survived if verdict.code == 0 else tally.killed).append(one)
-        if verdict.code == 0:
-            progress.print(Text(told(path, one)))
+    limits = 3 * unchanged.cpu + 10, 20 * unchanged.seconds + 600
+    verdicts = runs.map([Trial(path, one.apply(source), tests, *limits) for one in chosen])
+    for number, (one, verdict) in enumerate(zip(chosen, verdicts, strict=True), 1):
+        end = tally.count(one, verdict)
+        by = re.findall(r"^(?:FAILED|ERROR) (\S+)", verdict.said, re.MULTILINE)
+        said = f"{number}/{len(chosen)} {end}, {verdict.cpu:.0f} CPU-s"
+        progress.print(Text(f"{path}:{one.line} {one.change}\n    {said} {' '.join(by[:1])}"), soft_wrap=True)
     return tally
 
 
@@ -201,18 +231,32 @@ def draw(
 
 def report(given: argparse.Namespace, tallies: Sequence[Tally]) -> int:
     """Print killed of tried, and every survivor."""
-    columns = ["file", "changes", "tried", "killed", "equivalent", "survived", "% killed", "tests, s"]
+    columns = [
+        "file",
+        "changes",
+        "tried",
+        "killed",
+        "by time",
+        "equivalent",
+        "survived",
+        "late",
+        "%",
+        "CPU-s",
+    ]
     table = compare.titled(f"Mutants, seed {given.seed}", columns)
     for tally in tallies:
-        counts = (tally.changes, tally.tried, len(tally.killed), len(tally.equivalent), len(tally.survived))
+        kinds = (tally.killed, tally.timed_out, tally.equivalent, tally.survived, tally.late)
+        counts = (tally.changes, tally.tried, *map(len, kinds))
         share = "–" if tally.share is None else f"{100 * tally.share:.0f}"
         table.add_row(tally.path, *map(str, counts), share, f"{tally.seconds:.1f}")
-    alive = [told(tally.path, one) for tally in tallies for one in tally.survived]
+    alive = [f"survived {told(tally.path, one)}" for tally in tallies for one in tally.survived]
+    alive += [f"late, run it again {told(tally.path, one)}" for tally in tallies for one in tally.late]
     tried = sum(tally.tried for tally in tallies)
     killed = sum(len(tally.killed) for tally in tallies)
     worst = min((tally.share for tally in tallies if tally.share is not None), default=None)
+    fewest = min(COUNT if tally.everything else tally.tried for tally in tallies)
     judged = [
-        Promise("mutants a file, the fewest", min(tally.tried for tally in tallies), ">=", COUNT, digits=0),
+        Promise("mutants a file, the fewest, or all there are", fewest, ">=", COUNT, digits=0),
         Promise("killed of all that are not equivalent", killed / tried if tried else None, ">=", KILLED),
         Promise("killed, the worst file", worst, ">=", KILLED),
     ]

@@ -16,10 +16,15 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 MEMORY = 12 * 2**30  # bytes of address space; a mutant that never stops appending ends here
+STILL = (
+    60.0,
+    0.3,
+)  # seconds of a clock in which tests that go on use more than so many of a CPU, on a busy machine too
 WARM = ("numpy", "pydantic", "pytest", "safetensors", "torch", "torch.func", "torch.optim", "yaml")
 SERVE = '''"""Serve one module from changed text."""
 import sys
@@ -44,21 +49,33 @@ sys.meta_path.insert(0, Finder())
 '''
 
 
+class Ending(StrEnum):
+    """Why a trial ended; only the last one is the machine's doing, and no verdict on the mutant."""
+
+    ENDED = "ended"  # by itself
+    ENDLESS = "endless"  # it used up its time on the CPU, which a busy machine does not make shorter
+    STUCK = "stuck"  # nothing of it ran any more
+    LATE = "late"  # by the clock
+
+
 @dataclass(frozen=True)
 class Trial:
-    """One run of tests on one text of a module."""
+    """One run of tests on one text of a module; behind either limit it is killed."""
 
     path: str  # of the module, below the root
     text: str
     tests: tuple[str, ...]
-    seconds: float  # then it is killed
+    cpu: float  # seconds on a CPU of all it starts
+    seconds: float  # of a clock
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How the tests ended: pytest's exit code, None when time was up."""
+    """How the tests ended: pytest's exit code, None where they did not end by themselves."""
 
     code: int | None
+    ending: str
+    cpu: float
     seconds: float
     said: str
 
@@ -115,23 +132,49 @@ def attempt(root: Path, trial: Trial) -> Verdict:
         child = os.fork()
         if child == 0:
             os._exit(run_tests(root, folder, trial))
-        code = wait(child, begun + trial.seconds)
+        code, ending, cpu = wait(child, trial)
         lasted = time.perf_counter() - begun
         said = (folder / "said").read_text(encoding="utf-8", errors="replace")
-        return Verdict(code, lasted, said[-2000:])
+        return Verdict(code, ending, cpu, lasted, said[-2000:])
 
 
-def wait(child: int, until: float) -> int | None:
-    """Return the child's exit code; at the deadline, and after its end, all it started is killed."""
-    ended = None
-    while ended is None and time.perf_counter() < until:
+def wait(child: int, trial: Trial) -> tuple[int | None, Ending, float]:
+    """Return the child's exit code, why it ended and its time on the CPU; all it started is killed then."""
+    begun = moved = looked = time.perf_counter()
+    cpu = before = 0.0
+    ending = None
+    while ending is None:
         time.sleep(0.02)
-        ended = os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT)  # its number stays taken
+        now = time.perf_counter()
+        if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):  # its number stays taken
+            ending = Ending.ENDED
+        elif now - looked < 1.0:
+            continue
+        cpu, looked = max(cpu, cpu_of(child)), now
+        if cpu - before > STILL[1]:
+            before, moved = cpu, now
+        if ending is None and cpu > trial.cpu:
+            ending = Ending.ENDLESS
+        elif ending is None and now - moved > STILL[0]:
+            ending = Ending.STUCK
+        elif ending is None and now - begun > trial.seconds:
+            ending = Ending.LATE
     os.kill(child, signal.SIGKILL)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return None if ended is None else code
+    return (code if ending == Ending.ENDED else None), ending, cpu
+
+
+def cpu_of(session: int) -> float:
+    """Return the seconds on a CPU of a session's processes, and of those that they have waited for."""
+    ticks = 0
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            fields = (entry / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+            if int(fields[3]) == session:
+                ticks += sum(map(int, fields[11:15]))
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def run_tests(root: Path, folder: Path, trial: Trial) -> int:

@@ -73,6 +73,7 @@ PRIVATE_TORCH = {
     "kasmina/recording/scalars.py": PYTREE,
     "kasmina/recording/visits.py": PYTREE,
     "kasmina/recording/weightless.py": NORMS,
+    "kasmina/seeds/compiler_settings.py": "settings of Dynamo, by the names its manual gives",
     "kasmina/seeds/compiling.py": "what Dynamo has compiled of a host, each name asked for where it is used",
     "saving/pretrained.py": PYTREE,
     "saving/rebuild_template.py": ASSERT,

@@ -31,6 +31,7 @@ from collections.abc import Iterable
 from esper.printable import printable, quoted, shortened
 
 MOST_SAID = 20_000  # characters of a message; a damaged file can hold more names than anybody reads
+LONGEST = 200  # characters of what was asked; comparing takes time for each of them
 MOST_KNOWN = 100  # names listed as what exists
 
 
@@ -133,7 +134,7 @@ class RunError(EsperError, ValueError):
 def nearest(name: str, known: Iterable[str]) -> str:
     """Say which of ``known`` was probably meant, as the end of an error message."""
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1)
+    close = difflib.get_close_matches(name[:LONGEST], names, n=1)
     hint = f"did you mean {quoted(close[0])}? " if close else ""
     more = f" and {len(names) - MOST_KNOWN} more" if len(names) > MOST_KNOWN else ""
     return f"{hint}known: {', '.join(names[:MOST_KNOWN]) or 'none'}{more}"

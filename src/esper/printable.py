@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import reprlib
 
+BLOCK = "+block"  # how the name of a stack ends, where whole blocks grow
 QUOTE = 80  # characters of an input that a message repeats
 _brief = reprlib.Repr()
 _brief.maxlevel, _brief.maxstring, _brief.maxlong, _brief.maxother = 3, QUOTE - 2, QUOTE, QUOTE
@@ -48,3 +49,8 @@ def times(count: int) -> str:
 
 def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
+
+
+def counted(site: str, count: int) -> str:
+    """Say how many of what grows at a place: blocks of a stack, units everywhere else."""
+    return f"{count} {'block' if site.endswith(BLOCK) else 'unit'}{'s' * (count != 1)}"

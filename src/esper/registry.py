@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from typing import Generic, TypeVar
 
 from esper.errors import MissingExtraError, RegistryError, nearest
+from esper.printable import quoted
 
 Found = TypeVar("Found")
 
@@ -58,7 +59,7 @@ class Registry(Generic[Found]):
         if own or entries:
             owners = [self.package] * own + [entry.value for entry in entries]
             raise RegistryError(f"{name!r} is claimed by {' and '.join(owners)}; uninstall or rename one")
-        raise RegistryError(f"{self.package} has no {name!r}; {nearest(name, self.names())}")
+        raise RegistryError(f"{self.package} has no {quoted(name)}; {nearest(name, self.names())}")
 
     def _files(self) -> list[str]:
         spec = find_spec(self.package)

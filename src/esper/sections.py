@@ -12,6 +12,7 @@ from esper.errors import ConfigError
 Rung = Literal["notify", "hold", "rollback", "stop"]  # what a governor may do, by severity
 
 
+MOST_WHOLE = 10**18
 MOST_SHARES = 64  # in a list of them
 MOST_RUNGS = 16
 
@@ -25,7 +26,18 @@ class Section(BaseModel):
     @classmethod
     def _listed(cls, value: object) -> object:
         """Take a list where a tuple is kept: YAML and JSON have no tuples."""
-        return tuple(value) if isinstance(value, list) else value
+        try:
+            return tuple(value) if isinstance(value, list) else value
+        except Exception:  # a list of somebody else's class
+            raise ConfigError("this list cannot be read; give one of Python's own") from None
+
+    @field_validator("*")
+    @classmethod
+    def _bounded(cls, value: object) -> object:
+        """Refuse a number that no machine counts to."""
+        if isinstance(value, int) and value > MOST_WHOLE:
+            raise ConfigError(f"it is more than {MOST_WHOLE:,}, the most that is counted to")
+        return value
 
 
 class Early(Section):

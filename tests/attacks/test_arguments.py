@@ -115,3 +115,12 @@ def test_one_average_may_be_given_without_a_list(several: bool) -> None:
     growth.finish()
     assert growth.plans
     assert [p.shape for p in average.module.parameters()] == [p.shape for p in net.parameters()]
+
+
+def test_none_means_that_a_loop_has_no_average_and_no_scheduler() -> None:
+    net = narrow()
+    optimizer = torch.optim.Adam(net.parameters(), 0.01)
+    growth = esper.grow(net, optimizer, cross_entropy, probe=[(X, Y)], steps=60, ema=None, schedulers=None)
+    assert growth.run.parts.averages == []
+    assert growth.run.parts.schedulers == []
+    growth.finish()

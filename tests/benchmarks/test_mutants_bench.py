@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ import pytest
 from benchmarks import mutants
 from benchmarks.equivalents import EQUIVALENT
 from benchmarks.mutations import mutations
-from benchmarks.nursery import ROOT, Trial
+from benchmarks.nursery import ROOT, Trial, Verdict
+from benchmarks.tried import tree
 
 TOY = '''"""A toy: 1 < 2."""
 from __future__ import annotations
@@ -77,27 +79,66 @@ def test_what_is_changed(source: str, changes: list[str]) -> None:
         assert one.apply(source) != source
 
 
-def test_the_toys_mutants_end_as_they_must(tmp_path: Path) -> None:
+@pytest.fixture
+def toy(tmp_path: Path) -> Path:
     (tmp_path / "src").mkdir()
     (tmp_path / "src/toy.py").write_text(TOY)
     (tmp_path / "test_toy.py").write_text(TESTS)
-    with mutants.Runs(2, tmp_path) as runs:
-        tally = mutants.judge(runs, tmp_path, "src/toy.py", ("test_toy.py",), seed=3, count=5)
-        endless = TOY.replace("if taken < 0", "while taken < 0").replace("taken = 0", "pass")
-        late = runs.one(Trial("src/toy.py", endless, ("test_toy.py",), 3.0))
+    return tmp_path
+
+
+def test_the_toys_mutants_end_as_they_must(toy: Path) -> None:
+    with mutants.Runs(2, toy) as runs:
+        tally = mutants.judge(runs, toy, "src/toy.py", ("test_toy.py",), seed=3, count=5)
         with pytest.raises(ValueError, match="do not pass unchanged"):
-            mutants.judge(runs, tmp_path, "src/toy.py", ("nothing.py",), seed=1, count=1)
-    assert (tmp_path / "src/toy.py").read_text() == TOY
-    assert not (tmp_path / "src/__pycache__").exists() or not list(
-        (tmp_path / "src/__pycache__").glob("toy*")
-    )
-    assert late.code is None  # only the other process ran into it, and it was waited for no longer
+            mutants.judge(runs, toy, "src/toy.py", ("nothing.py",), seed=1, count=1)
+    assert (toy / "src/toy.py").read_text() == TOY
+    assert not (toy / "src/__pycache__").exists() or not list((toy / "src/__pycache__").glob("toy*"))
     line = "if taken < 0:"
     same = {(line, "taken < 0 → (taken <= 0)"), (line, "0 → 1")}  # nobody asks for room(0): it is LIMIT
     assert {one.key[1:] for one in tally.survived} <= same
     assert not {one.key[1:] for one in tally.killed} & same
     assert tally.tried == 5
+    assert tally.late == tally.timed_out == []
     assert tally.changes == len(mutations(TOY))
+
+
+def test_time_up_on_a_cpu_is_a_verdict_and_time_up_by_the_clock_is_none(toy: Path) -> None:
+    endless = TOY.replace("if taken < 0", "while taken < 0").replace("taken = 0", "pass")
+    ended = {}
+    with mutants.Runs(1, toy, toy / "verdicts") as runs:
+        for cpu, seconds in ((4.0, 600.0), (600.0, 2.0)):  # only the other process runs into it
+            one = runs.one(Trial("src/toy.py", endless, ("test_toy.py",), cpu, seconds))
+            ended[one.ending] = (one.code, one.cpu > 4.0)
+        (line,) = (toy / "verdicts").read_text().splitlines()
+    assert ended == {"endless": (None, True), "late": (None, False)}
+    assert json.loads(line)["ending"] == "endless"
+    known = {end: Verdict(code, end, 0.0, 0.0, "") for end, code in (("late", None), ("stuck", None))}
+    tally = mutants.Tally("src/toy.py", 2, 0.0)
+    for one, verdict in zip(mutations(TOY), known.values(), strict=False):
+        tally.count(one, verdict)
+    assert (len(tally.late), len(tally.killed), len(tally.timed_out), tally.tried) == (1, 1, 1, 1)
+
+
+def test_what_is_known_is_not_tried_again_while_the_tree_is_the_same(toy: Path) -> None:
+    kept = toy / "verdicts"
+
+    def tried(count: int) -> mutants.Tally:
+        tree.cache_clear()
+        with mutants.Runs(1, toy, kept) as runs:
+            return mutants.judge(runs, toy, "src/toy.py", ("test_toy.py",), seed=3, count=count)
+
+    first = tried(2)
+    lines = kept.read_text().splitlines(keepends=True)
+    assert len(lines) == 3  # the unchanged tests are one
+    assert tried(2) == first
+    assert kept.read_text().splitlines(keepends=True) == lines
+    kept.write_text("".join(lines)[:-9])  # cut off while the last one was written
+    assert tried(2).killed == first.killed
+    assert len(kept.read_text().splitlines()) == 3
+    (toy / "test_toy.py").write_text(TESTS + "\n")
+    tried(1)
+    assert len(kept.read_text().splitlines()) == 5
 
 
 def test_equivalent_ones_are_not_counted() -> None:

@@ -82,7 +82,9 @@ def test_a_harmless_change_is_proven_again(kind: str) -> None:
     assert at_last > then > 1
 
 
-def test_nothing_is_proven_again_where_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.filterwarnings("ignore:Using .torch.compile:UserWarning")  # torch's, of any hook on all modules
+@pytest.mark.parametrize("how", ["early", "incubate", "compiled"])
+def test_nothing_is_proven_again_where_nothing_changes(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     proofs: list[int] = []
     own = Proof.unproven
 
@@ -92,7 +94,10 @@ def test_nothing_is_proven_again_where_nothing_changes(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(Proof, "unproven", counted)
     net = narrow()
-    run(net)
+    host: nn.Module = net
+    if how == "compiled":  # its call is exchanged while a seed is awake in it
+        host = nn.Sequential(torch.compile(net, backend="eager"), nn.Identity())
+    run(host, growth="early" if how == "early" else "incubate", steps=160)
     assert net[0].out_features > 2
     assert len(proofs) == 1
 
@@ -111,3 +116,61 @@ def test_a_race_leaves_out_what_is_no_place_any_more() -> None:
     assert net[0].out_features == 1
     assert any("0>2 is left out: the model is not what it was" in one for one in made.warnings)
     assert not any("put back" in one["reason"] for one in made.outcomes())
+
+
+def inserted(net: nn.Sequential) -> None:
+    net.insert(1, nn.Dropout(0.0))
+
+
+def tied(net: nn.Sequential) -> None:
+    net[0].extra = net[2].weight
+
+
+AWAKE: dict[str, tuple[Callable[[nn.Sequential], object], str]] = {
+    **{
+        kind: CHANGES[kind]
+        for kind in ("a hook", "a pre-hook", "another activation", "pruned", "parametrised")
+    },
+    "a layer between": (inserted, "2.weight is not in the model any more, or is another, since"),
+    "tied": (tied, "2.weight is tied to 0.extra since"),
+}
+
+
+@pytest.mark.parametrize("exposed", [False, True])
+@pytest.mark.parametrize("kind", AWAKE)
+def test_a_change_while_a_seed_is_awake_is_named_in_its_outcome(kind: str, exposed: bool) -> None:
+    net, (change, reason), done = narrow(), AWAKE[kind], list[int]()
+
+    def each(step: int, growth: esper.Growth) -> None:
+        trial = growth.run.orchestrator.trial
+        if not done and trial is not None and trial.layer.exposed is exposed:
+            done.append(step)
+            change(net)
+
+    made = run(net, each=each, growth="incubate", steps=160)
+    assert done
+    assert not any("put back" in one["reason"] for one in made.outcomes())
+    assert reason in made.outcomes()[0]["reason"]
+    assert "constant" not in made.outcomes()[0]["reason"]
+
+
+def test_the_end_of_a_run_finds_a_change_while_a_seed_is_exposed() -> None:
+    net, done = narrow(), list[int]()
+
+    def each(step: int, growth: esper.Growth) -> None:
+        trial = growth.run.orchestrator.trial
+        if not done and trial is not None and trial.layer.exposed:
+            done.append(step)
+            weight_norm(net[0])
+            growth.finish()
+
+    with pytest.raises(esper.FinishedError):
+        run(net, each=each, growth="incubate", steps=160)
+    assert done
+    assert net[0].parametrizations.weight.original1.shape == (1, 10)
+    assert net(torch.randn(4, 10)).isfinite().all()
+
+
+def test_what_was_changed_is_named() -> None:
+    made, _ = changed(CHANGES["another activation"][0])
+    assert any("not what it was at esper.grow (1): tried" in one for one in made.reasons)

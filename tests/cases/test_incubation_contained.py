@@ -187,3 +187,37 @@ def test_a_part_that_computes_with_complex_numbers_closes_no_other() -> None:
     reasons = {one.place: one.reason for one in ran.growth.run.morphable.refusals}
     assert "complex numbers" in reasons["inner"]
     assert not [w for w in ran.warnings if "skipped" in w]
+
+
+class Routed(nn.Module):
+    """Two experts, each for the rows that a router sends to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(10, 2)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(10, 1), nn.ReLU(), nn.Linear(1, 10)) for _ in range(2)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run it."""
+        weight, chosen = self.router(x).softmax(-1).max(-1)
+        out = x
+        for index, expert in enumerate(self.experts):
+            rows = (chosen == index).nonzero().squeeze(1)
+            out = out.index_add(0, rows, expert(x[rows]) * weight[rows, None])
+        return out
+
+
+def test_what_cannot_be_told_of_a_loss_is_not_called_coupling() -> None:
+    torch.manual_seed(0)
+    ran = run(Routed(), steps=80, growth="incubate")
+    assert any("cannot be told whether the loss couples" in one for one in ran.warnings)
+    assert not any("whose examples the loss couples" in one["reason"] for one in ran.outcomes())
+    per_example = run(
+        Routed(),
+        steps=80,
+        growth="incubate",
+        per_example=lambda m, b: F.cross_entropy(m(b[0]), b[1], reduction="none"),
+    )
+    assert not any("cannot be told" in one for one in per_example.warnings)

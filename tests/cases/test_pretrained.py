@@ -12,6 +12,7 @@ from torch import nn
 
 import esper
 from esper.contracts import DeepenPlan, Event
+from esper.kasmina.depth.stack import Stack
 from esper.kasmina.evidence.score import Scored
 from esper.kasmina.morphable import MorphableModel
 from esper.saving.ruled import ties
@@ -113,6 +114,39 @@ def test_what_grew_at_one_of_several_places_is_told_and_kept_otherwise(tmp_path:
     x = sums(8)[0]
     with torch.no_grad():
         assert torch.equal(esper.load_into(tiny(), tmp_path / "saved").eval()(x), run.net.eval()(x))
+
+
+class Graded(Tiny):
+    """Its blocks differ by where they stand."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        for index, layer in enumerate(self.layers):
+            layer.norm2.eps = float(index) + 1e-5
+
+
+def test_a_block_that_is_not_as_its_place_would_have_it_is_told(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net, events = Graded(Config()), list[Event]()
+    growth = esper.grow(
+        net, torch.optim.Adam(net.parameters()), loss_fn, probe=[sums(64)], steps=STEPS, growth="early",
+        on_event=events.append,
+    )  # fmt: skip
+    stack = growth.run.morphable.places["layers+block"]
+    assert isinstance(stack, Stack)
+    assert growth.run.parts.committer.deepen(stack, stack.block(0), 0) == ""
+    for parameter in net.layers[-1].parameters():
+        torch.nn.init.normal_(parameter)  # it has learned
+    growth.finish()
+    assert net.config.num_layers == len(net.layers) == 3
+    (said,) = [e.data["message"] for e in events if e.kind == "warning" and "from_pre" in e.data["message"]]
+    assert "no number of it gives a Graded that computes the same" in said
+    net.save_pretrained(tmp_path / "saved")
+    x, loaded = sums(8)[0], Graded.from_pretrained(tmp_path / "saved").eval()
+    assert not torch.equal(loaded(x), net.eval()(x))
+    growth.save(tmp_path / "grown")
+    grown = esper.load_into(Graded(Config()), tmp_path / "grown").eval()
+    assert torch.equal(grown(x), net(x))
 
 
 def test_what_a_number_rules_is_found_as_long_as_a_config_says_the_model() -> None:

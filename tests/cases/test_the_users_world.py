@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 import esper
 from esper.kasmina.evidence.sight import dead
@@ -282,3 +283,48 @@ def test_dead_units_are_counted_along_their_axis() -> None:
     x[:, 0] = 1.0
     assert dead(x) == pytest.approx(2 / 3)
     assert dead(x.movedim(1, -1), -1) == pytest.approx(2 / 3)
+
+
+class Ordered(Sampler[int]):
+    """Draws its order from a generator of its own."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.drawn = count, np.random.default_rng(0)
+
+    def __iter__(self) -> Iterator[int]:
+        """Return another order every time."""
+        return iter(self.drawn.permutation(self.count).tolist())
+
+    def __len__(self) -> int:
+        """Count the examples."""
+        return self.count
+
+
+class Jittered(Dataset[Any]):
+    """Adds noise from generators of its own."""
+
+    def __init__(self) -> None:
+        self.x, self.y = Task(7)(256)
+        self.noise, self.python = torch.Generator().manual_seed(1), random.Random(1)
+
+    def __len__(self) -> int:
+        """Count the examples."""
+        return len(self.y)
+
+    def __getitem__(self, index: int) -> Any:
+        """Return an example."""
+        jitter = 0.1 * torch.randn(10, generator=self.noise)
+        return self.x[index] + jitter + self.python.gauss(0, 0.01), self.y[index]
+
+
+@pytest.mark.parametrize("recipe", ["early", "incubate"])
+def test_generators_of_a_probes_sampler_and_data_stay_where_they_are(
+    recipe: Literal["early", "incubate"],
+) -> None:
+    data, order = Jittered(), Ordered(256)
+    before = data.noise.get_state(), data.python.getstate(), order.drawn.bit_generator.state
+    ran = run(narrow(), probe=DataLoader(data, 64, sampler=order), steps=STEPS, growth=recipe)
+    assert ran.growth.plans
+    assert torch.equal(before[0], data.noise.get_state())
+    assert before[1] == data.python.getstate()
+    assert before[2] == order.drawn.bit_generator.state

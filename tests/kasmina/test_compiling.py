@@ -23,6 +23,9 @@ from esper.kasmina.seeds.compiling import CompilePolicy, apply, blended, blocks,
 from esper.surgery.isolation.seam import open_seam
 from esper.surgery.widen_layers import widen
 
+# There a second width is taken for a dynamic size, and one graph fits all.
+BEFORE_2_12 = torch.__version__ < "2.12"
+
 # Dynamo reads .grad of the activations between two compiled blocks; torch warns of its own reading.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
@@ -309,13 +312,15 @@ def test_twenty_growths_compile_once_each_and_say_so(how: str, caplog: pytest.Lo
             why = run.commit(growth % 2)
             assert "new shapes" in why
             run.step()
-            assert run.graphs() == 1, growth
+            counted = run.graphs()
+            assert counted == 1 or (BEFORE_2_12 and counted == 0), growth
     assert not [r for r in caplog.records if "recompile_limit" in r.getMessage()]
     compiled = run.net(run.x)
     with run.policy.uncompiled():
         torch.testing.assert_close(compiled, run.net(run.x))
 
 
+@pytest.mark.skipif(BEFORE_2_12, reason="one graph fits all widths")
 def test_torchs_own_limit_would_have_ended_it() -> None:
     run = Run("wrapped")
     run.step()
@@ -369,6 +374,36 @@ def test_a_region_alone_in_its_class_lets_its_old_graphs_go() -> None:
         run.step()
         assert run.graphs() == 1
     assert torch._dynamo.config.recompile_limit == 8
+
+
+def test_torchs_settings_are_put_back_once_the_last_run_leaves() -> None:
+    config, checkpointed = torch._dynamo.config, "skip_fwd_side_effects_in_bwd_under_checkpoint"
+    before = config.recompile_limit, getattr(config, checkpointed)
+    one, other = Run("wrapped"), Run("in place")
+    for run in (one, other):
+        for batch in range(2, 6):  # graphs of their own: sizes are told apart
+            run.x = torch.randn(batch, 4)
+            torch._dynamo.mark_static(run.x)
+            run.step()
+        run.policy.make_room()
+    raised = config.recompile_limit
+    assert (raised > before[0], getattr(config, checkpointed)) == (True, True)
+    assert (one.policy.leave(), config.recompile_limit) == ("", raised)
+    assert [other.policy.leave(), other.policy.leave()] == ["", ""]
+    assert (config.recompile_limit, getattr(config, checkpointed)) == before
+    one.step()
+
+
+def test_the_limit_stays_raised_where_blocks_need_more_graphs_than_it_holds() -> None:
+    run = Run("regional", count=12)
+    for index in range(12):
+        for _ in range(index):
+            run.commit(index)
+    run.step()
+    assert "12 blocks share one code object" in run.policy.leave()
+    run.graphs()
+    run.step()
+    assert run.graphs() == 0
 
 
 def test_a_compiled_container_of_torch_counts_too() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import esper
 from esper.config import Gate as Settings
 from esper.errors import ProbeError
 from esper.kasmina.race.gate import Gate, check_probe
+from esper.kasmina.recording.flops import FlopMeter, Ledger
 from esper.kasmina.widths.widen import WidenKernel
 from tests.kasmina.hosts import frozen, same
 
@@ -153,3 +155,14 @@ def test_a_probe_that_went_empty_says_so() -> None:
     case.probe.clear()
     with pytest.raises(ProbeError, match="held no batch"):
         case.look()
+
+
+def test_a_look_is_metered_once_for_each_kind_of_pass_and_charged_in_full() -> None:
+    case, ledger = Case(target=1.0), Ledger()
+    case.probe.append((torch.rand(8, 1), torch.rand(8, 1)))
+    case.gate.look(case.layer, case.kernel, [case.batch()], 3, partial(ledger.growth, "gate"))
+    sizes = {(kind, shapes[0][0]) for _, kind, *shapes in ledger.known}
+    assert sizes == {(kind, count) for kind in ("host", "kernel") for count in (32, 8)}
+    with FlopMeter() as meter:
+        case.gate.look(case.layer, case.kernel, [case.batch()], 3)
+    assert ledger.growth_flops == meter.total > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import weakref
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from esper.contracts import WidenEdit, WidenPlan
 from esper.errors import SurgeryError
-from esper.surgery.widen_layers import Widened, widen
+from esper.surgery.widen_layers import Widened, extended, widen
 
 
 class Net(nn.Module):
@@ -261,6 +262,23 @@ def test_a_module_under_two_names_is_no_obstacle() -> None:
     grow(model, WidenPlan("0>2", 1, edits, (("0", "out_features", 4), ("2", "in_features", 4))))
     assert model.alias.weight is model[0].weight
     assert model.alias.weight.shape == (4, 2)
+    by_alias = WidenPlan("alias", 1, (WidenEdit("alias.bias", 0, 4, 5, ""),), ())
+    wide = extended(model, by_alias, {"alias.bias": torch.ones(1)})
+    assert torch.equal(wide["alias.bias"], torch.cat([first.bias, torch.ones(1)]))
+    widen(model, by_alias, {"alias.bias": torch.ones(1)})
+    assert model[0].bias is first.bias
+    assert torch.equal(first.bias, wide["alias.bias"])
+
+
+def test_a_graph_that_nobody_holds_is_collected_before_a_swap_is_given_up(net: Net) -> None:
+    cycle: list[object] = [net.fc2(torch.randn(2, 5, requires_grad=True))]  # saves the weight
+    cycle.append(cycle)
+    gc.disable()
+    try:
+        del cycle
+        assert grow(net, linear_plan(5, 9)).replaced == ()
+    finally:
+        gc.enable()
 
 
 def faulty(**changes: object) -> tuple[WidenPlan, str | None]:

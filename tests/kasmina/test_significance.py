@@ -44,6 +44,16 @@ def test_students_tail_is_that_of_the_tables() -> None:
     assert t_tail(np.array([np.inf]), 9)[0] == significance.FLOOR
 
 
+def test_students_tail_is_a_probability_however_it_is_rounded() -> None:
+    """The finite sum of some degrees of freedom exceeds one by a rounding."""
+    t = np.logspace(-2, 12, 400)
+    for freedom in (*range(1, 40), 200, 1001):
+        below, above = t_tail(-t, freedom), t_tail(t, freedom)
+        assert below.max() <= 1.0
+        assert above.min() >= significance.FLOOR
+        assert below + above == pytest.approx(1.0, abs=1e-11)
+
+
 def test_the_likelihood_ratio_is_the_closed_form() -> None:
     """n values of 1/M and one of −1: Σ log(1 + λx) is largest at λ = (n − M)/(n + 1)."""
     n, m = 40, 5.0

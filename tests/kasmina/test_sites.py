@@ -126,7 +126,7 @@ REFUSED: dict[str, tuple[nn.Module, Tensor, str, str]] = {
         two(lambda s, x: x + s.a.weight.sum()),
         FLAT,
         "a",
-        r"called 2 times, or its weight is read elsewhere \((linear, sum|sum, linear)\)",
+        r"read by more than its own call \((linear, sum|sum, linear)\)",
     ),
     "weight used as a matrix": (
         Net(lambda s, x: s.b(torch.addmm(s.a.bias, x, s.a.weight)), a=linear(), b=linear()),
@@ -196,7 +196,7 @@ REFUSED: dict[str, tuple[nn.Module, Tensor, str, str]] = {
         "a",
         "mean over the output of a",
     ),
-    "split": (two(lambda s, x: x[:, [3, 2, 1, 0]]), FLAT, "a", "__getitem__ over the output of a"),
+    "split": (two(lambda s, x: x[:, [3, 2, 1, 0]]), FLAT, "a", "indexing over the output of a"),
     "layer norm": (
         two(lambda s, x: s.norm(x), norm=nn.LayerNorm(4)),
         FLAT,

@@ -124,6 +124,8 @@ def test_what_is_tied_is_told_by_all_its_names() -> None:
     assert Holders(model).tied == {}  # one owner under two names
     model[4].bias = model[2].bias
     assert Holders(model).tied == {name: ["2.bias", "4.bias"] for name in ("2.bias", "4.bias")}
+    bare = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    assert Holders(bare).tied == {}  # what neither has is not tied
 
 
 # -- the way back to earlier shapes --
@@ -142,6 +144,18 @@ class Kept(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         found: Tensor = self.out(self.rnn(x)[0][:, -1] * self.scale) * self.fixed
         return found
+
+
+def recurrent_plan() -> WidenPlan:
+    """From four units to five."""
+    names = ["weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"]
+    edits = [WidenEdit(f"rnn.{n}", 0, 16, 20, "", chunks=4) for n in names]
+    edits += [
+        WidenEdit("rnn.weight_hh_l0", 1, 4, 5, ""),
+        WidenEdit("out.weight", 1, 4, 5, ""),
+        WidenEdit("scale", 0, 4, 5, ""),
+    ]
+    return WidenPlan("rnn>out", 1, tuple(edits), (("rnn", "hidden_size", 5), ("out", "in_features", 5)))
 
 
 def test_earlier_weights_come_back_whatever_their_shapes() -> None:
@@ -163,6 +177,38 @@ def test_earlier_weights_come_back_whatever_their_shapes() -> None:
     assert all(a() is b for a, b in zip(model.rnn._flat_weight_refs, model.rnn._flat_weights, strict=True))
     model(x).sum().backward()
     assert all(p.grad is not None and p.grad.shape == p.shape for p in model.parameters())
+
+
+def test_a_loss_that_is_still_held_keeps_no_recurrent_layer_from_going_back() -> None:
+    """Its graph holds what adds up gradients, which knows the shape it was made for."""
+    model, earlier, x = Kept(5), Kept(4), torch.randn(2, 6, 3)
+    held = model(x).sum()
+    held.backward()
+    put_in_place(model, earlier.state_dict())
+    model.rnn.hidden_size = 4
+    model(x).sum().backward()
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in model.parameters())
+    plan = recurrent_plan()
+    widened = widen(model, plan, empty_slices(model, plan))
+    again = model(x).sum()
+    again.backward()
+    widened.undo()
+    model.zero_grad()
+    model(x).sum().backward()
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in model.parameters())
+    assert held.requires_grad
+    assert again.requires_grad
+
+
+def test_earlier_weights_come_back_under_every_name_that_a_module_has() -> None:
+    model, earlier = net(), net()
+    for one in (model, earlier):
+        one.alias = one[0]
+    with torch.no_grad():
+        earlier[0].weight.fill_(7.0)
+    put_in_place(model, earlier.state_dict())
+    assert model.alias.weight is model[0].weight
+    assert model[0].weight.eq(7.0).all()
 
 
 def test_a_view_of_the_parameter_sees_what_is_written_over_the_same_shape() -> None:
@@ -195,14 +241,7 @@ def test_recurrent_layers_grow_in_place_and_come_back() -> None:
     """Their own weak references would block the swap."""
     model, x = Kept(4), torch.randn(2, 6, 3)
     before = model(x).detach()
-    names = ["weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"]
-    edits = [WidenEdit(f"rnn.{n}", 0, 16, 20, "", chunks=4) for n in names]
-    edits += [
-        WidenEdit("rnn.weight_hh_l0", 1, 4, 5, ""),
-        WidenEdit("out.weight", 1, 4, 5, ""),
-        WidenEdit("scale", 0, 4, 5, ""),
-    ]
-    plan = WidenPlan("rnn>out", 1, tuple(edits), (("rnn", "hidden_size", 5), ("out", "in_features", 5)))
+    plan = recurrent_plan()
     widened = widen(model, plan, empty_slices(model, plan))
     assert widened.replaced == ()
     assert torch.allclose(model(x), before, atol=1e-6)

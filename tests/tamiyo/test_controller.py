@@ -10,11 +10,11 @@ import pytest
 
 from esper.config import load_config
 from esper.contracts import Decision, HealthReport, Outcome, Site
-from esper.tamiyo.controller import Room, Tamiyo
+from esper.tamiyo.controller import RemainingBudget, Tamiyo
 
 SITES = [Site("a", "pair", "a", "a", (), 4, 1, 10, 200), Site("b", "pair", "b", "b", (), 4, 2, 40, 20)]
 REPORTS = {"a": HealthReport("a", 1.0, 64), "b": HealthReport("b", 1.0, 64)}
-ROOM = Room(size=1000, parameters=3000, events=4, model_flops=None)
+ROOM = RemainingBudget(size=1000, parameters=3000, events=4, model_flops=None)
 
 
 def tamiyo(events: int = 4, **config: Any) -> Tamiyo:
@@ -22,7 +22,11 @@ def tamiyo(events: int = 4, **config: Any) -> Tamiyo:
 
 
 def decide(
-    who: Tamiyo, room: Room = ROOM, reports: Any = REPORTS, only: str | None = None, step: int = 100
+    who: Tamiyo,
+    room: RemainingBudget = ROOM,
+    reports: Any = REPORTS,
+    only: str | None = None,
+    step: int = 100,
 ) -> Decision:
     return who.decide(step, "scheduled", SITES, reports, room, np.random.default_rng(0), only)
 
@@ -48,7 +52,7 @@ def test_even_shares_grow_the_model_by_the_same_factor_and_end_within_the_budget
     who, size, left, factors = tamiyo(widths={"shares": [1.0]}), 1000, 3000, []
     for events in (4, 3, 2, 1):
         who.trigger.due = who.trigger.due[1:]  # as the trigger does when it calls a decision
-        made = decide(who, Room(size, left, events, None), only="a")
+        made = decide(who, RemainingBudget(size, left, events, None), only="a")
         added = 10 * made.width
         factors.append(added / size)
         size, left = size + added, left - added
@@ -62,16 +66,16 @@ def test_even_shares_grow_the_model_by_the_same_factor_and_end_within_the_budget
 @pytest.mark.parametrize(
     ("room", "reports", "reason"),
     [
-        (Room(1000, 3000, 0, None), REPORTS, "the budget is spent"),
-        (Room(1000, 5, 4, None), REPORTS, "the budget is spent"),
-        (Room(1000, -5, 4, None), REPORTS, "the budget is spent"),
-        (Room(1000, 3000, 4, 0.0), REPORTS, "the budget is spent"),
+        (RemainingBudget(1000, 3000, 0, None), REPORTS, "the budget is spent"),
+        (RemainingBudget(1000, 5, 4, None), REPORTS, "the budget is spent"),
+        (RemainingBudget(1000, -5, 4, None), REPORTS, "the budget is spent"),
+        (RemainingBudget(1000, 3000, 4, 0.0), REPORTS, "the budget is spent"),
         (ROOM, {}, "no site promises an improvement"),
         (ROOM, {"a": HealthReport("a", None, 0)}, "no site promises an improvement"),
         (ROOM, {"a": HealthReport("a", 0.0, 8)}, "no site promises an improvement"),
     ],
 )
-def test_doing_nothing_is_a_decision_with_a_reason(room: Room, reports: Any, reason: str) -> None:
+def test_doing_nothing_is_a_decision_with_a_reason(room: RemainingBudget, reports: Any, reason: str) -> None:
     who = tamiyo()
     made = decide(who, room, reports)
     assert (made.action, made.site, made.width, made.predicted) == ("nothing", None, 0, None)
@@ -80,7 +84,7 @@ def test_doing_nothing_is_a_decision_with_a_reason(room: Room, reports: Any, rea
 
 
 def test_the_forward_cost_limits_the_width_and_the_choice() -> None:
-    made = decide(tamiyo(), Room(1000, 3000, 1, 420.0))
+    made = decide(tamiyo(), RemainingBudget(1000, 3000, 1, 420.0))
     assert all(arm["width"] <= 2 for arm in made.arms if arm["site"] == "a")
     assert made.site == "b", "a unit of a takes half of the forward FLOPs that are left"
     assert made.width % 2 == 0

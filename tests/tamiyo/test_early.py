@@ -15,7 +15,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import OneCycleLR
 
 from esper.contracts import Site
-from esper.tamiyo.controller import Room
+from esper.tamiyo.controller import RemainingBudget
 from esper.tamiyo.early import allocate, bisect, due, wanted
 
 SHARES = (0.1, 0.3, 0.5, 0.7)
@@ -159,7 +159,7 @@ def test_an_event_never_costs_more_than_is_left(
     ]
     cost = matrices({s.name: s.width for s in sites})
     for cap in (None, flops):
-        units = allocate(sites, most, left, Room(100, parameters, left, cap), cost)
+        units = allocate(sites, most, left, RemainingBudget(100, parameters, left, cap), cost)
         spent, computed = cost(units)
         assert spent <= parameters
         assert cap is None or computed <= cap
@@ -178,7 +178,7 @@ def test_the_events_to_come_spend_the_budget_between_them(width: int, left: int,
     for event in range(left, 0, -1):
         cost = matrices(widths)
         units = allocate(
-            [site(n, w) for n, w in widths.items()], 2.0, event, Room(0, room, event, None), cost
+            [site(n, w) for n, w in widths.items()], 2.0, event, RemainingBudget(0, room, event, None), cost
         )
         room -= cost(units)[0]
         widths = {n: w + units.get(n, 0) for n, w in widths.items()}
@@ -192,7 +192,7 @@ def test_a_budget_that_is_spread_over_more_events_gives_the_first_one_less() -> 
     widths = {"a": 16, "b": 16}
     sites = [site(n, w) for n, w in widths.items()]
     sizes = [
-        sum(allocate(sites, 2.0, left, Room(0, 1500, left, None), matrices(widths)).values())
+        sum(allocate(sites, 2.0, left, RemainingBudget(0, 1500, left, None), matrices(widths)).values())
         for left in (1, 2, 3)
     ]
     assert sizes[0] > sizes[1] > sizes[2] > 0
@@ -200,8 +200,8 @@ def test_a_budget_that_is_spread_over_more_events_gives_the_first_one_less() -> 
 
 def test_forward_flops_are_a_cap_of_their_own() -> None:
     cost = matrices({"a": 16})
-    free = allocate([site("a", 16)], 2.0, 1, Room(0, BIG, 1, None), cost)
-    capped = allocate([site("a", 16)], 2.0, 1, Room(0, BIG, 1, cost({"a": 5})[1]), cost)
+    free = allocate([site("a", 16)], 2.0, 1, RemainingBudget(0, BIG, 1, None), cost)
+    capped = allocate([site("a", 16)], 2.0, 1, RemainingBudget(0, BIG, 1, cost({"a": 5})[1]), cost)
     assert free == {"a": 16}
     assert capped == {"a": 5}
 
@@ -209,9 +209,9 @@ def test_forward_flops_are_a_cap_of_their_own() -> None:
 def test_a_place_whose_group_is_too_dear_takes_nothing_from_the_others() -> None:
     sites = [site("groups", 32, 8), site("single", 32)]
     cost = matrices({"groups": 32, "single": 32})
-    assert allocate(sites, 2.0, 1, Room(0, cost({"single": 4})[0], 1, None), cost) == {"single": 4}
-    assert allocate(sites, 2.0, 1, Room(0, 0, 1, None), cost) == {}
-    assert allocate(sites, 2.0, 1, Room(0, -5, 1, None), cost) == {}
+    assert allocate(sites, 2.0, 1, RemainingBudget(0, cost({"single": 4})[0], 1, None), cost) == {"single": 4}
+    assert allocate(sites, 2.0, 1, RemainingBudget(0, 0, 1, None), cost) == {}
+    assert allocate(sites, 2.0, 1, RemainingBudget(0, -5, 1, None), cost) == {}
 
 
 @given(st.floats(0.001, 0.999))

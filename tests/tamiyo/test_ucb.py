@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from esper.config import load_config
-from esper.errors import RegistryError
+from esper.errors import RegistryError, StateError
 from esper.tamiyo.bandits.ucb import UCB
 from esper.tamiyo.controller import BANDITS, Tamiyo
 
@@ -83,6 +83,15 @@ def test_what_was_learned_survives_json() -> None:
     assert json.loads(json.dumps(state)) == state
     other.load_state_dict(state)
     assert (other.pulls, other.sums) == (bandit.pulls, bandit.sums)
+
+
+@pytest.mark.parametrize("told", [3, None, "arms", {"a": 1}])
+def test_a_state_that_is_none_of_its_own_is_refused_and_nothing_is_forgotten(told: object) -> None:
+    bandit = UCB()
+    bandit.learn(ARMS[0], 1.0)
+    with pytest.raises(StateError, match=r"the bandit's arms are .*; a list of"):
+        bandit.load_state_dict({"arms": told})
+    assert (bandit.pulls, bandit.sums) == ({ARMS[0]: 1}, {ARMS[0]: 1.0})
 
 
 def test_a_bandit_is_a_name_and_a_miss_lists_what_exists() -> None:

@@ -14,9 +14,12 @@ from torch import Tensor, nn
 
 import esper
 from esper.contracts import Event
-from esper.kasmina.seeds.compiling import apply
+from esper.errors import SiteError
+from esper.kasmina.seeds.compiling import SEEN, apply
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+sees_seeds = pytest.mark.skipif(torch.__version__ < SEEN, reason="the graph would pass a seed by: refused")
+WHOLE = [pytest.param("wrapped", marks=sees_seeds), pytest.param("in place", marks=sees_seeds)]
 
 
 class Block(nn.Module):
@@ -104,7 +107,7 @@ def trained(
     return losses, events, growth, counted
 
 
-@pytest.mark.parametrize("how", ["wrapped", "in place", "regional"])
+@pytest.mark.parametrize("how", [*WHOLE, "regional"])
 def test_a_compiled_host_grows_like_a_plain_one(how: str) -> None:
     plain, plain_events, told, _ = trained("plain")
     losses, events, growth, counted = trained(how)
@@ -123,7 +126,13 @@ def test_a_compiled_host_grows_like_a_plain_one(how: str) -> None:
     assert sum(counted[1:]) <= woken + len(growth.plans), (exposed, counted)
 
 
-@pytest.mark.parametrize("how", ["wrapped", "regional"])
+@pytest.mark.skipif(torch.__version__ >= SEEN, reason="the graph sees seeds")
+def test_a_graph_that_would_pass_a_seed_by_is_refused() -> None:
+    with pytest.raises(SiteError, match=rf"does not see a seed.*growth='early'.*torch>={SEEN}"):
+        trained("wrapped")
+
+
+@pytest.mark.parametrize("how", [WHOLE[0], "regional"])
 def test_a_kernel_that_goes_bad_in_a_compiled_host_is_counted_and_culled(how: str) -> None:
     bad: list[int] = []
 

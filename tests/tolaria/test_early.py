@@ -155,6 +155,8 @@ def test_it_grows_under_any_schedule_given_or_not(schedule: Any, told: bool) -> 
     run.growth.finish()
     assert run.told("widened")
     assert all(event.step <= 0.6 * STEPS for event in run.told("decision"))
+    unread = [one for one in run.growth.report().advice if "pass it as schedulers=" in one]
+    assert len(unread) == (schedule is not None and not told)
 
 
 def grown_step(run: Run) -> Batch:

@@ -103,7 +103,8 @@ def test_the_module_inside_a_compiled_one_is_taken() -> None:
 
 
 OPTIMIZERS: dict[str, tuple[Callable[[nn.Module], Any], tuple[str, ...]]] = {
-    "no optimizer": (lambda net: "adam", ("'optimizer' is a str", "a torch.optim.Optimizer or a mapping")),
+    "no optimizer": (lambda net: "adam", ("'optimizer' is a str", "a torch.optim.Optimizer is needed")),
+    "several in a list": (lambda net: [sgd(net)], ("'optimizer' is a list", "{'body': one, 'head': other}")),
     "one of several": (lambda net: {"body": sgd(net), "head": 1}, ("'head' is a int",)),
     "another model's": (
         lambda net: sgd(make_net()),

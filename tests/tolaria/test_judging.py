@@ -95,7 +95,7 @@ def test_what_has_won_is_kept_and_pays_for_what_follows() -> None:
     assert run.early.timetable.due == due
 
 
-@pytest.mark.parametrize(("events", "asked"), [(9, True), (1, False)])
+@pytest.mark.parametrize(("events", "asked"), [(9, True), (2, True), (1, False)])
 def test_the_last_event_that_has_won_asks_for_another_where_there_is_room(events: int, asked: bool) -> None:
     run = Run(budget={"growth_events": events})
     run.open(1e9)

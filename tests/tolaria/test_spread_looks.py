@@ -136,7 +136,8 @@ def test_a_large_copy_that_finds_no_room_stays_in_memory_and_says_so(monkeypatch
     said, held = list[str](), [torch.randn(5, 3)]
     monkeypatch.setattr(aside, "LARGE", 1)
     monkeypatch.setattr(aside, "SPARE", 2**60)
-    (copy,) = aside.copies(held, said.append)
+    (copy,), on_disk = aside.copies(held, said.append)
+    assert not on_disk
     assert torch.equal(copy, held[0])
     assert copy.data_ptr() != held[0].data_ptr()
     (told,) = said

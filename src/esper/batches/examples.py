@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from esper.batches.layout import PARTS, Batch, Layout, Leaf, chosen, flatten, is_list, unflatten
+from esper.batches.layout import PARTS, PLAIN, Batch, Layout, Leaf, chosen, flatten, is_list, unflatten
 from esper.batches.layout import rows as rows_in
 from esper.errors import ProbeError
 from esper.printable import raised
@@ -144,7 +144,7 @@ def join(batches: Iterable[Batch]) -> list[Batch]:
     if not parts:
         return []
     leaves, batched, nest, _ = parts[0]
-    if any(p[2] != nest or p[1] != batched for p in parts):
+    if any(p[2] != nest or p[1] != batched or not shared(leaves, p[0], batched) for p in parts):
         return [unflatten(p[0], p[2]) for p in parts]
     shapes = {
         tuple(getattr(leaf, "shape", (0,))[1:] for leaf, many in zip(p[0], batched, strict=True) if many)
@@ -154,6 +154,25 @@ def join(batches: Iterable[Batch]) -> list[Batch]:
         return [unflatten(p[0], p[2]) for p in parts]
     whole = [joined(parts, i) if many else leaves[i] for i, many in enumerate(batched)]
     return [unflatten(whole, nest)]
+
+
+def shared(one: Sequence[Leaf], other: Sequence[Leaf], batched: Sequence[bool]) -> bool:
+    """Tell whether two batches hold the same beside their examples, so that either's serves both."""
+    return all(many or alike(a, b) for a, b, many in zip(one, other, batched, strict=True))
+
+
+def alike(one: Leaf, other: Leaf) -> bool:
+    """Tell whether two leaves certainly hold the same."""
+    if one is other:
+        return True
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        if one.layout != torch.strided or other.layout != torch.strided:  # torch compares no sparse ones
+            return False
+        kinds = [(leaf.shape, leaf.dtype, leaf.device) for leaf in (one, other)]
+        return kinds[0] == kinds[1] and torch.equal(one, other)
+    if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
+        return np.array_equal(one, other)
+    return isinstance(one, PLAIN) and isinstance(other, PLAIN) and one == other
 
 
 def joined(parts: list[Split], at: int) -> Leaf:

@@ -68,7 +68,12 @@ def mark(value: object) -> int:
     """Return a number for what one example is in a list: a label, a text, a sequence, a table of them."""
     if isinstance(value, Tensor):
         return hash((tuple(value.shape), entries(value[None], 1).tobytes()))
-    return hash(value) if isinstance(value, PLAIN) else hash(tuple(mark(one) for one in flatten(value)[0]))
+    if isinstance(value, PLAIN):
+        return hash(value)
+    parts = flatten(value)[0]
+    if any(one is value for one in parts):  # nothing is known of what it holds
+        return 0
+    return hash(tuple(mark(one) for one in parts))
 
 
 def digests(rows: Sequence[np.ndarray]) -> list[int]:

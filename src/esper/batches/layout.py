@@ -16,6 +16,8 @@ import numpy as np
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from esper.errors import ProbeError
+
 Batch: TypeAlias = object  # what a loader yields: nothing is assumed of it but that leaves are found in it
 Leaf: TypeAlias = object  # of a batch: a tensor, an array, a list with an entry per example, or anything else
 
@@ -54,30 +56,69 @@ def is_series(value: object, examples: int | None = None) -> TypeGuard[list[obje
     if not isinstance(value, list) or len(value) < 2:
         return False
     if not all(isinstance(one, Tensor) for one in value):
-        return len(value) == examples and all(isinstance(one, Mapping) for one in value)
+        return len(value) == examples and (opaque(value) or all(isinstance(one, Mapping) for one in value))
     shapes = {one.shape for one in value}
     if len({(one.dtype, one.dim()) for one in value}) > 1:
         return False
     return len(shapes) > 1 or (len(value) == examples and value[0].shape[:1] != (examples,))
 
 
+def opaque(value: list[object]) -> bool:
+    """Tell a list of one kind of objects that are taken apart no further, images say."""
+    kinds = {type(one) for one in value}
+    nests = (list, tuple, dict, np.ndarray, Tensor, *PLAIN, type(None))
+    return len(kinds) == 1 and not isinstance(value[0], nests) and not is_record(value[0])
+
+
+def is_collected(batch: object) -> TypeGuard[list[object]]:
+    """Tell a batch that is a list of its examples, (input, target) pairs or mappings, as they were collected.
+
+    A list as short as one of a batch's parts may be such a list of parts; so may one whose members are
+    batches themselves, their tensors all equally long.
+    """
+    if not isinstance(batch, list) or len(batch) <= PARTS:
+        return False
+    if all(isinstance(one, Mapping) for one in batch):
+        kinds, members = {tuple(one) for one in batch}, [list(one.values()) for one in batch]
+    elif all(isinstance(one, tuple) for one in batch):
+        kinds, members = {tuple(map(type, one)) for one in batch}, [list(one) for one in batch]
+    else:
+        return False
+    lengths = {rows(part) for member in members for part in member}
+    return len(kinds) == 1 and bool(members[0]) and (len(lengths) > 1 or None in lengths)
+
+
 def series_in(batch: Batch) -> Callable[[object], bool]:
-    """Return what tells the lists in a batch that have something of every example."""
-    if is_series(batch) and len(batch) > PARTS:
-        return lambda one: one is batch
+    """Return what tells the lists in a batch that have something of every example.
+
+    It does not hold the batch: torch's walk leaves what it was given in a cycle, and a batch may be large.
+    """
+    own = id(batch)
+    if is_collected(batch) or (is_series(batch) and len(batch) > PARTS):
+        return lambda one: id(one) == own
     parts = list(batch.values()) if isinstance(batch, dict) else batch
     parts = parts if isinstance(parts, (tuple, list)) else []
     plain = [rows(one) for one in parts if isinstance(one, Tensor | np.ndarray) or is_list(one)]
     lists = [len(one) for one in parts if is_series(one)]
     lists += [len(one) for one in parts if isinstance(one, list) and one and isinstance(one[0], Mapping)]
     examples = next(iter([*plain, *lists]), None)
-    return lambda one: one is not batch and is_series(one, examples)
+    return lambda one: id(one) != own and is_series(one, examples)
 
 
 def flatten(batch: Batch) -> tuple[list[Leaf], Layout]:
-    """Take a batch apart; the second value compares equal for batches that are laid out alike."""
+    """Take a batch apart; the second value compares equal for batches that are laid out alike.
+
+    Raises:
+        ProbeError: It is nested in itself.
+    """
     series = series_in(batch)
-    tops, nest = tree_flatten(batch, is_leaf=lambda one: is_list(one) or is_record(one) or series(one))
+    try:
+        tops, nest = tree_flatten(batch, is_leaf=lambda one: is_list(one) or is_record(one) or series(one))
+    except RecursionError:
+        raise ProbeError(
+            f"a batch, a {type(batch).__name__}, is nested in itself, or deeper than Python follows; give "
+            "tensors, and lists, tuples, mappings or dataclasses of them"
+        ) from None
     leaves: list[Leaf] = []
     inner: list[Below | None] = []
     for top in tops:

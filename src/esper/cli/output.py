@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from esper.nissa.run.history import RunHistory
 from esper.nissa.run.journal import plain
 from esper.nissa.wording import count, duration, short
-from esper.printable import printable
+from esper.printable import BLOCK, counted, printable
 
 
 def print_json(value: object) -> None:
@@ -40,4 +40,6 @@ def growth_lines(history: RunHistory) -> Iterator[str]:
             f"held-out gain {short(decision.outcome['gain'], 3)}: {decision.outcome['reason']}"
         )
     for grown in totals["grown"]:
-        yield f"  {grown['site']} is {grown['after']} units wide, it was {grown['before']}"
+        site = grown["site"]
+        is_now, was = ("has {}", "had") if site.endswith(BLOCK) else ("is {} wide", "was")
+        yield f"  {site} {is_now.format(counted(site, grown['after']))}, it {was} {grown['before']}"

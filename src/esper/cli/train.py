@@ -54,6 +54,7 @@ def train(
     resolve.see_folder(config, recipe)
     folder = run_dir or Path(recipe.run_dir or Path("runs") / config.stem)
     first = os.environ.get("RANK", "0") == "0"
+    place = Path(os.path.abspath(folder))  # what the config calls may go elsewhere
     aside = claim(folder, resume=resume is not None, fresh=fresh) if first else None
     if aside is not None:
         print(f"the earlier run is in {aside} now", file=sys.stderr)
@@ -63,9 +64,10 @@ def train(
     from esper.nissa.run.journal import known_events
     from esper.nissa.views.live import LiveView
 
-    past = known_events(folder) if resume and first else []
+    past = known_events(place) if resume and first else []
     with LiveView(plain=plain or None, past=past) if first else nullcontext() as view:
         kept = resume is not None or recipe.checkpoints is not None
-        trainer = open_session(config, folder, keep=kept, on_event=view or ignore)
+        trainer = open_session(Path(os.path.abspath(config)), place, keep=kept, on_event=view or ignore)
         ended_by = run(trainer, resume=resume is not None, override=override)
+    folder = folder if Path(os.path.abspath(folder)) == place else place
     end(trainer, folder, view, ended_by, json=json)

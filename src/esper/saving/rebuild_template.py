@@ -132,6 +132,17 @@ def deepen(model: Any, plan: dict[str, Any], weights: dict[str, Tensor]) -> None
 
 def load(model: nn.Module, folder: str | Path = Path(__file__).parent) -> nn.Module:
     """Grow ``model`` in place as it grew and load its weights; a ValueError says what does not fit."""
+    try:
+        return grown(model, folder)
+    except (LookupError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
+        raise ValueError(
+            f"{folder} is not such a folder, or of another model than this {type(model).__name__}: "
+            f"{error!r:.300}; build the model anew before it is used"
+        ) from error
+
+
+def grown(model: nn.Module, folder: str | Path) -> nn.Module:
+    """Check the folder's digests, and that the model is the one it was grown from; then grow and fill it."""
     sums, names = (Path(folder) / "SHA256SUMS").read_bytes(), ["genome.json", "model.safetensors"]
     if b"card.md" in sums or b"rebuild.py" in sums:  # older saves list two files
         names = ["card.md", *names, "rebuild.py"]

@@ -26,14 +26,14 @@ class FolderStorage:
     name, and the folder above is synced. A hidden one is nobody's checkpoint.
 
     Args:
-        folder: Path, created with the first checkpoint.
+        folder: Path, created with the first checkpoint; it stays the same folder wherever the process goes.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.given, self.folder = folder, Path(os.path.abspath(folder))
 
     def __str__(self) -> str:
-        return str(self.folder)
+        return str(self.given)
 
     def put(self, name: str, parts: Mapping[str, Chunks]) -> None:
         """Keep a checkpoint.
@@ -111,6 +111,18 @@ class FolderStorage:
                 if not stat.S_ISREG(os.fstat(handle).st_mode):
                     raise CheckpointError(f"{path} is not a file")
                 return file.read()
+        except OSError as error:
+            raise _refusal(f"cannot read {path}", error) from None
+
+    def size(self, name: str, part: str) -> int:
+        """Return the bytes of one part, none of which are read: a file of holes may have more than memory.
+
+        Raises:
+            CheckpointError: There is no such checkpoint or part.
+        """
+        path = self.folder / require(name, NAME, "a checkpoint's name") / require(part, PART, "a part")
+        try:
+            return os.lstat(path).st_size
         except OSError as error:
             raise _refusal(f"cannot read {path}", error) from None
 

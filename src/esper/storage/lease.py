@@ -15,7 +15,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from esper.errors import RunError
+from esper.files import read_regular
 
+MOST = 1 << 16  # bytes it may say
 LEASE_FILE = ".lease"  # who holds it, for messages; the lock is on the open file, not in what it says
 _held: weakref.WeakSet[Lease] = weakref.WeakSet()
 
@@ -33,7 +35,8 @@ class Lease:
     """
 
     def __init__(self, folder: str | Path, other: str) -> None:
-        self.folder, self.path = Path(folder), Path(folder) / LEASE_FILE
+        self.folder = Path(folder)
+        self.path = Path(os.path.abspath(folder)) / LEASE_FILE  # the process may go elsewhere
         self.made = not self.folder.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
         handle = self._locked()
@@ -41,7 +44,7 @@ class Lease:
             gc.collect()  # a run of this process that was given up, in a cycle of references
             handle = self._locked()
         if handle is None:
-            raise RunError(f"{self.folder} is in use by {described(holder(self.path), other)}")
+            raise RunError(f"{_as_seen(self.folder)} is in use by {described(holder(self.path), other)}")
         self.handle = handle
         self.release = weakref.finalize(self, _release, handle, self.path, os.getpid(), self.made)
         _held.add(self)
@@ -69,7 +72,7 @@ class Lease:
 def holder(path: Path) -> dict[str, object]:
     """Read who holds a lease; nothing where it does not say."""
     with suppress(OSError, ValueError):
-        facts = json.loads(path.read_bytes())
+        facts = json.loads(read_regular(path, limit=MOST, what="the lease", error=RunError))
         return facts if isinstance(facts, dict) else {}
     return {}
 
@@ -85,6 +88,13 @@ def described(facts: Mapping[str, object], other: str) -> str:
     if mine:
         return f"this process, since {begun}; finish() or close() what holds it, or give {other}"
     return f"another process, {pid} on {host[:80]!r}, since {begun}; {cure}"
+
+
+def _as_seen(folder: Path) -> Path:
+    """Return a path as whoever stands in the present folder writes it."""
+    with suppress(OSError, ValueError):  # it is not below, or the present folder is gone
+        return folder.relative_to(Path.cwd())
+    return folder
 
 
 def _same(handle: int, path: Path) -> bool:

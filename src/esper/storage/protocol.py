@@ -55,6 +55,27 @@ class Storage(Protocol):
         """Finish or remove what a writer that was killed left behind; called by the next writer."""
 
 
+def part_of(storage: Storage, name: str, part: str, *, most: int) -> bytes:
+    """Return one part, of which nothing is read where it is larger; a file of holes may be so.
+
+    Args:
+        storage: Storage of checkpoints; one that knows sizes has ``size(name, part)``.
+        name: Name of the checkpoint.
+        part: Name of the part.
+        most: Number of bytes it may have.
+
+    Raises:
+        CheckpointError: It is not there, or larger.
+    """
+    size = getattr(storage, "size", None)
+    known = None if size is None else size(name, part)
+    content = storage.get(name, part) if known is None or known <= most else None
+    if content is None or len(content) > most:
+        found = known if content is None else len(content)
+        raise CheckpointError(f"{name}: {part} is damaged: it has {found} bytes, and may have {most}")
+    return content
+
+
 class MemoryStorage:
     """Keeps checkpoints in this process: for tests, and for rolling back without a disk."""
 

@@ -10,7 +10,7 @@ the result says so.
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -171,12 +171,15 @@ def empty_slices(model: nn.Module, plan: WidenPlan) -> dict[str, Tensor]:
     return slices
 
 
-def put_in_place(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def put_in_place(
+    model: nn.Module, tensors: Mapping[str, Tensor], read: Callable[[Tensor], object] = type
+) -> None:
     """Write earlier weights and buffers into a model, whatever their shapes; parameters keep their identity.
 
     Args:
         model: Model whose parameters and buffers have these names.
         tensors: Tensors by name; they are not kept.
+        read: Called with each of them when it has been read.
     """
     owners = {
         f"{path}.{leaf}".lstrip("."): (module, leaf)
@@ -199,12 +202,13 @@ def put_in_place(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
                 own.copy_(tensor)
             else:
                 _put_back(own, like(tensor, own), None)
+            read(tensor)
     _hold_weights(recurrent)
 
 
 def like(tensor: Tensor, now: Tensor | None) -> Tensor:
-    """Copy a tensor to where the one is that it takes the place of: it may have been put aside."""
-    return tensor.clone() if now is None else tensor.to(now.device, copy=True)
+    """Copy a tensor as the one is that it takes the place of: put aside since, or of another dtype by now."""
+    return tensor.clone() if now is None else tensor.to(now.device, now.dtype, copy=True)
 
 
 def extend(old: Tensor, new: Tensor, axis: int, chunks: int = 1) -> Tensor:

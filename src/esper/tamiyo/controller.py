@@ -19,7 +19,7 @@ BANDITS: Registry[Callable[[], Bandit]] = Registry("esper.tamiyo.bandits", "espe
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class RemainingBudget:
     """What the budget still allows; None is unlimited."""
 
     size: int  # parameters now
@@ -68,7 +68,7 @@ class Tamiyo:
         why: str,
         sites: Sequence[Site],
         reports: Mapping[str, HealthReport],
-        room: Room,
+        room: RemainingBudget,
         rng: np.random.Generator,
         only: str | None = None,
     ) -> Decision:
@@ -139,7 +139,7 @@ class Tamiyo:
                 decision.site, share, decision.width, decision.start, score, prior
             )
 
-    def most(self, site: Site, room: Room) -> int:
+    def most(self, site: Site, room: RemainingBudget) -> int:
         """Return the most units the parameter budget allows at a site."""
         units = int(max(room.parameters - site.base_parameters, 0) // site.unit_parameters)
         return units if site.most is None else min(units, site.most)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from esper.contracts import Site
-from esper.tamiyo.controller import Room
+from esper.tamiyo.controller import RemainingBudget
 
 POINTS = (
     10_000  # of a run at which its learning rate is looked at; the steps themselves where there are fewer
@@ -59,7 +59,9 @@ def wanted(site: Site, factor: float) -> int:
     return units if site.most is None else min(units, site.most)
 
 
-def allocate(sites: Sequence[Site], most: float, left: int, room: Room, cost: Cost) -> dict[str, int]:
+def allocate(
+    sites: Sequence[Site], most: float, left: int, room: RemainingBudget, cost: Cost
+) -> dict[str, int]:
     """Share out what the budget allows, the same factor for every place and for every event to come.
 
     Args:

@@ -26,6 +26,7 @@ from esper.kasmina.sites.sites import Sites
 from esper.nissa.run.journal import RunJournal
 from esper.storage.address import storage_at
 from esper.tolaria.growth import grow
+from esper.tolaria.growth.begin import take_back
 from esper.tolaria.training import KEPT, refuse_keeping, refuse_training
 
 Metric = Callable[[nn.Module, Any], float | Tensor]
@@ -140,14 +141,34 @@ class Trainer:
         # Of the present epoch: loss times examples, a scalar, and examples.
         self._sums: tuple[Tensor, int] = torch.zeros(()), 0
         self.manager: CheckpointManager | None = None
-        if storage is not None and self.batches is not None:
-            others: dict[str, Stateful] = {"trainer": self}
-            others |= {} if scheduler is None else {"scheduler": scheduler}
-            named = optimizer if isinstance(optimizer, Mapping) else {"optimizer": optimizer}
-            run = Run(model, named, growth=self.growth, others=others, batches=self.batches, config=settings)
-            self.manager = CheckpointManager(
-                storage, run, every=every, keep=keep, best=best, milestones=milestones
-            )
+        if storage is None:
+            return
+        try:
+            self.manager = self._keeping(storage, optimizer, settings, every, keep, best, milestones)
+        except BaseException:  # whatever ends it, nothing began
+            take_back(self.growth)
+            raise
+
+    def _keeping(
+        self,
+        storage: Storage,
+        optimizer: Optimizer | Mapping[str, Optimizer],
+        settings: object,
+        every: Every,
+        keep: int | None,
+        best: Best | None,
+        milestones: bool | None,
+    ) -> CheckpointManager:
+        """Make what keeps checkpoints of this run.
+
+        Raises:
+            StateError: Another run keeps its own there.
+        """
+        others: dict[str, Stateful] = {"trainer": self}
+        others |= {} if self.scheduler is None else {"scheduler": self.scheduler}
+        named = optimizer if isinstance(optimizer, Mapping) else {"optimizer": optimizer}
+        run = Run(self.model, named, growth=self.growth, others=others, batches=self.batches, config=settings)
+        return CheckpointManager(storage, run, every=every, keep=keep, best=best, milestones=milestones)
 
     def resume(self, judge: Judge | None = None) -> Manifest | None:
         """Go on from the newest checkpoint that verifies, at the next :meth:`fit`; None where there is none.

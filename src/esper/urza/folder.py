@@ -39,7 +39,7 @@ class FolderStore(KernelStore):
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = Path(os.path.abspath(folder))  # the process may go elsewhere
 
     def get(self, kernel: str) -> bytes | None:
         """Return a kernel's container, or None where there is none.

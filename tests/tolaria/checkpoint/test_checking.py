@@ -1,6 +1,7 @@
 """Checkpoints whose digests are right and whose contents are not: passed over, never obeyed."""
 
 import json
+import os
 import shutil
 import time
 import zlib
@@ -13,7 +14,10 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
+import esper
 from esper.checkpoint import CheckpointManager, FolderStorage, Run
+from esper.checkpoint.contents.run import capture_run
+from esper.checkpoint.format.checking import require_state
 from esper.checkpoint.format.manifest import MANIFEST, STATE, TENSORS, canonical, digest
 from esper.checkpoint.format.reader import read
 from esper.cli import app
@@ -77,6 +81,26 @@ def entry(name: str, value: Any) -> Callable[[Path], None]:
     return write
 
 
+def within(*path: str, value: Any) -> Callable[[Path], None]:
+    def write(checkpoint: Path) -> None:
+        given = json.loads(zlib.decompress((checkpoint / STATE).read_bytes()))
+        *above, last = path
+        holder = given
+        for name in above:
+            holder = holder["dict"][name]
+        holder["dict"][last] = value
+        state(given)(checkpoint)
+
+    return write
+
+
+def holes(part: str) -> Callable[[Path], None]:
+    def write(checkpoint: Path) -> None:
+        os.truncate(checkpoint / part, 1 << 42)
+
+    return write
+
+
 def fact(**changes: Any) -> Callable[[Path], None]:
     return lambda checkpoint: seal(checkpoint, **changes)
 
@@ -109,6 +133,13 @@ def other_shape(checkpoint: Path) -> None:
     seal(checkpoint)
 
 
+def evidence(checkpoint: Path) -> None:
+    given = json.loads(zlib.decompress((checkpoint / STATE).read_bytes()))["dict"]
+    own = {name: given[name] for name in ("others", "batches", "randomness")}
+    facts = {"growth": None, "buffers": {"dict": {}}, "evidence": {"dict": {"coming": 1}}, **own}
+    entry("processes", [{"dict": facts}])(checkpoint)
+
+
 CASES: dict[str, Callable[[Path], None]] = {
     "a list": state([]),
     "an empty dict": state({"dict": {}}),
@@ -123,6 +154,14 @@ CASES: dict[str, Callable[[Path], None]] = {
     "no random streams": entry("randomness", {"dict": {}}),
     "a position of text": entry("batches", {"dict": {"epoch": "x", "index": 0}}),
     "growth of another kind": entry("growth", {"dict": {"version": 2}}),
+    "buffers that are not there": within("modules", "", "owned", value=["none"]),
+    "buffers of another kind": within("modules", "", "owned", value=3),
+    "what processes knew of another kind": entry("processes", [1]),
+    "what processes knew as text": entry("processes", "x"),
+    "evidence of a run that never grew": evidence,
+    "a manifest of holes": holes(MANIFEST),
+    "a state of holes": holes(STATE),
+    "tensors of holes": holes(TENSORS),
     "a tensor elsewhere": entry("config", {"tensor": "nope"}),
     "a tensor of another shape": other_shape,
     "a genome of brackets": genome("[" * 100_000),
@@ -196,3 +235,21 @@ def test_a_state_that_a_part_refuses_is_an_error_of_ours(folder: Path) -> None:
     entry("others", {"dict": {"picky": {"dict": {}}}})(folder / LAST)
     with CheckpointManager(folder, run) as manager, pytest.raises(StateError, match="KeyError: 'position'"):
         manager.resume()
+
+
+@pytest.mark.parametrize("early", [1.5, "x", [], {}, {"evidence": 3}])
+def test_a_recipe_of_another_kind_is_no_state(early: Any) -> None:
+    net, batch = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 2)), torch.randn(64, 3)
+    optimizer = torch.optim.Adam(net.parameters())
+
+    def loss_fn(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return model(x).square().mean()
+
+    growth = esper.grow(net, optimizer, loss_fn, probe=[batch], steps=50, growth="early")
+    state = capture_run(Run(net, optimizer, growth=growth), 0)
+    assert state["growth"] is not None
+    assert require_state(state, 0, LAST) is state
+    lie = {**state, "growth": {**state["growth"], "early": early}}
+    with pytest.raises(CheckpointError, match="the state's growth is missing, or not of its kind"):
+        require_state(lie, 0, LAST)
+    growth.finish()

@@ -171,6 +171,14 @@ def test_a_folder_has_one_writer(tmp_path: Path) -> None:
         ({f".step-1.{HEX}.ready": b"new", f".step-1.{HEX}.old": b"old"}, b"new"),  # between the two
         ({f".step-1.{HEX}.old": b"old", "step-1": b"new"}, b"new"),  # behind the second
         ({f".step-1.{HEX}.old": b"old"}, b"old"),
+        (  # between the two, and an earlier replacement was killed while it removed what it replaced
+            {
+                f".step-1.{'f' * 16}.old": b"older",
+                f".step-1.{HEX}.ready": b"new",
+                f".step-1.{HEX}.old": b"old",
+            },
+            b"new",
+        ),
     ],
 )
 def test_a_kill_at_any_instant_is_mended(tmp_path: Path, left: dict[str, bytes], found: bytes | None) -> None:

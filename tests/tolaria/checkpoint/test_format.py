@@ -17,15 +17,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from esper.checkpoint.format.manifest import (
+    GENOME,
     MANIFEST,
     PARTS,
+    STATE,
     TENSORS,
+    Manifest,
     canonical,
     damage,
     digest,
     inflated,
     name_of,
     numbers,
+    parts_of,
+    read_manifest,
     safetensors_chunks,
     step_of,
 )
@@ -112,6 +117,48 @@ def test_manifests_of_another_kind_are_refused(changes: dict[str, Any], reason: 
         read(storage, NAMES[0])
 
 
+@pytest.mark.parametrize("part", PARTS)
+def test_one_odd_part_is_enough(part: str) -> None:
+    storage = golden()
+    kept = storage.kept[NAMES[0]]
+    facts = json.loads(kept[MANIFEST])
+    kept[MANIFEST] = resealed(facts, parts={**facts["parts"], part: {**PART, "size": -1}})
+    with pytest.raises(CheckpointError, match="lists other parts"):
+        read_manifest(storage, NAMES[0])
+
+
+def test_a_manifest_is_read_in_the_form_it_is_written_in_only() -> None:
+    """White space and NaN change no fact, so that no digest of the facts would find them."""
+    storage = golden()
+    kept = storage.kept[NAMES[0]]
+    whole = kept[MANIFEST]
+    facts = json.loads(whole)
+    del facts["digest"]
+    facts["metrics"] = {"loss": math.nan}
+    text = json.dumps(facts, sort_keys=True, indent=1).encode()
+    sealed = json.dumps({**facts, "digest": digest([text])}, sort_keys=True, indent=1).encode()
+    for spoilt in (whole + b"\n", whole.replace(b": ", b":", 1), sealed):
+        kept[MANIFEST] = spoilt
+        with pytest.raises(CheckpointError, match="is damaged: its SHA-256 digest is another"):
+            read_manifest(storage, NAMES[0])
+
+
+def test_a_manifest_knows_how_large_its_checkpoint_is() -> None:
+    for name in NAMES:
+        parts = [(GOLDEN / name / part).read_bytes() for part in PARTS]
+        assert read_manifest(golden(), name).size == sum(map(len, parts))
+
+
+def test_a_state_is_compressed_and_the_rest_lies_as_it_is() -> None:
+    skeleton = {"list": list(range(1000))}
+    parts = parts_of(Manifest(1, 0.0, {}, {}, {}), b"{}", skeleton, {"a": torch.ones(2)})
+    (state,) = parts[STATE]
+    assert json.loads(zlib.decompress(state)) == skeleton
+    assert 2 * len(state) < len(json.dumps(skeleton))
+    assert list(parts) == [GENOME, STATE, TENSORS, MANIFEST]
+    assert parts[GENOME] == [b"{}"]
+
+
 @pytest.mark.parametrize(
     ("name", "step"),
     [
@@ -152,12 +199,15 @@ def test_every_tensor_lies_at_a_multiple_of_its_numbers_size() -> None:
         "b": torch.ones(2, dtype=torch.float64),
         "c": torch.ones(1),
     }
-    content = b"".join(safetensors_chunks(tensors))
-    begin = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:begin])
-    for name, tensor in tensors.items():
-        assert (begin + header[name]["data_offsets"][0]) % tensor.itemsize == 0
-        assert torch.equal(safetensors.torch.load(content)[name], tensor)
+    for longer in range(8):  # the header has any length, and what follows it begins at a multiple of eight
+        named = {name + "x" * longer * (name == "a"): tensor for name, tensor in tensors.items()}
+        content = b"".join(safetensors_chunks(named))
+        begin = 8 + int.from_bytes(content[:8], "little")
+        assert begin % 8 == 0
+        header = json.loads(content[8:begin])
+        for name, tensor in named.items():
+            assert (begin + header[name]["data_offsets"][0]) % tensor.itemsize == 0
+            assert torch.equal(safetensors.torch.load(content)[name], tensor)
 
 
 def of_ratio(ratio: float) -> bytes:
@@ -191,6 +241,14 @@ def test_a_state_becomes_no_more_than_memory_should_hold(text: bytes, level: int
     else:
         with pytest.raises(CheckpointError, match=rf"it: state\.json\.zlib .*{reason}"):
             inflated(content, "it")
+
+
+def test_no_state_becomes_more_than_a_quarter_of_a_gigabyte() -> None:
+    """However large it is: nine megabytes alone could become 288."""
+    content = zlib.compress(random.Random(0).randbytes(9 << 20), 0)
+    assert len(inflated(content, "it")) == 9 << 20
+    with pytest.raises(CheckpointError, match=f"becomes over {1 << 28} bytes"):
+        inflated(content[:-1], "it")
 
 
 @pytest.mark.parametrize("content", [b"plain", zlib.compress(b"{}")[:-1], zlib.compress(b"{}") + b"x", b""])

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from esper.tolaria.governor.baseline import LEAST, WINDOW, RobustBaseline
 from esper.tolaria.governor.detectors import BLOCK, Detectors, Finding
-from esper.tolaria.governor.usual import LEAST, WINDOW, RobustBaseline
 from esper.tolaria.governor.vitals import Vitals
 
 

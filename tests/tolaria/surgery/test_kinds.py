@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import ASGD, LBFGS, Adafactor, Adam, Optimizer, SparseAdam
 
 from esper.contracts import WidenEdit, WidenPlan
+from esper.surgery.optimizers.kinds import KINDS, Kind, kind_of
 from esper.surgery.optimizers.widening import widen_state
 from esper.surgery.widen_layers import Widened, widen
 
@@ -26,6 +27,31 @@ def train(model: nn.Module, optimizer: Optimizer) -> None:
 @pytest.fixture
 def grow(plan_of: Callable, slices_of: Callable) -> Callable[[nn.Module], Widened]:
     return lambda model: widen(model, plan_of(3, 5), slices_of(model, plan_of(3, 5)))
+
+
+def test_what_is_special_and_where() -> None:
+    shapes = [torch.empty(shape) for shape in ((2,), (2, 2), (2, 2, 2), (2, 2, 2, 2), ())]
+    took = {name: [kind.takes(one) for one in shapes] for name, kind in KINDS.items()}
+    assert took.pop("Muon") == [False, True, False, False, False]
+    assert took.pop("SparseAdam") == [False] * 5
+    assert set(map(tuple, took.values())) == {(True,) * 5}
+    assert {name for name, kind in KINDS.items() if kind.history} == {"LBFGS"}
+    assert {name for name, kind in KINDS.items() if kind.padded} == {"Adafactor"}
+    assert {name for name, kind in KINDS.items() if kind.wants} == {"Muon", "SparseAdam"}
+    assert KINDS["Adafactor"].reduced == {"row_var": -1, "col_var": -2}
+
+
+def test_an_unknown_class_is_of_its_nearest_known_base_s_kind() -> None:
+    class Unknown(Optimizer):
+        pass
+
+    class Smoothed(ASGD):
+        pass
+
+    parameters = [nn.Parameter(torch.zeros(2))]
+    assert kind_of(Unknown(parameters, {})) == Kind("one number per weight, the new ones zero")
+    assert kind_of(Smoothed(parameters)) is KINDS["ASGD"]
+    assert kind_of(Adam(parameters)) is KINDS["Adam"]
 
 
 @pytest.mark.parametrize("axis", [0, 1])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import ASGD, SGD, Adagrad, Adam, Optimizer, Rprop
+from torch.optim import ASGD, LBFGS, SGD, Adafactor, Adagrad, Adam, Optimizer, Rprop
 
 from esper.contracts import WidenEdit, WidenPlan
 from esper.errors import SurgeryError
@@ -87,6 +87,41 @@ def test_new_units_are_born_as_the_optimizer_would_have_it(
     widen_state({"main": optimizer}, grow(host).changes)
     assert optimizer.state[host.fc1.weight][key][3:].eq(value).all()
     train(host, optimizer)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_each_parameter_is_of_its_own_group(host: nn.Module, grow: Callable, order: int) -> None:
+    narrow = {"params": [host.fc1.weight, host.fc1.bias], "lr": 0.125}
+    rest = {"params": [p for p in host.parameters() if all(p is not q for q in host.fc1.parameters())]}
+    optimizer = Rprop([narrow, {**rest, "lr": 0.25}][::order])
+    train(host, optimizer)
+    blocker = weakref.ref(host.fc1.weight)
+    widened = grow(host)
+    assert [change.edit.name for change in widened.replaced] == ["fc1.weight"]
+    widen_state({"main": optimizer}, widened.changes)
+    (group,) = (group for group in optimizer.param_groups if group["lr"] == 0.125)
+    assert [id(p) for p in group["params"]] == [id(host.fc1.weight), id(host.fc1.bias)]
+    assert optimizer.state[host.fc1.weight]["step_size"][3:].eq(0.125).all()
+    assert optimizer.state[host.fc1.bias]["step_size"][3:].eq(0.125).all()
+    assert optimizer.state[host.fc2.weight]["step_size"][:, 3:].eq(0.25).all()
+    assert blocker() is not host.fc1.weight
+
+
+def test_an_optimizer_that_owns_nothing_of_it_is_left_alone(host: nn.Module, grow: Callable) -> None:
+    """Else it would forget a history that still holds."""
+    apart = nn.Linear(2, 1)
+    other = LBFGS(apart.parameters())
+
+    def closure() -> Tensor:
+        other.zero_grad()
+        loss = apart(torch.ones(3, 2)).square().mean()
+        loss.backward()
+        return loss
+
+    other.step(closure)
+    before = copy.deepcopy(other.state_dict())
+    assert widen_state({"main": Adam(host.parameters()), "other": other}, grow(host).changes) == []
+    assert str(other.state_dict()) == str(before)
 
 
 def test_a_parameter_that_changed_identity_is_followed(host: nn.Module, grow: Callable) -> None:
@@ -249,6 +284,18 @@ def test_the_mean_is_that_of_a_chunk() -> None:
     torch.testing.assert_close(
         optimizer.state[model[0].weight]["exp_avg"], put_together(old, rows, column), rtol=0, atol=0
     )
+
+
+def test_factors_follow_the_one_axis_that_each_has() -> None:
+    """The mean over columns has rows only, and the mean over rows has columns only."""
+    model, optimizer, before, changes = fused(Adafactor)
+    widen_state({"main": optimizer}, changes)
+    after = optimizer.state[model[0].weight]
+    rows = before["row_var"]  # (6, 1), in two chunks
+    halves = [torch.cat([half, half.mean(0, keepdim=True)]) for half in (rows[:3], rows[3:])]
+    assert torch.equal(after["row_var"], torch.cat(halves))
+    columns = before["col_var"]  # (1, 4)
+    assert torch.equal(after["col_var"], torch.cat([columns, columns.mean(1, keepdim=True)], 1))
 
 
 def test_a_seed_s_state_is_found_by_the_slice_s_key() -> None:

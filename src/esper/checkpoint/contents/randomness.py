@@ -11,6 +11,7 @@ import torch
 
 from esper.checkpoint.format.run_state import Streams
 from esper.errors import StateError
+from esper.surgery.isolation.global_streams import GlobalStreams
 
 Generator: TypeAlias = "torch.Generator | np.random.Generator | random.Random"
 
@@ -20,12 +21,12 @@ def capture_randomness(generators: Mapping[str, Generator]) -> Streams:
 
     CUDA streams are read only where CUDA is in use: reading one would initialise it.
     """
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    streams = GlobalStreams.capture()
     return {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(legacy=False),
-        "torch": torch.get_rng_state(),
-        "cuda": cuda,
+        "python": streams.python,
+        "numpy": streams.numpy,
+        "torch": streams.torch,
+        "cuda": streams.cuda,
         "generators": {name: state_of(generator) for name, generator in generators.items()},
     }
 
@@ -44,17 +45,11 @@ def restore_randomness(state: Streams, generators: Mapping[str, Generator]) -> l
             f"the state has the generators {sorted(state['generators'])}, the run has {sorted(generators)}; "
             "give the run those it had"
         )
-    random.setstate(state["python"])
-    np.random.set_state(cast("dict[str, object]", state["numpy"]))
-    torch.set_rng_state(state["torch"])
+    lost = GlobalStreams(state["python"], state["numpy"], state["torch"], state["cuda"]).restore()
     for name, generator in generators.items():
         set_state(generator, state["generators"][name])
-    cuda = state["cuda"] or []
-    here = torch.cuda.device_count() if cuda and torch.cuda.is_available() else 0
-    for index, one in enumerate(cuda[:here]):
-        torch.cuda.set_rng_state(one, index)
-    if len(cuda) > here:
-        return [f"the random streams of {len(cuda) - here} CUDA devices that this machine does not have"]
+    if lost:
+        return [f"the random streams of {lost} CUDA devices that this machine does not have"]
     return []
 
 

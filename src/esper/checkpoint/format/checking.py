@@ -56,6 +56,12 @@ def require_state(state: object, step: int, name: str) -> RunState:
         return cast("RunState", state)
     if state["steps"] != step:
         raise CheckpointError(f"{name}: the state is of step {state['steps']}, its manifest of step {step}")
+    growth, processes = state["growth"], state.get("processes")
+    early = growth is not None and growth.get("early") is not None
+    if processes is not None and not (
+        isinstance(processes, list) and all(_process(one, early) for one in processes)
+    ):
+        raise CheckpointError(f"{name}: what each process knew alone is not of its kind")
     if (wrong := _odd_stream(state["randomness"])) is not None:
         raise CheckpointError(f"{name}: the state of the {wrong} random stream is not one")
     return cast("RunState", state)
@@ -107,14 +113,24 @@ def _mapping(check: Check) -> Check:
 
 
 def _module(value: object) -> bool:
-    return isinstance(value, dict) and not odd(
-        value,
-        {
-            "state": _mapping(lambda one: True),
-            "buffers": _mapping(lambda one: True),
-            "frozen": lambda one: isinstance(one, list) and text(*one),
-        },
+    return (
+        isinstance(value, dict)
+        and not odd(
+            value,
+            {
+                "state": _mapping(lambda one: True),
+                "buffers": _mapping(lambda one: True),
+                "frozen": lambda one: isinstance(one, list) and text(*one),
+            },
+        )
+        and _owned(value)
     )
+
+
+def _owned(module: Mapping[str, Any]) -> bool:
+    """Tell whether the buffers a module says are its own are in its state."""
+    owned = module.get("owned", [])
+    return isinstance(owned, list) and text(*owned) and module["state"].keys() >= set(owned)
 
 
 def _optimizer(value: object) -> bool:
@@ -150,7 +166,28 @@ def _growth(value: object) -> bool:
         return False
     if value["version"] not in (2, 3):  # growth itself says which version it reads
         return True
-    return not odd(value, GROWTH if value["version"] == 2 else GROWTH | SEVERAL)
+    fields = GROWTH if value["version"] == 2 else GROWTH | SEVERAL
+    return not odd(value, fields) and not odd(value, {"early": _maybe(_early)}, optional=True)
+
+
+def _early(value: object) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("evidence"), dict)
+
+
+def _process(value: object, early: bool) -> bool:
+    """Tell whether this is what one of several processes knew alone, in a run that grew early or not."""
+    if not isinstance(value, dict) or not isinstance(value.get("evidence", {}), dict):
+        return False
+    return (early or not value.get("evidence")) and not odd(
+        value,
+        {
+            "growth": _maybe(lambda one: isinstance(one, dict)),
+            "buffers": _mapping(_mapping(lambda one: True)),
+            "others": STATE["others"],
+            "batches": _maybe(_batches),
+            "randomness": lambda one: _odd_stream(one) is None,
+        },
+    )
 
 
 def _odd_stream(streams: object) -> str | None:

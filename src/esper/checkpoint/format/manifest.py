@@ -29,11 +29,12 @@ from esper.checkpoint.format.encoding import DTYPES, Packing, Unpacking
 from esper.checkpoint.format.run_state import RunState, ShardFacts
 from esper.errors import CheckpointError, StateError
 from esper.saving.genome_form import count
-from esper.storage.protocol import Chunks, Storage
+from esper.storage.protocol import Chunks, Storage, part_of
 
 FORMAT = 1
 MANIFEST, GENOME, STATE, TENSORS = "manifest.json", "genome.json", "state.json.zlib", "tensors.safetensors"
 PARTS = (GENOME, STATE, TENSORS)
+MAX_MANIFEST = 1 << 24  # bytes; with a thousand shards it has 200 kB
 MAX_STATE = 1 << 28  # bytes of JSON; a growing run of 10 M parameters has 200 kB
 INFLATED = 1 << 20, 32  # bytes of JSON that a small part may become, and times its size a large one; usual: 3
 MAX_VALUES = 1 << 24  # of a state's JSON; a container takes 100 bytes of memory
@@ -146,7 +147,7 @@ def read_manifest(storage: Storage, name: str) -> Manifest:
         CheckpointError: It is missing, damaged or of another checkpoint.
         StateError: It is whole, and of a version to come.
     """
-    content = storage.get(name, MANIFEST)
+    content = part_of(storage, name, MANIFEST, most=MAX_MANIFEST)
     try:
         facts = json.loads(content)
     except (ValueError, RecursionError):
@@ -205,7 +206,7 @@ def damage(storage: Storage, name: str) -> Iterator[tuple[str, str]]:
         "shards", []
     ):  # of a sharded model: beside the checkpoint, listed by it
         try:
-            content = storage.get(shard["name"], TENSORS)
+            content = part_of(storage, shard["name"], TENSORS, most=shard["size"])
             if len(content) != shard["size"] or digest([content]) != shard["sha256"]:
                 yield shard["name"], f"{shard['name']} is damaged: its size or SHA-256 digest is another"
         except CheckpointError as error:
@@ -218,7 +219,8 @@ def read_part(storage: Storage, manifest: Manifest, part: str) -> bytes:
     Raises:
         CheckpointError: It is missing or damaged.
     """
-    content, facts = storage.get(manifest.name, part), manifest.parts[part]
+    facts = manifest.parts[part]
+    content = part_of(storage, manifest.name, part, most=facts["size"])
     if len(content) != facts["size"]:
         raise CheckpointError(
             f"{manifest.name}: {part} is damaged: it has {len(content)} bytes, "

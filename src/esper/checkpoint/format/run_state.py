@@ -7,12 +7,14 @@ from typing import NotRequired, TypedDict
 
 from torch import Tensor
 
+from esper.surgery.isolation.global_streams import NumpyState
+
 
 class Streams(TypedDict):
     """Every random stream of a process."""
 
     python: tuple[object, ...]
-    numpy: Mapping[str, object]
+    numpy: NumpyState
     torch: Tensor  # uint8 (bytes of the state,)
     cuda: list[Tensor] | None  # per device; None: CUDA was not in use
     generators: Mapping[str, object]  # state by name

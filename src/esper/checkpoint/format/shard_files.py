@@ -34,7 +34,7 @@ from esper.checkpoint.format.manifest import Manifest, digest, safetensors_chunk
 from esper.checkpoint.format.run_state import Chunk, ShardFacts, Table, TensorFacts
 from esper.distributed.collectives import Peers
 from esper.errors import CheckpointError, StateError
-from esper.storage.protocol import Storage
+from esper.storage.protocol import Storage, part_of
 
 PART = "tensors.safetensors"
 SHARDS = "shards"  # of a checkpoint's summary: what lies beside it
@@ -187,7 +187,7 @@ def sealed(storage: Storage, shard: str, facts: ShardFacts) -> bytes:
     Raises:
         CheckpointError: It is missing, or has not the size and digest its checkpoint lists.
     """
-    content = storage.get(shard, PART)
+    content = part_of(storage, shard, PART, most=facts["size"])
     if len(content) != facts["size"] or digest([content]) != facts["sha256"]:
         raise CheckpointError(f"{shard}: {PART} is damaged: its size or SHA-256 digest is another")
     return content

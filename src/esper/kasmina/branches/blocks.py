@@ -123,11 +123,16 @@ def spans(prefix: str, sequential: nn.Sequential) -> Iterator[tuple[str, Ends]]:
     children = list(sequential.named_children())
     for start, (name, layer) in enumerate(children):
         end = start
-        while end + 1 < len(children) and next(children[end + 1][1].parameters(), None) is None:
+        while end + 1 < len(children) and carries_on(children[end + 1][1]):
             end += 1
-        bare = next(layer.parameters(), None) is None or isinstance(layer, SILENT)
+        bare = next(layer.parameters(), None) is None or isinstance(layer, (*SILENT, torch.jit.ScriptModule))
         if end > start and not bare and end + 1 < len(children):
             yield f"{prefix}.{name}:{children[end][0]}".lstrip("."), (layer, children[end][1])
+
+
+def carries_on(module: nn.Module) -> bool:
+    """Tell a child that a span may reach to: it has no parameters, and a seam can step into its call."""
+    return next(module.parameters(), None) is None and not isinstance(module, torch.jit.ScriptModule)
 
 
 def walk(ends: Mapping[str, Ends], run: Callable[[], object]) -> dict[str, Passage]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from esper.kasmina.depth.deepen import duplicate
-from esper.kasmina.recording.visits import Given
+from esper.kasmina.recording.visits import RecordedCall
 from esper.surgery.isolation.contexts import same_modes, same_randomness
 
 ALIKE = 0.25  # relative difference of spreads up to which torch's own draw is kept
@@ -63,7 +63,7 @@ def born(
     return block
 
 
-def warmed(block: nn.Module, given: Given, x: Tensor) -> None:
+def warmed(block: nn.Module, given: RecordedCall, x: Tensor) -> None:
     """Give norms that have seen nothing the statistics of one batch.
 
     Without them a new block evaluates by mean 0 and variance 1 until its running statistics have caught up,

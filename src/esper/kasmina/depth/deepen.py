@@ -45,7 +45,8 @@ def insert(model: nn.Module, plan: DeepenPlan, block: nn.Module) -> Inserted:
         block: Block of the donor's class; made by :func:`duplicate` as a rule. It takes the donor's modes.
 
     Raises:
-        SurgeryError: The container has no such place; nothing was changed.
+        SurgeryError: The container has no such place, or the block other shapes than its donor; nothing was
+            changed.
     """
     try:
         container, donor = model.get_submodule(plan.container), model.get_submodule(plan.donor)
@@ -56,6 +57,11 @@ def insert(model: nn.Module, plan: DeepenPlan, block: nn.Module) -> Inserted:
         raise SurgeryError(
             f"{plan.container or 'the model'} holds {len(children)} blocks of {type(donor).__name__}; a "
             f"{type(block).__name__} {plan.name!r} at {plan.index} does not fit"
+        )
+    if unlike := _first_unlike(donor, block):
+        raise SurgeryError(
+            f"the block for {plan.site!r} is no copy of {plan.donor!r} as that is now: {unlike}; a plan says "
+            "no more than that it is"
         )
     for module, twin in zip(donor.modules(), block.modules(), strict=True):
         twin.training = module.training
@@ -76,6 +82,17 @@ def insert(model: nn.Module, plan: DeepenPlan, block: nn.Module) -> Inserted:
         undo()
         raise SurgeryError(f"what counts the blocks of {plan.site!r} is not there: {error}") from None
     return Inserted(block, undo)
+
+
+def _first_unlike(donor: nn.Module, block: nn.Module) -> str:
+    """Say which tensor of a block has another shape than its donor's; "" where none has."""
+    shapes = {
+        name: tuple(tensor.shape) for name, tensor in (*block.named_parameters(), *block.named_buffers())
+    }
+    for name, tensor in (*donor.named_parameters(), *donor.named_buffers()):
+        if shapes.get(name) != tuple(tensor.shape):
+            return f"{name} is {shapes.get(name)} in it and {tuple(tensor.shape)} there"
+    return ""
 
 
 def remove(model: nn.Module, plan: DeepenPlan) -> nn.Module:

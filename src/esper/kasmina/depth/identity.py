@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from esper.kasmina.recording.recorder import Refused, record
-from esper.kasmina.recording.visits import Given
+from esper.kasmina.recording.visits import RecordedCall
 from esper.surgery.isolation.contexts import same_randomness
 from esper.surgery.isolation.seam import is_open
 
@@ -23,7 +23,7 @@ FAILURES = (RuntimeError, ValueError, TypeError, IndexError)  # what a block may
 POST_NORM = "no choice of zeros makes a block return its input exactly"
 
 
-def is_identity(block: nn.Module, given: Given, x: Tensor) -> bool:
+def is_identity(block: nn.Module, given: RecordedCall, x: Tensor) -> bool:
     """Tell whether a block returns its input, bit for bit, in evaluation and in training with dropout on.
 
     Args:
@@ -39,7 +39,7 @@ def is_identity(block: nn.Module, given: Given, x: Tensor) -> bool:
     return True
 
 
-def zeros_of(block: nn.Module, given: Given, x: Tensor) -> tuple[str, ...]:
+def zeros_of(block: nn.Module, given: RecordedCall, x: Tensor) -> tuple[str, ...]:
     """Return the parameters to zero, in the order of use; none can be left out.
 
     Args:
@@ -74,7 +74,7 @@ def _generator(parameter: Tensor) -> torch.Generator:
 class Search:
     """Tries choices of zeros on one block."""
 
-    def __init__(self, block: nn.Module, given: Given, x: Tensor) -> None:
+    def __init__(self, block: nn.Module, given: RecordedCall, x: Tensor) -> None:
         self.block, self.given, self.x = block, given, x
         self.values = {name: p.detach().clone() for name, p in block.named_parameters()}
 

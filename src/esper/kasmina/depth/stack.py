@@ -15,7 +15,7 @@ from esper.contracts import DeepenPlan, Site
 from esper.kasmina.depth.birth import Scale, born
 from esper.kasmina.depth.counts import counts_of
 from esper.kasmina.recording.recorder import Refused
-from esper.kasmina.recording.visits import Given, Visits, watching
+from esper.kasmina.recording.visits import RecordedCall, Visits, watching
 
 
 class DepthKernel(LiveKernel):
@@ -27,7 +27,7 @@ class DepthKernel(LiveKernel):
         given: Arguments it is called with besides its input; replace it when another batch comes.
     """
 
-    def __init__(self, block: nn.Module, zeroed: Sequence[str], given: Given) -> None:
+    def __init__(self, block: nn.Module, zeroed: Sequence[str], given: RecordedCall) -> None:
         super().__init__()
         self.block, self.given = block, given
         self.outgoing: tuple[str, ...] = tuple(f"block.{name}" for name in zeroed)
@@ -49,7 +49,7 @@ class Stack:
     first: str  # name of the first block in the container
     zeroed: tuple[str, ...]
     scales: Mapping[str, Scale]  # of the last block's parameters when the run began
-    given: Given
+    given: RecordedCall
 
     @property
     def port(self) -> Literal["parallel", "serial"]:

@@ -20,7 +20,8 @@ from esper.kasmina.depth.identity import is_identity, unshared, zeros_of
 from esper.kasmina.depth.stack import Stack
 from esper.kasmina.recording.flops import FlopMeter
 from esper.kasmina.recording.recorder import Refused
-from esper.kasmina.recording.visits import PLAIN, Given, Visits, visit
+from esper.kasmina.recording.visits import PLAIN, RecordedCall, Visits, visit
+from esper.printable import BLOCK
 from esper.surgery.isolation.contexts import same_modes, untouched
 from esper.surgery.isolation.seam import look_through
 
@@ -102,7 +103,7 @@ def likeness(child: nn.Module) -> object:
 def titled(container: str, names: Sequence[str], several: bool) -> str:
     """Name a place: after its container, or after its first block where the container holds several rows."""
     whole = container if container and not several else f"{container}.{names[0]}".lstrip(".")
-    return f"{whole}+block"
+    return f"{whole}{BLOCK}"
 
 
 def proven(
@@ -157,7 +158,7 @@ def proven(
     return stack
 
 
-def lightened(given: Given, block: nn.Module, y: Tensor) -> Given:
+def lightened(given: RecordedCall, block: nn.Module, y: Tensor) -> RecordedCall:
     """Leave out what a block is given and does not need, a cache of other layers say."""
     with torch.no_grad(), untouched(block, seed=0):
         wanted = given.call(block, y.clone())

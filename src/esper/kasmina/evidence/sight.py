@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from esper.kasmina.depth.stack import Stack
 from esper.kasmina.evidence.inlaid import Inlay
-from esper.kasmina.recording.visits import Given, Visits
+from esper.kasmina.recording.visits import RecordedCall, Visits
 from esper.kasmina.widths.places import Place
 from esper.surgery.isolation.contexts import same_modes, slow_path, untouched
 from esper.surgery.isolation.seam import look_through
@@ -45,7 +45,7 @@ class Sight:
 
     exits: tuple[Seen, ...]
     x: Tensor | None = None  # what a kernel reads, (batch, …)
-    given: Given | None = None  # what a block was called with besides its input
+    given: RecordedCall | None = None  # what a block was called with besides its input
     back: tuple[Tensor | None, ...] = ()  # what flowed back to units inlaid, by exit; shaped as its leaves
 
     @property
@@ -208,8 +208,7 @@ def passes(
         inlays = inlaid()
         with watching(places, inlays) as eyes:
             loss = run()
-            for eye in eyes.values():
-                eye.close()
+            close(eyes)
             leaves = [(name, at, leaf) for name, one in inlays.items() for at, leaf in one.leaves.items()]
             edges = [edge for eye in eyes.values() for edge in eye.edges]
             ends = edges or [get_gradient_edge(p) for p in host]
@@ -219,6 +218,7 @@ def passes(
             if gradient is not None:
                 eyes[name].back[at] = gradient
         shown = {name: sights for name, eye in eyes.items() if (sights := eye.sights())}
+        let_go(eyes)
         del eyes, loss, inlays, leaves, edges, ends, given, back
         yield shown, examples
 
@@ -227,7 +227,21 @@ def differentiates(model: nn.Module, places: Mapping[str, Place], run: Callable[
     """Tell whether a loss takes gradients inside itself: something flows back before it is there."""
     with watching(places) as eyes, untouched(model, seed=0), torch.enable_grad():
         run()
-    return any(eye.differentiated for eye in eyes.values())
+    found = any(eye.differentiated for eye in eyes.values())
+    let_go(eyes)
+    return found
+
+
+def close(eyes: Mapping[str, Eye]) -> None:
+    """Take in no more calls."""
+    for eye in eyes.values():
+        eye.close()
+
+
+def let_go(eyes: Mapping[str, Eye]) -> None:
+    """Let go of what was seen: the gateways of entry and exits lead to each other, and would hold a pass."""
+    for eye in eyes.values():
+        eye.exits.clear()
 
 
 def by_example(tensor: Tensor, examples: int) -> Tensor | None:

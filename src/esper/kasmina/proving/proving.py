@@ -26,7 +26,7 @@ from esper.kasmina.proving.embedded import Embedded, Key
 from esper.kasmina.proving.suspects import suspect
 from esper.kasmina.recording.recorder import tensors
 from esper.kasmina.widths.fitting import fitted
-from esper.kasmina.widths.layers import weight_of
+from esper.kasmina.widths.layers import coarsest, weight_of
 from esper.kasmina.widths.places import WidenPlace
 from esper.kasmina.widths.widen import HostKernel, Widenable
 from esper.surgery.isolation.contexts import same_randomness, slow_path, untouched
@@ -150,7 +150,9 @@ class Proof:
                 after = [self.grown(mode, where) for mode in self.modes]
             except (*FAILURES, SurgeryError) as error:
                 return f"the model does not run once it is wider ({first_line(error)})"
-        within = COARSE if passage.coarsest > torch.finfo(torch.float32).eps else ROUNDING
+        ends = [end for place in places.values() for end in place.ends()]
+        step = max(passage.coarsest, coarsest(ends))
+        within = COARSE if step > torch.finfo(torch.float32).eps else ROUNDING
         for mode, one, other in zip(list(self.modes), before, after, strict=True):
             if why := unlike(one, other, within):
                 if self.repeats(mode):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
+from esper.kasmina.widths.layers import forward_of_its_own
 from esper.kasmina.widths.places import WidenPlace
 
+NUMBER = "a number may be read from the width or from the weights; keep it as a constant"
 HOOKS = {
     "_forward_pre_hooks": "a forward pre-hook",
     "_forward_hooks": "a forward hook",
@@ -42,6 +44,11 @@ def hint(place: WidenPlace, ends: list[tuple[str, nn.Module]], why: str) -> str:
             "an autograd function with a backward of its own, or a hook on a gradient, stands between; "
             "place it before or behind the two layers"
         )
+    if "another shape" in why:
+        return (
+            f"the model returns what {place.site.entry} makes, or something as wide; return it to those who "
+            "ask for it only, not in the pass that is trained"
+        )
     if "evaluation" in why and any("dropout" in label for label in place.site.between):
         return "dropout draws in evaluation, too; use nn.Dropout, or give it training=self.training"
     if "another size" in why:
@@ -51,12 +58,4 @@ def hint(place: WidenPlace, ends: list[tuple[str, nn.Module]], why: str) -> str:
         )
     if "does not run" in why:
         return "a size is written as a number somewhere; use -1, flatten, or the size of the tensor itself"
-    return "a number may be read from the width or from the weights; keep it as a constant"
-
-
-def forward_of_its_own(module: nn.Module) -> str:
-    """Return the name of a layer's class where it is a subclass with another forward; "" if it is torch's."""
-    kind = type(module)
-    base = next((one for one in kind.__mro__ if one.__module__.startswith("torch.nn.modules.")), kind)
-    names = ("forward", "_conv_forward", "__call__")
-    return kind.__name__ if any(getattr(kind, n, None) is not getattr(base, n, None) for n in names) else ""
+    return NUMBER

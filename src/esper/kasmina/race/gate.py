@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from esper.batches.examples import LossFunction, count_examples, example_losses
-from esper.batches.layout import Batch
+from esper.batches.layout import Batch, flatten, rows
 from esper.config import Gate as GateSettings
 from esper.distributed.collectives import ALONE, Peers
 from esper.errors import ProbeError
@@ -21,7 +23,13 @@ from esper.kasmina.race.worth import ALONE_EACH, Worth, blocks, counted
 from esper.kasmina.seeds.layer import KasminaLayer
 from esper.surgery.isolation.contexts import examining, same_generators, same_randomness, untouched
 
+Charged: TypeAlias = Callable[..., AbstractContextManager[None]]
 MOST = 2048  # examples that a look reads of a probe that does not say how many it has
+
+
+def uncharged(*what: Hashable) -> AbstractContextManager[None]:
+    """Let a pass run that is metered around this, or not at all."""
+    return nullcontext()
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +78,7 @@ class Gate:
         self.on_fallback, self.peers, self.worth = on_fallback, peers, worth
         self.allowed, self.looks = looks, 0
         self.size: int | None = None
+        self.values: int | None = None  # that the probe has, once it was counted
         self.told = set[str]()  # why examples ran one by one, by what was raised
 
     @property
@@ -82,7 +91,31 @@ class Gate:
         """The fewest held-out values that could pass."""
         return smallest(1 / self.threshold, of_blocks=not self.worth.alone)
 
-    def look(self, layer: KasminaLayer, kernel: nn.Module, train: Sequence[Batch], seed: int) -> Verdict:
+    def too_few(self, size: int) -> str:
+        """Say that the probe has fewer values than could ever pass; "" where it has enough.
+
+        Args:
+            size: Examples in a batch of the loop, of which blocks are made.
+        """
+        if self.values is None:
+            self.size = size
+            with same_randomness(), same_generators(self.probe):
+                alone = self.worth.alone
+                self.values = sum(count_examples(one) if alone else 1 for one in self.parts(self.probe))
+        if self.values >= self.fewest:
+            return ""
+        more = "hold out more" if self.worth.alone else "hold out more, or pass per_example="
+        what = self.worth.named.removesuffix(",")
+        return f"the probe has {self.values} {what}; with fewer than {self.fewest} nothing can pass: {more}"
+
+    def look(
+        self,
+        layer: KasminaLayer,
+        kernel: nn.Module,
+        train: Sequence[Batch],
+        seed: int,
+        charged: Charged = uncharged,
+    ) -> Verdict:
         """Test one kernel at full strength against the host as it is.
 
         Args:
@@ -91,6 +124,7 @@ class Gate:
             train: Training batches; scale and stake of the bet are taken from the last, or where a batch is
                 one value from all.
             seed: Seed of the random numbers that both passes share.
+            charged: Function of what the cost of a pass depends on; the pass runs in what it returns.
         """
         if self.looks >= self.allowed:
             return Verdict(
@@ -105,8 +139,10 @@ class Gate:
             )
         self.looks += 1
         self.size = count_examples(train[-1])
-        rehearsal = self.differences(layer, kernel, train[-1:] if self.worth.alone else train, seed)[0]
-        differences, losses = self.differences(layer, kernel, self.probe, seed)
+        rehearsal = self.differences(layer, kernel, train[-1:] if self.worth.alone else train, seed, charged)[
+            0
+        ]
+        differences, losses = self.differences(layer, kernel, self.probe, seed, charged)
         weight = weight_of_evidence(differences, rehearsal, blocks=not self.worth.alone)
         found = float(differences.mean()), float(losses.mean()), weight
         gain, loss, value = self.peers.broadcast_floats(found)
@@ -126,15 +162,22 @@ class Gate:
         return Verdict(passed, self.looks, value, self.threshold, gain, loss, len(differences), reason)
 
     def differences(
-        self, layer: KasminaLayer, kernel: nn.Module, batches: Iterable[Batch], seed: int
+        self,
+        layer: KasminaLayer,
+        kernel: nn.Module,
+        batches: Iterable[Batch],
+        seed: int,
+        charged: Charged = uncharged,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return, value by value, the loss without minus with the kernel, and the loss without."""
         found: list[np.ndarray] = []
         without: list[np.ndarray] = []
-        with examining(self.model):
+        with examining(self.model), same_generators(batches):
             for batch in self.parts(batches):
-                off = self.losses(layer, None, batch, seed)
-                found.append(off - self.losses(layer, kernel, batch, seed))
+                with charged("host", *shapes(batch)):
+                    off = self.losses(layer, None, batch, seed)
+                with charged("kernel", *shapes(batch)):
+                    found.append(off - self.losses(layer, kernel, batch, seed))
                 without.append(off)
         if not found:
             raise ProbeError(
@@ -168,6 +211,15 @@ class Gate:
                 f"{len(losses)} passes in place of one",
             )
         return losses.double().cpu().numpy()
+
+
+def shapes(batch: Batch) -> list[Hashable]:
+    """Return what tells batches apart that cost another number of FLOPs.
+
+    A pass that is metered runs all its operations through Python, one by one; where examples run one after
+    the other this was most of what a race took.
+    """
+    return [tuple(leaf.shape) if isinstance(leaf, Tensor) else rows(leaf) for leaf in flatten(batch)[0]]
 
 
 def bounded(probe: Iterable[Batch]) -> Iterator[Batch]:

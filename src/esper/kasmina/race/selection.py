@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -82,8 +83,9 @@ def score(
 
 def ask(trial: Training, kernel: LiveKernel, batches: Sequence[Batch], services: Services) -> Verdict:
     """Let the gate look at a winner."""
-    with services.ledger.growth("gate", trial.origin.decision.id):
-        return services.gate.look(trial.origin.layer, kernel, batches, services.streams.draw("evidence"))
+    charged = partial(services.ledger.growth, "gate", trial.origin.decision.id)
+    draw = services.streams.draw("evidence")
+    return services.gate.look(trial.origin.layer, kernel, batches, draw, charged)
 
 
 def told(verdict: Verdict) -> dict[str, object]:
@@ -101,7 +103,8 @@ def notes(race: Race, site: str) -> list[str]:
             "one by one, a pass for each in place of one"
         )
     if race.missed:
-        found.append(f"{race.missed} lessons were missed: the pass did not come by {site}")
+        many = "a lesson was" if race.missed == 1 else f"{race.missed} lessons were"
+        found.append(f"{many} missed: the pass did not come by {site}")
     return found
 
 

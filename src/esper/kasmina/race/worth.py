@@ -31,6 +31,7 @@ class Worth:
         alone: Whether every example is a value; else every batch or block of one is.
         cut: Whether batches can be cut and joined to blocks of another size.
         per_example: Gives the losses of examples, (examples,), where the user has said how.
+        told: Whether that has been seen; batches are values where it cannot be, as at experts of some rows.
         why: Why batches are never cut, where the loss of a part of one could not be taken.
     """
 
@@ -38,11 +39,16 @@ class Worth:
     cut: bool = False
     per_example: Callable[[nn.Module, Any], Tensor] | None = None
     why: str = ""
+    told: bool = True
 
     @property
     def named(self) -> str:
         """What the values are, in the plural."""
-        return "held-out examples" if self.alone else "held-out batches, whose examples the loss couples,"
+        if self.alone:
+            return "held-out examples"
+        if self.told:
+            return "held-out batches, whose examples the loss couples,"
+        return "held-out batches, for it cannot be told whether the loss couples examples (per_example=),"
 
 
 ALONE_EACH = Worth(alone=True)
@@ -67,7 +73,7 @@ def worth_of(
             answer, why = False, str(error)
         if answer is not None:
             return Worth(alone=answer, cut=not why, why=why)
-    return Worth(alone=False, cut=True)
+    return Worth(alone=False, cut=True, told=False)
 
 
 def counted(batches: Iterable[Batch]) -> Iterator[Batch]:

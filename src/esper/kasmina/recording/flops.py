@@ -2,26 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypedDict
 
 import torch
+from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from esper.kasmina.recording import fused
 
-ATTENTION = "_scaled_dot_product_flash_attention"
-FORMULAS = {  # torch has none for its attention on the CPU, which counted as free; the sizes are the same
-    getattr(torch.ops.aten, f"{ATTENTION}_for_cpu"): flop_registry[getattr(torch.ops.aten, ATTENTION)],
-    getattr(torch.ops.aten, f"{ATTENTION}_for_cpu_backward"): flop_registry[
-        getattr(torch.ops.aten, f"{ATTENTION}_backward")
-    ],
-    **fused.FORMULAS,
-    **flop_registry,
-}
+KINDS = "flash", "efficient", "cudnn"
+
+
+def shared_heads(formula: Callable[..., int], first: int) -> Callable[..., int]:
+    """Let a formula of torch's count attention whose heads share keys and values; before 2.12 it refuses.
+
+    Args:
+        formula: Function of the call's arguments to FLOPs.
+        first: Index of the query among the arguments; key and value follow.
+    """
+
+    def count(*args: object, **kwargs: object) -> int:
+        q, k, v = args[first : first + 3]  # (batch, heads, time, channels)
+        if isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor) and q.dim() == 4:
+            k, v = (one.new_empty((*q.shape[:2], *one.shape[2:]), device="meta") for one in (k, v))
+        return formula(*args[:first], q, k, v, *args[first + 3 :], **kwargs)
+
+    return count
+
+
+def attention() -> dict[object, Callable[..., int]]:
+    """List the formulas of attention; torch has none for its own on the CPU, which counted as free."""
+    found = {}
+    for kind in KINDS:
+        name = f"_scaled_dot_product_{kind}_attention"
+        for suffix, first in (("", 0), ("_backward", 1)):
+            operator = getattr(torch.ops.aten, name + suffix)
+            found[operator] = shared_heads(flop_registry[operator], first)
+            if kind == "flash":  # the same sizes
+                found[getattr(torch.ops.aten, f"{name}_for_cpu{suffix}")] = found[operator]
+    return found
+
+
+FORMULAS = {**fused.FORMULAS, **flop_registry, **attention()}
 
 
 class FlopMeter(TorchDispatchMode):

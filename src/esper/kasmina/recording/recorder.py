@@ -32,6 +32,9 @@ OPERATORS = frozenset(
 )
 
 
+SPOKEN = {"__getitem__": "indexing", "__get__": "an attribute (.T, say)"}
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
     """One torch call: the function, its arguments as given, and the values it read and made."""
@@ -44,6 +47,11 @@ class Call:
     makes: tuple[int, ...]
     parameters: tuple[str, ...]  # names of the parameters and buffers it was given
     shape: torch.Size | None  # of the first tensor it made
+
+    @property
+    def spoken(self) -> str:
+        """The call as its user writes it."""
+        return SPOKEN.get(self.name) or self.name.strip("_")
 
     def argument(self, index: int, name: str, default: object = None) -> Any:
         """Return an argument that may have come by position or by name."""

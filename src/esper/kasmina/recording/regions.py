@@ -26,9 +26,9 @@ def region(recording: Recording, start: int, name: str, readers: Sequence[Call])
     Raises:
         Refused: The readers do more than elementwise calls that meet again.
     """
-    names = ", ".join(call.name for call in readers)
+    names = ", ".join(call.spoken for call in readers)
     many = f"has {len(readers)} consumers" if len(readers) > 1 else "meets itself"
-    refusal = Refused(f"the output of {name} {many} ({names})")
+    why = f"the output of {name} {many} ({names})"  # kept as an error it would hold this frame
     slots, parts = {start: Slot(0)}, list[Part]()
     # Other branches' readers of the value are none of this one's business.
     done = {r for r in recording.readers.get(start, []) if all(recording.calls[r] is not c for c in readers)}
@@ -36,7 +36,7 @@ def region(recording: Recording, start: int, name: str, readers: Sequence[Call])
         ahead = {v: sorted(set(recording.readers.get(v, [])) - done) for v in slots}
         open_ = [v for v, calls in ahead.items() if calls]
         if not open_ or not recording.outputs.isdisjoint(slots):
-            raise refusal
+            raise Refused(why)
         if parts and len(open_) == 1 and slots[open_[0]].index == len(parts):
             label = "+".join(dict.fromkeys(part.label.strip("_") for part in parts))
             return Composite(label, tuple(parts)), open_[0]
@@ -44,7 +44,7 @@ def region(recording: Recording, start: int, name: str, readers: Sequence[Call])
         call = recording.calls[index]
         alone = call.name in ELEMENTWISE and not call.parameters and set(call.reads) <= set(slots)
         if not alone or len(call.makes) != 1 or call.shape != recording.shapes[start]:
-            raise refusal
+            raise Refused(why)
         given = iter([slots[r] for r in call.reads])
         leaves, shape = tree_flatten((call.args, call.kwargs))
         leaves = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in leaves]

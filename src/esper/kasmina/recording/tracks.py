@@ -13,7 +13,7 @@ class Met(Refused):
     """A chain came to a product with another chain's output."""
 
     def __init__(self, name: str, call: Call) -> None:
-        super().__init__(f"the output of {name} meets another tensor in {call.name}")
+        super().__init__(f"the output of {name} meets another tensor in {call.spoken}")
         self.call = call
 
 

@@ -22,7 +22,7 @@ PLAIN = (Tensor, bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
 @dataclass(slots=True)
-class Given:
+class RecordedCall:
     """What a block was called with, and under which autocast; ``slot`` is the leaf that it adds to."""
 
     leaves: list[object]
@@ -46,7 +46,7 @@ class Given:
             raise Refused("it returns no floating-point tensor")
         return y
 
-    def without(self, index: int) -> Given:
+    def without(self, index: int) -> RecordedCall:
         """Return the same call with None in one place."""
         return replace(self, leaves=[*self.leaves[:index], None, *self.leaves[index + 1 :]])
 
@@ -57,7 +57,7 @@ def floating(tree: object) -> Tensor | None:
     return next((leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()), None)
 
 
-def given_in(args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[Given, Tensor]:
+def recorded_call(args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[RecordedCall, Tensor]:
     """Keep a call's arguments but the input itself, which is returned beside them.
 
     Raises:
@@ -83,7 +83,7 @@ def given_in(args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[Given
                 ) from None
     device = x.device.type
     cast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
-    return Given(kept, nest, slots[0], cast), x
+    return RecordedCall(kept, nest, slots[0], cast), x
 
 
 @dataclass(slots=True)
@@ -92,7 +92,7 @@ class Visits:
 
     order: list[int] = field(default_factory=list)
     reason: str | None = None
-    given: Given | None = None
+    given: RecordedCall | None = None
     x: Tensor | None = None  # the last block's input and output
     y: Tensor | None = None
     passed: Tensor | None = None  # what the block before returned, itself
@@ -104,7 +104,7 @@ class Visits:
         """Note a call; a hook."""
         self.order.append(index)
         try:
-            self.given, x = given_in(args, kwargs)
+            self.given, x = recorded_call(args, kwargs)
         except Refused as refusal:
             self.reason = str(refusal)
             return

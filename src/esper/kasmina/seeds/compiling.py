@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from esper.errors import CompileError, SiteError
+from esper.kasmina.seeds import compiler_settings
 
 Kind = Literal["none", "regional", "whole"]
 Compiled: TypeAlias = Callable[..., object]  # what torch.compile made
@@ -31,6 +32,8 @@ Compiled: TypeAlias = Callable[..., object]  # what torch.compile made
 WRAPPED = "_orig_mod"  # where torch.compile keeps the module it was given
 # Graphs a code object must still have room for: awake and wider, in training, evaluation and a last batch.
 SPARE = 6
+LIMIT = "recompile_limit"
+SEEN = "2.12"  # from this torch on a model compiled as a whole sees that a seam has come
 CHECKPOINTED = "skip_fwd_side_effects_in_bwd_under_checkpoint"  # a setting of torch's
 
 
@@ -115,7 +118,7 @@ class CompilePolicy:
         """Raise torch's limit of graphs per code object before it is reached; call it before a seed wakes.
 
         Twelve blocks of one class share one code object, so twelve different widths are twelve graphs there.
-        The limit is a setting of the whole process and stays raised; a ``recompile_limit`` given to
+        The limit is a setting of the whole process, put back by :meth:`leave`; a ``recompile_limit`` given to
         ``torch.compile`` itself stands above it and is not touched.
 
         Returns:
@@ -126,13 +129,33 @@ class CompilePolicy:
         # A seam notes what passes. Under activation checkpointing Dynamo takes a note for unsafe and skips
         # the frame, silently and for ever (counted). The note need not be repeated in the backward pass.
         if hasattr(torch._dynamo.config, CHECKPOINTED):
-            setattr(torch._dynamo.config, CHECKPOINTED, True)
+            compiler_settings.change(CHECKPOINTED, True, self)
         most = max((len(_graphs(code)) for code in self.codes()), default=0)
-        limit = torch._dynamo.config.recompile_limit
-        if most + SPARE <= limit:
+        if most + SPARE <= compiler_settings.original(LIMIT):
             return ""
-        torch._dynamo.config.recompile_limit = max(2 * limit, most + SPARE)
-        return f"{most} of {limit} graphs are in use; the limit is {torch._dynamo.config.recompile_limit} now"
+        limit = torch._dynamo.config.recompile_limit  # another run may have raised it already
+        raised = limit if most + SPARE <= limit else max(2 * limit, most + SPARE)
+        compiler_settings.change(LIMIT, raised, self)
+        return "" if raised == limit else f"{most} of {limit} graphs are in use; the limit is {raised} now"
+
+    def leave(self) -> str:
+        """Put torch's settings back, and let graphs go that would not leave room under its own limit.
+
+        Returns:
+            Why the limit stays raised; "" where it does not.
+        """
+        if self.kind == "none":
+            return ""
+        compiler_settings.leave(CHECKPOINTED, id(self))
+        limit = compiler_settings.original(LIMIT)
+        codes = [code for code in self.codes() if len(_graphs(code)) + SPARE > limit]
+        crowded = max((self.users(code) for code in codes), default=0)
+        if crowded + SPARE > limit:
+            return f"{crowded} blocks share one code object, and each width is a graph of it"
+        for code in codes:
+            _drop(code)
+        compiler_settings.leave(LIMIT, id(self))
+        return ""
 
     def codes(self) -> list[CodeType]:
         """List the code objects that may hold graphs of this host, the rests of broken frames included."""
@@ -167,6 +190,21 @@ def detect(model: nn.Module, loss_fn: Callable[..., object] | None = None) -> Co
         return CompilePolicy("whole", host, calls={"": loss_fn})
     regions = {name: host.get_submodule(name) for name in calls}
     return CompilePolicy("regional" if regions else "none", host, regions, calls)
+
+
+def refuse_unseen_seeds(policy: CompilePolicy) -> None:
+    """Refuse to let seeds wake in a host whose graph would pass them by.
+
+    Raises:
+        SiteError: It is compiled as a whole, by a torch whose graphs do not look for seams (counted: a kernel
+            that gave NaN was never called).
+    """
+    if policy.kind == "whole" and torch.__version__ < SEEN:
+        raise SiteError(
+            f"a model compiled as a whole does not see a seed that wakes in it before torch {SEEN}, and this "
+            f"is {torch.__version__}; compile its blocks instead, grow with growth='early', which needs no "
+            f"seeds, or install torch>={SEEN}"
+        )
 
 
 def apply(

@@ -34,6 +34,7 @@ from esper.kasmina.widths.layers import (
     CONVOLUTIONS,
     PLAIN,
     TRANSPOSED,
+    forward_of_its_own,
     in_size,
     is_depthwise,
     is_layer,
@@ -138,12 +139,15 @@ class Finder:
         """Turn a call into a step, and move on to where the axes are behind it."""
         read = {*self.recording.readers, *self.recording.outputs}
         if any(value in read for value in reader.makes[1:]):
-            raise Refused(f"{reader.name} over the output of {track.name} has several results that are read")
+            raise Refused(
+                f"{reader.spoken} over the output of {track.name} has several results that are read"
+            )
         there = moved(reader, self.recording.shapes[track.value], track.axis, track.batch)
         if there is None or reader.shape is None:
             if track.batch and reader.name not in ELEMENTWISE | RECURRENT:
                 raise Refused(
-                    f"{reader.name} over the output of {track.name} runs with time as its first axis"
+                    f"{reader.spoken} over the output of {track.name} runs with time as its first axis, as "
+                    "packed sequences do: pad and mask, or give the recurrent layer batch_first=True"
                 )
             step, track.axis = self.step(reader, track.value, track.axis, track.name)
             return step
@@ -186,15 +190,17 @@ class Finder:
         found = [self.recording.calls[c] for c in sorted(calls)]
         other = next((call for call in found if call.name not in OPERATORS), None)
         if other is not None and len(found) > 1:
-            names = ", ".join(sorted({call.name for call in found}))
-            raise Refused(f"{name} is called {len(found)} times, or its weight is read elsewhere ({names})")
+            names = ", ".join(sorted({call.spoken for call in found}))
+            own = forward_of_its_own(module)
+            kind = f"; {name} is a {own} with a forward of its own" if own else ""
+            raise Refused(f"the tensors of {name} are read by more than its own call ({names}){kind}")
         if isinstance(self.modules.get(name.rpartition(".")[0]), nn.MultiheadAttention):
             raise Refused(
                 f"the weight of {name} is read by {found[0].name}: nn.MultiheadAttention never calls it as a "
                 "layer, and fixes its width to embed_dim"
             )
         if other is not None:
-            raise Refused(f"the weight of {name} is read by {other.name}, not by the layer itself")
+            raise Refused(f"the weight of {name} is read by {other.spoken}, not by the layer itself")
         padding = getattr(module, "output_padding", 0)
         if isinstance(module, TRANSPOSED) and any(
             call.argument(5, "output_padding", 0) != padding for call in found
@@ -317,7 +323,7 @@ class Finder:
         if others and is_loss(call):
             raise Refused(f"{name} is an output layer: {call.name} reads it, and its width is the task's")
         if others or not call.makes or after is None:
-            raise Refused(f"the output of {name} meets another tensor in {call.name}")
+            raise Refused(f"the output of {name} meets another tensor in {call.spoken}")
         if call.parameters:
             one = scalar(call, self.modules) if before == after else None
             return one or layered(self, call, axis, name), axis
@@ -331,6 +337,8 @@ class Finder:
                 return Replay("clone", torch.clone), axis
             if axis == 1 and len(after) == 2 and after[0] == before[0] and after[1] == math.prod(before[1:]):
                 return Flatten("flatten"), 1
+            if axis == 1 and len(before) > 3 and tuple(after) == (*before[:2], math.prod(before[2:])):
+                return Replay("flatten", torch.flatten, (2,)), 1  # positions only
             raise Refused(f"{call.name} {tuple(before)} -> {tuple(after)} mixes the channels of {name}")
         leads = not call.args or isinstance(call.args[0], Tensor)  # pow(2, x) cannot be replayed as pow(x, 2)
         if call.name in ELEMENTWISE and before == after and leads:
@@ -346,7 +354,7 @@ class Finder:
             )
         if call.name == "squeeze":
             raise Refused(f"squeeze over the output of {name} might take the channels away; give it a dim=")
-        raise Refused(f"{call.name} over the output of {name} does not treat every channel alone")
+        raise Refused(f"{call.spoken} over the output of {name} does not treat every channel alone")
 
 
 def is_loss(call: Call) -> bool:

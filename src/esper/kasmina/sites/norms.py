@@ -9,7 +9,7 @@ from torch import nn
 
 from esper.kasmina.recording.between import BatchNorm, Counted, Depthwise, GroupNorm, Step
 from esper.kasmina.recording.recorder import Call, Recording, Refused
-from esper.kasmina.widths.layers import is_depthwise
+from esper.kasmina.widths.layers import CONVOLUTIONS, is_depthwise, out_size
 from esper.printable import times
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -42,10 +42,11 @@ def layered(known: Known, call: Call, axis: int, name: str) -> Step:
     """
     path = call.parameters[0].rpartition(".")[0]
     module = known.modules.get(path)
-    label = f"{type(module).__name__} {path}"
+    label = f"{type(module).__name__} {path}".rstrip()
     owned = tuple(n for n in OWN if getattr(module, n, None) is not None)
     if any(len(known.owners[p]) > 1 for p in call.parameters):
         raise Refused(f"{path} between {name} and its consumer shares its tensors")
+    by_channel(known, call, name, label)
     once(known, name, path, max(len(set(known.uses(p))) for p in call.parameters))
     if axis == 1 and isinstance(module, NORMS) and module.momentum is not None and call.name == "batch_norm":
         return BatchNorm(label, path, owned, module)
@@ -59,7 +60,19 @@ def layered(known: Known, call: Call, axis: int, name: str) -> Step:
     if axis == 1 and module is not None and is_depthwise(module):
         known.calls_of(path)
         return Depthwise(label, path, owned, module)
-    raise Refused(f"{label} ({call.name}) stands between {name} and its consumer and mixes or owns channels")
+    raise Refused(
+        f"{label} ({call.spoken}) stands between {name} and its consumer and mixes or owns channels"
+    )
+
+
+def by_channel(known: Known, call: Call, name: str, label: str) -> None:
+    """Refuse a norm behind flatten: its features are positions of channels, and new ones come among them."""
+    producer, read = known.modules.get(name), known.recording.shapes[call.reads[0]]
+    if isinstance(producer, CONVOLUTIONS) and len(read) == 2 and read[1] != out_size(producer):
+        raise Refused(
+            f"{label} stands behind a flatten: of its {read[1]} features each is a position of one of the "
+            f"{out_size(producer)} channels of {name}; put it before the flatten, with a feature per channel"
+        )
 
 
 def once(known: Known, name: str, path: str, calls: int) -> None:
@@ -89,6 +102,7 @@ def weightless(known: Known, call: Call, axis: int, name: str) -> Step | None:
     theirs = [known.recording.calls[i].name for i, one in known.recording.norms.items() if one == path]
     once(known, name, path, theirs.count(call.name))
     label = f"{type(module).__name__} {path}"
+    by_channel(known, call, name, label)
     if call.name == "group_norm":
         return GroupNorm(label, path, (), module)
     if call.name == "batch_norm":

@@ -8,8 +8,9 @@ the model in train and in eval mode, and count only where both agree.
 from __future__ import annotations
 
 import fnmatch
+import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 
 import torch
 from torch import Tensor, nn
@@ -143,28 +144,40 @@ def racing(pairs: Sequence[Found]) -> tuple[list[Found], list[Refusal]]:
 def uncoded(pairs: Sequence[Place], sites: Sites) -> tuple[list[Place], list[Refusal]]:
     """Leave out codes, unless they are named: their width is what the user chose them for.
 
-    A layer that is narrower than what it reads and than what is made of it again, with no activation behind,
-    is the code of an autoencoder, or a factor of low rank.
+    A layer that is narrower than what it reads and than what is made of it again, or than these will be once
+    they have grown, with no activation behind, is the code of an autoencoder, or a factor of low rank.
     """
     if sites != "auto":
         return list(pairs), []
-    codes = [pair for pair in pairs if isinstance(pair, Pair) and is_code(pair)]
+    growing = [pair for pair in pairs if not isinstance(pair, Pair) or pair.steps]
+    wider_in = {path for pair in growing for path in pair.site.exits}
+    wider_out = {pair.site.entry for pair in growing}
+    codes = [pair for pair in pairs if isinstance(pair, Pair) and is_code(pair, wider_in, wider_out)]
     refusals = [
         Refusal(
             pair.site.entry,
             f"its {pair.site.width} units are a code: fewer than what {pair.site.entry} reads and "
-            f"{pair.site.exit} makes, with no activation between; name {pair.site.name} in sites= to grow it",
+            f"{pair.site.exit} makes, or will once these grow, with no activation between; name "
+            f"{pair.site.name} in sites= to grow it",
         )
         for pair in codes
     ]
     return [pair for pair in pairs if pair not in codes], refusals
 
 
-def is_code(pair: Pair) -> bool:
-    """Tell a layer whose output is a code."""
+def is_code(pair: Pair, wider_in: Set[str], wider_out: Set[str]) -> bool:
+    """Tell a layer whose output is a code.
+
+    Args:
+        pair: Any.
+        wider_in: Paths of layers whose inputs may become more.
+        wider_out: Paths of layers whose outputs may become more.
+    """
     if pair.steps or not (is_linear(pair.producer) and is_linear(pair.consumer)):
         return False
-    return pair.site.width < min(in_size(pair.producer), out_size(pair.consumer))
+    read = math.inf if pair.site.entry in wider_in else in_size(pair.producer)
+    made = math.inf if pair.site.exit in wider_out else out_size(pair.consumer)
+    return pair.site.width < min(read, made)
 
 
 def why_not_raced(pair: Found) -> str:

@@ -6,6 +6,8 @@ turned for layers whose weight is (in, out, …).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -113,3 +115,17 @@ def affine(layer: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> 
 def features(model: nn.Module) -> set[int]:
     """List the numbers of inputs that linear layers of a model take."""
     return {layer.in_features for layer in model.modules() if isinstance(layer, nn.Linear)}
+
+
+def coarsest(modules: Iterable[nn.Module]) -> float:
+    """Return the largest step of the numbers that parameters are written in; 0 where there are none."""
+    held = [p for module in modules for p in module.parameters() if p.is_floating_point()]
+    return max((torch.finfo(p.dtype).eps for p in held), default=0.0)
+
+
+def forward_of_its_own(module: nn.Module) -> str:
+    """Return the name of a layer's class where it is a subclass with another forward; "" if it is torch's."""
+    kind = type(module)
+    base = next((one for one in kind.__mro__ if one.__module__.startswith("torch.nn.modules.")), kind)
+    names = ("forward", "_conv_forward", "__call__")
+    return kind.__name__ if any(getattr(kind, n, None) is not getattr(base, n, None) for n in names) else ""

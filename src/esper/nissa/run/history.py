@@ -269,6 +269,7 @@ def _deepened(history: RunHistory, event: Event) -> None:
         history.parameters.add(event.step, event.data["parameters"])
     else:
         _widened(history, event)
+        history._decision(event).blocks += 1
 
 
 def _reopened(history: RunHistory, event: Event) -> None:

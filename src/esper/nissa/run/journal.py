@@ -71,7 +71,8 @@ class RunJournal:
         """
         if not isinstance(run_dir, str | Path) or "\0" in str(run_dir):
             raise RunError(f"run_dir={quoted(run_dir)} is no path; give the folder of the run")
-        self.path, self.run, self.config = Path(run_dir) / EVENTS_FILE, run, config
+        self.path = Path(os.path.abspath(run_dir)) / EVENTS_FILE  # the process may go elsewhere
+        self.run, self.config = run, config
         self._lease = _lease(Path(run_dir))
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -79,6 +79,7 @@ class DecisionHistory:
     outcome: OutcomeFacts | None = None
     widened: GrownFacts | None = None  # or grafted: how it became part of the model
     widened_at: int | None = None  # step
+    blocks: int = 0  # that came to a stack; each is told by an event of its own
     decided_at: int | None = None  # step of the outcome
     reopened: ReopenedFacts | None = None  # how the host was re-opened at the same step
 
@@ -99,8 +100,8 @@ class DecisionHistory:
 
     @property
     def units(self) -> int:
-        """How many the model got: units, or one block more of a stack."""
-        return 0 if self.widened is None else int(self.widened.get("units", 1))
+        """How many the model got: units, blocks of a stack, or one branch."""
+        return 0 if self.widened is None else int(self.widened.get("units", max(self.blocks, 1)))
 
     @property
     def kept(self) -> bool | None:

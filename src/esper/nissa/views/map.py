@@ -9,7 +9,7 @@ from html import escape
 from esper.nissa.run.facts import SiteFacts
 from esper.nissa.run.history import DecisionHistory, RunHistory
 from esper.nissa.views.palette import GREEN, GREY
-from esper.printable import printable
+from esper.printable import counted, printable
 
 WIDTH = 860
 BOX, GAP, LINE = (
@@ -105,7 +105,7 @@ def _between(history: RunHistory, site: SiteFacts, y: int, scale: float) -> Iter
     yield _bar(BAR_LEFT, y + 16, before * scale, GREY)
     if after > before:
         yield _bar(BAR_LEFT + before * scale, y + 16, (after - before) * scale, GREEN)
-    label = f"{before} → {after} units" if after > before else f"{before} units"
+    label = (f"{before} → " if after > before else "") + counted(site["name"], after)
     yield _text(BAR_LEFT + after * scale + 12, y + 30, label, weight=600)
     tried = _tried(history, site["name"])
     for index, decision in enumerate(tried):

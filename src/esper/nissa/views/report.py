@@ -19,7 +19,7 @@ from esper.nissa.views import charts
 from esper.nissa.views.map import model_map
 from esper.nissa.views.why import headline, why
 from esper.nissa.wording import count, duration, short
-from esper.printable import quoted, shortened
+from esper.printable import counted, quoted, shortened
 
 try:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -148,6 +148,7 @@ def render(history: RunHistory, rows: list[Row], others: dict[str, RunHistory]) 
     }
     decisions = history.decisions.values()
     return environment.get_template("report.html").render(
+        counted=counted,
         history=history,
         totals=history.totals,
         metric=charts.metric_name(history),

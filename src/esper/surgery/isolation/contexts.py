@@ -6,6 +6,7 @@ import random
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import TypeGuard
 
 import numpy as np
 import torch
@@ -72,13 +73,30 @@ def same_generators(loader: object) -> Iterator[None]:
     """
     batches = getattr(loader, "batch_sampler", None)
     owners = loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)
-    found = {id(g): g for g in (getattr(owner, "generator", None) for owner in owners) if g is not None}
+    held = [one for owner in (*owners, getattr(loader, "dataset", None)) for one in held_by(owner)]
+    found = {id(g): g for g in [getattr(owner, "generator", None) for owner in owners] + held}
     before = [(g, g.get_state()) for g in found.values() if isinstance(g, torch.Generator)]
+    numpy = [(g.bit_generator, g.bit_generator.state) for g in found.values() if is_numpy(g)]
+    python = [(g, g.getstate()) for g in found.values() if isinstance(g, random.Random)]
     try:
         yield
     finally:
         for generator, state in before:
             generator.set_state(state)
+        for bits, facts in numpy:
+            bits.state = facts
+        for stream, values in python:
+            stream.setstate(values)
+
+
+def held_by(owner: object) -> list[object]:
+    """Return what an object holds in its attributes."""
+    return list(getattr(owner, "__dict__", {}).values())
+
+
+def is_numpy(value: object) -> TypeGuard[np.random.Generator]:
+    """Tell a generator of numpy."""
+    return isinstance(value, np.random.Generator)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from esper.surgery.isolation.attributes import TORCHS, Memo, fresh, modules_of, own
 from esper.surgery.isolation.seam import core_of, is_open
@@ -20,11 +20,17 @@ TABLES = ("_parameters", "_buffers")
 
 
 @contextmanager
-def on_copies(model: nn.Module) -> Iterator[Callable[[], list[str]]]:
+def on_copies(
+    model: nn.Module, copy_of: Callable[[nn.Parameter], Tensor] = fresh
+) -> Iterator[Callable[[], list[str]]]:
     """Let a model run, and be changed, on copies of its parameters, buffers and other attributes.
 
     What is no tensor, number, container or random generator is shared, and so are scripted modules: they
     hold their state elsewhere, and get their mode back.
+
+    Args:
+        model: The host.
+        copy_of: Makes the copy of a parameter.
 
     Yields:
         What lists the parameters that are not what they were.
@@ -45,7 +51,7 @@ def on_copies(model: nn.Module) -> Iterator[Callable[[], list[str]]]:
         for module in modules:
             for parameter in module._parameters.values():
                 if parameter is not None and id(parameter) not in memo:
-                    memo[id(parameter)] = parameter, fresh(parameter)
+                    memo[id(parameter)] = parameter, copy_of(parameter)
         for module, held in before:
             if id(held) not in made:
                 made[id(held)] = copied(held, memo)

@@ -27,6 +27,25 @@ def with_inner(given: Mapping[str, Optimizer]) -> dict[str, Optimizer]:
     return found
 
 
+def with_wrappers(given: Mapping[str, Optimizer]) -> dict[str, Optimizer]:
+    """Return optimizers whose state follows the model: those of `with_inner`, and wrappers with a state.
+
+    A wrapper that has never called its base class's constructor has no steps to count; a state of its own,
+    slow weights say, has to follow all the same.
+    """
+    found = with_inner(given)
+    for name, optimizer in given.items():
+        for path, one in unfolded(name, optimizer, set()):
+            own = vars(one).get("state")
+            if (
+                path not in found
+                and own is not None
+                and not any(own is other.state for other in found.values())
+            ):
+                found[path] = one
+    return found
+
+
 def unfolded(name: str, optimizer: Optimizer, seen: set[int]) -> Iterator[tuple[str, Optimizer]]:
     """Yield what stands inside an optimizer, innermost first, and itself."""
     seen.add(id(optimizer))

@@ -6,7 +6,8 @@ only becomes larger. ``step`` is kept: a fresh one would undo the old units' bia
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Literal, SupportsFloat, TypeAlias, cast
 
 import torch
@@ -15,7 +16,7 @@ from torch.optim import Optimizer
 
 from esper.contracts import WidenEdit
 from esper.errors import SurgeryError
-from esper.surgery.optimizers.foreign import follows_weights
+from esper.surgery.optimizers.foreign import NESTS, follows_weights
 from esper.surgery.optimizers.history import cleared, forget, remembers
 from esper.surgery.optimizers.kinds import Kind, kind_of
 from esper.surgery.widen_layers import Change, extend
@@ -50,7 +51,7 @@ def widen_state(
         SurgeryError: An optimizer holds state of an unknown kind.
     """
     reasons: list[str] = []
-    larger: list[tuple[Optimizer, list[nn.Parameter], Change, dict[str, Tensor]]] = []
+    larger: list[tuple[Optimizer, list[nn.Parameter], Change, dict[str, object]]] = []
     anew: dict[str, Optimizer] = {}
     for change in changes:
         given = donor or {} if rule == "seed" else None
@@ -58,7 +59,7 @@ def widen_state(
             group = _group_of(optimizer, change.previous)
             if group is None:
                 continue
-            state: dict[str, Tensor] = {}
+            state: dict[str, object] = {}
             if kind_of(optimizer).history:
                 anew[name] = optimizer
             else:
@@ -87,36 +88,71 @@ def _larger(
     rule: Rule,
     given: Donor | None,
     reasons: list[str],
-) -> dict[str, Tensor]:
+) -> dict[str, object]:
     """Enlarge what one optimizer knows of one parameter; nothing is changed yet."""
-    kind, dim = kind_of(optimizer), change.parameter.dim()
-    state: dict[str, Tensor] = {}
-    for key, old in optimizer.state.get(change.previous, {}).items():
-        shape = list(change.parameter.shape)
-        for edit in change.edits:
-            shape[edit.axis] = edit.old
-        reduced = kind.reduced[key] % dim if key in kind.reduced else None
-        if reduced is not None:
-            shape[reduced] = 1
-        where = f"{type(optimizer).__name__} {name!r}: state {key!r} of {change.edit.name!r}"
-        if not _is_elementwise(old, shape, where):
-            continue
-        weights = _before(change)
-        copied = old.shape == weights.shape and follows_weights(key, old, weights)
-        for number, edit in enumerate(change.edits):
-            if reduced == edit.axis:  # a mean over the grown axis stays
-                continue
-            new = _new_part(change, edit) if copied else _new_units(old, change, edit, rule, kind, key, group)
-            if given is not None:
-                slot = edit.name if number == 0 else f"{edit.name}@{edit.axis}"
-                new = _from_seed(given.get(slot, {}).get(key), new, where, reasons)
-            old = state[key] = extend(old, new, edit.axis, edit.chunks)
+    state: dict[str, object] = {}
+    known = optimizer.state.get(change.previous, {})
+    where = f"{type(optimizer).__name__} {name!r}: state {{!r}} of {change.edit.name!r}"
+    for key, value in known.items() if isinstance(known, dict) else ():
+        widened = partial(
+            _widened, kind_of(optimizer), group, change, rule, given, reasons, key, where.format(key)
+        )
+        if isinstance(value, Tensor):
+            found = widened(value)
+            state |= {} if found is value else {key: found}
+        elif isinstance(value, NESTS):
+            state[key] = mapped(widened, value)
     return state
 
 
-def _is_elementwise(old: object, shape: list[int], where: str) -> bool:
+def mapped(change: Callable[[Tensor], Tensor], value: object) -> object:
+    """Return a nest of containers with its tensors changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: mapped(change, one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        made = [mapped(change, one) for one in value]
+        return made if isinstance(value, list) else tuple(made)
+    return value
+
+
+def _widened(
+    kind: Kind,
+    group: Mapping[str, object],
+    change: Change,
+    rule: Rule,
+    given: Donor | None,
+    reasons: list[str],
+    key: str,
+    where: str,
+    old: Tensor,
+) -> Tensor:
+    """Return a tensor of the state, larger; itself where it is a counter."""
+    shape = list(change.parameter.shape)
+    for edit in change.edits:
+        shape[edit.axis] = edit.old
+    reduced = kind.reduced[key] % change.parameter.dim() if key in kind.reduced else None
+    if reduced is not None:
+        shape[reduced] = 1
+    if not _is_elementwise(old, shape, where):
+        return old
+    weights = _before(change)
+    copied = old.shape == weights.shape and follows_weights(key, old, weights)
+    for number, edit in enumerate(change.edits):
+        if reduced == edit.axis:  # a mean over the grown axis stays
+            continue
+        new = _new_part(change, edit) if copied else _new_units(old, change, edit, rule, kind, key, group)
+        if given is not None:
+            slot = edit.name if number == 0 else f"{edit.name}@{edit.axis}"
+            new = _from_seed(given.get(slot, {}).get(key), new, where, reasons)
+        old = extend(old, new, edit.axis, edit.chunks)
+    return old
+
+
+def _is_elementwise(old: Tensor, shape: list[int], where: str) -> bool:
     """Tell state that grows with the parameter from counters; refuse what is neither."""
-    if not isinstance(old, Tensor) or old.dim() == 0:
+    if old.dim() == 0:
         return False
     if type(old) is Tensor and list(old.shape) == shape:
         return True
@@ -184,7 +220,7 @@ def _from_seed(given: object, otherwise: Tensor, where: str, reasons: list[str])
 
 
 def _commit(
-    optimizer: Optimizer, members: list[nn.Parameter], change: Change, state: dict[str, Tensor]
+    optimizer: Optimizer, members: list[nn.Parameter], change: Change, state: dict[str, object]
 ) -> None:
     if change.previous in optimizer.state:
         optimizer.state[change.previous].update(state)

@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, TypedDict
 
-from esper.tolaria.governor.usual import LEAST, BaselineState, RobustBaseline, TailScore, TailState
+from esper.tolaria.governor.baseline import LEAST, BaselineState, RobustBaseline, TailScore, TailState
 from esper.tolaria.governor.vitals import Vitals
 
 Kind = Literal["nonfinite", "spike", "divergence", "rate", "leak", "harm"]

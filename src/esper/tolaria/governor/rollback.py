@@ -12,27 +12,25 @@ and begins again behind it; a snapshot whose tensors no longer fit is refused, n
 from __future__ import annotations
 
 import copy
-import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias, TypedDict, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from esper.checkpoint.contents.run import Stateful
 from esper.errors import StateError
+from esper.surgery.isolation.global_streams import GlobalStreams, NumpyState
 
 Capture = tuple[Callable[[], object], Callable[..., None]]  # what else goes back: how to read and to write it
 KEPT = "a kept tensor"  # marks one in a checkpoint
 LAG = 3  # steps a fault may work before it shows in the loss
 KEEP = 2  # detection lags by a few steps, so the newest snapshot may hold the fault already
 State: TypeAlias = dict[str, object]  # of a parameter in an optimizer, or a group's settings
-Streams: TypeAlias = "tuple[tuple[object, ...], NumpyStream, Tensor, list[Tensor] | None]"
-NumpyStream: TypeAlias = "dict[str, object] | tuple[str, np.ndarray, int, int, float]"
+Streams: TypeAlias = "tuple[tuple[object, ...], NumpyState, Tensor, list[Tensor] | None]"
 
 
 class SnapshotState(TypedDict):
@@ -69,7 +67,7 @@ class Snapshot:
     states: list[list[tuple[Tensor, State]]]  # per optimizer: parameter and its state
     groups: list[list[State]]  # per optimizer: its groups, parameters by identity
     settings: list[object]  # of schedulers and scaler
-    randomness: Randomness
+    randomness: GlobalStreams
     captured: State
 
     @property
@@ -78,30 +76,6 @@ class Snapshot:
         states = (v for one in self.states for _, state in one for v in state.values())
         tensors = [*self.tensors.values(), *(v for v in states if isinstance(v, Kept))]
         return sum(k.copy.numel() * k.copy.element_size() for k in tensors)
-
-
-@dataclass(frozen=True)
-class Randomness:
-    """The state of every global random stream; CUDA's only where CUDA is in use."""
-
-    python: tuple[object, ...]
-    numpy: NumpyStream
-    cpu: Tensor
-    cuda: list[Tensor] | None
-
-    @classmethod
-    def now(cls) -> Randomness:
-        """Read the streams."""
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-        return cls(random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda)
-
-    def restore(self) -> None:
-        """Put the streams back."""
-        random.setstate(self.python)
-        np.random.set_state(self.numpy)
-        torch.set_rng_state(self.cpu)
-        if self.cuda is not None:
-            torch.cuda.set_rng_state_all(self.cuda)
 
 
 class Snapshots:
@@ -144,7 +118,7 @@ class Snapshots:
                 for o in self.each()
             ],
             [copy.deepcopy(one.state_dict()) for one in self.stateful],
-            Randomness.now(),
+            GlobalStreams.capture(),
             {name: copy.deepcopy(read()) for name, (read, _) in self.captures.items()},
         )
         self.ring.append(snapshot)
@@ -196,7 +170,7 @@ class Snapshots:
 
     def _written(self, snapshot: Snapshot) -> SnapshotState:
         names = {id(tensor): name for name, tensor in self.tensors()}
-        random_ = snapshot.randomness
+        streams = snapshot.randomness
         return {
             "step": snapshot.step,
             "tensors": written(snapshot.tensors),
@@ -206,7 +180,7 @@ class Snapshots:
                 for one in snapshot.groups
             ],
             "settings": snapshot.settings,
-            "randomness": [random_.python, random_.numpy, random_.cpu, random_.cuda],
+            "randomness": [streams.python, streams.numpy, streams.torch, streams.cuda],
             "captured": snapshot.captured,
         }
 
@@ -224,7 +198,7 @@ class Snapshots:
                 for each in one["groups"]
             ]
             tensors = cast("dict[str, Kept]", read_back(one["tensors"]))
-            randomness = Randomness(*cast("Streams", tuple(one["randomness"])))
+            randomness = GlobalStreams(*cast("Streams", tuple(one["randomness"])))
             rest = one["settings"], randomness, one["captured"]
             self.ring.append(Snapshot(one["step"], tensors, states, groups, *rest))
 

@@ -26,22 +26,24 @@ from esper.kasmina.race.needs import Services, Unforged, Unscaled
 from esper.kasmina.race.orchestrator import SeedOrchestrator
 from esper.kasmina.race.own_optimizers import OwnOptimizers
 from esper.kasmina.race.schedule import Timing
-from esper.kasmina.race.worth import ALONE_EACH, Worth, worth_of
+from esper.kasmina.race.worth import ALONE_EACH, Worth, counted, worth_of
 from esper.kasmina.recording.flops import Ledger
-from esper.kasmina.seeds.compiling import CompilePolicy, detect
+from esper.kasmina.seeds.compiling import CompilePolicy, detect, refuse_unseen_seeds
 from esper.kasmina.sites.sites import Sites
 from esper.kasmina.widths.layers import features
-from esper.surgery.isolation.contexts import same_randomness
+from esper.surgery.isolation.contexts import examining, same_randomness
 from esper.surgery.optimizers.adoption import refuse_homeless
+from esper.surgery.optimizers.inner import with_wrappers
 from esper.tamiyo.controller import Tamiyo
+from esper.tolaria.growth.evidence.held import refuse_not_finite
 from esper.tolaria.growth.opening.arguments import averages
 from esper.tolaria.growth.opening.entrance import Differentiating, held_out
 from esper.tolaria.growth.opening.opening import Opening, opened
-from esper.tolaria.growth.opening.optimizers import named_optimizers
+from esper.tolaria.growth.opening.optimizers import by_name, named_optimizers
 from esper.tolaria.growth.opening.request import Request
 from esper.tolaria.growth.run.budget import limits, merged_budget
 from esper.tolaria.growth.run.commit import Committer
-from esper.tolaria.growth.run.components import Parts
+from esper.tolaria.growth.run.components import RunComponents
 from esper.tolaria.growth.run.forging import Forging
 from esper.tolaria.growth.run.passes import Passes
 from esper.tolaria.growth.run.recipe import is_raced, recipe_of
@@ -63,7 +65,7 @@ class Detours:
         self.observe(Event("fallback", step, {"what": what, "why": why}))
 
 
-def assemble(request: Request, wrapping: Wrapping, observe: Observer) -> Parts:
+def assemble(request: Request, wrapping: Wrapping, observe: Observer) -> RunComponents:
     """Check what was given and wire a run; nothing of the user's is changed."""
     policy, peers, config = detect(wrapping.host, request.loss_fn), wrapping.peers, request.config
     host = policy.host
@@ -76,7 +78,8 @@ def assemble(request: Request, wrapping: Wrapping, observe: Observer) -> Parts:
     model.pool.enabled = config.kernels.streams
     forging, tell = Forging(config.kernels, observe), Detours(observe)
     gate = Gate(host, opening.loss_fn, opening.held, config.gate, looks(model, config), tell, peers, worth)
-    committer = Committer(model, optimizers, ema, passes.over_probe, config.new_slot_state, observe, peers)
+    followers = with_wrappers(by_name(request.optimizer))
+    committer = Committer(model, followers, ema, passes.over_probe, config.new_slot_state, observe, peers)
     streams, ledger, joins = Streams(request.seed), Ledger(peers.world), Joins(apart=not worth.alone)
     services = Services(
         passes=passes,
@@ -95,7 +98,7 @@ def assemble(request: Request, wrapping: Wrapping, observe: Observer) -> Parts:
     timing = Timing.of(config, request.steps, settling(host))
     orchestrator = tell.orchestrator = SeedOrchestrator(model, config, timing, services)
     refuse_strangers(peers, model, request.seed, request.steps)
-    return Parts(
+    return RunComponents(
         given=request.model,
         wrapping=wrapping,
         model=model,
@@ -139,6 +142,7 @@ def looked_at(
         opening = opened(policy.host, request.loss_fn, request.per_example, held, find)
         refuse_branches(opening.model, optimizers)
         if recipe_of(config.growth, opening.model) == "incubate":
+            refuse_unseen_seeds(policy)
             worth = raced_worth(opening.model, opening, request.per_example)
     return opening, worth
 
@@ -161,6 +165,11 @@ def cautions(model: MorphableModel, config: Config, steps: int | None, worth: Wo
         found.append(
             "a budget in seconds makes decisions depend on the clock; runs with the same seed may differ"
         )
+    if config.growth == "early" and not model.pairs and not model.stacks:
+        found.append(
+            "nothing will grow: growth='early' widens layers and adds blocks, and this model has no place "
+            "for either; growth='incubate' races branches beside its layers"
+        )
     if config.growth == "auto" and recipe_of("auto", model) == "incubate":
         found.append(
             "branches are raced, since nothing can be widened or most of the model is frozen: runs took up "
@@ -168,6 +177,11 @@ def cautions(model: MorphableModel, config: Config, steps: int | None, worth: Wo
         )
     if worth.why:
         found.append(f"held-out evidence is of batches as they come, each one value: {worth.why}")
+    elif not worth.told:
+        found.append(
+            "held-out evidence is of batches, each one value: it cannot be told whether the loss couples "
+            "their examples, as where experts get some rows of a batch; pass per_example= if it does not"
+        )
     return found
 
 
@@ -196,7 +210,11 @@ def raced_worth(model: MorphableModel, opening: Opening, per_example: PerExample
     if per_example is not None:
         inner = isinstance(opening.loss_fn, Differentiating)
         return Worth(alone=True, per_example=Differentiating(per_example) if inner else per_example)
-    return worth_of(model.host, opening.loss_fn, model.places, first(opening.held, ASKED))
+    held = first(opening.held, ASKED)
+    with examining(model.host, 0):
+        losses = [float(opening.loss_fn(model.host, batch)) for batch in counted(held)]
+    refuse_not_finite({f"batch {i} of the probe": loss for i, loss in enumerate(losses)})
+    return worth_of(model.host, opening.loss_fn, model.places, held)
 
 
 def of(loss_fn: LossFunction, batch: object) -> Callable[[nn.Module], Tensor]:

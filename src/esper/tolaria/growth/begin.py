@@ -21,7 +21,7 @@ from esper.kasmina.sites.sites import Sites
 from esper.nissa.run.journal import RunJournal
 from esper.surgery.isolation.contexts import same_randomness, taught
 from esper.surgery.isolation.global_draws import forgetting
-from esper.tolaria.governor import Settings, Watch
+from esper.tolaria.governor import GovernorHooks, Settings
 from esper.tolaria.growth.assembly import assemble
 from esper.tolaria.growth.growth import Growth
 from esper.tolaria.growth.opening.arguments import (
@@ -31,10 +31,10 @@ from esper.tolaria.growth.opening.arguments import (
     refuse_scaler,
     refuse_uncallable,
 )
-from esper.tolaria.growth.opening.entrance import refuse_host
+from esper.tolaria.growth.opening.entrance import Handing, refuse_host
 from esper.tolaria.growth.opening.presence import refuse_growing
 from esper.tolaria.growth.opening.request import Request, Restorable, Scaler, Scheduler
-from esper.tolaria.growth.run.components import Parts
+from esper.tolaria.growth.run.components import RunComponents
 from esper.tolaria.growth.run.recipe import with_growth
 
 
@@ -47,9 +47,9 @@ def grow(
     example: object = None,
     per_example: PerExample | None = None,
     steps: int | None = None,
-    schedulers: Sequence[Scheduler] | Scheduler = (),
+    schedulers: Sequence[Scheduler] | Scheduler | None = (),
     scaler: Scaler | None = None,
-    ema: Sequence[nn.Module] | nn.Module = (),
+    ema: Sequence[nn.Module] | nn.Module | None = (),
     sites: Sites = "auto",
     budget: Mapping[str, object] | None = None,
     growth: Literal["auto", "early", "incubate", "off"] | None = None,
@@ -115,7 +115,7 @@ def grow(
         loss_fn=loss_fn,
         probe=probe,
         example=example,
-        per_example=per_example,
+        per_example=None if per_example is None else Handing(per_example),
         steps=steps,
         schedulers=movers,
         scaler=scaler,
@@ -144,6 +144,16 @@ def grow(
     return made
 
 
+def take_back(made: Growth) -> None:
+    """Leave nothing of a run that began, and could not go on before its first step."""
+    made.leave()
+    made.run.parts.forging.close()
+    made.run.parts.wrapping.close()
+    made.run.finished = True
+    if made.journal is not None:
+        made.journal.take_back()
+
+
 class Observers:
     """Tells every event to several, in order."""
 
@@ -167,10 +177,10 @@ def journal_of(
     return RunJournal(run_dir, run=secrets.token_hex(8), config=digest_of(settings))
 
 
-def govern(made: Growth, parts: Parts, stateful: Sequence[Restorable]) -> None:
+def govern(made: Growth, parts: RunComponents, stateful: Sequence[Restorable]) -> None:
     """Let the governor watch a run."""
     chosen = Settings(**made.config.governor.model_dump(exclude={"enabled"}))
-    watch = Watch(made.run, chosen, averages=parts.averages, stateful=stateful)
+    watch = GovernorHooks(made.run, chosen, averages=parts.averages, stateful=stateful)
     made.loop.watch = made.run.orchestrator.guard = watch
     made.loop.presence.closers.append(watch.watcher.close)
 

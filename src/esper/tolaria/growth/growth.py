@@ -10,16 +10,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from esper.errors import FinishedError, SiteError, nearest
+from esper.arguments import whole
+from esper.errors import ConfigError, FinishedError, SiteError, nearest
 from esper.kasmina.recording.flops import Ledger
+from esper.printable import QUOTE, quoted
 from esper.saving.genome import units_of
 from esper.surgery.isolation.undisturbed import undisturbed
 from esper.tolaria.growth.loop import Loop
+from esper.tolaria.growth.opening.arguments import MOST_STEPS
 from esper.tolaria.growth.opening.presence import Presence, begin
 from esper.tolaria.growth.reporting import report
 from esper.tolaria.growth.resumable import Resumable
 from esper.tolaria.growth.run.account import Report
-from esper.tolaria.growth.run.components import Parts
+from esper.tolaria.growth.run.components import RunComponents
 from esper.tolaria.growth.run.keeping import keep
 from esper.tolaria.growth.run.telling import size_and_cost
 
@@ -31,9 +34,10 @@ class Growth(Resumable):
         model: The host, the same object from first to last.
     """
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: RunComponents) -> None:
         self.model: nn.Module = parts.given
         presence = Presence(parts.optimizers, parts.orchestrator)
+        presence.closers.append(parts.model.policy.leave)
         self.leave = begin(self, parts.model.host, presence)
         try:
             self.loop = Loop(parts, presence)
@@ -81,11 +85,18 @@ class Growth(Resumable):
         self.loop.step(batch, loss)
 
     def epoch(self, metrics: Mapping[str, float] | None = None) -> None:
-        """Note the end of an epoch, with metrics for the report."""
+        """Note the end of an epoch, with metrics for the report.
+
+        Args:
+            metrics: Numbers by name.
+
+        Raises:
+            ConfigError: They are none; the epoch is not counted then.
+        """
         self._refuse_finished("epoch")
         run = self.run
+        run.metrics = measured(metrics)
         run.parts.epochs += 1
-        run.metrics = {name: float(value) for name, value in (metrics or {}).items()}
         run.tell("epoch", epoch=run.parts.epochs, metrics=run.metrics)
 
     def pause(self) -> None:
@@ -102,7 +113,13 @@ class Growth(Resumable):
         Args:
             why: What findings are annotated with.
             steps: How long it may show; None: ``governor.grace``.
+
+        Raises:
+            ConfigError: ``why`` is no text, or ``steps`` no count.
         """
+        if not isinstance(why, str):
+            raise ConfigError(f"why={quoted(why)}; say in words what is to be expected")
+        whole("steps", steps, least=1, most=MOST_STEPS, none=True)
         self.run.expect(why, steps)
 
     def grow_now(self, site: str) -> None:
@@ -113,8 +130,9 @@ class Growth(Resumable):
         """
         self._refuse_finished("grow_now")
         places = self.run.morphable.places
-        if site not in places:
-            raise SiteError(f"no site {site!r}; {nearest(site, places)}")
+        if not isinstance(site, str) or site not in places:
+            asked = site[:QUOTE] if isinstance(site, str) else ""
+            raise SiteError(f"no site {quoted(site)}; {nearest(asked, places)}")
         self.run.asked = site
 
     def rewrap(self) -> nn.Module:
@@ -192,3 +210,26 @@ class Growth(Resumable):
             raise FinishedError(
                 f"{what}() after finish(): the run is over; call esper.grow again to grow the model further"
             )
+
+
+def measured(metrics: object) -> dict[str, float]:
+    """Return metrics as numbers by name; None stands for no metrics.
+
+    Raises:
+        ConfigError: They are something else.
+    """
+    if metrics is None:
+        return {}
+    if not isinstance(metrics, Mapping):
+        raise ConfigError(f"metrics={quoted(metrics)}; give numbers by name, or nothing")
+    found: dict[str, float] = {}
+    for name, value in metrics.items():
+        if not isinstance(name, str):
+            raise ConfigError(f"metrics has the name {quoted(name)}; give numbers by name")
+        try:
+            if isinstance(value, str | bytes | bytearray):
+                raise TypeError
+            found[name] = float(value)
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            raise ConfigError(f"the metric {quoted(name)} is {quoted(value)}; give a number") from None
+    return found

@@ -14,14 +14,14 @@ from esper.contracts import Outcome
 from esper.kasmina.race.trial import Decaying, Key, Passed
 from esper.saving.pretrained import follow
 from esper.surgery.isolation.contexts import taught
-from esper.tolaria.governor import Watch
+from esper.tolaria.governor import GovernorHooks
 from esper.tolaria.growth.early.early import Early
-from esper.tolaria.growth.incubation.boundary import Word, bits, meet, packed, realign
+from esper.tolaria.growth.incubation.boundary import StepRecord, bits, packed, realign, sync_step
 from esper.tolaria.growth.incubation.incubation import Incubation
 from esper.tolaria.growth.incubation.redo import Redo
 from esper.tolaria.growth.opening.entrance import check_finite, check_loss, failing
 from esper.tolaria.growth.opening.presence import Presence
-from esper.tolaria.growth.run.components import Parts
+from esper.tolaria.growth.run.components import RunComponents
 from esper.tolaria.growth.run.proven import Proven
 from esper.tolaria.growth.run.state import RunState
 from esper.tolaria.growth.run.telling import size_and_cost
@@ -41,12 +41,12 @@ class Loop:
         watch: The governor, where the settings want one.
     """
 
-    def __init__(self, parts: Parts, presence: Presence) -> None:
+    def __init__(self, parts: RunComponents, presence: Presence) -> None:
         self.presence = presence
         self.run = RunState(parts, presence.clock)
         self.redo, self.proven = Redo(self.run), Proven(self.run)
         self.incubation = Incubation(self.run, self.redo, self.proven)
-        self.watch: Watch | None = None
+        self.watch: GovernorHooks | None = None
         self.early: Early | None = None
 
     def begin(self) -> None:
@@ -76,7 +76,7 @@ class Loop:
         value = self.read(loss) if value is None else value
         run.steps = steps
         if run.peers.world > 1:
-            value = self.meet(value)
+            value = self.across_ranks(value)
         if self.governed(value):
             self.act(value)
             if run.steps % run.config.telemetry.progress_every == 0:
@@ -93,15 +93,15 @@ class Loop:
             check_finite(value, self.run.steps)
         return value
 
-    def meet(self, loss: float) -> float:
+    def across_ranks(self, loss: float) -> float:
         """Meet the other processes: from here on all know the same; returns the mean loss."""
         run = self.run
         names, orchestrator = list(run.morphable.places), run.orchestrator
         asked = names.index(run.asked) if run.asked in names else -1
         faults = packed(orchestrator.faults_noted())
         facts = bits(loss), orchestrator.examples, faults, asked, int(run.paused)
-        word = Word(run.steps, run.topology, orchestrator.lineage, *facts)
-        found = meet(run.peers, word, len(orchestrator.trials))
+        own = StepRecord(run.steps, run.topology, orchestrator.lineage, *facts)
+        found = sync_step(run.peers, own, len(orchestrator.trials))
         orchestrator.examples, run.paused = found.examples, found.paused
         run.asked = None if found.asked < 0 else names[found.asked]
         if not found.alike:
@@ -153,7 +153,7 @@ class Loop:
             return False
         if self.early is not None:
             return self.early.growing
-        return bool(run.orchestrator.trials) or run.room().events > 0
+        return bool(run.orchestrator.trials) or run.remaining_budget().events > 0
 
     # -- between steps ---------------------------------------------------------------------------------------
 
@@ -180,12 +180,14 @@ class Loop:
         begun = time.perf_counter()
         if self.early is None:
             self.examined()
-            self.change(run.orchestrator.settle, list(run.orchestrator.trials))
+            self.change(self.incubation.settle, list(run.orchestrator.trials))
         elif self.early.open is not None or self.early.asking is not None:
             with run.morphable.policy.uncompiled(), run.parts.wrapping.reshaping(run.parts.optimizers):
                 self.early.finish()
         run.cost.seconds += time.perf_counter() - begun
         self.follow_configs()
+        if why := run.morphable.policy.leave():
+            run.tell("fallback", what="recompile_limit", why=f"torch's limit of graphs stays raised: {why}")
 
     def follow_configs(self) -> None:
         """Let the configs that a model is built from say what it is by now, or tell what they cannot say."""

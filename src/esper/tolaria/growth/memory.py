@@ -37,7 +37,7 @@ from esper.kasmina.widths.layers import weight_of
 from esper.kasmina.widths.pairs import Pair
 from esper.saving.genome import plan_from
 from esper.surgery.isolation.contexts import same_randomness
-from esper.tolaria.governor import Watch
+from esper.tolaria.governor import GovernorHooks
 from esper.tolaria.growth.early.early import Early
 from esper.tolaria.growth.early.state import RecipeState
 from esper.tolaria.growth.run.state import RunState
@@ -94,7 +94,7 @@ class GrowthState(TypedDict):
     mixed: NotRequired[list[float]]
 
 
-def capture(run: RunState, early: Early | None, watch: Watch | None) -> GrowthState:
+def capture(run: RunState, early: Early | None, watch: GovernorHooks | None) -> GrowthState:
     """Return the state of a run: tensors, numbers, strings and containers of them."""
     parts, orchestrator = run.parts, run.orchestrator
     state: GrowthState = {
@@ -155,7 +155,9 @@ def capture_trial(trial: Trial) -> TrialState:
     }
 
 
-def restore(run: RunState, given: Mapping[str, object], early: Early | None, watch: Watch | None) -> None:
+def restore(
+    run: RunState, given: Mapping[str, object], early: Early | None, watch: GovernorHooks | None
+) -> None:
     """Bring a fresh run to a saved state: topology first, then everything by name.
 
     Raises:

@@ -9,6 +9,7 @@ from torch import nn
 from esper.contracts import DeepenPlan
 from esper.saving.genome import Plan
 from esper.tolaria.growth.early.early import Early
+from esper.tolaria.growth.early.rates import is_moved
 from esper.tolaria.growth.run.account import EventRecord, Report, advise
 from esper.tolaria.growth.run.mishaps import replaced
 from esper.tolaria.growth.run.state import RunState
@@ -17,6 +18,10 @@ INCUBATED = (
     "candidates were raced at one place at a time (growth='incubate'): growth.plans and esper why say more"
 )
 OTHERWISE = {"incubate": [INCUBATED], "off": ["growth is off"]}
+UNREAD = (
+    "a scheduler moves the learning rate, and esper.grow was not given it: events fall as under a cosine; "
+    "pass it as schedulers="
+)
 OUTPUT = "the output layer: its width is the task's"
 
 
@@ -28,6 +33,13 @@ def refusals(run: RunState, early: Early | None) -> list[tuple[str, str]]:
         (refusal.place or "the model", OUTPUT if refusal.place in last else refusal.reason)
         for refusal in run.morphable.refusals
     ]
+
+
+def unread(run: RunState) -> list[str]:
+    """Say that events were placed without the scheduler that the optimizer has."""
+    optimizer = next(iter(run.parts.optimizers.values()))
+    unknown = run.parts.steps is not None and not run.parts.schedulers and is_moved(optimizer)
+    return [UNREAD] if unknown else []
 
 
 def moved(host: nn.Module, plans: Iterable[Plan]) -> list[str]:
@@ -79,5 +91,6 @@ def report(run: RunState, early: Early | None) -> Report:
             *run.mishaps.unsaid,
             *moved(run.morphable.host, run.plans),
             *advice,
+            *(unread(run) if early is not None else []),
         ],
     )

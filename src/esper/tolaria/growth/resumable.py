@@ -10,8 +10,9 @@ from esper.config import Config
 from esper.contracts import Event
 from esper.distributed.collectives import Peers
 from esper.distributed.model_wrapper import Wrapping
-from esper.errors import StateError
+from esper.errors import EsperError, StateError
 from esper.nissa.run.journal import RunJournal
+from esper.printable import raised
 from esper.saving.genome import Plan
 from esper.tolaria.growth.loop import Loop
 from esper.tolaria.growth.memory import capture, restore
@@ -93,12 +94,28 @@ class Resumable:
             StateError: The state is of another model or version, or this run has begun.
         """
         run = self.run
+        if not isinstance(state, Mapping):
+            raise StateError(f"a {type(state).__name__} is no state; give what state_dict() returned")
         if run.steps or run.plans:
             raise StateError(
                 "this run has begun already; load the state right after esper.grow on a fresh model"
             )
         with run.morphable.policy.uncompiled(), self.wrapping.reshaping(run.parts.optimizers):
-            restore(run, state, self.loop.early, self.loop.watch)
+            try:
+                restore(run, state, self.loop.early, self.loop.watch)
+            except (
+                LookupError,
+                TypeError,
+                AttributeError,
+                ValueError,
+                RuntimeError,
+                AssertionError,
+            ) as error:
+                if isinstance(error, EsperError):
+                    raise
+                raise StateError(
+                    f"the state does not fit this run: {raised(error)}; build model, optimizer and run anew"
+                ) from error
         run.topology_changed()
         self.loop.redo.read()
         self.tell_start()  # the sites are other ones by now

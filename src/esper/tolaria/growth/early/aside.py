@@ -16,13 +16,17 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-LARGE = 2**28  # bytes from which on copies go to disk
+LARGE = 2**26  # bytes from which on copies go to disk
 MUCH = 2**26  # bytes of weights from which on memory that was freed goes back to the system
+PAGE_OUT = 21  # MADV_PAGEOUT of linux/mman.h
+SOME = 2**24  # bytes of weights that were replaced, likewise: the optimizer's state goes with them
 SPARE = 2  # times the bytes that the disk must have free
 
 
-def copies(tensors: Sequence[Tensor], say: Callable[[str], None], kept: int = 0) -> list[Tensor]:
+def copies(tensors: Sequence[Tensor], say: Callable[[str], None], kept: int = 0) -> tuple[list[Tensor], bool]:
     """Copy tensors: in memory, or mapped from the disk where they are large and it has room.
+
+    The second value tells whether they are mapped.
 
     Args:
         tensors: To copy; their graphs are left behind.
@@ -34,7 +38,7 @@ def copies(tensors: Sequence[Tensor], say: Callable[[str], None], kept: int = 0)
         folder = tempfile.gettempdir()
         try:
             if shutil.disk_usage(folder).free >= SPARE * size:
-                return mapped([one.detach() for one in tensors])
+                return mapped([one.detach() for one in tensors]), True
             why = f"{folder} has less than {SPARE * size / 2**30:.1f} GiB free"
         except (OSError, RuntimeError) as error:  # torch's writer raises the latter
             why = f"{folder} cannot be written: {type(error).__name__}: {error}"
@@ -44,7 +48,7 @@ def copies(tensors: Sequence[Tensor], say: Callable[[str], None], kept: int = 0)
         )
     stay = len(tensors) - kept
     own = [one.detach().clone() for one in tensors[:stay]]
-    return own + [one.detach().to("cpu", copy=True) for one in tensors[stay:]]
+    return own + [one.detach().to("cpu", copy=True) for one in tensors[stay:]], False
 
 
 def mapped(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -60,6 +64,18 @@ def mapped(tensors: Sequence[Tensor]) -> list[Tensor]:
     finally:
         torch.serialization.set_crc32_options(sums)
         os.unlink(path)
+
+
+def page_out(tensor: Tensor) -> None:
+    """Let the system take back the pages of a mapped tensor that has been read: they are on the disk."""
+    if sys.platform != "linux":
+        return
+    page = os.sysconf("SC_PAGE_SIZE")
+    first = tensor.data_ptr() // page * page
+    length = tensor.data_ptr() + tensor.numel() * tensor.element_size() - first
+    advise = ctypes.CDLL(None).madvise
+    advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    advise(first, length, PAGE_OUT)  # a wish: where the system does not know it, nothing happens
 
 
 def give_back() -> None:

@@ -142,7 +142,7 @@ class Early(EarlyState):
             return
         only, run.asked = run.asked, None
         free = {name: p for name, p in self.reach.places().items() if only in (None, name)}
-        room = run.room()
+        room = run.remaining_budget()
         units = self.reach.allocated(free, room)
         record = EventRecord(run.steps, why, None, self.evidence.training_loss, 0)
         for name, reason in self.reach.left_out(free if only is None else run.morphable.places).items():
@@ -163,7 +163,9 @@ class Early(EarlyState):
         asking = self.asking = Asking(record, list(free), dict(units))
         spread = not self.parts.wrapping.deferred
         self.evidence.begin({name: free[name] for name in units}, units, spread)
-        self.go_on(asking)
+        look = self.evidence.under_way
+        if look is None or not look.spread:  # else the next step reads the first portion
+            self.go_on(asking)
 
     def go_on(self, asking: Asking) -> None:
         """Go on looking; once all is read, grow the places that pass."""

@@ -83,7 +83,7 @@ class Growing:
             number = self.state.seeds.tell_decision(record, len(self.state.spending.looks), name, count, why)
             one, seed = looked[name], self.state.seeds.germinate(name)
             decisions.append(Decision(number, seed, name, one.gain, one.parameters, one.flops))
-        failures = self.change(found, units, before)
+        failures = self.change(found, units, before, {one.site: one.number for one in decisions})
         for decision in decisions:
             if decision.site in failures:
                 self.state.seeds.end(decision, False, failures[decision.site])
@@ -96,12 +96,16 @@ class Growing:
             return
         self.await_judgement(record, found, before, decisions)
 
-    def change(self, found: Found, units: Mapping[str, int], before: Before) -> dict[str, str]:
+    def change(
+        self, found: Found, units: Mapping[str, int], before: Before, decisions: Mapping[str, int]
+    ) -> dict[str, str]:
         """Widen and deepen the model; returns why, for each place that was not changed."""
         state, kernels = self.state, {name: found.scored[name].kernel for name in units}
         state.insertion.trials = [partial(state.parts.loss_of, batch) for batch in state.evidence.latest]
+        for scored in found.scored.values():
+            scored.moves = ()  # they have told the gain, and are as large as the units
         with state.run.reshaping():
-            widened, failures = state.insertion.carry_out(kernels, units, before)
+            widened, failures = state.insertion.carry_out(kernels, units, before, decisions)
         state.reach.barred.update(widened)
         return failures
 

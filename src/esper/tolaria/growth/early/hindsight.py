@@ -11,12 +11,13 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from torch import nn
+from torch import Tensor, nn
 
 from esper.batches.examples import count_examples
 from esper.contracts import DeepenPlan
 from esper.errors import ProcessError, SurgeryError
 from esper.kasmina.depth.deepen import at
+from esper.surgery.isolation.attributes import fresh
 from esper.surgery.isolation.copies import on_copies
 from esper.tolaria.growth.early.insertion import Insertion
 from esper.tolaria.growth.early.judged import Judged
@@ -56,6 +57,8 @@ class Hindsight:
 
     def earlier(self, judged: Judged, held: Sequence[object]) -> float:
         """Return what the weights from before an event lose now; NaN where that cannot be told."""
+        if self.overtaken(judged):
+            return math.nan
         try:
             with self.weights_of(judged.before):
                 return self.evidence.in_hindsight(held, judged.held_out)
@@ -68,17 +71,47 @@ class Hindsight:
             )
             return math.nan
 
+    def overtaken(self, judged: Judged) -> str:
+        """Say what is another than it was at an event, so that there is no way back to it; "" mostly."""
+        return judged.before.overtaken(self.insertion.models, self.run.plans)
+
     @contextmanager
     def weights_of(self, before: Before) -> Iterator[None]:
-        """Let the host have the shapes, weights and buffers it had, on copies, for a while."""
+        """Let the host have the shapes, weights and buffers it had, on copies, for a while.
+
+        Weights are copied once they are what they were: those of now would be as much memory again.
+        """
         host, plans = self.run.morphable.host, self.run.plans
         own = {id(tensor) for _, tensor in named(host)}
-        with on_copies(host), same_counts(host, before.deeper(plans)):
+        copies = Hollow()
+        with on_copies(host, copies.of), same_counts(host, before.deeper(plans)):
             shared = [name for name, tensor in named(host) if id(tensor) in own]
             if shared:  # of a scripted module, say: its own weights would be overwritten
                 raise SurgeryError(f"{shared[0]} cannot be copied")
             before.put_back(host, plans)
+            copies.fill(host)
             yield
+
+
+class Hollow:
+    """Makes copies of parameters that have nothing in them yet."""
+
+    def __init__(self) -> None:
+        self.made: dict[int, tuple[Tensor, nn.Parameter]] = {}  # what is to be filled, and its original
+
+    def of(self, parameter: nn.Parameter) -> Tensor:
+        """Make one."""
+        if type(parameter) is not nn.Parameter or not parameter.numel():
+            return fresh(parameter)
+        hollow = nn.Parameter(parameter.detach().new_empty(0), requires_grad=parameter.requires_grad)
+        self.made[id(hollow)] = hollow, parameter
+        return hollow
+
+    def fill(self, model: nn.Module) -> None:
+        """Copy the parameters that are still empty, for they came later: they are what they are now."""
+        for parameter in model.parameters():
+            if id(parameter) in self.made and not parameter.numel():
+                parameter.data = self.made[id(parameter)][1].detach().clone()
 
 
 @contextmanager

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import attrgetter
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from esper.blueprints.kernel import LiveKernel
 from esper.contracts import Event
@@ -16,13 +17,15 @@ from esper.kasmina.widths.fitting import fitted
 from esper.kasmina.widths.places import WidenPlace
 from esper.surgery.isolation.contexts import same_modes, untouched
 from esper.surgery.optimizers.averages import copy_of
-from esper.surgery.optimizers.foreign import kept_outside
-from esper.tolaria.growth.early.aside import MUCH, give_back
+from esper.surgery.optimizers.foreign import forget_gradients, kept_outside
+from esper.surgery.widen_layers import Holders
+from esper.tolaria.growth.early.aside import MUCH, SOME, give_back
 from esper.tolaria.growth.early.takeback import Before
 from esper.tolaria.growth.run.check import deviation, outputs
 from esper.tolaria.growth.run.commit import FAILURES, Committer, described
 
 TRIAL = "it does not run on a batch of the loop"
+Blocks = Mapping[str, tuple[int, int, int | None]]  # by stack: count, seed, decision
 SHRINK = 0.5  # of all weights; 0.4 to 0.5 measured best (digits), 0.2 loses what was learned
 
 
@@ -60,27 +63,48 @@ class Insertion:
         return Before.of(self.models, self.committer.optimizers, step, len(self.committer.plans), self.say)
 
     def carry_out(
-        self, kernels: Mapping[str, LiveKernel], units: Mapping[str, int], before: Before
+        self,
+        kernels: Mapping[str, LiveKernel],
+        units: Mapping[str, int],
+        before: Before,
+        decisions: Mapping[str, int],
     ) -> tuple[dict[str, str], dict[str, str]]:
-        """Widen what can be widened, and deepen.
+        """Deepen, and widen what can be widened: a block is like the last of its kind as it was looked at.
+
+        Args:
+            kernels: What was tested, by place.
+            units: How many units or blocks each place gets.
+            before: The run as it was.
+            decisions: The number of each place's decision, for what is told of blocks.
 
         Returns:
             Why, for each place that could not be widened, and for each that was not changed in the end.
         """
         widths = {name: count for name, count in units.items() if widens(kernels[name])}
-        unfit = self.widen_what_can(kernels, widths, before)
-        failures = dict(unfit)
-        for name in [one for one in units if one not in widths]:
-            seed = self.draw("initialisation")
-            if failed := self.deepen(name, kernels[name], units[name], seed, before):
-                failures.update(dict.fromkeys(units, failed))  # everything was put back
-                break
-        return unfit, failures
+        blocks = {
+            name: (count, self.draw("initialisation"), decisions.get(name))
+            for name, count in units.items()
+            if name not in widths
+        }
+        if failed := self.deepen_all(kernels, blocks, before):
+            return {}, dict.fromkeys(units, next(iter(failed.values())))
+        unfit = self.widen_what_can(kernels, widths, before, blocks)
+        return unfit, dict(unfit)
 
     def widen_what_can(
-        self, kernels: Mapping[str, LiveKernel], units: Mapping[str, int], before: Before
+        self,
+        kernels: Mapping[str, LiveKernel],
+        units: Mapping[str, int],
+        before: Before,
+        blocks: Blocks,
     ) -> dict[str, str]:
         """Widen places together; where that fails, those that can be widened alone.
+
+        Args:
+            kernels: By place.
+            units: To come, by place.
+            before: The run as it was; everything is put back to it where something fails.
+            blocks: That have come by then, as for :meth:`deepen_all`.
 
         Returns:
             Why, for each place that was not widened.
@@ -95,9 +119,23 @@ class Insertion:
             else:
                 self.restore(before)
         left = {name: count for name, count in units.items() if name not in failures}
+        if failed_blocks := self.deepen_all(kernels, blocks, before):
+            return {**dict.fromkeys(units, next(iter(failed_blocks.values()))), **failed_blocks}
         if left and (why := self.widen(kernels, left, before)):
             failures.update(dict.fromkeys(left, why))
+            failures |= self.deepen_all(kernels, blocks, before)
         return failures
+
+    def deepen_all(self, kernels: Mapping[str, LiveKernel], blocks: Blocks, before: Before) -> dict[str, str]:
+        """Insert an event's blocks.
+
+        Returns:
+            Why, for each stack, where one of them could not be inserted: everything was put back then.
+        """
+        for name, (count, seed, decision) in blocks.items():
+            if failed := self.deepen(name, kernels[name], count, seed, before, decision):
+                return dict.fromkeys(blocks, failed)
+        return {}
 
     def widen(self, kernels: Mapping[str, LiveKernel], units: Mapping[str, int], before: Before) -> str:
         """Widen places together; what the model says stays as it is.
@@ -112,11 +150,14 @@ class Insertion:
             return outside
         names = list(units)[::-1]
         exits: dict[str, nn.Module] = {}
+        made: list[nn.Module] = []
         for name in names:
             place = self.model.places[name]
+            made += place.ends()
             exits |= dict(zip(place.site.exits, place.ends()[1:], strict=True))
         try:
             said = outputs(self.model, exits, committer.run)
+            holders, freed = Holders(self.model.host), 0
             for name in names:
                 place = self.model.places[name]
                 assert isinstance(place, WidenPlace)
@@ -124,14 +165,18 @@ class Insertion:
                 kernel = fitted(place, kernels[name], units[name])
                 plan = kernel.plan()
                 before.note(self.model.host, plan)
-                committer.carry_out(plan, kernel.slices(plan), {}, None, step)
+                committer.carry_out(plan, kernel.slices(plan), {}, None, step, holders=holders)
                 committer.plans.append(plan)
+                freed += size_of(self.model.host, {edit.name for edit in plan.edits})
+                if freed >= SOME:
+                    freed = 0
+                    give_back()
             with committer.everywhere():
                 now = outputs(self.model, exits, committer.run)
                 for path in exits:
                     for old, new in zip(said[path], now[path], strict=True):  # call by call
                         if old.shape == new.shape:  # an exit that is widened itself has more to say
-                            deviation(old, new)
+                            deviation(old, new, made)
                 if error := broken(self.model.host, self.trials):  # a head that only some batches use, say
                     raise SurgeryError(f"{TRIAL}: {described(error)}") from error
         except ProcessError:
@@ -147,7 +192,9 @@ class Insertion:
         self.refreshed()
         return ""
 
-    def deepen(self, site: str, kernel: LiveKernel, blocks: int, seed: int, before: Before) -> str:
+    def deepen(
+        self, site: str, kernel: LiveKernel, blocks: int, seed: int, before: Before, decision: int | None
+    ) -> str:
         """Insert blocks behind the last of their kind; the first is the one that was tested.
 
         Returns:
@@ -157,7 +204,7 @@ class Insertion:
             place = self.model.places[site]
             assert isinstance(place, Stack) and isinstance(kernel, DepthKernel)
             block = kernel.block if count == 0 else place.block(seed + count)
-            failed = self.committer.deepen(place, block, before.step)
+            failed = self.committer.deepen(place, block, before.step, decision)
             if failed:
                 self.restore(before)
                 return failed
@@ -176,7 +223,8 @@ class Insertion:
 
     def trim(self) -> None:
         """Give back what a look or tensors that have grown left behind, where it is much."""
-        if sum(one.numel() * one.element_size() for one in self.model.host.parameters()) >= MUCH:
+        host = self.model.host
+        if size_of(host, dict(host.named_parameters())) >= MUCH:
             give_back()
 
     def restore(self, before: Before) -> None:
@@ -208,10 +256,13 @@ class Insertion:
                     for parameter in model.parameters():
                         parameter.mul_(SHRINK)
             for optimizer in self.committer.optimizers.values():
-                for state in optimizer.state.values():
-                    for value in state.values():
-                        if isinstance(value, Tensor):
-                            value.zero_()
+                forget_gradients(optimizer, SHRINK)
+
+
+def size_of(host: nn.Module, names: Iterable[str]) -> int:
+    """Return the bytes that some tensors of a host take."""
+    tensors = [attrgetter(name)(host) for name in names]
+    return sum(one.numel() * one.element_size() for one in tensors)
 
 
 def broken(host: nn.Module, runs: Sequence[Callable[[], object]]) -> Exception | None:

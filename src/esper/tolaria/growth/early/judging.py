@@ -33,6 +33,7 @@ class Judging:
             return not early
         with state.parts.wrapping.gathered():
             then, now = state.hindsight.losses(judged)
+            overtaken = state.hindsight.overtaken(judged)
         state.note_point(now)
         kept = judged.won(now, not early and run.steps < judged.until, than=then)
         if not kept and (early or not judged.extended):
@@ -40,11 +41,11 @@ class Judging:
                 judged.extended, judged.until = True, run.steps + judged.until - judged.before.step
             return False
         reason = judged.told(then, now)
-        replaced = next(iter(state.reach.gone([one.site for one in judged.decisions]).values()), "")
+        replaced = next(iter(state.reach.gone([one.site for one in judged.decisions]).values()), overtaken)
         state.spending.paid = state.spending.paid or kept
         if kept or replaced:  # to take it back would overwrite the user's own new layer
             self.keep(reason if kept else f"{reason}; not taken back, for {replaced}")
-            if kept and run.room().events > 0:
+            if kept and run.remaining_budget().events > 0:
                 state.timetable.further(run.steps)
             return True
         lost, record = run.steps - judged.before.step, judged.record

@@ -53,7 +53,7 @@ def forecast(schedulers: Sequence[object], optimizer: Optimizer, steps: int, don
         return None
     known = [s for s in known if shares_groups(s.optimizer, optimizer)]
     if not known:
-        return None if "initial_lr" in optimizer.param_groups[0] else [1.0] * min(steps, POINTS)
+        return None if is_moved(optimizer) else [1.0] * min(steps, POINTS)
     stand_in = StandIn(optimizer)
     try:
         twins = [copy.deepcopy(s, {id(s.optimizer): stand_in}) for s in known]
@@ -91,6 +91,11 @@ def tried(
     except ValueError:  # OneCycleLR is over
         rates += [float(optimizer.param_groups[0]["lr"])] * (points - len(rates))
     return rates
+
+
+def is_moved(optimizer: Optimizer) -> bool:
+    """Tell whether a scheduler of torch's was ever made for an optimizer."""
+    return "initial_lr" in optimizer.param_groups[0]
 
 
 def shares_groups(one: Optimizer, other: Optimizer) -> bool:

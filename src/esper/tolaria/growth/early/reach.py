@@ -14,15 +14,17 @@ from esper.kasmina.evidence.growth_cost import GrowthCost
 from esper.kasmina.widths.layers import in_size, out_size
 from esper.kasmina.widths.places import Place, WidenPlace, gone
 from esper.saving.ruled import Ties, ties
-from esper.tamiyo.controller import Room
+from esper.tamiyo.controller import RemainingBudget
 from esper.tamiyo.early import allocate
 from esper.tolaria.growth.early.timetable import Timetable
 from esper.tolaria.growth.run.proven import Proven
 from esper.tolaria.growth.run.state import RunState
 
 WAITS = "it waits: blocks come first, as long as another fits the budget"
+RACED = "a branch is raced beside its layer, which growth='incubate' does; this run widens and deepens"
 WAITS_FOR_BLOCK = "it waits: a block comes, and the config gives all blocks one size"
 WAITS_FOR_LATE = "it waits: blocks come at the last events"
+NO_BLOCK_FITS = "the budget leaves no room for another block"
 
 
 class Reach:
@@ -57,7 +59,7 @@ class Reach:
         found = {n: p for n, p in self.run.morphable.places.items() if n not in closed}
         stacks = {n: p for n, p in found.items() if isinstance(p, Stack)}
         pairs = {n: p for n, p in found.items() if isinstance(p, WidenPlace)}
-        if not stacks or not self.allocated(stacks, self.run.room()):
+        if not stacks or not self.allocated(stacks, self.run.remaining_budget()):
             return {**pairs}
         inside = self.paths_of_blocks()
         widths: dict[str, Place] = {
@@ -68,13 +70,20 @@ class Reach:
     def left_out(self, free: Iterable[str]) -> dict[str, str]:
         """Return the places an event does not ask at, and why."""
         waiting = [name for name in self.run.morphable.places if name not in free]
-        stacks = self.run.morphable.stacks
-        waits = {name: WAITS_FOR_LATE if name in stacks else WAITS for name in waiting}
+        pairs = self.run.morphable.pairs
+        stacks = {name: p for name, p in self.run.morphable.stacks.items() if name in waiting}
+        later = WAITS_FOR_LATE if self.allocated(stacks, self.run.remaining_budget()) else NO_BLOCK_FITS
+        waits = {name: later if name in stacks else WAITS if name in pairs else RACED for name in waiting}
         return {**waits, **self.resting, **self.barred}
 
     def paths_of_blocks(self) -> tuple[str, ...]:
-        """Return how the path of what stands within a block of a stack begins."""
-        return tuple(f"{stack.container}." for stack in self.run.morphable.stacks.values())
+        """Return how the path of what stands within a block of a stack begins.
+
+        Where the blocks are children of the model itself, all else is, too: only what is theirs counts.
+        """
+        stacks = self.run.morphable.stacks.values()
+        inside = [[stack.container] if stack.container else stack.names() for stack in stacks]
+        return tuple(f"{path}." for paths in inside for path in paths)
 
     def gone(self, names: Iterable[str]) -> dict[str, str]:
         """Return the places of which a layer was replaced by hand, and which one."""
@@ -101,11 +110,11 @@ class Reach:
                 found[name] = f"{path} {still[path]}, and so would be what is added to it"
         return found
 
-    def waits_for_depth(self, room: Room) -> bool:
+    def waits_for_depth(self, room: RemainingBudget) -> bool:
         """Tell whether blocks can be added at a later event."""
         return bool(self.timetable.due and self.allocated(self.run.morphable.stacks, room))
 
-    def allocated(self, places: Mapping[str, Place], room: Room) -> dict[str, int]:
+    def allocated(self, places: Mapping[str, Place], room: RemainingBudget) -> dict[str, int]:
         """Return the units each place gets: widths spend the budget before the last events.
 
         Where blocks can come at these, all events share it.
@@ -122,10 +131,10 @@ class Reach:
     def inserted(self, passed: Mapping[str, Place]) -> tuple[dict[str, int], list[str]]:
         """Return the units that places which have passed get now, and which wait for a block.
 
-        A new block was drawn like the last one as that was looked at; inside blocks that a config gives one
-        size nothing becomes wider beside it.
+        A new block was drawn like the last one as that was looked at, and comes first; inside blocks that a
+        config gives one size nothing becomes wider beside it.
         """
-        units = self.allocated(passed, self.run.room())
+        units = self.allocated(passed, self.run.remaining_budget())
         inside, groups = self.paths_of_blocks(), self.together(passed)
         if not any(isinstance(passed[name], Stack) for name in units):
             return units, []

@@ -6,22 +6,24 @@ stay where they are: the loop goes on, and a schedule that was set back would en
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypedDict, cast
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from esper.contracts import DeepenPlan, WidenPlan
+from esper.errors import SavedModelError
 from esper.kasmina.depth.deepen import at, remove
-from esper.saving.genome import Plan
+from esper.saving.genome import Plan, aliases, resize
 from esper.surgery.optimizers.adoption import let_go
 from esper.surgery.optimizers.averages import copy_of
 from esper.surgery.optimizers.history import forget
 from esper.surgery.widen_layers import put_in_place
 from esper.tolaria.governor.rollback import Kept, duplicate, read_state, write, written_state
-from esper.tolaria.growth.early.aside import copies
+from esper.tolaria.growth.early.aside import copies, page_out
 
 State = dict[str, object]  # of a parameter
 
@@ -46,6 +48,8 @@ class Before:
         tensors: Of the host, then of its averages, by name.
         attributes: (module path, attribute, value) of the counts that plans changed since, in order.
         states: Per optimizer, the state of each parameter by the host's name for it.
+        layers: The host's modules that held tensors, by path; none where a checkpoint brought it.
+        mapped: Whether its tensors are mapped from the disk.
     """
 
     step: int
@@ -53,6 +57,8 @@ class Before:
     tensors: list[dict[str, Tensor]]
     attributes: list[tuple[str, str, object]]
     states: list[dict[str, State]]
+    layers: dict[str, weakref.ref[nn.Module]] = field(default_factory=dict)
+    mapped: bool = False
 
     @classmethod
     def of(
@@ -80,10 +86,42 @@ class Before:
         known = list[Tensor]()
         duplicate(states, known.append)
         held = [tensor for one in own for tensor in one.values()]
-        copied = iter(copies([*held, *known], say, kept=len(known)))
+        made, mapped = copies([*held, *known], say, kept=len(known))
+        copied = iter(made)
         tensors = [{name: next(copied) for name in one} for one in own]
         held_aside = duplicate(states, lambda t: Kept(next(copied), t.device))
-        return cls(step, plans, tensors, [], cast("list[dict[str, State]]", held_aside))
+        layers = {
+            path: weakref.ref(m) for path, m in models[0].named_modules() if m._parameters or m._buffers
+        }
+        return cls(step, plans, tensors, [], cast("list[dict[str, State]]", held_aside), layers, mapped)
+
+    def overtaken(self, models: Sequence[nn.Module], plans: Sequence[Plan]) -> str:
+        """Say what the user has made another since, so that there is no way back; "" where nothing is.
+
+        A layer that was replaced, pruned or moved would be overwritten by halves, with sizes of another one.
+
+        Args:
+            models: The host, then its averages.
+            plans: All of the run.
+        """
+        host, expected = models[0], {name: list(t.shape) for name, t in self.tensors[0].items()}
+        now = dict(host.named_modules())
+        for path, known in self.layers.items():
+            if now.get(path) is not known():
+                return f"{path or 'the model'} was replaced or removed since"
+        for model, tensors in zip(models, self.tensors, strict=True):
+            held = dict(named(model))
+            if missing := next((name for name in tensors if name not in held), ""):
+                return f"{missing} is not in the model any more"
+        try:
+            for plan in plans[self.plans :]:
+                resize(expected, plan, aliases(host), grow=True)
+        except SavedModelError as error:
+            return str(error)
+        for name, parameter in host.named_parameters():
+            if list(parameter.shape) != expected.get(name, list(parameter.shape)):
+                return f"{name} has another shape than it grew to, {list(parameter.shape)}"
+        return ""
 
     def note(self, model: nn.Module, plan: WidenPlan) -> None:
         """Note the counts that a plan is about to change."""
@@ -111,6 +149,9 @@ class Before:
             for name, parameter in parameters.items():
                 if name in states:
                     write(optimizer.state[parameter], states[name])
+                    for value in states[name].values():
+                        if isinstance(value, Kept):
+                            self.read(value.copy)
                 else:
                     optimizer.state.pop(parameter, None)
 
@@ -137,8 +178,13 @@ class Before:
             copy = copy_of(model, {path for path, _, _ in self.attributes})
         for path, attribute, value in reversed(self.attributes):
             setattr(at(copy, path), attribute, value)
-        put_in_place(model, self.tensors[index])
+        put_in_place(model, self.tensors[index], self.read)
         return blocks
+
+    def read(self, tensor: Tensor) -> None:
+        """Let go of the memory that reading one of its tensors took."""
+        if self.mapped:
+            page_out(tensor)
 
     def state_dict(self) -> BeforeState:
         """Return what a checkpoint keeps."""

@@ -72,11 +72,11 @@ class Look:
         losses = [[one] for one in evidence.laid_out(held, evidence.independent)] if spread else [self.held]
         self.lost: list[list[float]] = []  # mean held-out loss and examples, portion by portion
         self.at = 0
-        self.jobs: list[Callable[[], None]] = [
-            *(partial(self.fit, i, runs) for i, runs in enumerate(fits)),
-            *(partial(self.settle, names) for names in self.shares()),
-            *(partial(self.test, i, runs) for i, runs in enumerate(tests)),
-            *(partial(self.measure, batches) for batches in losses),
+        self.jobs: list[Callable[[Look], None]] = [  # none of them holds it: it goes with the last who does
+            *(partial(Look.fit, index=i, runs=runs) for i, runs in enumerate(fits)),
+            *(partial(Look.settle, names=names) for names in self.shares()),
+            *(partial(Look.test, index=i, runs=runs) for i, runs in enumerate(tests)),
+            *(partial(Look.measure, batches=batches) for batches in losses),
         ]
 
     def parted(self, runs: Sequence[Run]) -> list[list[Run]]:
@@ -110,7 +110,7 @@ class Look:
         if self.complete:
             return True
         for job in self.jobs[self.at : self.at + 1 if self.spread else None]:
-            job()
+            job(self)
             self.at += 1
         return not self.spread
 

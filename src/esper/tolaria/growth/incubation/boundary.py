@@ -25,7 +25,7 @@ WAYS = tuple(STARTS)  # by number, as ranks tell each other
 
 
 @dataclass(frozen=True, slots=True)
-class Word:
+class StepRecord:
     """What a process brings."""
 
     step: int
@@ -39,7 +39,7 @@ class Word:
 
 
 @dataclass(frozen=True, slots=True)
-class Agreed:
+class StepConsensus:
     """What holds in all of them."""
 
     loss: float  # mean
@@ -50,33 +50,37 @@ class Agreed:
     alike: bool  # whether all went the same way so far
 
 
-def meet(peers: Peers, word: Word, seeds: int) -> Agreed:
+def sync_step(peers: Peers, own: StepRecord, seeds: int) -> StepConsensus:
     """Exchange records.
 
     Args:
         peers: Processes of the run.
-        word: What this one brings.
+        own: Record of this one.
         seeds: Number that are awake.
 
     Raises:
         ProcessError: The processes are at different steps or hold different models.
     """
-    words = [Word(*record) for record in peers.all_gather_ints([getattr(word, n) for n in Word.__slots__])]
+    fields = [getattr(own, name) for name in StepRecord.__slots__]
+    records = [StepRecord(*numbers) for numbers in peers.all_gather_ints(fields)]
     for what in ("step", "topology"):
-        found = [getattr(one, what) for one in words]
+        found = [getattr(one, what) for one in records]
         if len(set(found)) > 1:
             raise ProcessError(
                 f"the processes differ in {what}: {', '.join(map(str, found))} in the order of ranks; "
                 "start the run again with --resume auto"
             )
-    losses = [number(one.loss) for one in words]
-    return Agreed(
+    losses = [number(one.loss) for one in records]
+    faults = (unpacked(one.faults, seeds) for one in records)
+    return StepConsensus(
         loss=sum(losses) / len(losses),
-        examples=max(one.examples for one in words),
-        faults=[sum(counts) for counts in zip(*(unpacked(one.faults, seeds) for one in words), strict=True)],
-        asked=words[0].asked,
-        paused=bool(words[0].paused),
-        alike=len({one.lineage for one in words}) == 1,
+        examples=max(one.examples for one in records),
+        faults=[
+            sum(counts) for counts in zip(*(unpacked(one.faults, seeds) for one in records), strict=True)
+        ],
+        asked=records[0].asked,
+        paused=bool(records[0].paused),
+        alike=len({one.lineage for one in records}) == 1,
     )
 
 

@@ -10,15 +10,17 @@ from dataclasses import replace
 from functools import partial
 
 from esper.batches.examples import count_examples
+from esper.contracts import Outcome
 from esper.errors import EsperError
 from esper.kasmina.race.race import AMPLITUDES
 from esper.kasmina.race.racing import UNSEEN
 from esper.kasmina.race.schedule import SHARE, StepCost, first
 from esper.kasmina.race.survey import Measured, measure
-from esper.kasmina.race.trial import Germinated, Key, Training
+from esper.kasmina.race.trial import Decaying, Evaluating, Germinated, Key, Passed, Training
 from esper.kasmina.widths.places import gone
 from esper.surgery.isolation.undisturbed import undisturbed
-from esper.tamiyo.controller import Room
+from esper.surgery.optimizers.foreign import kept_outside
+from esper.tamiyo.controller import RemainingBudget
 from esper.tolaria.growth.incubation.boundary import same_decision
 from esper.tolaria.growth.incubation.redo import Redo
 from esper.tolaria.growth.run.allowance import Allowance
@@ -42,7 +44,7 @@ class Incubation:
 
     def __init__(self, run: RunState, redo: Redo, proven: Proven) -> None:
         self.run, self.parts, self.redo, self.proven = run, run.parts, redo, proven
-        self.dear = ""  # why a decision could not be paid for
+        self.dear = ""  # why no decision is taken now
 
     def step(self, loss: float) -> None:
         """Do one step's work; what goes wrong in it ends the seed it was done for, not training."""
@@ -92,8 +94,35 @@ class Incubation:
         """Do one seed's work."""
         run = self.run
         with run.mishaps.contained("incubation", partial(self.drop, key)):
-            run.orchestrator.advance(key, tuple(run.batches), loss)
+            if why := self.overtaken(key):
+                run.orchestrator.cull(run.orchestrator.trials[key], why)
+            else:
+                run.orchestrator.advance(key, tuple(run.batches), loss)
             self.conclude_all()
+
+    def overtaken(self, key: Key, last: bool = False) -> str:
+        """Say what the user has changed around a seed that is awake, so that it cannot grow; "" mostly.
+
+        Asked where a verdict may fall: a walk over all modules at every step would cost.
+
+        Args:
+            key: Site and slot of the seed.
+            last: Whether the run ends.
+        """
+        run, trial = self.run, self.run.orchestrator.trials[key]
+        racing = isinstance(trial, Training) and run.steps - trial.started <= run.orchestrator.timing.incubate
+        if trial.origin.lost(run.morphable.host) or isinstance(trial, Decaying):
+            return ""  # the orchestrator says so itself
+        if not last and (racing or not isinstance(trial, Training | Evaluating | Passed)):
+            return ""
+        refused = self.proven.refused(gone(run.morphable.host, run.morphable.places.values()))
+        return refused.get(trial.origin.site, "")
+
+    def settle(self, key: Key) -> Outcome | None:
+        """End the run for a seed that is awake."""
+        orchestrator = self.run.orchestrator
+        why = self.overtaken(key, last=True)
+        return orchestrator.cull(orchestrator.trials[key], why) if why else orchestrator.settle(key)
 
     def conclude_all(self) -> None:
         """Learn what decisions came to that nobody has learned from yet."""
@@ -122,13 +151,17 @@ class Incubation:
         with self.run.orchestrator.aside(None, hidden=True):  # proofs are of the host alone
             shut = self.shut(only)
         free = [n for n in places if n not in shut and only in (None, n)]
-        self.dear = Allowance(run).declined(self.price() + self.promised())
+        self.dear = (
+            kept_outside(self.parts.committer.optimizers)
+            or self.parts.gate.too_few(count_examples(run.batches[-1]))
+            or Allowance(run).declined(self.price() + self.promised())
+        )
         measured = self.survey(free)
         sites = [places[n].site for n in free]
         reports = {name: m.report for name, m in measured.items()}
         rng = self.parts.streams.generators["policy"]
-        own = run.tamiyo.decide(run.steps, why, sites, reports, self.room(), rng, only)
-        decision = self.redo.instead(own, measured)
+        own = run.tamiyo.decide(run.steps, why, sites, reports, self.remaining_budget(), rng, only)
+        decision = self.redo.journalled_or(own, measured)
         decision = same_decision(run.peers, decision, list(places))
         if decision is not own:
             run.tamiyo.adopt(decision)
@@ -160,9 +193,9 @@ class Incubation:
             taken.remove(asked)
         return taken | {name for name in places if orchestrator.embargoed(name)}
 
-    def room(self) -> Room:
+    def remaining_budget(self) -> RemainingBudget:
         """Return what the budget allows; no event that could not be paid for."""
-        room = self.run.room()
+        room = self.run.remaining_budget()
         return replace(room, events=0) if self.dear else room
 
     def survey(self, free: Sequence[str]) -> dict[str, Measured]:
@@ -170,7 +203,7 @@ class Incubation:
         if not free:
             return {}
         if self.dear:
-            self.run.mishaps.say(f"a decision was declined: {self.dear}", "growth_flops")
+            self.run.mishaps.say(f"a decision was declined: {self.dear}", self.dear[:20])
             return {}
         joins, seed = self.parts.joins, self.parts.streams.draw("evidence")
         try:

@@ -65,7 +65,7 @@ class Redo:
             return why or "journalled"
         return None if self.ahead else why
 
-    def instead(self, own: Decision, free: Container[str]) -> Decision:
+    def journalled_or(self, own: Decision, free: Container[str]) -> Decision:
         """Return the decision to apply at this step.
 
         Args:

@@ -23,6 +23,8 @@ def listed(schedulers: object) -> list[Scheduler]:
     Raises:
         ConfigError: What is given has no ``step``.
     """
+    if schedulers is None:  # as a loop says it that has none
+        return []
     given = list(schedulers) if isinstance(schedulers, Sequence) else [schedulers]
     for one in given:
         if not callable(getattr(one, "step", None)):
@@ -95,6 +97,8 @@ def averages(ema: object, model: nn.Module) -> list[nn.Module]:
     Raises:
         ConfigError: One is no module, is the model itself, or is of another model.
     """
+    if ema is None:  # as a loop says it that has none
+        return []
     several = isinstance(ema, Iterable) and not isinstance(ema, (nn.Module, str))
     given: list[nn.Module] = []
     for one in list(ema) if several else [ema]:

@@ -6,14 +6,18 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from esper.batches.examples import LossFunction, PerExample, count_examples, refuse_layouts
+from esper.batches.examples import LossFunction, PerExample, count_examples, own, refuse_layouts
+from esper.batches.layout import flatten, unflatten
 from esper.errors import EsperError, LossError, ProbeError, SiteError
 from esper.kasmina.race.gate import check_probe
 from esper.surgery.isolation.contexts import examining, same_generators
+
+COPIED = 8  # calls of a loss: by then it has run in training and in evaluation
 
 
 def refuse_host(model: nn.Module) -> None:
@@ -52,6 +56,30 @@ class Differentiating:
             return self.loss_fn(model, batch)
         with torch.enable_grad():
             return self.loss_fn(model, batch).detach()
+
+
+class Handing:
+    """A loss that is handed containers of its own: it may take the labels out of a batch, or put more in.
+
+    Tensors are copied for the first calls, and for good where the loss has written to one.
+    """
+
+    def __init__(self, loss_fn: LossFunction) -> None:
+        self.loss_fn, self.left, self.writes = loss_fn, COPIED, False
+
+    def __call__(self, model: nn.Module, batch: object) -> Tensor:
+        """Return what the loss gives of such a batch."""
+        leaves, nest = flatten(batch)
+        if self.writes or self.left:
+            self.left = max(self.left - 1, 0)
+            leaves = [own(leaf) if isinstance(leaf, (Tensor, np.ndarray, list)) else leaf for leaf in leaves]
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_inference()]
+        before = [(leaf._version, leaf.requires_grad) for leaf in tensors]
+        try:
+            return self.loss_fn(model, unflatten(leaves, nest))
+        finally:
+            now = [(leaf._version, leaf.requires_grad) for leaf in tensors]
+            self.writes = self.writes or before != now
 
 
 def as_needed(loss_fn: LossFunction, model: nn.Module, probe: Iterable[object]) -> LossFunction:
@@ -122,7 +150,8 @@ def refuse_one_batch(probe: object) -> None:
     parts = [part for part in members if isinstance(part, Tensor)]
     kinds = {(part.dtype, part.shape[1:]) for part in parts}
     whole = bool(parts) and len(parts) == len(members)
-    if isinstance(probe, Mapping) or (whole and len(kinds) > 1):
+    table = isinstance(probe, (Tensor, np.ndarray)) and probe.ndim <= 2  # its rows would be batches
+    if table or isinstance(probe, Mapping) or (whole and len(kinds) > 1):
         raise ProbeError(
             f"the probe is a {type(probe).__name__} that looks like one batch: its parts would be read as "
             "batches; give a list of batches, [batch] where there is one"

@@ -16,6 +16,7 @@ from esper.kasmina.race.gate import check_probe
 from esper.kasmina.recording.first import at_first, companions_noted
 from esper.surgery.isolation.contexts import untouched
 from esper.tolaria.growth.opening.entrance import (
+    Handing,
     as_needed,
     failing,
     first_probe,
@@ -40,13 +41,14 @@ class Noted:
     """A loss that notes whether it can be trained by."""
 
     def __init__(self, loss_fn: LossFunction) -> None:
-        self.loss_fn, self.trains, self.asked = loss_fn, False, False
+        self.loss_fn, self.trains, self.asked, self.reentrant = loss_fn, False, False, False
 
     def __call__(self, model: nn.Module, batch: object) -> Tensor:
         """Return the loss."""
         loss = self.loss_fn(model, batch)
         self.trains = self.trains or loss.requires_grad
         self.asked = self.asked or torch.is_grad_enabled()
+        self.reentrant = self.reentrant or reentrant(loss)
         return loss
 
 
@@ -83,7 +85,7 @@ def look(
     """Look at a model by a probe's first batch."""
     with at_first(host):
         with companions_noted(host):
-            loss_fn = as_needed(loss_fn, host, held)
+            loss_fn = as_needed(Handing(loss_fn), host, held)
             batch = first_probe(held, host, loss_fn)
             refuse_uneven(per_example, host, batch)
         noted = Noted(loss_fn)
@@ -98,4 +100,24 @@ def look(
             "the loss has no gradient: it is detached, computed under no_grad, or reaches no trainable "
             "parameter; loss_fn(model, batch) must return what the loop calls backward() on"
         )
+    if noted.reentrant:
+        raise ProbeError(
+            "the model runs under reentrant checkpointing, whose inner gradients nobody can ask for: call "
+            "torch.utils.checkpoint with use_reentrant=False (Hugging Face: gradient_checkpointing_enable("
+            'gradient_checkpointing_kwargs={"use_reentrant": False}))'
+        )
     return Opening(model, loss_fn, held, batch)
+
+
+def reentrant(loss: Tensor) -> bool:
+    """Tell a loss that was reached through ``torch.utils.checkpoint`` with ``use_reentrant=True``."""
+    ahead, seen = [loss.grad_fn], set[object]()
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        if node.name() == "CheckpointFunctionBackward":
+            return True
+        seen.add(node)
+        ahead += [following for following, _ in node.next_functions]
+    return False

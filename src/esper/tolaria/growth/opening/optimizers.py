@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from esper.errors import OptimizerError
 from esper.surgery.optimizers.foreign import kept_outside
-from esper.surgery.optimizers.inner import with_inner
+from esper.surgery.optimizers.inner import with_inner, with_wrappers
 
 
 def named_optimizers(
@@ -21,7 +21,7 @@ def named_optimizers(
         OptimizerError: Not an optimizer, one that raises the loss, one whose steps cannot be seen, one that
             keeps state where it cannot follow, or none owns a trainable parameter.
     """
-    given = dict(optimizer) if isinstance(optimizer, Mapping) else {"optimizer": optimizer}
+    given = by_name(optimizer)
     if not given:
         raise OptimizerError(
             "optimizer={} names none; give the optimizer that trains the model, or several by name"
@@ -29,8 +29,8 @@ def named_optimizers(
     for name, one in given.items():
         if not isinstance(one, Optimizer):
             raise OptimizerError(
-                f"{name!r} is a {type(one).__name__}; a torch.optim.Optimizer or a mapping of them is needed"
-                f"{within(one)}"
+                f"{name!r} is a {type(one).__name__}; a torch.optim.Optimizer is needed, or several by names "
+                f"that you choose, {{'body': one, 'head': other}} say{within(one)}"
             )
     found = with_inner(given)
     if not found:
@@ -40,9 +40,14 @@ def named_optimizers(
         )
     refuse_lacking(found, model)
     refuse_ascent(found)
-    if outside := kept_outside(found):
+    if outside := kept_outside(with_wrappers(given)):
         raise OptimizerError(outside)
     return found
+
+
+def by_name(optimizer: Optimizer | Mapping[str, Optimizer]) -> dict[str, Optimizer]:
+    """Return the optimizers that were given, by name."""
+    return dict(optimizer) if isinstance(optimizer, Mapping) else {"optimizer": optimizer}
 
 
 def within(wrapper: object) -> str:

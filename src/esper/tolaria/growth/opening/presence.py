@@ -42,7 +42,7 @@ class Presence:
         self.evaluations = 0
         self.orchestrator = weakref.ref(orchestrator)
         hooks = [before_closures(one, self._begin_evaluation) for one in optimizers.values()]
-        self.closers: list[Callable[[], None]] = [self.clock.close, *(hook.remove for hook in hooks)]
+        self.closers: list[Callable[[], object]] = [self.clock.close, *(hook.remove for hook in hooks)]
 
     def _begin_evaluation(self) -> None:
         """Clear exposed kernels' gradients: a closure clears the host's and knows of no other."""

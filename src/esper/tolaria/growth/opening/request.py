@@ -53,7 +53,7 @@ class Request:
     steps: int | None
     schedulers: Sequence[Scheduler]
     scaler: Scaler | None
-    ema: Sequence[nn.Module] | nn.Module
+    ema: Sequence[nn.Module] | nn.Module | None
     sites: Sites
     budget: Mapping[str, object] | None
     config: Config

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, cast
 
+from esper.printable import counted
+
 Verdict = Literal["nothing", "open", "kept", "taken back"]
 
 
@@ -147,8 +149,8 @@ def _because(reason: str) -> str:
 
 
 def _line(one: Looked) -> str:
-    found = f"{one.site} ({one.width} units): "
-    found += f"+{one.grown} units; " if one.grown else ""
+    found = f"{one.site} ({counted(one.site, one.width)}): "
+    found += f"+{counted(one.site, one.grown)}; " if one.grown else ""
     if one.p_value is not None and one.threshold is not None:
         found += f"p {one.p_value:.2g} where {one.threshold:.2g} is needed"
         found += "" if one.together is None else f", {one.together:.2g} with all places together"

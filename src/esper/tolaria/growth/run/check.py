@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from esper.errors import SurgeryError
 from esper.kasmina.morphable import MorphableModel
+from esper.kasmina.widths.layers import coarsest
 from esper.surgery.adding import Passing, passing_of
 from esper.surgery.isolation.contexts import evaluating, slow_path, untouched
 from esper.surgery.isolation.seam import look_through
@@ -74,14 +75,21 @@ def passing(
     return passing_of(*calls[-1], made[-1], serial)
 
 
-def deviation(branch: Tensor, grown: Tensor) -> float:
+def deviation(branch: Tensor, grown: Tensor, made: Iterable[nn.Module] = ()) -> float:
     """Return the largest difference between the branch as it was judged and what it became.
+
+    Args:
+        branch: What was said before.
+        grown: What is said now.
+        made: Modules that both were made with: where one of them computes in coarser numbers than the result
+            is written in, those round it.
 
     Raises:
         SurgeryError: It is beyond rounding.
     """
     difference = float((branch - grown).abs().max())
-    allowed = ROUNDING * torch.finfo(grown.dtype).eps * float(branch.abs().max())
+    step = max(torch.finfo(grown.dtype).eps, coarsest(made))
+    allowed = ROUNDING * step * float(branch.abs().max())
     if not difference <= max(allowed, torch.finfo(grown.dtype).tiny):
         raise SurgeryError(
             f"the grown layers differ from the branch by {difference:.3g}; {allowed:.3g} is rounding"

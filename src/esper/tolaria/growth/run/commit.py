@@ -35,8 +35,9 @@ from esper.surgery.adding import Passing
 from esper.surgery.branches import PREFIX, attach, weight_name
 from esper.surgery.optimizers.adoption import adopt, let_go
 from esper.surgery.optimizers.averages import copy_of, widen_average
+from esper.surgery.optimizers.foreign import kept_outside
 from esper.surgery.optimizers.widening import widen_state
-from esper.surgery.widen_layers import empty_slices, widen
+from esper.surgery.widen_layers import Holders, empty_slices, widen
 from esper.tolaria.growth.run.check import deviation, output, passing
 
 # What surgery may run into; everything is put back then.
@@ -165,7 +166,7 @@ class Committer:
             with self.everywhere():
                 back.callback(insert(host, plan, block).undo)
                 if before is not None:
-                    difference = deviation(before, output(self.model, block, self.run))
+                    difference = deviation(before, output(self.model, block, self.run), (block,))
                 for average in self.averages:
                     twin = copy_of(average, {plan.donor})
                     back.callback(insert(twin, plan, twin_of(twin, plan, block)).undo)
@@ -210,7 +211,7 @@ class Committer:
         assert isinstance(kernel, HostKernel)
         plan: WidenPlan = kernel.plan()
         donor = {key: laid(kernel, edit, optimizer) for key, edit in plan.keyed()}
-        difference = self.carry_out(plan, kernel.slices(plan), donor, branch, step)
+        difference = self.carry_out(plan, kernel.slices(plan), donor, branch, step, (kernel,))
         self.plans.append(plan)
         edits = [[e.name, e.axis, e.old, e.new] for e in plan.edits]
         return {"units": plan.units, "edits": edits, "difference": difference}
@@ -239,7 +240,7 @@ class Committer:
             back.callback(write, layer, weight, bias)
             with self.everywhere():
                 write(layer, *folded)
-                difference = deviation(branch, output(self.model, place.exit, self.run))
+                difference = deviation(branch, output(self.model, place.exit, self.run), place.ends())
             back.pop_all()
         return difference
 
@@ -271,7 +272,7 @@ class Committer:
             with self.everywhere():
                 back.callback(attach(plan.name, kernel, ends, port, at))
                 if branch is not None:
-                    difference = deviation(branch, output(self.model, ends[1], self.run))
+                    difference = deviation(branch, output(self.model, ends[1], self.run), (kernel, *ends))
                 for average in self.averages:
                     twin = copy_of(average, {plan.entry, plan.exit})
                     theirs = twin.get_submodule(plan.entry), twin.get_submodule(plan.exit)
@@ -290,8 +291,19 @@ class Committer:
         donor: Mapping[str, Mapping[str, object]],
         branch: Tensor | None,
         step: int,
+        beside: tuple[nn.Module, ...] = (),
+        holders: Holders | None = None,
     ) -> float:
         """Widen host, averages and optimizers; whatever raises, everything is put back.
+
+        Args:
+            plan: What changes.
+            slices: What comes, by edit.
+            donor: What an optimizer knows of it.
+            branch: What the exit said with the kernel beside it; None where there was none.
+            step: Of the run.
+            beside: That kernel.
+            holders: Of the host, where many places are widened in a row.
 
         Returns:
             The largest difference from the branch, 0 where there is none to compare with.
@@ -299,11 +311,14 @@ class Committer:
         difference = 0.0
         with ExitStack() as back:
             with self.everywhere():
-                widened = widen(self.model.host, plan, slices)
+                if outside := kept_outside(self.optimizers):  # containers of their own fill as they step
+                    raise SurgeryError(outside)
+                widened = widen(self.model.host, plan, slices, holders)
                 back.callback(widened.undo)
                 if branch is not None:
-                    exit_ = self.model.places[plan.site].ends()[1]
-                    difference = deviation(branch, output(self.model, exit_, self.run))
+                    ends = self.model.places[plan.site].ends()
+                    now = output(self.model, ends[1], self.run)
+                    difference = deviation(branch, now, (*beside, *ends))
                 for average in self.averages:
                     back.callback(widen_average(average, plan, slices).undo)
             reasons = widen_state(self.optimizers, widened.changes, self.rule, donor)  # all of them or none

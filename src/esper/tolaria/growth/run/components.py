@@ -25,7 +25,7 @@ from esper.tolaria.growth.run.streams import Streams
 
 
 @dataclass
-class Parts:
+class RunComponents:
     """The parts of one run."""
 
     given: nn.Module  # what the user holds: the host, or what stands around it

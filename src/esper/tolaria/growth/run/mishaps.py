@@ -10,7 +10,7 @@ from typing import Protocol
 from esper.distributed.collectives import Peers
 from esper.errors import ProcessError
 from esper.surgery.isolation.contexts import taught
-from esper.tolaria.growth.run.components import Parts
+from esper.tolaria.growth.run.components import RunComponents
 
 
 def replaced(names: Sequence[str]) -> str:
@@ -29,7 +29,7 @@ def replaced(names: Sequence[str]) -> str:
 class Told(Protocol):
     """A run, as far as its mishaps go."""
 
-    parts: Parts
+    parts: RunComponents
 
     @property
     def peers(self) -> Peers:

@@ -11,11 +11,13 @@ from torch.nn.utils import parametrize
 from esper.batches.cropped import trials
 from esper.batches.examples import count_examples
 from esper.kasmina.proving.proving import Pass, Proof
-from esper.kasmina.proving.surroundings import surroundings
+from esper.kasmina.proving.surroundings import changed, surroundings
+from esper.kasmina.proving.suspects import NUMBER
 from esper.kasmina.widths.layers import features
 from esper.kasmina.widths.places import WidenPlace
 from esper.tolaria.growth.run.state import RunState
 
+SHOWN = 3  # modules that a reason names
 PASSES = 10  # forward ones, of which a proof costs about as much
 
 
@@ -30,6 +32,7 @@ class Proven:
         self.run = run
         self.known = surroundings(run.morphable.host)
         self.why: dict[str, str] = {}
+        self.other: list[str] = []  # modules that were another when this was last looked at
 
     def refused(self, gone: Mapping[str, str]) -> dict[str, str]:
         """Return the places that cannot grow any more, and why; nothing runs unless something has changed.
@@ -43,9 +46,13 @@ class Proven:
         now = surroundings(run.morphable.host)
         if now == self.known or not run.batches or run.peers.world > 1:
             return self.why
-        self.known = now
+        self.other, self.known = changed(self.known, now), now
         pairs = {name: place for name, place in run.morphable.pairs.items() if name not in gone}
-        self.why = {name: made for name, place in pairs.items() if (made := parametrised(place))}
+        self.why = {
+            name: found
+            for name, place in pairs.items()
+            if (found := parametrised(place) or renamed(place, run.morphable.host))
+        }
         left = {name: place for name, place in pairs.items() if name not in self.why}
         if left:
             self.why |= self.tried(left)
@@ -59,7 +66,9 @@ class Proven:
         calls = [self.call(one) for one in (batch, *few)]
         with run.morphable.policy.uncompiled(), run.parts.wrapping.gathered():
             found = Proof(run.morphable.host, calls, [self.call(one) for one in others]).unproven(places)
-        return {name: f"the model is not what it was at esper.grow: {why}" for name, why in found.items()}
+        others = f" ({', '.join(self.other[:SHOWN])})" if self.other else ""
+        since = f"the model is not what it was at esper.grow{others}"
+        return {name: f"{since}: {why.removesuffix(f'; {NUMBER}')}" for name, why in found.items()}
 
     def call(self, batch: object) -> Pass:
         """Return what takes the loss of a batch."""
@@ -71,6 +80,19 @@ def parametrised(place: WidenPlace) -> str:
     for path, layer in zip((place.site.entry, *place.site.exits), place.ends(), strict=True):
         if is_made(layer):
             return f"the weight of {path} is parametrised (or pruned) since esper.grow"
+    return ""
+
+
+def renamed(place: WidenPlace, host: nn.Module) -> str:
+    """Say which tensor a place's growth would change is under its name no more, or has a second one."""
+    held = [*host.named_parameters(remove_duplicate=False), *host.named_buffers(remove_duplicate=False)]
+    tensors = dict(held)
+    for edit in place.plan(place.site.granularity).edits:
+        tensor = tensors.get(edit.name)
+        if tensor is None or tensor.dim() <= edit.axis or tensor.shape[edit.axis] != edit.old:
+            return f"{edit.name} is not in the model any more, or is another, since esper.grow"
+        if others := [name for name, one in held if one is tensor and name != edit.name]:
+            return f"{edit.name} is tied to {', '.join(others)} since esper.grow"
     return ""
 
 

@@ -16,9 +16,9 @@ from esper.kasmina.race.trial import Germinated, Training
 from esper.kasmina.recording.flops import Ledger
 from esper.saving.genome import Plan
 from esper.surgery.optimizers.clock import Clock
-from esper.tamiyo.controller import Room, Tamiyo
+from esper.tamiyo.controller import RemainingBudget, Tamiyo
 from esper.tolaria.growth.run.account import Point
-from esper.tolaria.growth.run.components import Parts
+from esper.tolaria.growth.run.components import RunComponents
 from esper.tolaria.growth.run.mishaps import Mishaps
 from esper.tolaria.growth.run.recipe import Recipe, recipe_of
 
@@ -41,7 +41,7 @@ class RunState:
         metrics: Of the latest epoch.
     """
 
-    def __init__(self, parts: Parts, clock: Clock) -> None:
+    def __init__(self, parts: RunComponents, clock: Clock) -> None:
         self.parts, self.clock = parts, clock
         self.morphable: MorphableModel = parts.model
         self.orchestrator: SeedOrchestrator = parts.orchestrator
@@ -64,7 +64,7 @@ class RunState:
         """Everything that grew and changed the model's shape, in order."""
         return self.parts.committer.plans
 
-    def room(self) -> Room:
+    def remaining_budget(self) -> RemainingBudget:
         """Return what the budget still allows beside all that is awake."""
         budget, limits, gate = self.parts.budget, self.parts.limits, self.parts.gate
         awake = self.orchestrator.trials.values()
@@ -79,7 +79,7 @@ class RunState:
         events = 0 if spent else most - self.events_kept - len(awake)
         size, (parameters, flops) = self.morphable.parameter_count(), self.promised()
         left = None if limits.flops is None else limits.flops - self.morphable.flops - flops
-        return Room(size, limits.parameters - size - parameters, events, left)
+        return RemainingBudget(size, limits.parameters - size - parameters, events, left)
 
     def promised(self) -> tuple[int, int]:
         """Return the parameters and forward FLOPs per example that come if all that is awake is kept."""

@@ -10,11 +10,11 @@ from esper.kasmina.morphable import MorphableModel
 from esper.kasmina.race.survey import Measured
 from esper.saving.genome import Plan
 from esper.tolaria.growth.run.account import EventRecord, Looked
-from esper.tolaria.growth.run.components import Parts
+from esper.tolaria.growth.run.components import RunComponents
 from esper.tolaria.growth.run.recipe import Recipe
 
 
-def started(parts: Parts, recipe: Recipe) -> dict[str, object]:
+def started(parts: RunComponents, recipe: Recipe) -> dict[str, object]:
     """Describe the run as it begins, or goes on."""
     facts = ("name", "kind", "blueprint", "width", "between", "unit_parameters", "unit_flops")
     sites = [{fact: getattr(place.site, fact) for fact in facts} for place in parts.model.places.values()]
@@ -32,7 +32,7 @@ def started(parts: Parts, recipe: Recipe) -> dict[str, object]:
     }
 
 
-def size_and_cost(parts: Parts) -> dict[str, object]:
+def size_and_cost(parts: RunComponents) -> dict[str, object]:
     """Return the model's parameters and the FLOPs spent so far."""
     return {
         "parameters": parts.model.parameter_count(),

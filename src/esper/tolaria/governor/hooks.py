@@ -25,9 +25,9 @@ from esper.kasmina.race.trial import Exposed
 from esper.kasmina.seeds.state import AWAKE
 from esper.tamiyo.controller import Tamiyo
 from esper.tolaria.governor.detectors import Finding
-from esper.tolaria.governor.examiner import SILENT, Examiner, ExaminerState
 from esper.tolaria.governor.governor import Action, Actions, Governor, GovernorState, Settings
 from esper.tolaria.governor.rollback import LAG, Capture, Snapshots, SnapshotState
+from esper.tolaria.governor.seed_check import SILENT, Examiner, ExaminerState
 from esper.tolaria.governor.vitals import ReaderState, Reading, Vitals, VitalsReader, norms, total
 
 EXCUSED = 2.5  # e-folds a graft may lift the loss by; a judged one lowers it
@@ -101,7 +101,7 @@ class WatchState(TypedDict):
     examiner: ExaminerState
 
 
-class Watch:
+class GovernorHooks:
     """Governs one run.
 
     Args:

@@ -13,7 +13,7 @@ import esper
 from esper.contracts import Event, Stage
 from esper.errors import LossError
 from esper.kasmina.race.trial import Exposed, Training, Trial
-from esper.tolaria.governor import Settings, Watch
+from esper.tolaria.governor import GovernorHooks, Settings
 
 STEPS, CLASSES = 160, 8
 LIVING = (Stage.GRAFTING, Stage.STABILISING, Stage.EVALUATING)
@@ -50,7 +50,7 @@ class Run:
             seed=seed,
             on_event=self.events.append,
         )
-        self.watch = Watch(self.growth.run, Settings(**settings), stateful=[self.scheduler])
+        self.watch = GovernorHooks(self.growth.run, Settings(**settings), stateful=[self.scheduler])
         self.growth.run.orchestrator.guard = self.watch
 
     def train(self, spoil: float = 1.0) -> str | None:

@@ -19,8 +19,8 @@ from esper.kasmina.race.orchestrator import SeedOrchestrator
 from esper.kasmina.race.trial import Decaying, Exposed, Germinated, Training, Trial
 from esper.kasmina.seeds.layer import Branch
 from esper.surgery.isolation.contexts import borrowed_buffers, evaluating, same_randomness
-from esper.tolaria.governor.audit import AllowedEffects, HostFingerprint, find_side_effects, rights
 from esper.tolaria.governor.detectors import Finding, Kind
+from esper.tolaria.governor.side_effects import AllowedEffects, HostFingerprint, find_side_effects, rights
 
 SILENT = 4  # steps without a gradient or an output after which an exposed kernel is dead
 BEYOND = 2.0  # standard errors the held-out loss may have risen by

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from esper.tolaria.governor.audit import AllowedEffects, HostFingerprint, find_side_effects, rights
+from esper.tolaria.governor.side_effects import AllowedEffects, HostFingerprint, find_side_effects, rights
 
 Does = Callable[[nn.Module, Tensor], None]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from esper.contracts import Stage
-from tests.tolaria.governor.test_watch import Run, loss_fn, same
+from tests.tolaria.governor.test_hooks import Run, loss_fn, same
 
 
 def turn(module: nn.Module, bad: Any) -> None:
