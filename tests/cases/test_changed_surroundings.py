@@ -142,8 +142,8 @@ def test_a_change_while_a_seed_is_awake_is_named_in_its_outcome(kind: str, expos
     net, (change, reason), done = narrow(), AWAKE[kind], list[int]()
 
     def each(step: int, growth: esper.Growth) -> None:
-        trial = growth.run.orchestrator.trial
-        if not done and trial is not None and trial.layer.exposed is exposed:
+        awake = list(growth.run.orchestrator.trials.values())
+        if not done and any(one.origin.layer.exposed is exposed for one in awake):
             done.append(step)
             change(net)
 
@@ -158,8 +158,8 @@ def test_the_end_of_a_run_finds_a_change_while_a_seed_is_exposed() -> None:
     net, done = narrow(), list[int]()
 
     def each(step: int, growth: esper.Growth) -> None:
-        trial = growth.run.orchestrator.trial
-        if not done and trial is not None and trial.layer.exposed:
+        awake = list(growth.run.orchestrator.trials.values())
+        if not done and any(one.origin.layer.exposed for one in awake):
             done.append(step)
             weight_norm(net[0])
             growth.finish()

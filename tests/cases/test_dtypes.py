@@ -54,8 +54,7 @@ def test_a_model_whose_dtype_changes_while_a_seed_is_awake_grows() -> None:
         return F.cross_entropy(model(batch[0].to(net[0].weight.dtype)), batch[1])
 
     def each(step: int, growth: esper.Growth) -> None:
-        trial = growth.run.orchestrator.trial
-        if trial is not None and trial.layer.exposed:
+        if any(one.origin.layer.exposed for one in growth.run.orchestrator.trials.values()):
             net.double()
 
     optimizer = torch.optim.SGD(net.parameters(), 0.1)

@@ -75,9 +75,7 @@ def sync_step(peers: Peers, own: StepRecord, seeds: int) -> StepConsensus:
     return StepConsensus(
         loss=sum(losses) / len(losses),
         examples=max(one.examples for one in records),
-        faults=[
-            sum(counts) for counts in zip(*(unpacked(one.faults, seeds) for one in records), strict=True)
-        ],
+        faults=[sum(counts) for counts in zip(*faults, strict=True)],
         asked=records[0].asked,
         paused=bool(records[0].paused),
         alike=len({one.lineage for one in records}) == 1,
