@@ -222,9 +222,9 @@ def test_a_second_seed_of_one_site_wakes_in_another_slot_and_waits_while_the_fir
 
 def test_budgets_count_all_that_is_awake() -> None:
     run = Run(budget={"growth_factor": 8.0, "growth_events": 2})
-    assert run.growth.run.room().events == 2
+    assert run.growth.run.remaining_budget().events == 2
     run.wake(*SITES[:2])
-    assert run.growth.run.room().events == 0
+    assert run.growth.run.remaining_budget().events == 0
     run.growth.grow_now(SITES[2])
     run.step()
     assert len(run.trials) == 2, "two awake are all that may be kept"
