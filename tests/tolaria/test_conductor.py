@@ -95,7 +95,7 @@ def test_a_fallback_says_at_which_step_it_happened() -> None:
         net,
         optimizer,
         unbatchable,
-        probe=[clusters(1, 16)],
+        probe=[clusters(1, 96)],
         steps=STEPS,
         budget={"growth_factor": 8.0},
         growth="incubate",
