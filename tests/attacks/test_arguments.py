@@ -55,7 +55,7 @@ CASES: dict[str, tuple[dict[str, Any], type[EsperError], str]] = {
     "run_dir": ({"run_dir": 3}, ConfigError, "a int is no path"),
     "one batch": ({"probe": (X, Y)}, ProbeError, "looks like one batch"),
     "one batch as a mapping": ({"probe": {"x": X, "y": Y}}, ProbeError, "looks like one batch"),
-    "one tensor": ({"probe": X}, ProbeError, "is the probe one batch"),
+    "one tensor": ({"probe": X}, ProbeError, "a Tensor that looks like one batch"),
     "probe that fails": ({"probe": unreadable()}, ProbeError, "cannot be read: OSError: the disk is gone"),
     "per_example": ({"per_example": 3}, ConfigError, "cannot be called"),
     "per_example that raises": ({"per_example": failing}, ProbeError, "per_example.*ZeroDivisionError: boom"),
