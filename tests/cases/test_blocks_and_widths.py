@@ -111,7 +111,7 @@ def test_a_block_comes_where_what_came_with_it_does_not_fit() -> None:
         for parameter in kernels[INNER].parameters():
             parameter.fill_(torch.nan)
     before = early.insertion.remember(0)
-    unfit, failures = early.insertion.carry_out(kernels, dict.fromkeys(kernels, 1), before)
+    unfit, failures = early.insertion.carry_out(kernels, dict.fromkeys(kernels, 1), before, {})
     assert unfit.keys() == failures.keys() == {INNER}
     assert [type(plan) for plan in growth.plans] == [DeepenPlan]
     assert net.blocks[1] is kernels["blocks+block"].block
