@@ -84,10 +84,8 @@ def run(
         loss,
         probe=held,
         steps=steps,
-        budget={"growth_factor": 8.0},
-        config={"early": {"false_keep": 0.4}},
         on_event=events.append,
-        **given,
+        **{"budget": {"growth_factor": 8.0}, "config": {"early": {"false_keep": 0.4}}, **given},
     )
     for i in range(steps):
         batch = made()
