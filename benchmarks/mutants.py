@@ -46,6 +46,14 @@ FILES: dict[
     ),
     "src/esper/kasmina/race/exposing.py": (
         "tests/kasmina/test_trial.py",
+        "tests/kasmina/test_several.py",
+        "tests/kasmina/test_stage_limits.py",
+        "tests/kasmina/test_orchestrator.py",
+        "-k not resumed",
+    ),
+    "src/esper/kasmina/race/racing.py": (
+        "tests/kasmina/test_lessons.py",
+        "tests/kasmina/test_several.py",
         "tests/kasmina/test_stage_limits.py",
         "tests/kasmina/test_orchestrator.py",
         "-k not resumed",
