@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import subprocess
 import sys
@@ -400,7 +401,13 @@ def test_the_limit_stays_raised_where_blocks_need_more_graphs_than_it_holds() ->
         for _ in range(index):
             run.commit(index)
     run.step()
+    run.policy.make_room()  # as before a seed wakes
     assert "12 blocks share one code object" in run.policy.leave()
+    raised = torch._dynamo.config.recompile_limit
+    assert raised > 8
+    del run.policy  # it goes with the run, the host stays
+    gc.collect()
+    assert torch._dynamo.config.recompile_limit == raised
     run.graphs()
     run.step()
     assert run.graphs() == 0

@@ -150,7 +150,9 @@ class CompilePolicy:
         limit = compiler_settings.original(LIMIT)
         codes = [code for code in self.codes() if len(_graphs(code)) + SPARE > limit]
         crowded = max((self.users(code) for code in codes), default=0)
-        if crowded + SPARE > limit:
+        if crowded + SPARE > limit:  # as long as the host lives, which outlives the run
+            compiler_settings.change(LIMIT, torch._dynamo.config.recompile_limit, self.host)
+            compiler_settings.leave(LIMIT, id(self))
             return f"{crowded} blocks share one code object, and each width is a graph of it"
         for code in codes:
             _drop(code)
