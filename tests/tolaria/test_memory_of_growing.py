@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import esper
 from esper.tolaria.growth.early import aside, hindsight, insertion
+from tests.tolaria.test_spread_looks import batch, squared
 
 STEPS = 100
 
@@ -26,18 +26,6 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.down(torch.tanh(self.up(self.norm(x))))
-
-
-def batch(seed: int) -> tuple[Tensor, Tensor]:
-    """Draw what a fixed net says, (64, 8) both."""
-    generator, fixed = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(0)
-    first, second = (torch.randn(8, 8, generator=fixed) for _ in range(2))
-    x = torch.randn(64, 8, generator=generator)
-    return x, (x @ first).sin() @ second
-
-
-def squared(model: nn.Module, given: Any) -> Tensor:
-    return F.mse_loss(model(given[0]), given[1])
 
 
 class Run:
@@ -65,6 +53,7 @@ class Run:
 @pytest.mark.parametrize("dear", [0.0, math.inf])
 def test_no_tensor_waits_for_the_garbage_collector(dear: float) -> None:
     gc.collect()
+    others = [one for one in gc.get_objects() if issubclass(type(one), Tensor)]  # other tests'
     gc.disable()
     gc.set_debug(gc.DEBUG_SAVEALL)  # whatever a cycle holds comes to light
     try:
@@ -78,6 +67,7 @@ def test_no_tensor_waits_for_the_garbage_collector(dear: float) -> None:
         gc.set_debug(0)
         gc.enable()
         gc.garbage.clear()
+    del others
     assert run.growth.plans
     assert left == []
 
