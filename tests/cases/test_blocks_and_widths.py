@@ -118,3 +118,23 @@ def test_a_block_comes_where_what_came_with_it_does_not_fit() -> None:
     early.insertion.restore(before)
     assert len(net.blocks) == 1
     growth.finish()
+
+
+def test_a_block_comes_where_the_loops_batches_fail_by_themselves() -> None:
+    torch.manual_seed(0)
+    net, draw = Net(), Task()
+    growth = esper.grow(
+        net, torch.optim.Adam(net.parameters()), cross_entropy, probe=[draw(64)], steps=STEPS, growth="early"
+    )
+    early, places = growth.loop.early, growth.run.morphable.places
+    assert early is not None
+    kernels: dict[str, Any] = {
+        INNER: places[INNER].kernel(2),
+        "blocks+block": places["blocks+block"].kernel(),
+    }
+    before = early.insertion.remember(0)
+    early.insertion.trials = [lambda: torch.zeros(2) @ torch.zeros(3)]
+    assert early.insertion.carry_out(kernels, {INNER: 2, "blocks+block": 1}, before, {}) == ({}, {})
+    assert [type(plan) for plan in growth.plans] == [DeepenPlan, WidenPlan]
+    assert net.blocks[1] is kernels["blocks+block"].block
+    growth.finish()

@@ -109,19 +109,19 @@ class Insertion:
         Returns:
             Why, for each place that was not widened.
         """
-        if not units or not (failed := self.widen(kernels, units, before)):
+        if not units or not (failed := self.widen(kernels, units, before, blocks)):
             return {}
         self.tell(before.step, f"{', '.join(units)}: {failed}; each was tried alone")
         failures: dict[str, str] = {}
         for name, count in units.items():
-            if why := self.widen(kernels, {name: count}, before):
+            if why := self.widen(kernels, {name: count}, before, {}):
                 failures[name] = why
             else:
                 self.restore(before)
         left = {name: count for name, count in units.items() if name not in failures}
         if failed_blocks := self.deepen_all(kernels, blocks, before):
             return {**dict.fromkeys(units, next(iter(failed_blocks.values()))), **failed_blocks}
-        if left and (why := self.widen(kernels, left, before)):
+        if left and (why := self.widen(kernels, left, before, blocks)):
             failures.update(dict.fromkeys(left, why))
             failures |= self.deepen_all(kernels, blocks, before)
         return failures
@@ -137,10 +137,18 @@ class Insertion:
                 return dict.fromkeys(blocks, failed)
         return {}
 
-    def widen(self, kernels: Mapping[str, LiveKernel], units: Mapping[str, int], before: Before) -> str:
+    def widen(
+        self, kernels: Mapping[str, LiveKernel], units: Mapping[str, int], before: Before, blocks: Blocks
+    ) -> str:
         """Widen places together; what the model says stays as it is.
 
         Consumers come first: rows that are new read what is there, and get zeros for what comes beside it.
+
+        Args:
+            kernels: By place.
+            units: To come, by place.
+            before: The run as it was; everything is put back to it where something fails.
+            blocks: That have come by then, and come again where a second try begins from there.
 
         Returns:
             "" when it was carried out, otherwise why everything was put back.
@@ -187,7 +195,8 @@ class Insertion:
                 self.trials = ()
                 why = f"it was not tried on the loop's batches, on which it fails by itself: {described(own)}"
                 self.tell(step, why)
-                return self.widen(kernels, units, before)
+                failed = self.deepen_all(kernels, blocks, before)
+                return next(iter(failed.values()), "") or self.widen(kernels, units, before, blocks)
             return f"the grown model was put back: {described(error)}"
         self.refreshed()
         return ""
