@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import esper
 from esper.checkpoint import CheckpointManager
@@ -15,18 +15,9 @@ from esper.checkpoint import Run as Parts
 from esper.contracts import Event
 from esper.nissa.run.history import fold
 from esper.nissa.run.journal import EVENTS_FILE, read_events
+from tests.tolaria.test_conductor import clusters, loss_fn
 
 STEPS, CLASSES, SAVED = 160, 8, 10
-
-
-def clusters(seed: int, examples: int = 64) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    label = torch.randint(CLASSES, (examples,), generator=generator)
-    return 2 * torch.eye(CLASSES)[label] + 0.3 * torch.randn(examples, CLASSES, generator=generator), label
-
-
-def loss_fn(model: nn.Module, batch: Any) -> Tensor:
-    return nn.functional.cross_entropy(model(batch[0]), batch[1])
 
 
 class Process:

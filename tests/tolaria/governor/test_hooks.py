@@ -14,19 +14,10 @@ from esper.contracts import Event, Stage
 from esper.errors import LossError
 from esper.kasmina.race.trial import Exposed, Training, Trial
 from esper.tolaria.governor import GovernorHooks, Settings
+from tests.tolaria.test_conductor import clusters, loss_fn
 
 STEPS, CLASSES = 160, 8
 LIVING = (Stage.GRAFTING, Stage.STABILISING, Stage.EVALUATING)
-
-
-def clusters(seed: int, examples: int = 64) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    label = torch.randint(CLASSES, (examples,), generator=generator)
-    return 2 * torch.eye(CLASSES)[label] + 0.3 * torch.randn(examples, CLASSES, generator=generator), label
-
-
-def loss_fn(model: nn.Module, batch: Any) -> Tensor:
-    return nn.functional.cross_entropy(model(batch[0]), batch[1])
 
 
 class Run:

@@ -14,7 +14,7 @@ import esper
 from esper.checkpoint.format.manifest import packed
 from esper.contracts import Event
 from esper.errors import LossError
-from tests.tolaria.governor.test_hooks import clusters, loss_fn
+from tests.tolaria.test_conductor import clusters, loss_fn
 
 
 class Plain:
