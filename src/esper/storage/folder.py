@@ -65,9 +65,7 @@ class FolderStorage:
         try:
             return Lease(self.folder, "another folder")
         except (RunError, ValueError) as error:  # ValueError: a path with a NUL in it
-            raise StateError(
-                f"{str(self.folder)!r}: {error}" if "null" in str(error) else str(error)
-            ) from None
+            raise StateError(f"{str(self)!r}: {error}" if "null" in str(error) else str(error)) from None
 
     def _make_folder(self) -> None:
         """Create the folder, and make its own name durable: what lies in it would be lost with it."""
