@@ -46,16 +46,6 @@ class Origin:
         """Where it stands among the seeds that are awake."""
         return self.site, self.slot
 
-    @property
-    def blueprint(self) -> str:
-        """What grows."""
-        return self.layer.place.site.blueprint
-
-    @property
-    def born(self) -> int:
-        """The step at which it germinated."""
-        return self.decision.step
-
     def lost(self, host: nn.Module) -> str:
         """Say which layer of its place the user has replaced; "" where all are there."""
         return next(iter(gone(host, [self.layer.place]).values()), "")
@@ -143,8 +133,8 @@ class Stabilising(Exposed):
 
 
 @dataclass(frozen=True, slots=True)
-class Evaluating(Exposed):
-    """The loss is compared with that ahead of exposure."""
+class Compared(Exposed):
+    """Has losses to compare with those ahead of exposure."""
 
     after: list[float]
 
@@ -153,34 +143,26 @@ class Evaluating(Exposed):
         """The losses of the evaluation so far."""
         return self.after
 
+
+@dataclass(frozen=True, slots=True)
+class Evaluating(Compared):
+    """The loss is compared with that ahead of exposure."""
+
     def passed(self) -> Passed:
         """Stay a branch until layers may change their shapes."""
         return Passed(*carried(self), self.after)
 
 
 @dataclass(frozen=True, slots=True)
-class Passed(Exposed):
+class Passed(Compared):
     """Not worse than before; waits for ``growth.rewrap()``, where layers keep their shapes until then."""
-
-    after: list[float]
-
-    @property
-    def losses(self) -> list[float]:
-        """The losses of the evaluation."""
-        return self.after
 
 
 @dataclass(frozen=True, slots=True)
-class Decaying(Exposed):
+class Decaying(Compared):
     """Found wanting: α is on its way down."""
 
-    after: list[float]
     ending: str  # why
-
-    @property
-    def losses(self) -> list[float]:
-        """The losses of the evaluation, as far as it went."""
-        return self.after
 
 
 Trial: TypeAlias = Germinated | Training | Judged | Exposed
