@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import pytest
 import torch
@@ -70,11 +70,20 @@ class Custom(Optimizer):
             p.sub_(p.grad, alpha=self.param_groups[0]["lr"])
 
 
+class Pair(NamedTuple):
+    """Two tensors by their names."""
+
+    mean: Tensor
+    last: Tensor
+
+
 def nested(own: Any, p: Tensor) -> None:
-    """Keep a mapping and a list of tensors like the parameter."""
+    """Keep a mapping, a list and a named tuple of tensors like the parameter."""
     state = own.state[p]
     if not state:
         state |= {"m": {"first": torch.zeros_like(p), "slow": p.clone()}, "last": [p.clone()]}
+        state["pair"] = Pair(torch.zeros_like(p), torch.zeros_like(p))
+    state["pair"].mean.lerp_(p.grad, 0.1)
     state["m"]["first"].lerp_(p.grad, 0.1)
     state["m"]["slow"].lerp_(p, 0.1)
     state["last"][0].lerp_(p, 0.1)
@@ -95,6 +104,7 @@ def test_state_in_containers_follows(recipe: Literal["early", "incubate"]) -> No
     assert seen[0]["first"] == 0, "new units have no gradient yet"
     assert seen[0]["slow"] > 0, "their average is themselves"
     assert all(one.shape == p.shape for p in net.parameters() for one in optimizer.state[p]["last"])
+    assert all(one.shape == p.shape for p in net.parameters() for one in optimizer.state[p]["pair"])
 
 
 def factored(own: Any, p: Tensor) -> None:

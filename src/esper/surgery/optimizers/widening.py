@@ -113,7 +113,10 @@ def mapped(change: Callable[[Tensor], Tensor], value: object) -> object:
         return {key: mapped(change, one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
         made = [mapped(change, one) for one in value]
-        return made if isinstance(value, list) else tuple(made)
+        if isinstance(value, list):
+            return made
+        remake = getattr(value, "_make", tuple)  # of a named tuple, whose names the user reads
+        return remake(made)
     return value
 
 
