@@ -152,7 +152,7 @@ def main(folder: str, rounds: str, born: str) -> None:
     around(
         run.growth.run.parts.committer,
         "commit",
-        lambda _kernel, _own, decision, _step: COMMITS[decision.action],
+        lambda _kernel, _own, decision, *_: COMMITS[decision.action],
     )
     say(f"in {READING}")
     run.resume()

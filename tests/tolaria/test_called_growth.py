@@ -274,7 +274,7 @@ def test_a_call_that_changes_is_noticed_though_the_last_does_not(monkeypatch: py
 
     monkeypatch.setattr(insertion, "outputs", spoiled)
     before = early.insertion.remember(0)
-    told = early.insertion.widen(kernels, dict.fromkeys(kernels, 2), before)
+    told = early.insertion.widen(kernels, dict.fromkeys(kernels, 2), before, {})
     assert "the grown layers differ from the branch" in told
     assert run.growth.run.morphable.parameter_count() == sum(p.numel() for p in Encoder().parameters())
 

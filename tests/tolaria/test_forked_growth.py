@@ -203,7 +203,7 @@ def test_a_fork_is_widened_together_with_the_places_behind_it_and_put_back(last:
     units = {name: 2 * place.site.granularity for name, place in places.items()}
     told, _ = GrowthCost(run.net, places)(units)
     kernels = {name: place.kernel(units[name]) for name, place in places.items()}
-    assert early.insertion.widen(kernels, units, before) == ""
+    assert early.insertion.widen(kernels, units, before, {}) == ""
     assert run.growth.run.morphable.parameter_count() == parameters + told
     for name, now in run.net(HELD["x"]).items():
         assert torch.allclose(said[name], now, rtol=1e-4, atol=1e-5), name
