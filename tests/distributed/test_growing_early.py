@@ -1,16 +1,16 @@
-"""Growth on two processes, under DistributedDataParallel and FSDP2."""
+"""The early recipe on two processes, under DistributedDataParallel and FSDP2."""
 
 from __future__ import annotations
 
 import pytest
 
-from tests.tolaria.distributed.growing_worker import CHECKS
-from tests.tolaria.distributed.ranks import launch
+from tests.distributed.early_worker import CHECKS
+from tests.distributed.ranks import launch
 
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    return launch("tests.tolaria.distributed.growing_worker", 2, tmp_path_factory.mktemp("ranks"))
+    return launch("tests.distributed.early_worker", 2, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.slow

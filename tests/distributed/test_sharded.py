@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 
 from esper.checkpoint.contents.sharded import load_sharded
 from esper.storage.folder import FolderStorage
-from tests.tolaria.distributed.ranks import launch
-from tests.tolaria.distributed.sharded_worker import LOADING, NAME, SAVING, by_name, run_of, widened
+from tests.distributed.ranks import launch
+from tests.distributed.sharded_worker import LOADING, NAME, SAVING, by_name, run_of, widened
 
-WORKER = "tests.tolaria.distributed.sharded_worker"
+WORKER = "tests.distributed.sharded_worker"
 Told = dict[int, list[dict[str, str]]]
 
 

@@ -21,7 +21,7 @@ import torch.distributed as dist
 PATIENCE = 30  # seconds for one collective
 
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 
 
 def launch(module: str, world: int, folder: Path, timeout: float = 170.0) -> list[dict[str, str]]:

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.tolaria.distributed.forks import scenarios
-from tests.tolaria.distributed.resuming_worker import BATCH, EVERY, ROWS, STEPS
+from tests.distributed.forks import scenarios
+from tests.distributed.resuming_worker import BATCH, EVERY, ROWS, STEPS
 
 pytestmark = pytest.mark.slow
 CUT = 2 * EVERY  # the checkpoint that a run in another number goes on from
@@ -15,7 +15,7 @@ CUT = 2 * EVERY  # the checkpoint that a run in another number goes on from
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return scenarios("tests.tolaria.distributed.resuming_worker", tmp_path_factory.mktemp("resuming"))
+    return scenarios("tests.distributed.resuming_worker", tmp_path_factory.mktemp("resuming"))
 
 
 def words(said: str, first: str) -> list[str]:

@@ -7,13 +7,13 @@ import torch
 from torch import nn
 
 from esper.distributed.fsdp.gathered import gathered
-from tests.tolaria.distributed.ranks import launch
-from tests.tolaria.distributed.sharding_worker import CHECKS, is_sharded
+from tests.distributed.ranks import launch
+from tests.distributed.sharding_worker import CHECKS, is_sharded
 
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    return launch("tests.tolaria.distributed.sharding_worker", 2, tmp_path_factory.mktemp("ranks"))
+    return launch("tests.distributed.sharding_worker", 2, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.slow

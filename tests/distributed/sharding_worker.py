@@ -26,7 +26,7 @@ from esper.surgery.isolation.contexts import evaluating, untouched
 from esper.surgery.isolation.seam import open_seam
 from esper.surgery.optimizers.widening import widen_state
 from esper.surgery.widen_layers import widen
-from tests.tolaria.distributed.ranks import take_part
+from tests.distributed.ranks import take_part
 
 BATCH, STEPS = 8, 6
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
