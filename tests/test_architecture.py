@@ -1,4 +1,4 @@
-"""What linters cannot hold: where imports and tests stand, sizes, names, what is raised, what --help costs."""
+"""What linters cannot hold: where imports and tests stand, sizes, names, errors, what --help costs."""
 
 import ast
 import os

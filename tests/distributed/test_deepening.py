@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from tests.distributed.deepening_worker import CHECKS
-from tests.distributed.ranks import launch
+from tests.distributed.ranks import held, launch
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    return launch("tests.distributed.deepening_worker", 2, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.slow
-def test_a_block_comes_to_two_ranks(tmp_path: Path) -> None:
-    told = launch("tests.distributed.deepening_worker", 2, tmp_path)
-    for rank, found in enumerate(told):
-        for check in CHECKS:
-            assert found.get(check, "not reached") == "", f"rank {rank}"
+@pytest.mark.parametrize("check", CHECKS)
+def test_on_two_ranks(told: list[dict[str, str]], check: str) -> None:
+    held(told, check)
