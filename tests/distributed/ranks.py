@@ -1,7 +1,7 @@
 """Starts workers as processes of one group and runs their checks; a launch costs seconds, so one does many.
 
-A worker calls :func:`take_part`. Every rank runs every check in the same order. Where a check fails on any rank,
-all meet in a new group for the next one, so that every failure is seen.
+A worker calls :func:`take_part`. Every rank runs every check in the same order. Where a check fails on any
+rank, all meet in a new group for the next one, so that every failure is seen.
 """
 
 from __future__ import annotations
