@@ -1,4 +1,4 @@
-"""What linters cannot hold: where imports stand, file sizes, names, what is raised, what --help costs."""
+"""What linters cannot hold: where imports and tests stand, sizes, names, errors, what --help costs."""
 
 import ast
 import os
@@ -167,6 +167,22 @@ def test_folders_hold_what_a_reader_can_keep_in_mind() -> None:
         files[folder] = files.get(folder, 0) + (source.path.name != "__init__.py")
     odd = {folder for folder, count in files.items() if not 4 <= count <= 15}
     assert odd == OTHER_SIZES.keys()
+
+
+# Folders of tests that are no room's, and what they hold.
+APART = {
+    "attacks": "what a hostile or careless user does, across the rooms",
+    "benchmarks": "the benches beside the package",
+    "cases": "faults that were found, by their kind, each seen through the public names",
+    "examples": "the programs of examples/",
+    "integration": "whole paths through several rooms",
+}
+
+
+def test_tests_lie_where_what_they_test_lies() -> None:
+    tests = SRC.parent.parent / "tests"
+    folders = {path.parent.relative_to(tests).as_posix() for path in tests.rglob("test_*.py")} - {"."}
+    assert {folder for folder in folders if not (SRC / folder).is_dir()} == APART.keys()
 
 
 def test_no_import_hides_in_a_function() -> None:
