@@ -83,7 +83,7 @@ class Examiner:
             return None
         if faults := int(self.orchestrator.model.layout.faults[trial.origin.seed]):
             why = f"it failed {faults} times beside the host, and within it nobody would catch that"
-            self.orchestrator.put(trial.decaying(why))
+            self.orchestrator.turn_back(trial, why)
             return None
         if not self.before:
             return None  # resumed from a checkpoint of an older version
