@@ -105,19 +105,32 @@ def _larger(
     return state
 
 
-def mapped(change: Callable[[Tensor], Tensor], value: object) -> object:
-    """Return a nest of containers with its tensors changed."""
+def same(value: object) -> object:
+    """Leave a leaf as it is."""
+    return value
+
+
+def mapped(
+    change: Callable[[Tensor], object], value: object, rest: Callable[[object], object] = same
+) -> object:
+    """Return a nest of containers with its tensors changed.
+
+    Args:
+        change: Makes what takes a tensor's place.
+        value: Tensor, dict, list, tuple, or a leaf.
+        rest: Makes what takes any other leaf's place.
+    """
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, dict):
-        return {key: mapped(change, one) for key, one in value.items()}
+        return {key: mapped(change, one, rest) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
-        made = [mapped(change, one) for one in value]
+        made = [mapped(change, one, rest) for one in value]
         if isinstance(value, list):
             return made
         remake = getattr(value, "_make", tuple)  # of a named tuple, whose names the user reads
         return remake(made)
-    return value
+    return rest(value)
 
 
 def _widened(
