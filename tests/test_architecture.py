@@ -159,6 +159,7 @@ OTHER_SIZES = {
     "tolaria": "the trainer, over growth/ and governor/",
     "tolaria/growth/incubation": "the second recipe; most of what it does is in kasmina/race",
     "urza": "the store of kernels; the repository is to come",
+    "nissa/detectors": "a registry: one file each",
     "urza/blobs": "a registry: one file each",
 }
 
