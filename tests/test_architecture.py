@@ -1,6 +1,7 @@
 """What linters cannot hold: where imports stand, file sizes, names, what is raised, what --help costs."""
 
 import ast
+import graphlib
 import os
 import re
 import statistics
@@ -171,6 +172,21 @@ def test_folders_hold_what_a_reader_can_keep_in_mind() -> None:
         files[folder] = files.get(folder, 0) + (source.path.name != "__init__.py")
     odd = {folder for folder, count in files.items() if not 4 <= count <= 15}
     assert odd == OTHER_SIZES.keys()
+
+
+def test_no_files_import_each_other_round_a_circle() -> None:
+    """Packages may, as tezzeret and its pipelines; files never do, but for types."""
+
+    def dotted(source: Source) -> str:
+        return source.name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+    known, asked = set(map(dotted, SOURCES)), dict[str, set[str]]()
+    for source in SOURCES:
+        tops = [node for node in ast.parse("\n".join(source.lines)).body if isinstance(node, ast.ImportFrom)]
+        names = [name.removeprefix("esper.") for node in tops for name in imports(node)]
+        asked[dotted(source)] = {n if n in known else n.rpartition(".")[0] for n in names} & known
+    order = list(graphlib.TopologicalSorter(asked).static_order())  # a circle raises, and is named
+    assert len(order) == len(known) > 100
 
 
 def test_no_import_hides_in_a_function() -> None:
