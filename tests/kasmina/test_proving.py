@@ -132,6 +132,13 @@ def masked() -> nn.Module:
     return net
 
 
+def damped() -> nn.Module:
+    net = two(lambda s, x: s.b(torch.tanh(s.a(x))))
+    net.a.weight.register_hook(lambda gradient: 0.5 * gradient)
+    return net
+
+
+INEXACT["a hook on a gradient"] = (damped, X, "a parameter group with a learning rate of its own")
 INEXACT["a mask on a gradient"] = (masked, X, "may know its shape")
 
 EXACT: dict[str, tuple[Callable[[], nn.Module], Tensor, int]] = {

@@ -30,7 +30,7 @@ from esper.kasmina.widths.layers import coarsest, weight_of
 from esper.kasmina.widths.places import WidenPlace
 from esper.kasmina.widths.widen import HostKernel, Widenable
 from esper.surgery.isolation.contexts import same_randomness, slow_path, untouched
-from esper.surgery.isolation.copies import on_copies
+from esper.surgery.isolation.copies import on_copies, stirred
 from esper.surgery.isolation.without_dropout import still
 from esper.surgery.widen_layers import Holders, asked, widen
 
@@ -131,7 +131,7 @@ class Proof:
             kernels = {name: drawn(place) for name, place in places.items()}
         plans = {name: kernel.plan() for name, kernel in kernels.items()}
         laid = {name: kernel.slices(plans[name]) for name, kernel in kernels.items()}
-        with on_copies(self.host):
+        with on_copies(self.host, stirred):
             if self.cropped:
                 self.settle()
             try:
@@ -257,7 +257,7 @@ class Proof:
     def runs(self, mode: Mode) -> bool:
         """Tell whether the host runs by itself."""
         try:
-            with on_copies(self.host):
+            with on_copies(self.host, stirred):
                 self.run(mode, [])
         except FAILURES:
             return False
@@ -266,7 +266,7 @@ class Proof:
     def repeats(self, mode: Mode) -> bool:
         """Tell whether two passes in a mode come out the same, bit for bit."""
         try:
-            with on_copies(self.host):
+            with on_copies(self.host, stirred):
                 (one, _, _), (two, _, _) = self.run(mode, []), self.run(mode, [])
         except FAILURES:
             return False
