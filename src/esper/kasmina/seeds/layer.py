@@ -173,7 +173,9 @@ class KasminaLayer(nn.Module):
         if torch.compiler.is_compiling():
             if torch.compiler.is_dynamo_compiling() and torch.compiler.is_exporting():
                 raise StateError("the branch that Esper is letting in needs torch.export with strict=False")
-            y, self.finite = blended(y, kernel(x.detach()), alpha)
+            y, finite = blended(y, kernel(x.detach()), alpha)
+            if not torch.compiler.is_exporting():  # a trace has no numbers that could be asked for later
+                self.finite = finite
             return y
         if aloof():
             return self.apart(kernel, alpha, x.detach(), y)
