@@ -75,7 +75,7 @@ def of_config(
 
 
 def follows(config: object, name: str) -> bool:
-    """Tell whether an entry of a config can be set; one that is frozen counts what the model was built with."""
+    """Tell whether an entry of a config can be set; a frozen one counts what the model was built with."""
     try:
         setattr(config, name, getattr(config, name))
     except Exception:  # a setter of the user's own raises what it likes

@@ -191,6 +191,9 @@ class KasminaLayer(nn.Module):
         if not finite:
             self.on_fault("a non-finite output")
             return y
+        if f.shape != y.shape:  # the user has given the exit another width
+            self.on_fault(f"{self.place.site.name}: the exit makes {tuple(y.shape)}, not {tuple(f.shape)}")
+            return y
         if y.dtype != alpha.dtype or f.dtype != y.dtype:  # two calls that do nothing take 2 µs
             alpha, f = alpha.to(y.dtype), f.to(y.dtype)
         return torch.addcmul(y, alpha, f)
