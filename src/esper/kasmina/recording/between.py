@@ -255,8 +255,6 @@ class Depthwise(Layered):
     def run(self, x: Tensor, own: Mapping[str, Tensor], training: bool) -> Tensor:
         """Convolve the new channels, one group each."""
         conv = self.module
-        if conv.padding_mode != "zeros":
-            x = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
         padding = conv.padding if conv.padding_mode == "zeros" else 0
         func = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(conv.kernel_size)]
         return func(x, own["weight"], own.get("bias"), conv.stride, padding, conv.dilation, x.shape[1])
