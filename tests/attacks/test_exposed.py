@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import esper
 from tests.attacks.staged import HOSTS, Loop
-from tests.cases.loops import cross_entropy
+from tests.cases.loops import Task, cross_entropy, narrow, run
 
 STEPS = range(30, 41)  # of which every one but the last has a branch in the pass; see staged.STOPS
 
@@ -95,3 +95,18 @@ def test_a_state_of_another_seed_is_refused_by_name(host: str) -> None:
 def assert_says(net: nn.Module, batch: Any, loss: Tensor) -> None:
     with torch.no_grad():
         torch.testing.assert_close(cross_entropy(net, batch), loss, rtol=2e-6, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*grew into new objects")  # the trace holds the old ones
+def test_an_export_leaves_nothing_for_the_next_step() -> None:
+    """A trace has no numbers: what it noted of the kernel was asked for at the next step, and cost it."""
+    net, exported = narrow(), list[int]()
+
+    def each(step: int, growth: Any) -> None:
+        if not exported and any(one.origin.layer.exposed for one in growth.run.orchestrator.trials.values()):
+            torch.export.export(net, (Task()(4)[0],), strict=False)
+            exported.append(step)
+
+    ran = run(net, growth="incubate", steps=120, each=each)
+    assert exported
+    assert not [one for one in ran.warnings if "was skipped" in one]

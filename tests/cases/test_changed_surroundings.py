@@ -174,3 +174,58 @@ def test_the_end_of_a_run_finds_a_change_while_a_seed_is_exposed() -> None:
 def test_what_was_changed_is_named() -> None:
     made, _ = changed(CHANGES["another activation"][0])
     assert any("not what it was at esper.grow (1): tried" in one for one in made.reasons)
+
+
+def deeper() -> nn.Sequential:
+    """Return a host with two places that share a layer."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(10, 3), nn.Tanh(), nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 10))
+
+
+def awake_at(net: nn.Sequential, change: Callable[[nn.Sequential], object], steps: int = 120) -> Ran:
+    """Race in a host that is changed while the first seed is being let in."""
+    done = list[int]()
+
+    def each(step: int, growth: esper.Growth) -> None:
+        if not done and any(one.origin.layer.exposed for one in growth.run.orchestrator.trials.values()):
+            done.append(step)
+            change(net)
+
+    made = run(net, each=each, growth="incubate", steps=steps, config={"gate": {"false_keep": 0.99}})
+    assert done
+    return made
+
+
+def test_a_place_is_proven_without_the_kernel_that_is_let_in_beside_it() -> None:
+    made = awake_at(deeper(), lambda net: net.append(nn.LogSoftmax(-1)))
+    assert not [one for one in made.warnings if "left out" in one]
+
+
+class Doubled(nn.Linear):
+    """A layer with a forward of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return twice what a layer does."""
+        return 2 * super().forward(x)
+
+
+def test_a_class_that_is_put_in_place_of_a_seams_stays() -> None:
+    net = deeper()
+    made = awake_at(net, lambda net: setattr(net[2], "__class__", Doubled))
+    assert type(net[2]) is Doubled
+    assert not [one for one in vars(net[2]) if "esper" in one]
+    assert not [one for one in made.warnings if "Error: tuple index" in one or "cannot go from" in one]
+
+
+def test_an_exit_of_another_width_is_no_end_of_the_users_pass() -> None:
+    net = deeper()
+
+    def narrower(net: nn.Sequential) -> None:
+        net[2].weight.data, net[2].bias.data = net[2].weight.data[:2], net[2].bias.data[:2]
+        net[4].weight.data = net[4].weight.data[:, :2]
+        with torch.no_grad():
+            assert net(torch.randn(5, 10)).shape == (5, 10)
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        awake_at(net, narrower)

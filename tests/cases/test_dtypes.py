@@ -47,6 +47,50 @@ def test_layers_of_two_dtypes_grow(pair: tuple[torch.dtype, torch.dtype], growth
     assert (net.a.weight.dtype, net.b.weight.dtype) == pair
 
 
+class Partly(nn.Module):
+    """A part under autocast: what leaves it is rounded more coarsely than any tensor is written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = nn.Linear(10, 3), nn.Linear(3, 4), nn.Linear(4, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            x = self.b(torch.tanh(self.a(x)))
+        return self.c(torch.relu(x.float()))
+
+
+@pytest.mark.parametrize("site", ["a>b", "b>c", "b+residual_mlp"])
+def test_a_part_under_autocast_grows_in_a_race(site: str) -> None:
+    blueprint = site.partition("+")[2] or "widen"
+    ran = run(
+        Partly(), draw=Task(), growth="incubate", steps=120, sites=site, budget={"growth_factor": 200.0},
+        config={"blueprints": [blueprint], "race": {"steps": 12}, "gate": {"false_keep": 0.99}},
+    )  # fmt: skip
+    assert [one for one in ran.outcomes() if one["kept"]], ran.warnings
+    assert not [one for one in ran.outcomes() if "put back" in one["reason"]]
+
+
+NORMS = {"BatchNorm": lambda: nn.BatchNorm1d(4), "GroupNorm": lambda: nn.GroupNorm(2, 4)}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_norm_in_finer_numbers_than_its_layers_keeps_them(norm: str) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(10, 4), NORMS[norm](), nn.Tanh(), nn.Linear(4, 10)).bfloat16()
+    net[1].float()
+    draw = Task()
+
+    def half(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        y = model[1](model[0](batch[0].bfloat16()).float())  # type: ignore[operator]
+        return F.cross_entropy(model[3](model[2](y).bfloat16()).float(), batch[1])  # type: ignore[operator]
+
+    run(net, half, draw, growth="early", steps=120)
+    assert len(net[1].weight) == net[0].out_features > 4
+    assert {one.dtype for one in net[1].parameters()} == {torch.float32}
+
+
 def test_a_model_whose_dtype_changes_while_a_seed_is_awake_grows() -> None:
     net = narrow()
 

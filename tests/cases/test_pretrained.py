@@ -194,3 +194,27 @@ def test_a_group_is_judged_by_its_sum(gains: tuple[float, float], passes: bool) 
     as_one(found, members, 0.004)
     assert [not one.reason for one in members] == [passes, passes]
     assert all((one.together is not None) == passes for one in members)
+
+
+class Sealed(Config):
+    """A config that nobody may change."""
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**given)
+        self.__dict__["sealed"] = True
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if self.__dict__.get("sealed"):
+            raise AttributeError(f"{name} is sealed")
+        super().__setattr__(name, value)
+
+
+@pytest.mark.parametrize("blueprint", ["auto", "widen"])
+def test_a_config_that_cannot_be_changed_stops_no_growth_and_it_is_told(blueprint: str) -> None:
+    torch.manual_seed(0)
+    net = Tiny(Sealed())
+    before = dict(vars(net.config))
+    run = Run(net, blueprint=blueprint)
+    assert run.growth.plans
+    assert vars(net.config) == before
+    assert [one for one in run.warnings if "cannot say how it grew" in one and "no number of it" in one]

@@ -104,6 +104,15 @@ REASONS: dict[str, tuple[nn.Module, Tensor, str, str]] = {
 }
 
 
+REASONS["a depthwise convolution behind a layer that is no place"] = (
+    Host(
+        lambda s, x: s.o(s.n(s.d(s.p(x)).movedim(1, -1)).mean((1, 2))),
+        p=nn.Conv2d(1, 4, 3), d=nn.Conv2d(4, 4, 3, groups=4), n=nn.LayerNorm(4), o=nn.Linear(4, 10),
+    ),
+    IMAGES, "d", "it becomes wider with the layer in front of it only",
+)  # fmt: skip
+
+
 @pytest.mark.parametrize("kind", REASONS)
 def test_a_refusal_says_what_it_is(kind: str) -> None:
     net, x, place, reason = REASONS[kind]

@@ -54,6 +54,17 @@ def test_layers_blocks_containers_and_spans_are_places() -> None:
     assert "residual_mlp" in str(esper.summary(wrapped))
 
 
+def test_what_a_pre_hook_changes_is_read_by_no_kernel() -> None:
+    """A seam stands before the hook, a kept branch behind it: another function was kept than was judged."""
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    net[0].register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    net[2].register_forward_pre_hook(lambda module, args: None)
+    wrapped = found(net, torch.randn(4, 6), "residual_mlp", "bottleneck_adapter", "gated")
+    read = {name: getattr(place, "port", "") for name, place in wrapped.places.items()}
+    assert {port for name, port in read.items() if name.startswith("0")} == {"serial"}
+    assert "parallel" in {port for name, port in read.items() if name.startswith("2")}
+
+
 def test_impossible_places_say_why() -> None:
     told = reasons(found(Unusual(), torch.randn(8, 6), "residual_mlp"))
     assert told["twice"] == "called 2 times in one pass in training"

@@ -59,3 +59,12 @@ def test_a_norm_that_serves_two_layers_is_refused() -> None:
     net = nn.Sequential(nn.Conv2d(1, 8, 3), norm, nn.Conv2d(8, 8, 3), norm, nn.Flatten(), nn.Linear(128, 3))
     with pytest.raises(SiteError, match="1 between 0 and its consumer is called 2 times"):
         esper.wrap(net, X, blueprints=["widen"])
+
+
+@pytest.mark.parametrize("mode", ["circular", "reflect", "replicate"])
+def test_a_depthwise_convolution_with_padding_of_its_own_kind_is_passed(mode: str) -> None:
+    """What it pads by is a call before its own, and was made twice for new channels."""
+    torch.manual_seed(0)
+    between = nn.Conv2d(4, 4, 3, groups=4, padding=1, padding_mode=mode)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), between, nn.ReLU(), nn.Conv2d(4, 2, 1))
+    assert "0>3" in esper.wrap(net, torch.randn(4, 1, 8, 8), blueprints=["widen"]).places

@@ -132,6 +132,26 @@ def masked() -> nn.Module:
     return net
 
 
+def limited(number: Callable[[Any], Tensor]) -> Callable[[], Host]:
+    """Return a host with a number read from its weights, as those who quantise do."""
+    return lambda: two(lambda s, x: s.b(torch.tanh(s.a(x)) * (1 + float(number(s).detach()))))
+
+
+for name, number in {
+    "largest weight": lambda s: s.a.weight.abs().max(),
+    "largest bias": lambda s: s.a.bias.abs().max(),
+    "smallest column": lambda s: s.b.weight.min(),
+}.items():
+    INEXACT[f"the {name} read as a number"] = (limited(number), X, "a number may be read from the width")
+
+
+def damped() -> nn.Module:
+    net = two(lambda s, x: s.b(torch.tanh(s.a(x))))
+    net.a.weight.register_hook(lambda gradient: 0.5 * gradient)
+    return net
+
+
+INEXACT["a hook on a gradient"] = (damped, X, "a parameter group with a learning rate of its own")
 INEXACT["a mask on a gradient"] = (masked, X, "may know its shape")
 
 EXACT: dict[str, tuple[Callable[[], nn.Module], Tensor, int]] = {

@@ -429,3 +429,27 @@ def test_other_recurrences_are_refused_with_the_reason(case: str) -> None:
     told = {refusal.place: refusal.reason for refusal in wrapped.refusals}
     place = "rnn.rnn" if case == "cells" else "rnn"
     assert re.search(reason, told[place]), told[place]
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("read", ["the last output", "the last state"])
+def test_a_race_takes_no_place_that_reads_time_first_and_gives_examples(read: str, batch_first: bool) -> None:
+    """Rows of what it reads are not examples: the survey failed, and nothing was raced at all."""
+
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.r, self.o = nn.GRU(4, 3, batch_first=batch_first), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y, h = self.r(x if batch_first else x.transpose(0, 1))
+            last: Tensor = h[-1] if read == "the last state" else y[:, -1] if batch_first else y[-1]
+            made: Tensor = self.o(last)
+            return made
+
+    x = torch.randn(6, 5, 4)
+    assert "r>o" in esper.wrap(Last(), x, raced=False).places
+    raced = esper.wrap(Last(), x, raced=True, blueprints=["widen", "residual_mlp"])
+    assert ("r>o" in raced.places) is batch_first
+    told = " ".join(one.reason for one in raced.refusals if one.place == "r")
+    assert ("reads time as its first axis" in told) is not batch_first

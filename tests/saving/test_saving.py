@@ -352,3 +352,17 @@ def test_layers_under_two_names_half_precision_and_channels_last(tmp_path: Path)
         assert all(torch.equal(t, model.state_dict()[n]) for n, t in fresh.state_dict().items())
         assert fresh.alias.weight is fresh[0].weight
         assert fresh[2].weight.dtype == torch.bfloat16
+
+
+def test_a_model_without_numbers_is_refused(folder: Path, grown: nn.Module, new_host: Callable) -> None:
+    """Copying onto the meta device does nothing: a model came back that held nothing of what was saved."""
+    empty = new_host().to("meta")
+    with pytest.raises(SavedModelError, match="is on the meta device"):
+        load_into(empty, folder)
+    with pytest.raises(ValueError, match="is on the meta device"):
+        rebuild_template.load(empty, folder)
+    x = torch.randn(8, 4)
+    for load in (load_into, rebuild_template.load):
+        assert torch.equal(
+            load(new_host().to("meta").to_empty(device="cpu"), folder).eval()(x), grown.eval()(x)
+        )

@@ -48,9 +48,14 @@ class GraphKernel(LiveKernel):
             self.register_parameter(weight.name, nn.Parameter(weight.draw(device, dtype)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return what is added to the site's output, in its shape."""
+        """Return what is added to the site's output, in its shape.
+
+        What was tapped under autocast may be half as wide as the weights; outside it has to be widened first.
+        """
         own: Mapping[str, Any] = self._parameters  # plain tensors while candidates run under functional_call
         weights = [own[weight.name] for weight in self.program.weights]
+        if weights and x.dtype != weights[0].dtype and not torch.is_autocast_enabled(x.device.type):
+            x = x.to(weights[0].dtype)
         return (self.form or self.program.run)(x, weights)
 
     def swap(self, form: Form | None, pipeline: str) -> None:

@@ -25,6 +25,7 @@ from esper.kasmina.seeds.compiling import CompilePolicy, detect
 from esper.kasmina.seeds.layer import KasminaLayer
 from esper.kasmina.seeds.state import KasminaStateLayout
 from esper.kasmina.seeds.streams import StreamPool
+from esper.kasmina.sites.reasons import left_behind
 from esper.kasmina.sites.selecting import Sites, refuse_selectors
 from esper.kasmina.sites.sites import find_pairs, racing, reachable, select, uncoded
 from esper.kasmina.sites.uncalled import not_read_elsewhere
@@ -94,6 +95,8 @@ class MorphableModel(nn.Module):
         self.seeds_per_site = seeds_per_site
         self.examples, self.blueprints, self.raced = examples, tuple(blueprints), raced
         found, self.refusals = self.proven(*self.find(run), Proof(host, [call, *trials[0]], trials[1]))
+        if {"auto", "widen"} & set(self.blueprints):
+            self.refusals = [*self.refusals, *left_behind(host, found)]
         found, codes = uncoded(found, sites)
         self.refusals = [*self.refusals, *codes]
         if sites == "auto" and deepen:  # a run is to follow, whose batches may go other ways

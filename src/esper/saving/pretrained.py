@@ -153,7 +153,8 @@ def search(
             if left.keys() < wrong.keys():
                 changes, wrong, now, progress = [*changes, change], left, made, True
                 break
-            put(config, change.path, before)  # what it was, None too
+            if value_at(config, change.path) is not before:  # a frozen one was never changed
+                put(config, change.path, before)  # what it was, None too
     named = wrong or {name: wanted.get(name) for name in wanted.keys() ^ now.keys()}
     return changes, [f"{name!r} the shape {shape}" for name, shape in named.items()]
 

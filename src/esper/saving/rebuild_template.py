@@ -159,6 +159,8 @@ def grown(model: nn.Module, folder: str | Path) -> nn.Module:
         raise ValueError(
             f"{folder} was grown from another model than this {type(model).__name__}, or is newer"
         )
+    if empty := [name for name, tensor in model.state_dict().items() if tensor.is_meta]:
+        raise ValueError(f"{empty[0]} is on the meta device; call model.to_empty(device=...) first")
     start = 8 + int.from_bytes(data[:8], "little")  # of the tensors, behind the header and its length
     header, blob = json.loads(data[8:start]), torch.frombuffer(bytearray(data[start:]), dtype=torch.uint8)
     weights: dict[str, Tensor] = {}

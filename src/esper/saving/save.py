@@ -113,6 +113,12 @@ def load_into(model: Model, directory: str | Path) -> Model:
     if not isinstance(directory, str | Path):
         raise SavedModelError(f"directory={quoted(directory)} is no path; growth.save(...) returns one")
     folder, kind = Path(directory), type(model).__name__
+    held = model.state_dict().items()
+    if empty := [name for name, one in held if isinstance(one, Tensor) and one.is_meta]:
+        raise SavedModelError(
+            f"{empty[0]!r} of this {kind} is on the meta device, where nothing can be loaded; call "
+            "model.to_empty(device=...) first"
+        )
     recipe, tensors = _last_complete(Path(os.path.abspath(directory)), folder)
     shapes, plans = genome.decode(recipe)
     needed = f"{folder} needs the model as it was before it grew, and this {kind} is not"

@@ -22,7 +22,7 @@ from esper.errors import BlueprintError
 from esper.kasmina.branches.geometry import channels, signatures
 from esper.kasmina.recording.flops import FlopMeter
 from esper.surgery.isolation.contexts import same_modes
-from esper.surgery.isolation.seam import open_seam
+from esper.surgery.isolation.seam import Entering, open_seam
 
 Ends = tuple[nn.Module, nn.Module]
 Port = Literal["parallel", "serial"]
@@ -61,7 +61,7 @@ class Passage:
     x: Tensor | None = None
     version: int = 0
     y: Tensor | None = None
-    overwritten: bool = False  # the input was changed in place before the output came
+    unread: str = ""  # why a kernel cannot read the input
 
     def enter(self, x: Tensor | None) -> None:
         """Note the input."""
@@ -72,7 +72,27 @@ class Passage:
         """Note the output."""
         self.order += ">"
         self.y = y
-        self.overwritten = self.x is not None and self.x._version != self.version
+        if self.x is not None and self.x._version != self.version:
+            self.unread = "its input is overwritten in place"
+        return y
+
+
+class Given:
+    """Notes behind a module's own pre-hooks whether they gave it another input than it was called with.
+
+    A seam stands before them and a branch that is kept behind: they have to read the same.
+    """
+
+    def __init__(self, passage: Passage) -> None:
+        self.passage = passage
+
+    def enter(self, x: Tensor | None) -> None:
+        """Compare."""
+        if x is not self.passage.x:
+            self.passage.unread = "a forward pre-hook changes its input; do that in forward"
+
+    def leave(self, y: Tensor) -> Tensor:
+        """Let outputs pass."""
         return y
 
 
@@ -145,6 +165,9 @@ def walk(ends: Mapping[str, Ends], run: Callable[[], object]) -> dict[str, Passa
                 open_seam(entry, "entry", passages[name]),
                 open_seam(exit_, "exit", passages[name]),
             ]
+            if entry._forward_pre_hooks:
+                behind = Entering(Given(passages[name]))
+                closers.append(entry.register_forward_pre_hook(behind, with_kwargs=True).remove)
         run()
     finally:
         for close in closers:
@@ -200,7 +223,7 @@ def offers(
     assert passage.y is not None
     reasons: list[str] = []
     made: list[Block] = []
-    fitting = signatures(ends, passage.x, passage.y, passage.overwritten, examples)
+    fitting = signatures(ends, passage.x, passage.y, passage.unread, examples)
     for graph in graphs:
         for port in graph.ports:
             signature = fitting[port]

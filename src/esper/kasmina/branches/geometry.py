@@ -13,7 +13,7 @@ CHANNELS_SECOND = (nn.Conv1d, nn.ConvTranspose1d, nn.BatchNorm1d, nn.InstanceNor
 
 
 def signatures(
-    ends: tuple[nn.Module, nn.Module], x: Tensor | None, y: Tensor, overwritten: bool, examples: int
+    ends: tuple[nn.Module, nn.Module], x: Tensor | None, y: Tensor, unread: str, examples: int
 ) -> dict[str, Signature | str]:
     """Return the signature of each port, or the reason there is none.
 
@@ -21,7 +21,7 @@ def signatures(
         ends: The place.
         x: Input, (batch, …); None where that was no floating-point tensor.
         y: Output, (batch, …).
-        overwritten: ``x`` was changed in place on the way.
+        unread: Why a kernel cannot read ``x``; "" where it can.
         examples: Examples in that pass.
     """
     layout = LAYOUTS.get(y.dim())
@@ -36,21 +36,21 @@ def signatures(
         return {"parallel": reason or "", "serial": reason or ""}
     own = channels(y)
     serial = Signature(layout, "serial", own, own)
-    return {"serial": serial, "parallel": beside(ends, x, y, overwritten, layout)}
+    return {"serial": serial, "parallel": beside(ends, x, y, unread, layout)}
 
 
 def beside(
     ends: tuple[nn.Module, nn.Module],
     x: Tensor | None,
     y: Tensor,
-    overwritten: bool,
+    unread: str,
     layout: Literal["vector", "sequence", "image"],
 ) -> Signature | str:
     """Return the signature of a kernel that reads the input, or the reason none can."""
     if x is None:
         return "its input is no floating-point tensor"
-    if overwritten:
-        return "its input is overwritten in place"
+    if unread:
+        return unread
     if x.dim() != y.dim() or x.shape[0] != y.shape[0]:
         return f"input {tuple(x.shape)} and output {tuple(y.shape)} have different layouts"
     inputs, outputs = channels(x), channels(y)

@@ -60,7 +60,7 @@ def of_config(
     """List the entries of a config that count the blocks of a container."""
     facts = vars(config)
     side = next((side for side in SIDES if side in container.split(".")), None)
-    fitting = [n for n in DEPTHS if type(facts.get(n)) is int and facts[n] == blocks]
+    fitting = [n for n in DEPTHS if type(facts.get(n)) is int and facts[n] == blocks and follows(config, n)]
     fitting = [n for n in fitting if not any(s in n for s in SIDES) or (side is not None and side in n)]
     if path == "config" and any(
         "decoder" in name for name in fitting
@@ -70,5 +70,14 @@ def of_config(
         yield name, blocks + 1
     for name in LISTS:
         entries = facts.get(name)
-        if fitting and isinstance(entries, list) and len(entries) == blocks:
+        if fitting and isinstance(entries, list) and len(entries) == blocks and follows(config, name):
             yield name, (*entries[:index], entries[index - 1], *entries[index:])
+
+
+def follows(config: object, name: str) -> bool:
+    """Tell whether an entry of a config can be set; a frozen one counts what the model was built with."""
+    try:
+        setattr(config, name, getattr(config, name))
+    except Exception:  # a setter of the user's own raises what it likes
+        return False
+    return True

@@ -76,11 +76,14 @@ def insert(model: nn.Module, plan: DeepenPlan, block: nn.Module) -> Inserted:
     try:
         for path, attribute, value in plan.counts:
             owner = at(model, path)
-            kept.append((owner, attribute, getattr(owner, attribute)))
+            before = getattr(owner, attribute)
             setattr(owner, attribute, list(value) if isinstance(value, tuple) else value)
-    except AttributeError as error:
+            kept.append((owner, attribute, before))
+    except (AttributeError, TypeError, ValueError) as error:
         undo()
-        raise SurgeryError(f"what counts the blocks of {plan.site!r} is not there: {error}") from None
+        raise SurgeryError(
+            f"what counts the blocks of {plan.site!r} is not there, or cannot be set: {error}"
+        ) from None
     return Inserted(block, undo)
 
 

@@ -201,7 +201,10 @@ def tried(stack: Stack, run: Callable[[], object]) -> None:
     model, plan = stack.host, stack.deepening()
     before = outputs(model, run)
     block, witness = stack.block(0), Witness()
-    inserted = insert(model, plan, block)
+    try:
+        inserted = insert(model, plan, block)
+    except SurgeryError as error:
+        raise Refused(str(error)) from None
     closers = [look_through(block, "entry", witness), look_through(block, "exit", witness)]
     try:
         after = outputs(model, run)

@@ -26,6 +26,7 @@ from esper.errors import ProbeError
 from esper.kasmina.evidence.sight import Sight, by_example, passes
 from esper.kasmina.widths.places import Place
 from esper.surgery.isolation.contexts import evaluating, untouched
+from esper.surgery.isolation.copies import on_copies, stirred
 
 PARTS = 3  # of a batch: those asked, and the two that stand beside them
 ALIKE = 1e-4  # relative, by which gradients may differ: a term .01 × std(0) moves them by 8e-4
@@ -99,11 +100,10 @@ def compared(
     exactly: bool,
 ) -> bool | None:
     """Tell whether the first third of some rows gets the same gradients beside the second and the third."""
-    own, beside, instead = rows.chunk(PARTS)
-    first, second = (
-        gradients(model, run, places, take(batch, torch.cat([own, others])), len(own)).flatten()
-        for others in (beside, instead)
-    )
+    first, second = both(model, run, places, batch, rows)
+    if first.numel() and first.shape == second.shape and not (first.any() or second.any()):
+        with on_copies(model, stirred):  # a gate that begins at zero lets nothing back, whatever the loss
+            first, second = both(model, run, places, batch, rows)
     if first.shape != second.shape or not (first.any() or second.any()):
         return None
     if not first.any() or not second.any():
@@ -113,6 +113,18 @@ def compared(
     near = max(ALIKE, roundoff(model))
     fits = abs(float(factor) - 1) <= near if exactly else bool(factor > 0)
     return None if math.isnan(left) else fits and left <= near
+
+
+def both(
+    model: nn.Module, run: BatchLoss, places: Mapping[str, Place], batch: Batch, rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return what the first third of some rows gets back beside the second, and beside the third."""
+    own, beside, instead = rows.chunk(PARTS)
+    first, second = (
+        gradients(model, run, places, take(batch, torch.cat([own, others])), len(own)).flatten()
+        for others in (beside, instead)
+    )
+    return first, second
 
 
 def by_difficulty(model: nn.Module, run: BatchLoss, places: Mapping[str, Place], batch: Batch) -> Tensor:

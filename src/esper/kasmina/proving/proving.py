@@ -22,15 +22,16 @@ from torch import Tensor, nn
 from esper.contracts import WidenEdit, WidenPlan
 from esper.errors import SurgeryError
 from esper.kasmina.proving.beside import Passage, beside
+from esper.kasmina.proving.drawing import drawn, stand_out
 from esper.kasmina.proving.embedded import Embedded, Key
 from esper.kasmina.proving.suspects import suspect
 from esper.kasmina.recording.recorder import tensors
 from esper.kasmina.widths.fitting import fitted
-from esper.kasmina.widths.layers import coarsest, weight_of
+from esper.kasmina.widths.layers import coarsest
 from esper.kasmina.widths.places import WidenPlace
 from esper.kasmina.widths.widen import HostKernel, Widenable
 from esper.surgery.isolation.contexts import same_randomness, slow_path, untouched
-from esper.surgery.isolation.copies import on_copies
+from esper.surgery.isolation.copies import on_copies, stirred
 from esper.surgery.isolation.without_dropout import still
 from esper.surgery.widen_layers import Holders, asked, widen
 
@@ -39,7 +40,6 @@ Kernels: TypeAlias = "dict[str, HostKernel[Widenable]]"
 Plans: TypeAlias = "dict[str, WidenPlan]"
 Laid: TypeAlias = "dict[str, dict[str, Tensor]]"  # units in the order of the host's tensors
 
-SHARE = 8  # an eighth of the width is added, so that a number read from it shows
 FLOOR = (
     0.05  # of all gradients together; what is left of a smaller one may be rounding (a bias before BatchNorm)
 )
@@ -129,9 +129,12 @@ class Proof:
         """Grow these places together; returns what differs, "" if nothing does."""
         with same_randomness(0), torch.no_grad():
             kernels = {name: drawn(place) for name, place in places.items()}
+            held = dict(self.host.named_parameters())
+            for name, kernel in kernels.items():
+                stand_out(kernel, places[name].plan(kernel.units), held)
         plans = {name: kernel.plan() for name, kernel in kernels.items()}
         laid = {name: kernel.slices(plans[name]) for name, kernel in kernels.items()}
-        with on_copies(self.host):
+        with on_copies(self.host, stirred):
             if self.cropped:
                 self.settle()
             try:
@@ -257,7 +260,7 @@ class Proof:
     def runs(self, mode: Mode) -> bool:
         """Tell whether the host runs by itself."""
         try:
-            with on_copies(self.host):
+            with on_copies(self.host, stirred):
                 self.run(mode, [])
         except FAILURES:
             return False
@@ -266,25 +269,11 @@ class Proof:
     def repeats(self, mode: Mode) -> bool:
         """Tell whether two passes in a mode come out the same, bit for bit."""
         try:
-            with on_copies(self.host):
+            with on_copies(self.host, stirred):
                 (one, _, _), (two, _, _) = self.run(mode, []), self.run(mode, [])
         except FAILURES:
             return False
         return all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
-
-
-def drawn(place: WidenPlace) -> HostKernel[Widenable]:
-    """Draw units that make a difference, as large as the consumers' own."""
-    site = place.site
-    units = site.granularity * max(1, site.width // SHARE // site.granularity)
-    kernel = place.kernel(units if site.most is None else min(units, site.most))
-    assert isinstance(kernel, HostKernel)
-    for name, outlet in zip(kernel.outgoing, place.outlets, strict=True):
-        host = weight_of(outlet.consumer).detach().float()
-        size = float(host.square().mean().sqrt())
-        size = size if 0 < size < math.inf else host[0].numel() ** -0.5
-        getattr(kernel, name).normal_(std=size)
-    return kernel
 
 
 def alone(plan: WidenPlan) -> list[tuple[str, WidenEdit]]:

@@ -38,7 +38,12 @@ def hint(place: WidenPlace, ends: list[tuple[str, nn.Module]], why: str) -> str:
             return f"{name} is a {own} with a forward of its own; let it call the layer, not its weight"
     for name, module in ends:
         if any(p._backward_hooks for p in module.parameters(recurse=False)):
-            return f"a hook on a gradient of {name} may know its shape; let it take the shape it is given"
+            if "does not run" in why:
+                return f"a hook on a gradient of {name} may know its shape; let it take the shape it is given"
+            return (
+                f"a hook on a gradient of {name} changes it, and would not change that of units beside the "
+                "layer; give the layer a parameter group with a learning rate of its own instead"
+            )
     if "training" in why and "gradient" in why:
         return (
             "an autograd function with a backward of its own, or a hook on a gradient, stands between; "

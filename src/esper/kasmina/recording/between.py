@@ -42,8 +42,8 @@ class Step:
 
     label: str
 
-    def fresh(self, units: int, like: Tensor) -> dict[str, Tensor]:
-        """Make the tensors ``units`` new channels need, on the device and in the dtype of ``like``."""
+    def fresh(self, units: int) -> dict[str, Tensor]:
+        """Make the tensors ``units`` new channels need, on the device and in the dtype of the host's."""
         return {}
 
     def run(self, x: Tensor, own: Mapping[str, Tensor], training: bool) -> Tensor:
@@ -188,14 +188,21 @@ class Layered(Step):
         return tuple((self.name, count, getattr(self.module, count) + units) for count in kept)
 
 
+def begun(host: Mapping[str, Tensor], units: int) -> dict[str, Tensor]:
+    """Start a norm's new channels, in the numbers the host's is in: they may be finer than its layers'."""
+    ones = {"weight", "running_var"}
+    return {
+        own: (tensor.new_ones if own in ones else tensor.new_zeros)(units) for own, tensor in host.items()
+    }
+
+
 @dataclass(frozen=True)
 class BatchNorm(Layered):
     """Batch statistics are per channel, so new channels have their own; the mode follows the host's layer."""
 
-    def fresh(self, units: int, like: Tensor) -> dict[str, Tensor]:
+    def fresh(self, units: int) -> dict[str, Tensor]:
         """Start as torch does: scale 1, shift 0, mean 0, variance 1."""
-        ones = {"weight", "running_var"}
-        return {own: like.new_ones(units) if own in ones else like.new_zeros(units) for own in self.owned}
+        return begun(self.tensors(), units)
 
     def run(self, x: Tensor, own: Mapping[str, Tensor], training: bool) -> Tensor:
         """Normalise the new channels; in training their running statistics move as the host's do."""
@@ -215,9 +222,9 @@ class GroupNorm(Layered):
         """Channels per group."""
         return int(self.module.num_channels // self.module.num_groups)
 
-    def fresh(self, units: int, like: Tensor) -> dict[str, Tensor]:
+    def fresh(self, units: int) -> dict[str, Tensor]:
         """Start with scale 1 and shift 0."""
-        return {own: like.new_ones(units) if own == "weight" else like.new_zeros(units) for own in self.owned}
+        return begun(self.tensors(), units)
 
     def run(self, x: Tensor, own: Mapping[str, Tensor], training: bool) -> Tensor:
         """Normalise the new groups."""
@@ -236,20 +243,18 @@ class GroupNorm(Layered):
 class Depthwise(Layered):
     """A convolution that keeps every channel to itself."""
 
-    def fresh(self, units: int, like: Tensor) -> dict[str, Tensor]:
+    def fresh(self, units: int) -> dict[str, Tensor]:
         """Draw filters like the host's: uniform with bound 1/√fan_in (torch's default)."""
-        host = self.module.weight
+        host = self.module.weight.detach()
         bound = 1 / math.sqrt(host[0].numel())
         made = {"weight": host.new_empty(units, *host.shape[1:]).uniform_(-bound, bound)}
         if self.module.bias is not None:
-            made["bias"] = like.new_zeros(units)
+            made["bias"] = self.module.bias.new_zeros(units).detach()
         return made
 
     def run(self, x: Tensor, own: Mapping[str, Tensor], training: bool) -> Tensor:
         """Convolve the new channels, one group each."""
         conv = self.module
-        if conv.padding_mode != "zeros":
-            x = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
         padding = conv.padding if conv.padding_mode == "zeros" else 0
         func = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(conv.kernel_size)]
         return func(x, own["weight"], own.get("bias"), conv.stride, padding, conv.dilation, x.shape[1])

@@ -173,7 +173,9 @@ class KasminaLayer(nn.Module):
         if torch.compiler.is_compiling():
             if torch.compiler.is_dynamo_compiling() and torch.compiler.is_exporting():
                 raise StateError("the branch that Esper is letting in needs torch.export with strict=False")
-            y, self.finite = blended(y, kernel(x.detach()), alpha)
+            y, finite = blended(y, kernel(x.detach()), alpha)
+            if not torch.compiler.is_exporting():  # a trace has no numbers that could be asked for later
+                self.finite = finite
             return y
         if aloof():
             return self.apart(kernel, alpha, x.detach(), y)
@@ -188,6 +190,9 @@ class KasminaLayer(nn.Module):
             return y
         if not finite:
             self.on_fault("a non-finite output")
+            return y
+        if f.shape != y.shape:  # the user has given the exit another width
+            self.on_fault(f"{self.place.site.name}: the exit makes {tuple(y.shape)}, not {tuple(f.shape)}")
             return y
         if y.dtype != alpha.dtype or f.dtype != y.dtype:  # two calls that do nothing take 2 µs
             alpha, f = alpha.to(y.dtype), f.to(y.dtype)

@@ -230,7 +230,10 @@ class Finder:
             raise Refused(f"the output of {name} is an output of the model")
         readers = sorted(set(self.recording.readers.get(value, [])))
         if not readers:
-            raise Refused(f"nothing the probe recorded reads the output of {name}")
+            raise Refused(
+                f"nothing the probe recorded reads the output of {name}: it is left unused, or read by code "
+                "that cannot be followed (TorchScript, numpy, an operator of your own); use torch's functions"
+            )
         return [self.recording.calls[r] for r in readers]
 
     def layer_of(self, call: Call) -> tuple[str, nn.Module] | None:

@@ -22,6 +22,7 @@ from esper.kasmina.sites.attention import Found
 from esper.kasmina.widths.heads import Count, HeadsPair
 from esper.kasmina.widths.layers import out_size
 from esper.surgery.isolation.contexts import slow_path
+from esper.surgery.isolation.copies import stir
 from esper.surgery.widen_layers import widen
 
 Arguments: TypeAlias = "tuple[tuple[object, ...], dict[str, object]]"  # by position, and by name
@@ -172,6 +173,8 @@ def heads_of(modules: Mapping[str, nn.Module], found: Found, calls: Entered) -> 
         duplicate = copy.deepcopy(modules[path])
     except (RuntimeError, TypeError, NotImplementedError) as error:
         raise Refused(f"{path or 'the model'} cannot be copied for a proof: {error}") from error
+    for parameter in duplicate.parameters():
+        stir(parameter)
     first = len(path) + 1 if path else 0
     near = (q[first:], k[first:], v[first:], behind[first:])
     one, two, three, last = (duplicate.get_submodule(name) for name in near)

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
+from esper.contracts import Refusal
+from esper.kasmina.widths.layers import is_depthwise
+from esper.kasmina.widths.places import Place, WidenPlace
+
+FOLLOWS = (
+    "a depthwise convolution keeps every channel to itself, so it becomes wider with the layer in front of "
+    "it only, and that one is no place"
+)
 CELLS = (
     "a {kind} is called once per position, by a loop of your own that also makes its first state; {layer} "
     "runs the loop itself, and its hidden size can grow"
@@ -48,3 +58,14 @@ def why_not(module: nn.Module) -> str | None:
         f"a {kind} is no Linear, convolution or recurrent layer of torch's own, and Esper cannot know what "
         f"its {held} does; write it with such layers to let it grow"
     )
+
+
+def left_behind(model: nn.Module, found: Iterable[Place]) -> list[Refusal]:
+    """Give a reason for every depthwise convolution that no place takes along."""
+    plans = [place.plan(place.site.granularity) for place in found if isinstance(place, WidenPlace)]
+    taken = {edit.name.rpartition(".")[0] for plan in plans for edit in plan.edits}
+    return [
+        Refusal(path, FOLLOWS)
+        for path, module in model.named_modules()
+        if is_depthwise(module) and path not in taken
+    ]

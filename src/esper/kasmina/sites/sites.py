@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from esper.contracts import Refusal
 from esper.errors import SiteError, nearest
+from esper.kasmina.recording.between import ELEMENTWISE
 from esper.kasmina.recording.recorder import record
 from esper.kasmina.sites.calling import described
 from esper.kasmina.sites.finder import Finder, Refused
@@ -28,6 +29,7 @@ from esper.kasmina.sites.uncalled import UNCALLED
 from esper.kasmina.widths.layers import in_size, is_depthwise, is_layer, is_linear, out_size
 from esper.kasmina.widths.pairs import Pair
 from esper.kasmina.widths.places import Place
+from esper.kasmina.widths.recurrent import RecurrentPair
 from esper.printable import quoted, times
 from esper.surgery.isolation.contexts import same_modes, same_randomness, slow_path
 from esper.surgery.isolation.seam import look_through
@@ -193,12 +195,22 @@ def why_not_raced(pair: Found) -> str:
             f"{pair.site.entry} is called {times(calls)} in a pass, and a race adds its branch to the output "
             "of one call; growth='early' can widen it"
         )
+    if isinstance(pair, RecurrentPair) and not pair.producer.batch_first and not timed(pair):
+        return (
+            f"{pair.site.entry} reads time as its first axis and {exits[0]} does not, which a race would not "
+            "tell from examples; give it batch_first=True, or growth='early' can widen it"
+        )
     if pair.ends()[0]._forward_pre_hooks:
         return (
             f"{pair.site.entry} has a forward pre-hook, and a race sees what comes in before it; "
             "growth='early' can widen it"
         )
     return ""
+
+
+def timed(pair: RecurrentPair) -> bool:
+    """Tell whether what a recurrent layer makes keeps its axes on the way to its consumer."""
+    return pair.part == 0 and all(label in ELEMENTWISE for label in pair.site.between)
 
 
 def witnessed(pairs: Sequence[Found], run: Callable[[], object]) -> list[Witness]:

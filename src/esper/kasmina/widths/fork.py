@@ -114,9 +114,8 @@ class ForkKernel(HostKernel[Fork]):
         super().__init__(pair, units)
         self.draw("producer", pair.producer)
         self.columns()
-        like = weight_of(pair.producer)
         stretches = enumerate(pair.stretches)
-        self.owned = [self.own(f"between_{number}", one.steps, like) for number, one in stretches]
+        self.owned = [self.own(f"between_{number}", one.steps) for number, one in stretches]
         self.axes = self.along()
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:

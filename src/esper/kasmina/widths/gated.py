@@ -87,11 +87,10 @@ class GatedKernel(HostKernel[GatedPair]):
         self.draw("producer", pair.producer)
         self.draw("partner", pair.partner)
         self.columns()
-        like = weight_of(pair.producer)
         self.owned = {
-            "left": self.own("left", pair.left, like),
-            "right": self.own("right", pair.right, like),
-            "between": self.own("between", pair.steps, like),
+            "left": self.own("left", pair.left),
+            "right": self.own("right", pair.right),
+            "between": self.own("between", pair.steps),
         }
         self.axes = self.along()
 

@@ -118,7 +118,7 @@ class RecurrentKernel(HostKernel[RecurrentPair]):
             shape = (units, pair.gates, inner)[: 3 if role.startswith("weight") else 2]
             self.register_parameter(name, nn.Parameter(like.new_empty(shape).uniform_(-bound, bound)))
         self.columns()
-        self.owned = self.own("between", pair.steps, like)
+        self.owned = self.own("between", pair.steps)
         own = {name for layer, role, name in pair.names() if role == "weight_hh" or (layer and "ih" in role)}
         self.axes = {name: axis for name, axis in self.along().items() if name not in own or "bias" in name}
 

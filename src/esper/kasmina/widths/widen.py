@@ -100,11 +100,11 @@ class HostKernel(LiveKernel, Generic[PlaceT]):
         """Return what each consumer reads of the units."""
         return (self(x, hidden=True),)
 
-    def own(self, role: str, steps: Sequence[Step], like: Tensor) -> list[list[str]]:
+    def own(self, role: str, steps: Sequence[Step]) -> list[list[str]]:
         """Make the tensors that steps need for new channels; returns their names per step."""
         owned: list[list[str]] = []
         for index, step in enumerate(steps):
-            fresh = step.fresh(self.units, like.detach())
+            fresh = step.fresh(self.units)
             owned.append(list(fresh))
             for own, tensor in fresh.items():
                 name = f"{role}_{index}_{own}"
@@ -168,7 +168,7 @@ class WidenKernel(HostKernel[TwoLayers]):
         super().__init__(pair, units)
         self.draw("producer", pair.producer)
         self.columns()
-        self.owned = self.own("between", pair.steps, weight_of(pair.producer))
+        self.owned = self.own("between", pair.steps)
         self.axes = self.along()
 
     def forward(self, x: Tensor, hidden: bool = False) -> Tensor:

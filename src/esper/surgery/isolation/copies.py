@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from esper.surgery.isolation.attributes import TORCHS, Memo, fresh, modules_of, own
 from esper.surgery.isolation.seam import core_of, is_open
 
+CLOSED = 1e-3  # all of a gate is smaller
+STIR = 0.5  # what is added to it then
 TABLES = ("_parameters", "_buffers")
 
 
@@ -62,6 +64,25 @@ def on_copies(
             module.__dict__ = held
         for module, mode in scripted:
             module.training = mode
+
+
+def stirred(parameter: nn.Parameter) -> Tensor:
+    """Return a copy of a parameter, stirred."""
+    made = fresh(parameter)
+    stir(made)
+    return made
+
+
+def stir(copy_: Tensor) -> None:
+    """Move a copy of a parameter away from zero where all of it is zero or next to it.
+
+    A gate or a last layer that begins there (ReZero, LayerScale, LoRA, zero-init residuals) lets nothing
+    through and nothing back, so that whatever stands before it would look equal to anything else.
+    """
+    if copy_.is_floating_point() and copy_.numel() and float(copy_.detach().abs().max()) < CLOSED:
+        with torch.no_grad():
+            waves = torch.arange(copy_.numel(), device=copy_.device).cos().view(copy_.shape)
+            copy_ += STIR * waves.to(copy_.dtype)
 
 
 def copied(held: Mapping[str, object], memo: Memo) -> dict[str, object]:

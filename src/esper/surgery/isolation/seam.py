@@ -227,6 +227,8 @@ def rebased(found: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
     """Return a module's class without its seam; what was made upon that since stands on the plain class."""
     if found is seam_class(base):
         return base
+    if seam_class(base) not in found.__mro__:  # the user has put another class in its place
+        return found
     below = rebased(found.__bases__[0], base)
     own = {k: v for k, v in vars(found).items() if k not in ("__dict__", "__weakref__")}
     return type(found.__name__, (below, *found.__bases__[1:]), own)

@@ -21,7 +21,7 @@ from esper.surgery.optimizers.foreign import forget_gradients, kept_outside
 from esper.surgery.widen_layers import Holders
 from esper.tolaria.growth.early.aside import MUCH, SOME, give_back
 from esper.tolaria.growth.early.takeback import Before
-from esper.tolaria.growth.run.check import deviation, outputs
+from esper.tolaria.growth.run.check import deviation, fineness, outputs
 from esper.tolaria.growth.run.commit import FAILURES, Committer, described
 
 TRIAL = "it does not run on a batch of the loop"
@@ -159,9 +159,11 @@ class Insertion:
         names = list(units)[::-1]
         places = [self.model.places[name] for name in names]
         made = [end for place in places for end in place.ends()]
+        entries = {place.site.entry: place.ends()[0] for place in places}
         exits = {path: end for p in places for path, end in zip(p.site.exits, p.ends()[1:], strict=True)}
         try:
-            said = outputs(self.model, exits, committer.run)
+            said = outputs(self.model, entries | exits, committer.run)
+            least = fineness(said)
             holders, freed = Holders(self.model.host), 0
             for name in names:
                 place = self.model.places[name]
@@ -181,7 +183,7 @@ class Insertion:
                 for path in exits:
                     for old, new in zip(said[path], now[path], strict=True):  # call by call
                         if old.shape == new.shape:  # an exit that is widened itself has more to say
-                            deviation(old, new, made)
+                            deviation(old, new, made, least)
                 if error := broken(self.model.host, self.trials):  # a head that only some batches use, say
                     raise SurgeryError(f"{TRIAL}: {described(error)}") from error
         except ProcessError:

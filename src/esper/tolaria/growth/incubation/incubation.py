@@ -148,8 +148,7 @@ class Incubation:
         """Choose, with the whole model at hand."""
         run, places = self.run, self.run.morphable.places
         only, run.asked = run.asked, None
-        with self.run.orchestrator.aside(None, hidden=True):  # proofs are of the host alone
-            shut = self.shut(only)
+        shut = self.shut(only)
         free = [n for n in places if n not in shut and only in (None, n)]
         self.dear = (
             kept_outside(self.parts.committer.optimizers)

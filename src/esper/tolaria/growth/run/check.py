@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -75,7 +75,12 @@ def passing(
     return passing_of(*calls[-1], made[-1], serial)
 
 
-def deviation(branch: Tensor, grown: Tensor, made: Iterable[nn.Module] = ()) -> float:
+def fineness(said: Mapping[str, Sequence[Tensor]]) -> float:
+    """Return the step of the coarsest numbers that layers said something in: autocast is seen only here."""
+    return max((torch.finfo(one.dtype).eps for each in said.values() for one in each), default=0.0)
+
+
+def deviation(branch: Tensor, grown: Tensor, made: Iterable[nn.Module] = (), least: float = 0.0) -> float:
     """Return the largest difference between the branch as it was judged and what it became.
 
     Args:
@@ -83,12 +88,13 @@ def deviation(branch: Tensor, grown: Tensor, made: Iterable[nn.Module] = ()) -> 
         grown: What is said now.
         made: Modules that both were made with: where one of them computes in coarser numbers than the result
             is written in, those round it.
+        least: Step of numbers that are known to have been computed with.
 
     Raises:
         SurgeryError: It is beyond rounding.
     """
     difference = float((branch - grown).abs().max())
-    step = max(torch.finfo(grown.dtype).eps, coarsest(made))
+    step = max(torch.finfo(grown.dtype).eps, coarsest(made), least)
     allowed = ROUNDING * step * float(branch.abs().max())
     if not difference <= max(allowed, torch.finfo(grown.dtype).tiny):
         raise SurgeryError(

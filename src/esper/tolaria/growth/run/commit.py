@@ -38,7 +38,7 @@ from esper.surgery.optimizers.averages import copy_of, widen_average
 from esper.surgery.optimizers.foreign import kept_outside
 from esper.surgery.optimizers.widening import widen_state
 from esper.surgery.widen_layers import Holders, empty_slices, widen
-from esper.tolaria.growth.run.check import deviation, output, passing
+from esper.tolaria.growth.run.check import deviation, fineness, output, outputs, passing
 
 # What surgery may run into; everything is put back then.
 FAILURES = (SurgeryError, RuntimeError, ValueError, TypeError, IndexError)
@@ -299,8 +299,9 @@ class Committer:
                 back.callback(widened.undo)
                 if branch is not None:
                     ends = self.model.places[plan.site].ends()
-                    now = output(self.model, ends[1], self.run)
-                    difference = deviation(branch, now, (*beside, *ends))
+                    said = outputs(self.model, {"entry": ends[0], "exit": ends[1]}, self.run)
+                    now = said["exit"][-1]
+                    difference = deviation(branch, now, (*beside, *ends), fineness(said))
                 for average in self.averages:
                     back.callback(widen_average(average, plan, slices).undo)
             reasons = widen_state(self.optimizers, widened.changes, self.rule, donor)  # all of them or none

@@ -64,7 +64,10 @@ class Proven:
         run.cost.grow(run.morphable.flops * PASSES * count_examples(batch))
         few, others = trials(batch, features(run.morphable.host))
         calls = [self.call(one) for one in (batch, *few)]
-        with run.morphable.policy.uncompiled(), run.parts.wrapping.gathered():
+        alone = run.orchestrator.aside(
+            None, hidden=True
+        )  # a kernel that is let in adds to layers as they are
+        with run.morphable.policy.uncompiled(), run.parts.wrapping.gathered(), alone:
             found = Proof(run.morphable.host, calls, [self.call(one) for one in others]).unproven(places)
         others = f" ({', '.join(self.other[:SHOWN])})" if self.other else ""
         since = f"the model is not what it was at esper.grow{others}"
