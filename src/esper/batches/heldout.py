@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
+from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -40,12 +42,28 @@ class HeldOut:
         return getattr(self.given, name)
 
 
+class Turned(HeldOut):
+    """A probe of which every batch is changed by itself; it is as long as the user's own.
+
+    Args:
+        probe: The user's held-out batches, re-iterable.
+        change: Function of a batch.
+    """
+
+    def __init__(self, probe: Iterable[Batch], change: Callable[[Batch], Batch]) -> None:
+        super().__init__(probe, partial(map, change))
+
+    def __len__(self) -> int:
+        """Count the batches, if the probe knows."""
+        return len(cast("Sized", self.given))
+
+
 def differentiable(probe: Iterable[Batch]) -> Iterable[Batch]:
     """Return the probe, on copies of tensors that were made in inference mode: these take no gradient."""
     batch = next(iter(first(probe, 1)), None)
     if not any(isinstance(leaf, Tensor) and leaf.is_inference() for leaf in flatten(batch)[0]):
         return probe
-    return HeldOut(probe, lambda batches: map(copied, batches))
+    return Turned(probe, copied)
 
 
 def copied(batch: Batch) -> Batch:

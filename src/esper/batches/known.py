@@ -13,7 +13,9 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
+from esper.batches import packed
 from esper.batches.examples import split_batch
 from esper.batches.layout import PLAIN, Batch, Leaf, flatten
 
@@ -53,6 +55,8 @@ def rows_of(batch: Batch) -> list[np.ndarray]:
 
 def entries(leaf: Leaf, count: int) -> np.ndarray:
     """Return entries of every example from all over a leaf, as whole numbers that tell them apart."""
+    if isinstance(leaf, PackedSequence):
+        leaf = packed.sequences(leaf)
     if isinstance(leaf, list):
         return np.array([[mark(one)] for one in leaf])
     flat = torch.as_tensor(leaf).detach().reshape(count, -1)

@@ -13,9 +13,12 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import NamedTuple, TypeAlias, TypeGuard
 
 import numpy as np
+import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from esper.batches import packed
 from esper.errors import ProbeError
 
 Batch: TypeAlias = object  # what a loader yields: nothing is assumed of it but that leaves are found in it
@@ -31,12 +34,19 @@ def rows(leaf: Leaf) -> int | None:
         return leaf.size(0) if leaf.dim() > 0 else None  # a nested tensor has no shape
     if isinstance(leaf, np.ndarray):
         return leaf.shape[0] if leaf.ndim > 0 else None
+    if isinstance(leaf, PackedSequence):
+        return packed.count(leaf)
     return len(leaf) if isinstance(leaf, list) else None  # others are taken apart
 
 
 def is_list(value: object) -> TypeGuard[list[object]]:
     """Tell whether a value is a list of labels or texts."""
     return isinstance(value, list) and bool(value) and all(isinstance(one, PLAIN) for one in value)
+
+
+def is_whole(value: object) -> bool:
+    """Tell what is one leaf though torch would take it apart."""
+    return is_list(value) or isinstance(value, PackedSequence)
 
 
 def is_record(value: object) -> bool:
@@ -71,11 +81,13 @@ def opaque(value: list[object]) -> bool:
 
 
 def is_collected(batch: object) -> TypeGuard[list[object]]:
-    """Tell a batch that is a list of its examples, (input, target) pairs or mappings, as they were collected.
+    """Tell a batch that is a list of its examples, pairs, mappings or objects, as they were collected.
 
     A list as short as one of a batch's parts may be such a list of parts; so may one whose members are
-    batches themselves, their tensors all equally long.
+    batches themselves, their tensors all equally long. Objects that nothing is known of are examples.
     """
+    if isinstance(batch, list) and batch and opaque(batch):
+        return True
     if not isinstance(batch, list) or len(batch) <= PARTS:
         return False
     if all(isinstance(one, Mapping) for one in batch):
@@ -113,7 +125,7 @@ def flatten(batch: Batch) -> tuple[list[Leaf], Layout]:
     """
     series = series_in(batch)
     try:
-        tops, nest = tree_flatten(batch, is_leaf=lambda one: is_list(one) or is_record(one) or series(one))
+        tops, nest = tree_flatten(batch, is_leaf=lambda one: is_whole(one) or is_record(one) or series(one))
     except RecursionError:
         raise ProbeError(
             f"a batch, a {type(batch).__name__}, is nested in itself, or deeper than Python follows; give "
@@ -189,8 +201,18 @@ def chosen(leaf: Leaf, which: Tensor) -> Leaf:
         return leaf[which.to(leaf.device)]
     if isinstance(leaf, np.ndarray):
         return leaf[which.cpu().numpy()]
+    if isinstance(leaf, PackedSequence):
+        return packed.taken(leaf, which)
     assert isinstance(leaf, list)
     return [leaf[i] for i in which.tolist()]
+
+
+def part(leaf: Leaf, which: slice) -> Leaf:
+    """Return entries of a leaf that has them, one behind the other: a view of a tensor."""
+    if isinstance(leaf, PackedSequence):
+        return packed.taken(leaf, torch.arange(packed.count(leaf))[which])
+    assert isinstance(leaf, (Tensor, np.ndarray, list))
+    return leaf[which]
 
 
 class Below(NamedTuple):

@@ -63,6 +63,8 @@ class Loop:
         run = self.run
         check_loss(loss)
         value = self.read(loss) if loss.is_cpu else None  # a device would be waited for at every micro-batch
+        if run.parts.axes.turns:
+            batch = run.parts.axes.inward(batch)
         run.batches.append(copied(batch) if run.recipe == "incubate" else batch)
         examples = count_examples(batch) * max(self.presence.evaluations, 1)
         self.presence.evaluations = 0

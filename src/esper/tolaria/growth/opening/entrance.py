@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from esper.batches.axes import Axes
 from esper.batches.examples import LossFunction, PerExample, count_examples, own, refuse_layouts
 from esper.batches.layout import flatten, unflatten
 from esper.errors import EsperError, LossError, ProbeError, SiteError
@@ -62,14 +63,19 @@ class Handing:
     """A loss that is handed containers of its own: it may take the labels out of a batch, or put more in.
 
     Tensors are copied for the first calls, and for good where the loss has written to one.
+
+    Args:
+        loss_fn: The user's.
+        axes: What lays batches out as the user's code knows them.
     """
 
-    def __init__(self, loss_fn: LossFunction) -> None:
-        self.loss_fn, self.left, self.writes = loss_fn, COPIED, False
+    def __init__(self, loss_fn: LossFunction, axes: Axes) -> None:
+        self.loss_fn, self.left, self.writes, self.axes = loss_fn, COPIED, False, axes
 
     def __call__(self, model: nn.Module, batch: object) -> Tensor:
         """Return what the loss gives of such a batch."""
         leaves, nest = flatten(batch)
+        leaves = self.axes.outward(leaves, nest)
         if self.writes or self.left:
             self.left = max(self.left - 1, 0)
             leaves = [own(leaf) if isinstance(leaf, (Tensor, np.ndarray, list)) else leaf for leaf in leaves]
