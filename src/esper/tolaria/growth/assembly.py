@@ -128,7 +128,7 @@ def assemble(request: Request, wrapping: Wrapping, observe: Observer) -> RunComp
         host_flops=model.flops,
         steps=request.steps,
         seed=request.seed,
-        warnings=[*request.axes.said, *cautions(model, config, request.steps, worth)],
+        warnings=[*opening.notes, *cautions(model, config, request.steps, worth)],
     )
 
 

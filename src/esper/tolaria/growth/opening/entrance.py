@@ -17,6 +17,7 @@ from esper.batches.layout import flatten, unflatten
 from esper.errors import EsperError, LossError, ProbeError, SiteError
 from esper.kasmina.race.gate import check_probe
 from esper.surgery.isolation.contexts import examining, same_generators
+from esper.surgery.isolation.remembered import Surroundings
 
 COPIED = 8  # calls of a loss: by then it has run in training and in evaluation
 
@@ -62,7 +63,8 @@ class Differentiating:
 class Handing:
     """A loss that is handed containers of its own: it may take the labels out of a batch, or put more in.
 
-    Tensors are copied for the first calls, and for good where the loss has written to one.
+    What it writes to besides, a history or a counter, shows the user's own calls only. Tensors are copied for
+    the first calls, and for good where the loss has written to one.
 
     Args:
         loss_fn: The user's.
@@ -71,6 +73,7 @@ class Handing:
 
     def __init__(self, loss_fn: LossFunction, axes: Axes) -> None:
         self.loss_fn, self.left, self.writes, self.axes = loss_fn, COPIED, False, axes
+        self.around: Surroundings | None = None  # what it reaches besides: known once it has a model
 
     def __call__(self, model: nn.Module, batch: object) -> Tensor:
         """Return what the loss gives of such a batch."""
@@ -81,11 +84,22 @@ class Handing:
             leaves = [own(leaf) if isinstance(leaf, (Tensor, np.ndarray, list)) else leaf for leaf in leaves]
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_inference()]
         before = [(leaf._version, leaf.requires_grad) for leaf in tensors]
+        if self.around is None:
+            self.around = Surroundings(self.loss_fn, model)
         try:
-            return self.loss_fn(model, unflatten(leaves, nest))
+            with self.around.same():
+                return self.loss_fn(model, unflatten(leaves, nest))
         finally:
             now = [(leaf._version, leaf.requires_grad) for leaf in tensors]
             self.writes = self.writes or before != now
+
+    def notes(self) -> list[str]:
+        """Say what cannot be put back after Esper's own calls."""
+        lost = [] if self.around is None else list(self.around.lost)
+        return [
+            f"loss_fn uses {', '.join(lost)}: what Esper's own calls of it take from there, or write, cannot "
+            "be put back; keep it out of loss_fn, or let the loop do it"
+        ][: len(lost)]
 
 
 def as_needed(loss_fn: LossFunction, model: nn.Module, probe: Iterable[object]) -> LossFunction:

@@ -37,6 +37,7 @@ class Opening:
     loss_fn: LossFunction
     held: Iterable[object]
     batch: object  # the first of them
+    notes: list[str]  # to be told at the start
 
 
 class Noted:
@@ -97,7 +98,8 @@ def look(
     """Look at a model by a probe's first batch."""
     with at_first(host):
         with companions_noted(host):
-            loss_fn = as_needed(Handing(loss_fn, axes), host, held)
+            handing = Handing(loss_fn, axes)
+            loss_fn = as_needed(handing, host, held)
             batch = first_probe(held, host, loss_fn)
             if axes.settle(batch, partial(loss_of, host, loss_fn)):
                 held, batch = Turned(held, axes.inward), axes.inward(batch)
@@ -120,7 +122,7 @@ def look(
             "torch.utils.checkpoint with use_reentrant=False (Hugging Face: gradient_checkpointing_enable("
             'gradient_checkpointing_kwargs={"use_reentrant": False}))'
         )
-    return Opening(model, loss_fn, held, batch)
+    return Opening(model, loss_fn, held, batch, [*axes.said, *handing.notes()])
 
 
 def loss_of(host: nn.Module, loss_fn: LossFunction, batch: object) -> float:
