@@ -372,3 +372,44 @@ def test_nothing_holds_the_model_afterwards() -> None:
     del owner, optimizer, growth
     gc.collect()
     assert held() is None
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_an_observer_writes_lasts(mode: Mode) -> None:
+    """Events are told in the midst of passes, too, where what the loss reaches is put back."""
+
+    class Trainer:
+        """Keeps the events of its run beside its losses."""
+
+        def __init__(self) -> None:
+            self.net, self.calls, self.events = narrow(), 0, list[Any]()
+
+        def loss(self, model: nn.Module, batch: Any) -> Tensor:
+            """Return a loss that vmap cannot run, which is told as it is judged."""
+            self.calls += 1
+            value = cross_entropy(model, batch)
+            return value if value.item() >= 0 else -value
+
+    trainer, plain, draw = Trainer(), list[Any](), Task()
+
+    def told(event: Any) -> None:
+        plain.append(event)
+        trainer.events.append(event)
+
+    optimizer = torch.optim.Adam(trainer.net.parameters(), 0.01)
+    growth = esper.grow(
+        trainer.net, optimizer, trainer.loss, probe=[draw(256)], steps=STEPS, growth=mode, on_event=told
+    )
+    for _ in range(STEPS):
+        batch = draw()
+        loss = trainer.loss(trainer.net, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        growth.step(batch, loss)
+    growth.finish()
+    assert trainer.calls == STEPS
+    assert trainer.events == plain
+    kinds = {event.kind for event in plain}
+    assert "run_finished" in kinds
+    assert mode == "early" or "fallback" in kinds

@@ -14,7 +14,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import PackedSequence
 
 from esper.batches import packed
-from esper.batches.layout import PARTS, PLAIN, Batch, Layout, Leaf, chosen, flatten, is_list, unflatten
+from esper.batches.layout import (
+    PARTS,
+    PLAIN,
+    Batch,
+    Layout,
+    Leaf,
+    chosen,
+    flatten,
+    is_list,
+    unflatten,
+    unreadable,
+)
 from esper.batches.layout import rows as rows_in
 from esper.batches.objects import described, tensors_of, with_rows
 from esper.errors import ProbeError
@@ -61,10 +72,14 @@ def count_examples(batch: Batch) -> int:
     Raises:
         ProbeError: No tensor tells how many examples there are.
     """
-    whole = isinstance(batch, PackedSequence)
-    first = batch[0] if isinstance(batch, (tuple, list)) and batch and not whole else batch
-    if isinstance(batch, MutableMapping):
-        first = next(iter(batch.values()), None)
+    first = batch
+    try:
+        if isinstance(batch, MutableMapping):
+            first = next(iter(batch.values()), None)
+        elif isinstance(batch, (tuple, list)) and not isinstance(batch, PackedSequence) and batch:
+            first = batch[0]
+    except Exception as error:  # it is the methods of the user's own containers that run here
+        raise unreadable(batch, error) from error
     if isinstance(first, Tensor) and first.dim() > 0 and not (isinstance(batch, list) and len(batch) > PARTS):
         return first.size(0)
     return split_batch(batch)[3]
@@ -117,8 +132,8 @@ def own(leaf: Leaf) -> Leaf:
     """Copy a leaf that can be written to; a tensor comes without the graph behind it."""
     if isinstance(leaf, Tensor):
         return leaf.detach().clone().requires_grad_(leaf.requires_grad)
-    if isinstance(leaf, list):
-        return [copied(one) for one in leaf]
+    if isinstance(leaf, list) or type(leaf) is tuple:
+        return type(leaf)(copied(one) for one in leaf)
     if isinstance(leaf, PackedSequence):
         return packed.own(leaf)
     return copy.copy(leaf)  # an array's
@@ -207,4 +222,4 @@ def joined(parts: list[Split], at: int) -> Leaf:
         return np.concatenate(leaves)
     if isinstance(leaves[0], PackedSequence):
         return packed.joined(leaves)
-    return [one for leaf in leaves for one in leaf]
+    return type(leaves[0])(one for leaf in leaves for one in leaf)

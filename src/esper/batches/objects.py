@@ -18,8 +18,11 @@ def tensors_of(value: object, name: str = "", depth: int = DEEP) -> Iterator[tup
         if name:  # it is an attribute
             yield name, value
     elif depth and not isinstance(value, nn.Module):
-        held = value if isinstance(value, Mapping) else getattr(value, "__dict__", {})
-        for key, one in list(held.items()):
+        try:
+            held = dict(value) if isinstance(value, Mapping) else dict(getattr(value, "__dict__", {}))
+        except Exception:  # it is the user's own object: what it does not show is not known
+            return
+        for key, one in held.items():
             yield from tensors_of(one, str(key), depth - 1)
 
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 import io
 import queue
 import random
+import threading
 import weakref
-from collections import OrderedDict, deque
+from argparse import Namespace
+from collections import OrderedDict, UserDict, UserList, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from operator import is_
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -212,9 +214,41 @@ WAYS: tuple[tuple[Any, Callable[[Memory, Any, int], None]], ...] = (
     (np.random.RandomState, Memory.old_numbers),
     (random.Random, Memory.python_numbers),
     (queue.Queue, Memory.a_queue),
+    ((SimpleNamespace, Namespace, UserDict, UserList), Memory.an_object),
     (io.IOBase, Memory.a_stream),
 )
 REMEMBER: dict[type, Any] = dict.fromkeys(PLAIN)
+
+
+class Postponed(threading.local):
+    """What a thread is to do once everything was put back: it would be undone, too."""
+
+    def __init__(self) -> None:
+        self.depth = 0
+        self.waiting: list[Callable[[], object]] = []
+
+
+POSTPONED = Postponed()
+
+
+def afterwards(act: Callable[[], object]) -> None:
+    """Do something that is to last: at once, or behind what is put back."""
+    if POSTPONED.depth:
+        POSTPONED.waiting.append(act)
+    else:
+        act()
+
+
+@contextmanager
+def postponing() -> Iterator[None]:
+    """Do what was postponed at the end of the outermost of these."""
+    POSTPONED.depth += 1
+    try:
+        yield
+    finally:
+        POSTPONED.depth -= 1
+        while POSTPONED.waiting and not POSTPONED.depth:
+            POSTPONED.waiting.pop(0)()
 
 
 KNOWN: weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[Surroundings]]] = weakref.WeakKeyDictionary()
@@ -247,6 +281,12 @@ class Surroundings:
         if self.empty:
             yield
             return
+        with postponing(), self.put_back():
+            yield
+
+    @contextmanager
+    def put_back(self) -> Iterator[None]:
+        """Remember, and put back."""
         reach, memory = self.reach, Memory(self.inside)
         cells = [(cell, held_in(cell)) for cell in reach.cells]
         names = [(table, name, table.get(name, MISSING)) for table, some in reach.names for name in some]
@@ -358,7 +398,7 @@ def attributes_of(value: object) -> dict[str, Any] | None:
     """Return an object's table of attributes, whatever its class says of it."""
     try:
         held = object.__getattribute__(value, "__dict__")
-    except AttributeError:
+    except Exception:  # none, or a property of the user's own
         return None
     return held if isinstance(held, dict) else None
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +23,7 @@ from esper.kasmina.sites.sites import Sites
 from esper.nissa.run.journal import RunJournal
 from esper.surgery.isolation.contexts import same_randomness, taught
 from esper.surgery.isolation.global_draws import forgetting
+from esper.surgery.isolation.remembered import afterwards
 from esper.tolaria.governor import GovernorHooks, Settings
 from esper.tolaria.growth.assembly import assemble
 from esper.tolaria.growth.growth import Growth
@@ -169,9 +171,9 @@ class Observers:
         self.each = each
 
     def __call__(self, event: Event) -> None:
-        """Tell one."""
+        """Tell one; what an observer writes lasts, though it be told in the midst of a pass."""
         for observer in self.each:
-            observer(event)
+            afterwards(partial(observer, event))
 
 
 def journal_of(

@@ -81,7 +81,9 @@ class Handing:
         leaves = self.axes.outward(leaves, nest)
         if self.writes or self.left:
             self.left = max(self.left - 1, 0)
-            leaves = [own(leaf) if isinstance(leaf, (Tensor, np.ndarray, list)) else leaf for leaf in leaves]
+            leaves = [
+                own(leaf) if isinstance(leaf, (Tensor, np.ndarray, list, tuple)) else leaf for leaf in leaves
+            ]
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_inference()]
         before = [(leaf._version, leaf.requires_grad) for leaf in tensors]
         if self.around is None:
