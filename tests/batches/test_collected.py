@@ -98,7 +98,7 @@ def test_a_few_collected_examples_are_told_by_their_labels() -> None:
     assert count_examples([(x, 1.0), (y, 0.5)]) == 4, "parts with a weight each"
     assert count_examples(((x[:, :5], x[:, 5:]), (y, y))) == 4
     assert count_examples((tuple(x.chunk(5, 1)), y)) == 4, "five inputs"
-    assert count_examples([["a", "b"], ["c", "d"], [1, 2], [3, 4], [5, 6]]) == 2, "columns"
+    assert count_examples([x, ["a"] * 4, [1] * 4, [2] * 4, [3] * 4]) == 4, "columns"
 
 
 class Failing(UserDict[str, Tensor]):

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import esper
-from esper.surgery.isolation.remembered import Surroundings
+from esper.surgery.isolation.surroundings import Surroundings
 from tests.cases.loops import Task, cross_entropy, narrow, run
 
 STEPS = 40

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from esper.surgery.isolation.attributes import lent_tables, modules_of, same_attributes
 from esper.surgery.isolation.draws import own_draws
 from esper.surgery.isolation.global_draws import alone, global_streams_restored
-from esper.surgery.isolation.remembered import same_surroundings
+from esper.surgery.isolation.surroundings import same_surroundings
 
 START = np.random.MT19937(0).state
 SPARE: list[np.random.MT19937] = []

@@ -23,7 +23,7 @@ from esper.kasmina.sites.sites import Sites
 from esper.nissa.run.journal import RunJournal
 from esper.surgery.isolation.contexts import same_randomness, taught
 from esper.surgery.isolation.global_draws import forgetting
-from esper.surgery.isolation.remembered import afterwards
+from esper.surgery.isolation.surroundings import afterwards
 from esper.tolaria.governor import GovernorHooks, Settings
 from esper.tolaria.growth.assembly import assemble
 from esper.tolaria.growth.growth import Growth

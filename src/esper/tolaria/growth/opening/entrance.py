@@ -17,7 +17,7 @@ from esper.batches.layout import flatten, unflatten
 from esper.errors import EsperError, LossError, ProbeError, SiteError
 from esper.kasmina.race.gate import check_probe
 from esper.surgery.isolation.contexts import examining, same_generators
-from esper.surgery.isolation.remembered import Surroundings
+from esper.surgery.isolation.surroundings import Surroundings
 
 COPIED = 8  # calls of a loss: by then it has run in training and in evaluation
 
