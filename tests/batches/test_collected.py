@@ -180,3 +180,55 @@ def test_the_first_batch_of_a_loop_must_be_readable() -> None:
     growth = esper.grow(net, optimizer, cross_entropy, probe=[Task()(64)], steps=40)
     with pytest.raises(ProbeError, match="no tensor with a batch axis"):
         growth.step(None, cross_entropy(net, Task()()))
+
+
+@pytest.mark.parametrize("mode", ["early", "incubate"])
+def test_batches_of_no_or_one_example_cost_no_event(mode: Literal["early", "incubate"]) -> None:
+    task, net = Task(), narrow()
+    optimizer, warned = torch.optim.Adam(net.parameters(), 0.01), list[str]()
+
+    def told(event: Any) -> None:
+        warned.extend([event.data["message"]] if event.kind == "warning" else [])
+
+    growth = esper.grow(
+        net, optimizer, cross_entropy, probe=[task(256)], steps=40, growth=mode, on_event=told
+    )
+    for i in range(40):
+        x, y = task()
+        loss = cross_entropy(net, (x, y))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        few = {1: 0, 2: 1}.get(i % 4, 48)
+        growth.step((x[:few], y[:few]), loss)
+    growth.finish()
+    assert growth.plans
+    assert not warned
+
+
+class Going:
+    """A probe whose file is gone after some readings."""
+
+    def __init__(self, left: int) -> None:
+        self.batches, self.left = [Task()(256)], [left]
+
+    def __iter__(self) -> Iterator[Any]:
+        """Read it, or fail."""
+        self.left[0] -= 1
+        if self.left[0] < 0:
+            raise OSError("gone")
+        return iter(self.batches)
+
+
+@pytest.mark.parametrize("mode", ["early", "incubate"])
+def test_a_probe_that_fails_after_some_readings(mode: Literal["early", "incubate"]) -> None:
+    refused, left = list[str](), 0
+    while len(refused) == left:
+        try:
+            ran = run(narrow(), probe=Going(left), steps=20, growth=mode, config={})
+        except ProbeError as error:
+            refused.append(str(error))
+        left += 1
+    assert len(refused) > 2
+    assert all("OSError: gone" in one for one in refused)
+    assert ran.growth.steps == 20

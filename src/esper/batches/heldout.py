@@ -12,7 +12,7 @@ from torch import Tensor
 
 from esper.batches.examples import count_examples, join
 from esper.batches.layout import Batch, flatten, unflatten
-from esper.errors import EsperError
+from esper.errors import EsperError, ProbeError
 from esper.surgery.isolation.contexts import same_generators, same_randomness
 
 BUNDLE = 64  # batches of one example that are read as one
@@ -91,6 +91,15 @@ def bundles(batches: Iterator[Batch]) -> Iterator[Batch]:
 
 
 def first(probe: Iterable[Batch], count: int) -> list[Batch]:
-    """Return the first batches of a probe; no random stream is moved."""
+    """Return the first batches of a probe; no random stream is moved.
+
+    Raises:
+        ProbeError: It cannot be read.
+    """
     with same_randomness(), same_generators(probe):
-        return list(itertools.islice(iter(probe), count))
+        try:
+            return list(itertools.islice(iter(probe), count))
+        except EsperError:
+            raise
+        except Exception as error:  # the user's data set is read here
+            raise ProbeError(f"the probe cannot be read: {type(error).__name__}: {error}") from error

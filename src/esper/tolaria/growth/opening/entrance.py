@@ -13,10 +13,11 @@ from torch.nn.parameter import is_lazy
 
 from esper.batches.axes import Axes
 from esper.batches.examples import LossFunction, PerExample, count_examples, own, refuse_layouts
+from esper.batches.heldout import first
 from esper.batches.layout import flatten, unflatten
 from esper.errors import EsperError, LossError, ProbeError, SiteError
 from esper.kasmina.race.gate import check_probe
-from esper.surgery.isolation.contexts import examining, same_generators
+from esper.surgery.isolation.contexts import examining
 from esper.surgery.isolation.surroundings import Surroundings
 
 COPIED = 8  # calls of a loss: by then it has run in training and in evaluation
@@ -107,8 +108,8 @@ class Handing:
 def as_needed(loss_fn: LossFunction, model: nn.Module, probe: Iterable[object]) -> LossFunction:
     """Return the loss, so that it runs under ``no_grad`` too if it takes gradients inside itself."""
     check_probe(probe)
-    with same_generators(probe), examining(model):
-        batch = next(iter(probe), None)
+    batch = next(iter(first(probe, 1)), None)
+    with examining(model):
         try:
             loss_fn(model, batch)
         except RuntimeError:
@@ -145,12 +146,12 @@ def first_probe(probe: Iterable[object], model: nn.Module, loss_fn: LossFunction
         LossError: The loss is not a scalar.
     """
     check_probe(probe)
-    with same_generators(probe), examining(model):
-        batch = next(iter(probe), None)  # iterating a DataLoader moves the global random stream
-        if batch is None:
-            raise ProbeError("the probe can be read only once; give a list of batches or a DataLoader")
-        with failing("loss_fn(model, batch) does not run on the first probe batch", as_one(probe)):
-            loss = loss_fn(model, batch)
+    batch = next(iter(first(probe, 1)), None)
+    if batch is None:
+        raise ProbeError("the probe can be read only once; give a list of batches or a DataLoader")
+    failed = failing("loss_fn(model, batch) does not run on the first probe batch", as_one(probe))
+    with examining(model), failed:
+        loss = loss_fn(model, batch)
     check_loss(loss)
     if loss.dim():
         raise LossError(
