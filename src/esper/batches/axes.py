@@ -126,22 +126,22 @@ class Axes:
         return found
 
 
-def refuse_axis(declared: object) -> None:
+def refuse_axis(declared: object, depth: int = MOST_AXES) -> None:
     """Refuse what is no axis, and no nest of axes.
 
     Raises:
         ConfigError: With what was given.
     """
-    if declared is None:
+    if declared is None and depth == MOST_AXES:
         return
-    if isinstance(declared, Mapping):
+    if isinstance(declared, Mapping) and depth:
         if not declared or not all(isinstance(name, str) for name in declared):
             raise ConfigError(f"batch_axis={quoted(declared)}; give axes by the names of a batch's parts")
         for part in declared.values():
-            refuse_axis(part)
-    elif isinstance(declared, (tuple, list)) and declared:
+            refuse_axis(part, depth - 1)
+    elif isinstance(declared, (tuple, list)) and declared and depth:
         for part in declared:
-            refuse_axis(part)
+            refuse_axis(part, depth - 1)
     else:
         whole("batch_axis", declared, least=0, most=MOST_AXES)
 
