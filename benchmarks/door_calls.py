@@ -242,8 +242,8 @@ GROW = (
     "growth config run_dir seed on_event"
 ).split()
 TRAINER = (
-    "model optimizer loss_fn train probe epochs val batch_axis scheduler scheduler_interval metrics sites growth "
-    "config run_dir seed on_event checkpoints every keep best"
+    "model optimizer loss_fn train probe epochs val batch_axis scheduler scheduler_interval metrics sites "
+    "growth config run_dir seed on_event checkpoints every keep best"
 ).split()
 KEYS = st.sampled_from(sorted(RECIPE)) | TEXTS
 RECIPES = st.dictionaries(KEYS, SETTINGS | NESTS, min_size=1, max_size=2)
