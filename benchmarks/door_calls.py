@@ -238,12 +238,12 @@ WHERE = st.lists(st.integers(0, 30), min_size=1, max_size=8)
 WRAP = "model example_inputs sites seeds_per_site blueprints raced deepen".split()
 PLAN = "model example_inputs steps sites budget growth config".split()
 GROW = (
-    "model optimizer loss_fn probe example per_example steps schedulers scaler ema sites budget growth "
-    "config run_dir seed on_event"
+    "model optimizer loss_fn probe example per_example batch_axis steps schedulers scaler ema sites budget "
+    "growth config run_dir seed on_event"
 ).split()
 TRAINER = (
-    "model optimizer loss_fn train probe epochs val scheduler scheduler_interval metrics sites growth config "
-    "run_dir seed on_event checkpoints every keep best"
+    "model optimizer loss_fn train probe epochs val batch_axis scheduler scheduler_interval metrics sites "
+    "growth config run_dir seed on_event checkpoints every keep best"
 ).split()
 KEYS = st.sampled_from(sorted(RECIPE)) | TEXTS
 RECIPES = st.dictionaries(KEYS, SETTINGS | NESTS, min_size=1, max_size=2)

@@ -122,6 +122,7 @@ DOORS: dict[str, tuple[Door, dict[str, list[Any]]]] = {
             "train": [None, 0, "x"],
             "epochs": [None, 0, "1", 1.0],
             "val": [0, "x"],
+            "batch_axis": [-1, 99, "0", 1.0, [], {}, [0, [0, "x"]], {0: 1}, {"z": 1}, (0, 0, 0)],
             "scheduler": [0, "x", []],
             "scheduler_interval": [None, 0, "epochs", "Step", []],
             "metrics": [0, "x", [accuracy], {"a": "x"}, {"epoch": accuracy}, {"train_loss": accuracy}],

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from esper.batches.examples import count_examples
 from esper.batches.portions import LEAST, cut, largest, portions
 from tests.cases.loops import Task, narrow, run
+from tests.unseen import noting
 
 
 def images(n: int = 8) -> tuple[Tensor, Tensor]:
@@ -20,7 +21,7 @@ def images(n: int = 8) -> tuple[Tensor, Tensor]:
     return torch.randn(n, 3, 32, 32) + y.view(-1, 1, 1, 1), y
 
 
-SEEN: list[int] = []  # not the model's, which is put back after Esper's passes
+NOTE, SEEN = noting()  # in no plain sight: that is put back after Esper's passes
 
 
 class Heavy(nn.Sequential):
@@ -33,7 +34,7 @@ class Heavy(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits."""
-        SEEN.append(len(x))
+        NOTE(len(x))
         y: Tensor = super().forward(x)
         return y
 

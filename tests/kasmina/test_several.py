@@ -16,6 +16,7 @@ from esper.errors import ConfigError, StateError
 from esper.kasmina.race.trial import Exposed, Training
 from esper.surgery.isolation.acting import own_state
 from tests.kasmina.hosts import frozen, same
+from tests.unseen import noting
 
 STEPS = 160
 FAST = {
@@ -64,7 +65,9 @@ class Run:
 
     def __init__(self, kind: type[nn.Module] = Wide, grow: bool = True, **options: Any) -> None:
         torch.manual_seed(0)
-        self.calls = self.interrupted = 0  # of the loss by growth, and the one in which Ctrl-C comes
+        self.interrupted = 0  # call of the loss by growth in which Ctrl-C comes
+        self.note, noted = noting()
+        self.called = lambda: len(noted)
         self.net = kind()
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=0.01)
         self.order = torch.Generator().manual_seed(1)
@@ -81,8 +84,8 @@ class Run:
 
     def loss(self, net: nn.Module, batch: Any) -> Tensor:
         """The user's loss, in which Ctrl-C may come."""
-        self.calls += 1
-        if self.calls == self.interrupted:
+        self.note(None)
+        if self.called() == self.interrupted:
             signal.raise_signal(signal.SIGINT)
         return loss_fn(net, batch)
 
@@ -259,7 +262,7 @@ def test_an_error_in_one_seeds_work_ends_that_seed_alone() -> None:
 def test_ctrl_c_in_the_work_for_one_leaves_the_others_and_the_run_whole(call: int) -> None:
     run = Run().wake(*SITES)
     run.step(7)
-    run.interrupted = run.calls + call
+    run.interrupted = run.called() + call
     with pytest.raises(KeyboardInterrupt):
         run.step(40)
     for trial in run.trials.values():

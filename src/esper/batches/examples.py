@@ -11,11 +11,30 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.rnn import PackedSequence
 
-from esper.batches.layout import PARTS, PLAIN, Batch, Layout, Leaf, chosen, flatten, is_list, unflatten
+from esper.batches import packed
+from esper.batches.layout import (
+    PARTS,
+    PLAIN,
+    Batch,
+    Layout,
+    Leaf,
+    chosen,
+    flatten,
+    is_list,
+    unflatten,
+    unreadable,
+)
 from esper.batches.layout import rows as rows_in
+from esper.batches.objects import described, tensors_of, with_rows
 from esper.errors import ProbeError
 from esper.printable import raised
+
+OBJECTS = (
+    "give a list with one such object for each example and put them together in loss_fn, or tensors in a "
+    "dataclass"
+)
 
 LossFunction = Callable[[nn.Module, Any], Tensor]  # the user's own, for batches of the user's own kind
 PerExample = Callable[[nn.Module, Any], Tensor]  # (examples,) losses
@@ -38,10 +57,11 @@ def split_batch(batch: Batch) -> Split:
     ]
     sizes = sizes or [len(leaf) for leaf in leaves if isinstance(leaf, list) and not is_list(leaf)]
     if not sizes:
-        kinds = ", ".join(sorted({type(leaf).__name__ for leaf in leaves})) or "nothing"
+        kinds = ", ".join(sorted({described(leaf) for leaf in leaves})) or "nothing"
+        instead = f"; {OBJECTS}" if any(any(tensors_of(leaf)) for leaf in leaves) else ""
         raise ProbeError(
             f"a batch holds no tensor with a batch axis, but {kinds}; evidence needs examples along axis "
-            "0 of tensors in tuples, lists, mappings or dataclasses"
+            f"0 of tensors in tuples, lists, mappings or dataclasses{instead}"
         )
     return leaves, [n == sizes[0] for n in counts], nest, sizes[0]
 
@@ -52,9 +72,14 @@ def count_examples(batch: Batch) -> int:
     Raises:
         ProbeError: No tensor tells how many examples there are.
     """
-    first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-    if isinstance(batch, MutableMapping):
-        first = next(iter(batch.values()), None)
+    first = batch
+    try:
+        if isinstance(batch, MutableMapping):
+            first = next(iter(batch.values()), None)
+        elif isinstance(batch, (tuple, list)) and not isinstance(batch, PackedSequence) and batch:
+            first = batch[0]
+    except Exception as error:  # it is the methods of the user's own containers that run here
+        raise unreadable(batch, error) from error
     if isinstance(first, Tensor) and first.dim() > 0 and not (isinstance(batch, list) and len(batch) > PARTS):
         return first.size(0)
     return split_batch(batch)[3]
@@ -64,9 +89,10 @@ def refuse_layouts(batch: Batch) -> None:
     """Refuse a batch with tensors of which no examples can be taken.
 
     Raises:
-        ProbeError: It holds a nested tensor, or a sparse one with a row for each example.
+        ProbeError: It holds a nested tensor, or a sparse one or an object with a row for each example.
     """
-    leaves = [leaf for leaf in flatten(batch)[0] if isinstance(leaf, Tensor)]
+    held = flatten(batch)[0]
+    leaves = [leaf for leaf in held if isinstance(leaf, Tensor)]
     if any(leaf.is_nested for leaf in leaves):
         raise ProbeError(
             "a batch holds a nested tensor, of which evidence can take no examples; give a list with one "
@@ -78,6 +104,14 @@ def refuse_layouts(batch: Batch) -> None:
             f"a batch holds a sparse tensor ({sparse.layout}) with a row for each example, and evidence can "
             "take none of them; give indices and values per example and make it sparse in loss_fn, or "
             "to_dense()"
+        )
+    count = count_examples(batch)
+    others = [leaf for leaf in held if rows_in(leaf) is None and not isinstance(leaf, (Tensor, np.ndarray))]
+    whole = next((leaf for leaf in others if with_rows(leaf, count)), None)
+    if whole is not None:
+        raise ProbeError(
+            f"a batch holds a {described(whole)} with a row for each of {count} examples, and evidence can "
+            f"take none of them; {OBJECTS}"
         )
 
 
@@ -98,8 +132,10 @@ def own(leaf: Leaf) -> Leaf:
     """Copy a leaf that can be written to; a tensor comes without the graph behind it."""
     if isinstance(leaf, Tensor):
         return leaf.detach().clone().requires_grad_(leaf.requires_grad)
-    if isinstance(leaf, list):
-        return [copied(one) for one in leaf]
+    if isinstance(leaf, list) or type(leaf) is tuple:
+        return type(leaf)(copied(one) for one in leaf)
+    if isinstance(leaf, PackedSequence):
+        return packed.own(leaf)
     return copy.copy(leaf)  # an array's
 
 
@@ -150,7 +186,9 @@ def join(batches: Iterable[Batch]) -> list[Batch]:
         tuple(getattr(leaf, "shape", (0,))[1:] for leaf, many in zip(p[0], batched, strict=True) if many)
         for p in parts
     }
-    if len(shapes) > 1:  # sequences of unlike length
+    packs = [[leaf for leaf in p[0] if isinstance(leaf, PackedSequence)] for p in parts]
+    alike_packs = all(packed.alike(a, b) for some in packs for a, b in zip(packs[0], some, strict=True))
+    if len(shapes) > 1 or not alike_packs:  # sequences of unlike length
         return [unflatten(p[0], p[2]) for p in parts]
     whole = [joined(parts, i) if many else leaves[i] for i, many in enumerate(batched)]
     return [unflatten(whole, nest)]
@@ -182,4 +220,6 @@ def joined(parts: list[Split], at: int) -> Leaf:
         return torch.cat(leaves)  # (examples of all batches, ...)
     if isinstance(leaves[0], np.ndarray):
         return np.concatenate(leaves)
-    return [one for leaf in leaves for one in leaf]
+    if isinstance(leaves[0], PackedSequence):
+        return packed.joined(leaves)
+    return type(leaves[0])(one for leaf in leaves for one in leaf)

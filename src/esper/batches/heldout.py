@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
+from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from esper.batches.examples import count_examples, join
 from esper.batches.layout import Batch, flatten, unflatten
-from esper.errors import EsperError
+from esper.errors import EsperError, ProbeError
 from esper.surgery.isolation.contexts import same_generators, same_randomness
 
 BUNDLE = 64  # batches of one example that are read as one
@@ -40,12 +42,28 @@ class HeldOut:
         return getattr(self.given, name)
 
 
+class Turned(HeldOut):
+    """A probe of which every batch is changed by itself; it is as long as the user's own.
+
+    Args:
+        probe: The user's held-out batches, re-iterable.
+        change: Function of a batch.
+    """
+
+    def __init__(self, probe: Iterable[Batch], change: Callable[[Batch], Batch]) -> None:
+        super().__init__(probe, partial(map, change))
+
+    def __len__(self) -> int:
+        """Count the batches, if the probe knows."""
+        return len(cast("Sized", self.given))
+
+
 def differentiable(probe: Iterable[Batch]) -> Iterable[Batch]:
     """Return the probe, on copies of tensors that were made in inference mode: these take no gradient."""
     batch = next(iter(first(probe, 1)), None)
     if not any(isinstance(leaf, Tensor) and leaf.is_inference() for leaf in flatten(batch)[0]):
         return probe
-    return HeldOut(probe, lambda batches: map(copied, batches))
+    return Turned(probe, copied)
 
 
 def copied(batch: Batch) -> Batch:
@@ -73,6 +91,15 @@ def bundles(batches: Iterator[Batch]) -> Iterator[Batch]:
 
 
 def first(probe: Iterable[Batch], count: int) -> list[Batch]:
-    """Return the first batches of a probe; no random stream is moved."""
+    """Return the first batches of a probe; no random stream is moved.
+
+    Raises:
+        ProbeError: It cannot be read.
+    """
     with same_randomness(), same_generators(probe):
-        return list(itertools.islice(iter(probe), count))
+        try:
+            return list(itertools.islice(iter(probe), count))
+        except EsperError:
+            raise
+        except Exception as error:  # the user's data set is read here
+            raise ProbeError(f"the probe cannot be read: {type(error).__name__}: {error}") from error

@@ -13,7 +13,9 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
+from esper.batches import packed
 from esper.batches.examples import split_batch
 from esper.batches.layout import PLAIN, Batch, Leaf, flatten
 
@@ -21,6 +23,7 @@ SHARE = 0.5  # of the held-out examples, above which they say nothing of others
 DISTINCT = 0.5  # of them that differ: of fewer kinds than that there are few
 BITS = 32  # an example must carry: 1,024 among 1,024 are equal by chance once in 4,000 times
 UNIQUE = 20  # bits of an entry that hardly any other is equal to
+NUMBERS = "biufc"  # kinds of arrays that torch takes
 ENTRIES = 512  # of each tensor of an example
 
 
@@ -53,7 +56,12 @@ def rows_of(batch: Batch) -> list[np.ndarray]:
 
 def entries(leaf: Leaf, count: int) -> np.ndarray:
     """Return entries of every example from all over a leaf, as whole numbers that tell them apart."""
-    if isinstance(leaf, list):
+    if isinstance(leaf, PackedSequence):
+        leaf = packed.sequences(leaf)
+    many = isinstance(leaf, (list, tuple)) or (
+        isinstance(leaf, np.ndarray) and leaf.dtype.kind not in NUMBERS
+    )
+    if many and isinstance(leaf, Iterable):
         return np.array([[mark(one)] for one in leaf])
     flat = torch.as_tensor(leaf).detach().reshape(count, -1)
     few = flat[:, :: math.ceil(max(flat.shape[1], 1) / ENTRIES)].cpu()

@@ -13,15 +13,19 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import NamedTuple, TypeAlias, TypeGuard
 
 import numpy as np
+import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from esper.batches import packed
 from esper.errors import ProbeError
 
 Batch: TypeAlias = object  # what a loader yields: nothing is assumed of it but that leaves are found in it
 Leaf: TypeAlias = object  # of a batch: a tensor, an array, a list with an entry per example, or anything else
 
 PLAIN = (bool, int, float, str)  # what a list of labels or texts holds
+ARRAYS = (Tensor, np.ndarray)
 PARTS = 4  # of a batch that is a list: inputs, targets, a mask; of more that are alike, each is an example
 
 
@@ -31,12 +35,19 @@ def rows(leaf: Leaf) -> int | None:
         return leaf.size(0) if leaf.dim() > 0 else None  # a nested tensor has no shape
     if isinstance(leaf, np.ndarray):
         return leaf.shape[0] if leaf.ndim > 0 else None
-    return len(leaf) if isinstance(leaf, list) else None  # others are taken apart
+    if isinstance(leaf, PackedSequence):
+        return packed.count(leaf)
+    return len(leaf) if isinstance(leaf, list) or type(leaf) is tuple else None  # others are taken apart
 
 
 def is_list(value: object) -> TypeGuard[list[object]]:
     """Tell whether a value is a list of labels or texts."""
     return isinstance(value, list) and bool(value) and all(isinstance(one, PLAIN) for one in value)
+
+
+def is_whole(value: object) -> bool:
+    """Tell what is one leaf though torch would take it apart."""
+    return is_list(value) or isinstance(value, PackedSequence)
 
 
 def is_record(value: object) -> bool:
@@ -71,21 +82,62 @@ def opaque(value: list[object]) -> bool:
 
 
 def is_collected(batch: object) -> TypeGuard[list[object]]:
-    """Tell a batch that is a list of its examples, (input, target) pairs or mappings, as they were collected.
+    """Tell a batch that is a list of its examples, pairs, mappings or objects, as they were collected.
 
-    A list as short as one of a batch's parts may be such a list of parts; so may one whose members are
-    batches themselves, their tensors all equally long.
+    A list as short as one of a batch's parts may be such a list of parts, unless each member has a number of
+    its own, a label say; so may one whose members are batches themselves, their tensors all equally long.
+    Objects that nothing is known of are examples.
     """
-    if not isinstance(batch, list) or len(batch) <= PARTS:
+    if isinstance(batch, list) and batch and opaque(batch):
+        return True
+    members = members_of(batch)
+    if not members or not members[0] or not isinstance(batch, (tuple, list)):
         return False
-    if all(isinstance(one, Mapping) for one in batch):
-        kinds, members = {tuple(one) for one in batch}, [list(one.values()) for one in batch]
-    elif all(isinstance(one, tuple) for one in batch):
-        kinds, members = {tuple(map(type, one)) for one in batch}, [list(one) for one in batch]
-    else:
-        return False
+    if len(batch) <= PARTS:
+        shapes = {tuple(getattr(part, "ndim", None) for part in member) for member in members}
+        return isinstance(batch, list) and len(shapes) == 1 and all(any(map(alone, one)) for one in members)
+    loose = isinstance(batch, tuple) or any(isinstance(one, list) for one in batch)
+    if loose and not all(any(isinstance(part, ARRAYS) for part in member) for member in members):
+        return False  # columns of labels, say
     lengths = {rows(part) for member in members for part in member}
-    return len(kinds) == 1 and bool(members[0]) and (len(lengths) > 1 or None in lengths)
+    return len(lengths) > 1 or None in lengths
+
+
+def members_of(batch: object) -> list[list[object]]:
+    """Return what each of several collected examples holds; nothing where they are none, or not alike."""
+    if (type(batch) is not tuple and not isinstance(batch, list)) or len(batch) < 2:
+        return []
+    if all(isinstance(one, Mapping) for one in batch):
+        shared = set(batch[0]).intersection(*batch)  # some may say more than others
+        return [[one[name] for name in batch[0] if name in shared] for one in batch]
+    if all(isinstance(one, (tuple, list)) for one in batch):
+        return [list(one) for one in batch] if len({tuple(map(type, one)) for one in batch}) == 1 else []
+    return []
+
+
+def alone(part: object) -> bool:
+    """Tell one number or text, or a tensor of one."""
+    return isinstance(part, (*PLAIN, np.generic)) or (isinstance(part, ARRAYS) and part.ndim == 0)
+
+
+def is_zipped(batch: object) -> bool:
+    """Tell a batch of tuples with an entry for each example, as ``tuple(zip(*examples))`` makes them.
+
+    Where all tensors are equally long and nothing else tells, each may hold all examples.
+    """
+    if type(batch) is not tuple or not 2 <= len(batch) <= PARTS:
+        return False
+    if (
+        not all(type(part) is tuple and len(part) > 1 for part in batch)
+        or len({len(part) for part in batch}) > 1
+    ):
+        return False
+    if any(len({type(one) for one in part}) > 1 for part in batch):
+        return False
+    if any(isinstance(part[0], Mapping) or alone(part[0]) for part in batch):
+        return True
+    arrays = [one for part in batch for one in part if isinstance(one, ARRAYS)]
+    return len(arrays) > PARTS and len({rows(one) for one in arrays}) > 1
 
 
 def series_in(batch: Batch) -> Callable[[object], bool]:
@@ -96,6 +148,9 @@ def series_in(batch: Batch) -> Callable[[object], bool]:
     own = id(batch)
     if is_collected(batch) or (is_series(batch) and len(batch) > PARTS):
         return lambda one: id(one) == own
+    if is_zipped(batch):
+        columns = set(map(id, batch)) if isinstance(batch, tuple) else set()
+        return lambda one: id(one) in columns
     parts = list(batch.values()) if isinstance(batch, dict) else batch
     parts = parts if isinstance(parts, (tuple, list)) else []
     plain = [rows(one) for one in parts if isinstance(one, Tensor | np.ndarray) or is_list(one)]
@@ -109,28 +164,38 @@ def flatten(batch: Batch) -> tuple[list[Leaf], Layout]:
     """Take a batch apart; the second value compares equal for batches that are laid out alike.
 
     Raises:
-        ProbeError: It is nested in itself.
+        ProbeError: It is nested in itself, or does not let itself be read.
     """
-    series = series_in(batch)
     try:
-        tops, nest = tree_flatten(batch, is_leaf=lambda one: is_list(one) or is_record(one) or series(one))
+        series = series_in(batch)
+        tops, nest = tree_flatten(batch, is_leaf=lambda one: is_whole(one) or is_record(one) or series(one))
+        facts = [facts_of(top) if is_record(top) else None for top in tops]
     except RecursionError:
         raise ProbeError(
             f"a batch, a {type(batch).__name__}, is nested in itself, or deeper than Python follows; give "
             "tensors, and lists, tuples, mappings or dataclasses of them"
         ) from None
+    except Exception as error:  # it is the methods of the user's own containers that run here
+        raise unreadable(batch, error) from error
     leaves: list[Leaf] = []
     inner: list[Below | None] = []
-    for top in tops:
-        if is_record(top):
-            facts = facts_of(top)
-            within, below = flatten(tuple(facts.values()) or None)
+    for top, held in zip(tops, facts, strict=True):
+        if held is not None:
+            within, below = flatten(tuple(held.values()) or None)
             leaves += within
-            inner.append(Below(Record(top), tuple(facts), below, len(within)))
+            inner.append(Below(Record(top), tuple(held), below, len(within)))
         else:
             leaves.append(top)
             inner.append(None)
     return leaves, Layout(nest, tuple(inner))
+
+
+def unreadable(batch: Batch, error: Exception) -> ProbeError:
+    """Say that a batch does not let itself be read."""
+    return ProbeError(
+        f"a batch, a {type(batch).__name__}, cannot be taken apart: {type(error).__name__}: {error}; give "
+        "tensors, and lists, tuples, mappings or dataclasses of them"
+    )
 
 
 def unflatten(leaves: Sequence[Leaf], layout: Layout) -> Batch:
@@ -189,8 +254,18 @@ def chosen(leaf: Leaf, which: Tensor) -> Leaf:
         return leaf[which.to(leaf.device)]
     if isinstance(leaf, np.ndarray):
         return leaf[which.cpu().numpy()]
-    assert isinstance(leaf, list)
-    return [leaf[i] for i in which.tolist()]
+    if isinstance(leaf, PackedSequence):
+        return packed.taken(leaf, which)
+    assert isinstance(leaf, (list, tuple))
+    return type(leaf)(leaf[i] for i in which.tolist())
+
+
+def part(leaf: Leaf, which: slice) -> Leaf:
+    """Return entries of a leaf that has them, one behind the other: a view of a tensor."""
+    if isinstance(leaf, PackedSequence):
+        return packed.taken(leaf, torch.arange(packed.count(leaf))[which])
+    assert isinstance(leaf, (Tensor, np.ndarray, list, tuple))
+    return leaf[which]
 
 
 class Below(NamedTuple):

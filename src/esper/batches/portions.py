@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from esper.batches.examples import count_examples, join, split_batch
-from esper.batches.layout import Batch, unflatten
+from esper.batches.layout import Batch, part, unflatten
 
 TIMES = 4  # the loop's batch: its weights, gradients and optimizer state are there anyway
 LEAST = 64
@@ -39,13 +39,13 @@ def portions(batches: Sequence[Batch], most: int) -> Iterator[Batch]:
     left = sum(map(count_examples, batches))
     even = math.ceil(left / math.ceil(left / most)) if left else most
     waiting, count = list[Batch](), 0
-    for part in (part for batch in batches for part in cut(batch, most)):
-        size = count_examples(part)
+    for piece in (piece for batch in batches for piece in cut(batch, most)):
+        size = count_examples(piece)
         full = count >= even or count + size > most
         if waiting and full and left - count >= most // 4:
             yield from join(waiting)
             waiting, left, count = list[Batch](), left - count, 0
-        waiting.append(part)
+        waiting.append(piece)
         count += size
     yield from join(waiting)
 
@@ -60,4 +60,6 @@ def cut(batch: Batch, most: int) -> Iterator[Batch]:
     leaves, batched, nest, count = split_batch(batch)
     for i in range(parts):
         rows = slice(i * count // parts, (i + 1) * count // parts)
-        yield unflatten([one[rows] if many else one for one, many in zip(leaves, batched, strict=True)], nest)
+        yield unflatten(
+            [part(one, rows) if many else one for one, many in zip(leaves, batched, strict=True)], nest
+        )

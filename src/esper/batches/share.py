@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sized
 from typing import Generic, TypeVar, cast
 
-import numpy as np
-from torch import Tensor
-
-from esper.batches.layout import Leaf, flatten, rows, unflatten
+from esper.batches.axes import Axes, BatchAxis
+from esper.batches.layout import Leaf, flatten, part, rows, unflatten
 
 Batch = TypeVar("Batch")
 
@@ -24,17 +22,21 @@ class Share(Generic[Batch]):
         batches: Batches that can be iterated again, in the same order in every process.
         rank: Number of this process, from 0.
         world: Number of processes.
+        batch_axis: Axis of the examples, as for ``esper.grow``.
     """
 
-    def __init__(self, batches: Iterable[Batch], rank: int, world: int) -> None:
-        self.batches = batches
+    def __init__(
+        self, batches: Iterable[Batch], rank: int, world: int, batch_axis: BatchAxis | None = None
+    ) -> None:
+        self.batches, self.axes = batches, Axes(batch_axis)
         self.rank, self.world = rank, world
 
     def __iter__(self) -> Iterator[Batch]:
         """Hand out this process's rows."""
-        for batch in self.batches:
+        for batch in self.axes.begin(self.batches):
             leaves, nest = flatten(batch)
-            yield cast("Batch", unflatten([self.rows(leaf) for leaf in leaves], nest))
+            dealt = self.axes.outward([self.rows(leaf) for leaf in leaves], nest)
+            yield cast("Batch", unflatten(dealt, nest))
 
     def __len__(self) -> int:
         """Count the batches, if the loader knows."""
@@ -43,7 +45,7 @@ class Share(Generic[Batch]):
     def rows(self, leaf: Leaf) -> Leaf:
         """Return this process's rows of a tensor, an array or a list; what has none is everybody's."""
         count = rows(leaf)
-        if count is None or not isinstance(leaf, (Tensor, np.ndarray, list)):
+        if count is None:
             return leaf
         even = count // self.world * self.world
-        return leaf[self.rank : even : self.world]
+        return part(leaf, slice(self.rank, even, self.world))

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.data import DistributedSampler
 
+from esper.batches.axes import BatchAxis
 from esper.batches.examples import LossFunction, count_examples
 from esper.checkpoint import Batches, CheckpointManager, Run, Storage
 from esper.checkpoint.cadence import Every
@@ -54,6 +55,7 @@ class Trainer:
         scheduler: A learning-rate scheduler of the optimizer.
         scheduler_interval: Whether the scheduler moves once per ``"epoch"`` or per ``"step"``.
         metrics: ``metric(model, batch)`` by name, averaged over the examples of ``val``; the loss is one.
+        batch_axis: Axis of the examples in a batch's tensors, as for ``esper.grow``.
         sites: Places where the model may grow, as for ``esper.grow``.
         growth: Way to grow, in place of what the settings say, as for ``esper.grow``.
         config: Settings, a mapping, or a path to a YAML file.
@@ -90,6 +92,7 @@ class Trainer:
         scheduler: LRScheduler | None = None,
         scheduler_interval: Literal["epoch", "step"] = "epoch",
         metrics: Mapping[str, Metric] | None = None,
+        batch_axis: BatchAxis | None = None,
         sites: Sites = "auto",
         growth: Literal["auto", "early", "incubate", "off"] | None = None,
         config: ConfigLike = None,
@@ -128,6 +131,7 @@ class Trainer:
             optimizer,
             loss_fn,
             probe=probe,
+            batch_axis=batch_axis,
             steps=steps,
             schedulers=() if scheduler is None else (scheduler,),
             sites=sites,
@@ -254,7 +258,7 @@ class Trainer:
         totals, examples = dict.fromkeys(self.metrics, 0.0), 0
         with torch.no_grad():
             for batch in batches:
-                count = _examples(batch)
+                count = self._examples(batch)
                 examples += count
                 for name, metric in self.metrics.items():
                     totals[name] += count * float(metric(model, batch))
@@ -279,7 +283,7 @@ class Trainer:
                 self.scheduler.step()
             self.growth.step(batch, loss)
             total, examples = self._sums
-            count = _examples(batch)
+            count = self._examples(batch)
             self._sums = total.to(loss.device) + count * loss.detach(), examples + count  # no sync per step
             if self.manager is not None:
                 self.manager.step({"train_loss": loss})
@@ -294,10 +298,9 @@ class Trainer:
         self.growth.peers.all_reduce_mean([mean])
         return float(mean)
 
-
-def _examples(batch: object) -> int:
-    """Count the examples of a batch as growth does, 1 where no tensor tells."""
-    try:
-        return count_examples(batch)
-    except ProbeError:
-        return 1
+    def _examples(self, batch: object) -> int:
+        """Count the examples of a batch as growth does, 1 where no tensor tells."""
+        try:
+            return count_examples(self.growth.run.parts.axes.inward(batch))
+        except ProbeError:
+            return 1

@@ -90,6 +90,7 @@ class Recipe(BaseModel):
     metrics: dict[
         str, CallLike
     ] = {}  # accuracy, mse, or functions (model, batch) -> float, by the name to report
+    batch_axis: int | None = Field(None, ge=0, strict=True)  # of the examples, as for esper.grow
     epochs: int = Field(ge=1, le=MOST_EPOCHS)
     seed: int = Field(0, ge=0, le=MOST_SEED, strict=True)  # of torch, NumPy, Python and growth
     checkpoints: Checkpoints | None = None  # given, they are kept; None: only with --resume

@@ -73,7 +73,7 @@ def open_session(
     data = resolve.batches_of(resolve.call(recipe.data, key="data"), recipe.data)
     if launched():
         rank, world = join()
-        model, data["train"] = replicated(model), Share(data["train"], rank, world)
+        model, data["train"] = replicated(model), Share(data["train"], rank, world, recipe.batch_axis)
     optimizer = optimizer_of(recipe.optimizer, model)
     asked = settings_of(config, recipe, settings, data)
     return Trainer(
@@ -83,6 +83,7 @@ def open_session(
         train=data["train"],
         val=data["val"],
         probe=data["probe"],
+        batch_axis=recipe.batch_axis,
         scheduler=scheduler_of(recipe.scheduler, optimizer),
         metrics={name: resolve.metric_of(spec, f"metrics.{name}") for name, spec in recipe.metrics.items()},
         config=settings,

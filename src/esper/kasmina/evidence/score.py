@@ -345,7 +345,7 @@ def activity(hidden: Tensor, sight: Sight, axis: int) -> dict[str, float]:
     slopes = [float(seen.gradient.norm()) for seen in sight.exits if seen.gradient is not None]
     return {
         "activation_mean": float(flat.mean()),
-        "activation_variance": float(flat.var()),
+        "activation_variance": float(flat.var()) if flat.numel() > 1 else 0.0,
         "dead": dead(flat, axis),
         "gradient_norm": math.hypot(*slopes),
     }

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from esper.batches.examples import split_batch
-from esper.batches.layout import Batch, unflatten
+from esper.batches.layout import Batch, part, unflatten
 from esper.config import Config
 from esper.config import Race as RaceSettings
 from esper.contracts import Site
@@ -119,7 +119,7 @@ def first(batch: Batch, examples: int | None) -> Batch:
     if examples is None:
         return batch
     leaves, batched, nest, _ = split_batch(batch)
-    few = [leaf[:examples] if many else leaf for leaf, many in zip(leaves, batched, strict=True)]
+    few = [part(leaf, slice(examples)) if many else leaf for leaf, many in zip(leaves, batched, strict=True)]
     return unflatten(few, nest)
 
 

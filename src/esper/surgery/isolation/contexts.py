@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TypeGuard
@@ -15,7 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from esper.surgery.isolation.attributes import lent_tables, modules_of, same_attributes
 from esper.surgery.isolation.draws import own_draws
-from esper.surgery.isolation.global_draws import global_streams_restored
+from esper.surgery.isolation.global_draws import alone, global_streams_restored
+from esper.surgery.isolation.surroundings import same_surroundings
 
 START = np.random.MT19937(0).state
 SPARE: list[np.random.MT19937] = []
@@ -30,12 +30,6 @@ def same_randomness(seed: int | None = None) -> Iterator[None]:
     """
     with global_streams_restored(), restored(seed) if alone() else own_draws(seed):
         yield
-
-
-def alone() -> bool:
-    """Tell whether no other thread can draw random numbers."""
-    others = [one for one in threading.enumerate() if one is not threading.current_thread()]
-    return all(type(one).__module__.startswith(("tqdm.", "rich.", "esper.")) for one in others)
 
 
 @contextmanager
@@ -144,13 +138,14 @@ def put_back(changed: list[tuple[Tensor, Tensor]]) -> None:
 
 @contextmanager
 def untouched(model: nn.Module, seed: int | None = None, gather: bool = False) -> Iterator[None]:
-    """Run passes that leave random streams, buffers and plain attributes as they were.
+    """Run passes that leave random streams, buffers, plain attributes and what hooks write to as they were.
 
     Enter it inside :func:`evaluating`, or take :func:`examining` for both: which norms lose their statistics
     depends on the mode they are in.
     """
     with ExitStack() as stack:
         stack.enter_context(same_randomness(seed))
+        stack.enter_context(same_surroundings(model))
         stack.enter_context(same_attributes(model))
         stack.enter_context(lent_tables(model))
         stack.enter_context(borrowed_buffers(model, gather))

@@ -78,3 +78,9 @@ def global_streams_restored() -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy_state)
+
+
+def alone() -> bool:
+    """Tell whether no other thread can draw random numbers."""
+    others = [one for one in threading.enumerate() if one is not threading.current_thread()]
+    return all(type(one).__module__.startswith(("tqdm.", "rich.", "esper.")) for one in others)

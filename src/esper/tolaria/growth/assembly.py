@@ -119,6 +119,7 @@ def assemble(request: Request, wrapping: Wrapping, observe: Observer) -> RunComp
         probe=opening.held,
         example=opening.batch if isinstance(request.probe, str) else None,
         per_example=request.per_example,
+        axes=request.axes,
         averages=ema,
         schedulers=request.schedulers,
         loss_of=passes.loss_of,
@@ -127,7 +128,7 @@ def assemble(request: Request, wrapping: Wrapping, observe: Observer) -> RunComp
         host_flops=model.flops,
         steps=request.steps,
         seed=request.seed,
-        warnings=cautions(model, config, request.steps, worth),
+        warnings=[*opening.notes, *cautions(model, config, request.steps, worth)],
     )
 
 
@@ -139,7 +140,7 @@ def looked_at(
     with policy.uncompiled(), wrapping.gathered():
         find = partial(morphable, policy.host, policy, request.sites, config)
         held = held_out(request.probe, request.example)
-        opening = opened(policy.host, request.loss_fn, request.per_example, held, find)
+        opening = opened(policy.host, request.loss_fn, request.per_example, held, find, request.axes)
         refuse_branches(opening.model, optimizers)
         if recipe_of(config.growth, opening.model) == "incubate":
             refuse_unseen_seeds(policy)

@@ -6,12 +6,14 @@ import hashlib
 import json
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from torch import nn
 from torch.optim import Optimizer
 
+from esper.batches.axes import Axes, BatchAxis
 from esper.batches.examples import LossFunction, PerExample
 from esper.config import Config, ConfigLike, load_config
 from esper.contracts import Event, Observer, ignore
@@ -21,6 +23,7 @@ from esper.kasmina.sites.sites import Sites
 from esper.nissa.run.journal import RunJournal
 from esper.surgery.isolation.contexts import same_randomness, taught
 from esper.surgery.isolation.global_draws import forgetting
+from esper.surgery.isolation.surroundings import afterwards
 from esper.tolaria.governor import GovernorHooks, Settings
 from esper.tolaria.growth.assembly import assemble
 from esper.tolaria.growth.growth import Growth
@@ -46,6 +49,7 @@ def grow(
     probe: Iterable[object] | Literal["stream"],
     example: object = None,
     per_example: PerExample | None = None,
+    batch_axis: BatchAxis | None = None,
     steps: int | None = None,
     schedulers: Sequence[Scheduler] | Scheduler | None = (),
     scaler: Scaler | None = None,
@@ -66,12 +70,16 @@ def grow(
             the module after ``fully_shard``. In several processes every one of them makes the same calls.
         optimizer: The one that trains it, or several by name: any of ``torch.optim``, see docs/optimizers.md.
         loss_fn: ``loss_fn(model, batch) -> scalar``, the same one the loop calls; axis 0 of every tensor of a
-            batch is the example axis.
+            batch is the example axis, unless ``batch_axis`` says otherwise.
         probe: Batches held out of training, re-iterable: the evidence that growth must bring. ``"stream"``
             where the loop sees each example once: the coming batch is evidence before it is learned from.
         example: With ``probe="stream"``, a batch like the loop's, to find the places with.
         per_example: ``per_example(model, batch) -> (examples,)`` losses, where ``loss_fn`` couples examples
             and each of them could be evidence of its own; without it such batches count as one each.
+        batch_axis: Axis of the examples in a batch's tensors, 1 where time comes first: (time, batch, …).
+            It holds for each tensor that is as long there as the first; others, targets (batch,) say, have
+            theirs along axis 0. Or one axis for each part of a batch: ``(1, 0)``, ``{"x": 1, "y": 0}``.
+            Without it axis 0 is taken, unless the losses of parts of a batch show it to be 1.
         steps: Optimizer steps of the run; growth is spread over them. Without it only a stall of the loss
             grows.
         schedulers: Learning-rate schedulers in a list, or one; widened parameters stay in their groups, so
@@ -101,6 +109,7 @@ def grow(
         refuse_uncallable(per_example=per_example)
     refuse_scaler(scaler)
     refuse_folder(run_dir)
+    axes = Axes(batch_axis)
     movers = listed(schedulers)
     settings = with_growth(load_config(config), growth)
     wrapping = wrapping_of(model, settings.distributed.mode, settings.distributed.deadline)
@@ -115,7 +124,7 @@ def grow(
         loss_fn=loss_fn,
         probe=probe,
         example=example,
-        per_example=None if per_example is None else Handing(per_example),
+        per_example=None if per_example is None else Handing(per_example, axes),
         steps=steps,
         schedulers=movers,
         scaler=scaler,
@@ -124,6 +133,7 @@ def grow(
         budget=budget,
         config=settings,
         seed=seed,
+        axes=axes,
     )
     journal = journal_of(run_dir, wrapping, settings)
     observe = Observers([on_event] if journal is None else [journal, on_event])
@@ -161,9 +171,9 @@ class Observers:
         self.each = each
 
     def __call__(self, event: Event) -> None:
-        """Tell one."""
+        """Tell one; what an observer writes lasts, though it be told in the midst of a pass."""
         for observer in self.each:
-            observer(event)
+            afterwards(partial(observer, event))
 
 
 def journal_of(

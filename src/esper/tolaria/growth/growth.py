@@ -79,6 +79,7 @@ class Growth(Resumable):
         Raises:
             LossError: The loss is not a scalar, or the governor stopped the run; without a governor also
                 where it is not finite.
+            ProbeError: No examples can be told in the first batch; a later one like it is passed over.
             FinishedError: The run is over.
         """
         self._refuse_finished("step")

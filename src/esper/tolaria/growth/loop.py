@@ -11,6 +11,7 @@ from torch import Tensor
 
 from esper.batches.examples import copied, count_examples
 from esper.contracts import Outcome
+from esper.errors import ProbeError
 from esper.kasmina.race.trial import Decaying, Key, Passed
 from esper.saving.pretrained import follow
 from esper.surgery.isolation.contexts import taught
@@ -63,8 +64,9 @@ class Loop:
         run = self.run
         check_loss(loss)
         value = self.read(loss) if loss.is_cpu else None  # a device would be waited for at every micro-batch
+        batch, count = self.taken(batch)
         run.batches.append(copied(batch) if run.recipe == "incubate" else batch)
-        examples = count_examples(batch) * max(self.presence.evaluations, 1)
+        examples = count * max(self.presence.evaluations, 1)
         self.presence.evaluations = 0
         run.cost.train(3 * run.morphable.flops * examples)  # backward costs twice the forward
         run.orchestrator.examples += examples
@@ -81,6 +83,23 @@ class Loop:
             self.act(value)
             if run.steps % run.config.telemetry.progress_every == 0:
                 self.tell_progress()
+
+    def taken(self, batch: object) -> tuple[object, int]:
+        """Return a batch as growth reads it, and its examples; in its place the one before where none can.
+
+        Raises:
+            ProbeError: It is the first that cannot be read.
+        """
+        run = self.run
+        try:
+            if run.parts.axes.turns:
+                batch = run.parts.axes.inward(batch)
+            return batch, count_examples(batch)
+        except ProbeError as error:
+            if not run.batches:
+                raise
+            run.mishaps.say(f"a batch was passed over, training goes on: {error}", "batch")
+            return run.batches[-1], count_examples(run.batches[-1])
 
     def read(self, loss: Tensor) -> float:
         """Return a loss as a number.

@@ -125,10 +125,10 @@ class Evidence:
     def collect(self, batch: object, loss: float) -> None:
         """Keep a training batch, and as many before it as an event reads."""
         self.losses.append(loss)
-        if self.under_way is not None:
+        size = count_examples(batch)
+        if self.under_way is not None or not size:
             return
         self.batches.append(copied(batch))
-        size = max(count_examples(batch), 1)
         self.size = max(self.size, size)
         if not self.independent:  # each batch is one value, so it takes as many as there may be
             self.most = max(self.run.config.early.examples, BLOCKS * size)

@@ -62,7 +62,7 @@ class Streamed(Evidence):
         """Keep a batch: as evidence while an event waits for it."""
         if self.waiting is None:
             super().collect(batch, loss)
-        else:
+        elif count_examples(batch):
             self.losses.append(loss)
             self.size = max(self.size, count_examples(batch))
             self.coming.append(copied(batch))

@@ -11,11 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from esper.batches.axes import Axes
 from esper.batches.examples import LossFunction, PerExample, count_examples, own, refuse_layouts
+from esper.batches.heldout import first
 from esper.batches.layout import flatten, unflatten
 from esper.errors import EsperError, LossError, ProbeError, SiteError
 from esper.kasmina.race.gate import check_probe
-from esper.surgery.isolation.contexts import examining, same_generators
+from esper.surgery.isolation.contexts import examining
+from esper.surgery.isolation.surroundings import Surroundings
 
 COPIED = 8  # calls of a loss: by then it has run in training and in evaluation
 
@@ -61,32 +64,52 @@ class Differentiating:
 class Handing:
     """A loss that is handed containers of its own: it may take the labels out of a batch, or put more in.
 
-    Tensors are copied for the first calls, and for good where the loss has written to one.
+    What it writes to besides, a history or a counter, shows the user's own calls only. Tensors are copied for
+    the first calls, and for good where the loss has written to one.
+
+    Args:
+        loss_fn: The user's.
+        axes: What lays batches out as the user's code knows them.
     """
 
-    def __init__(self, loss_fn: LossFunction) -> None:
-        self.loss_fn, self.left, self.writes = loss_fn, COPIED, False
+    def __init__(self, loss_fn: LossFunction, axes: Axes) -> None:
+        self.loss_fn, self.left, self.writes, self.axes = loss_fn, COPIED, False, axes
+        self.around: Surroundings | None = None  # what it reaches besides: known once it has a model
 
     def __call__(self, model: nn.Module, batch: object) -> Tensor:
         """Return what the loss gives of such a batch."""
         leaves, nest = flatten(batch)
+        leaves = self.axes.outward(leaves, nest)
         if self.writes or self.left:
             self.left = max(self.left - 1, 0)
-            leaves = [own(leaf) if isinstance(leaf, (Tensor, np.ndarray, list)) else leaf for leaf in leaves]
+            leaves = [
+                own(leaf) if isinstance(leaf, (Tensor, np.ndarray, list, tuple)) else leaf for leaf in leaves
+            ]
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_inference()]
         before = [(leaf._version, leaf.requires_grad) for leaf in tensors]
+        if self.around is None:
+            self.around = Surroundings(self.loss_fn, model)
         try:
-            return self.loss_fn(model, unflatten(leaves, nest))
+            with self.around.same():
+                return self.loss_fn(model, unflatten(leaves, nest))
         finally:
             now = [(leaf._version, leaf.requires_grad) for leaf in tensors]
             self.writes = self.writes or before != now
+
+    def notes(self) -> list[str]:
+        """Say what cannot be put back after Esper's own calls."""
+        lost = [] if self.around is None else list(self.around.lost)
+        return [
+            f"loss_fn uses {', '.join(lost)}: what Esper's own calls of it take from there, or write, cannot "
+            "be put back; keep it out of loss_fn, or let the loop do it"
+        ][: len(lost)]
 
 
 def as_needed(loss_fn: LossFunction, model: nn.Module, probe: Iterable[object]) -> LossFunction:
     """Return the loss, so that it runs under ``no_grad`` too if it takes gradients inside itself."""
     check_probe(probe)
-    with same_generators(probe), examining(model):
-        batch = next(iter(probe), None)
+    batch = next(iter(first(probe, 1)), None)
+    with examining(model):
         try:
             loss_fn(model, batch)
         except RuntimeError:
@@ -123,12 +146,12 @@ def first_probe(probe: Iterable[object], model: nn.Module, loss_fn: LossFunction
         LossError: The loss is not a scalar.
     """
     check_probe(probe)
-    with same_generators(probe), examining(model):
-        batch = next(iter(probe), None)  # iterating a DataLoader moves the global random stream
-        if batch is None:
-            raise ProbeError("the probe can be read only once; give a list of batches or a DataLoader")
-        with failing("loss_fn(model, batch) does not run on the first probe batch", as_one(probe)):
-            loss = loss_fn(model, batch)
+    batch = next(iter(first(probe, 1)), None)
+    if batch is None:
+        raise ProbeError("the probe can be read only once; give a list of batches or a DataLoader")
+    failed = failing("loss_fn(model, batch) does not run on the first probe batch", as_one(probe))
+    with examining(model), failed:
+        loss = loss_fn(model, batch)
     check_loss(loss)
     if loss.dim():
         raise LossError(

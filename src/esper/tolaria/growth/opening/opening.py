@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from esper.batches.axes import Axes
 from esper.batches.examples import LossFunction, PerExample
-from esper.batches.heldout import bundled, differentiable
+from esper.batches.heldout import Turned, bundled, differentiable
 from esper.errors import EsperError, LossError, ProbeError
 from esper.kasmina.morphable import MorphableModel
 from esper.kasmina.race.gate import check_probe
 from esper.kasmina.recording.first import at_first, companions_noted
-from esper.surgery.isolation.contexts import untouched
+from esper.surgery.isolation.contexts import examining, untouched
 from esper.tolaria.growth.opening.entrance import (
     Handing,
     as_needed,
@@ -35,6 +37,7 @@ class Opening:
     loss_fn: LossFunction
     held: Iterable[object]
     batch: object  # the first of them
+    notes: list[str]  # to be told at the start
 
 
 class Noted:
@@ -53,7 +56,12 @@ class Noted:
 
 
 def opened(
-    host: nn.Module, loss_fn: LossFunction, per_example: PerExample | None, held: Iterable[object], find: Find
+    host: nn.Module,
+    loss_fn: LossFunction,
+    per_example: PerExample | None,
+    held: Iterable[object],
+    find: Find,
+    axes: Axes,
 ) -> Opening:
     """Look at a model by the first held-out batch; by several at once where each is one example and fails.
 
@@ -66,27 +74,35 @@ def opened(
     """
     refuse_one_batch(held)
     check_probe(held)
-    held = differentiable(held)
+    held = axes.begin(differentiable(held))
     try:
-        return look(host, loss_fn, per_example, held, find)
+        return look(host, loss_fn, per_example, held, find, axes)
     except ProbeError as error:
         several = bundled(held)
         if several is None:
             raise
         try:
-            return look(host, loss_fn, per_example, several, find)
+            return look(host, loss_fn, per_example, several, find, axes)
         except EsperError:
             raise error from error.__cause__
 
 
 def look(
-    host: nn.Module, loss_fn: LossFunction, per_example: PerExample | None, held: Iterable[object], find: Find
+    host: nn.Module,
+    loss_fn: LossFunction,
+    per_example: PerExample | None,
+    held: Iterable[object],
+    find: Find,
+    axes: Axes,
 ) -> Opening:
     """Look at a model by a probe's first batch."""
     with at_first(host):
         with companions_noted(host):
-            loss_fn = as_needed(Handing(loss_fn), host, held)
+            handing = Handing(loss_fn, axes)
+            loss_fn = as_needed(handing, host, held)
             batch = first_probe(held, host, loss_fn)
+            if axes.settle(batch, partial(loss_of, host, loss_fn)):
+                held, batch = Turned(held, axes.inward), axes.inward(batch)
             refuse_uneven(per_example, host, batch)
         noted = Noted(loss_fn)
         what = "the model, run in training and evaluation on the first probe batch to find places, raised"
@@ -106,7 +122,13 @@ def look(
             "torch.utils.checkpoint with use_reentrant=False (Hugging Face: gradient_checkpointing_enable("
             'gradient_checkpointing_kwargs={"use_reentrant": False}))'
         )
-    return Opening(model, loss_fn, held, batch)
+    return Opening(model, loss_fn, held, batch, [*axes.said, *handing.notes()])
+
+
+def loss_of(host: nn.Module, loss_fn: LossFunction, batch: object) -> float:
+    """Return what a batch loses, the same whenever it is asked."""
+    with examining(host, 0):
+        return float(loss_fn(host, batch))
 
 
 def reentrant(loss: Tensor) -> bool:

@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 from torch import nn
 from torch.optim import Optimizer
 
+from esper.batches.axes import Axes
 from esper.batches.examples import LossFunction, PerExample
 from esper.config import Config
 from esper.kasmina.sites.sites import Sites
@@ -58,3 +59,4 @@ class Request:
     budget: Mapping[str, object] | None
     config: Config
     seed: int
+    axes: Axes  # of ``batch_axis``

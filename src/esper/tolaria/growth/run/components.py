@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from esper.batches.axes import Axes
 from esper.batches.examples import LossFunction, PerExample
 from esper.batches.joins import Joins
 from esper.config import Budget, Config
@@ -51,6 +52,7 @@ class RunComponents:
     loss_of: Callable[[object], Tensor]  # of a batch, through the host as it is
     example: object  # a batch like the loop's where the stream is its own probe, else None
     per_example: PerExample | None
+    axes: Axes  # how the user's batches come in
     latency_ms: Callable[[], float]
     host_parameters: int
     host_flops: int
