@@ -23,6 +23,7 @@ from esper.tolaria.growth.opening.entrance import (
     refuse_one_batch,
     refuse_uneven,
 )
+from esper.tolaria.growth.opening.inner_gradients import Differentiating
 
 Find = Callable[[LossFunction, object], MorphableModel]  # with a loss, on a batch
 
@@ -91,7 +92,11 @@ def look(
         noted = Noted(loss_fn)
         what = "the model, run in training and evaluation on the first probe batch to find places, raised"
         with failing(what):
-            model = find(noted, batch)
+            try:
+                model = find(noted, batch)
+            except RuntimeError as error:
+                noted, model = found_with_gradients(loss_fn, batch, find, error)
+                loss_fn = noted.loss_fn
             if not noted.asked:  # stacks alone are looked for without gradients
                 with untouched(host, seed=0, gather=True):
                     noted(host, batch)
@@ -107,6 +112,23 @@ def look(
             'gradient_checkpointing_kwargs={"use_reentrant": False}))'
         )
     return Opening(model, loss_fn, held, batch)
+
+
+def found_with_gradients(
+    loss_fn: LossFunction, batch: object, find: Find, error: RuntimeError
+) -> tuple[Noted, MorphableModel]:
+    """Look for places with a loss that takes gradients inside itself in training only, as it may have seemed.
+
+    Raises:
+        RuntimeError: It is not that; the one given.
+    """
+    if isinstance(loss_fn, Differentiating):
+        raise error
+    noted = Noted(Differentiating(loss_fn))
+    try:
+        return noted, find(noted, batch)
+    except RuntimeError:
+        raise error from None
 
 
 def reentrant(loss: Tensor) -> bool:
