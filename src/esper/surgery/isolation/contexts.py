@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import threading
+from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -17,6 +19,8 @@ from esper.surgery.isolation.attributes import lent_tables, modules_of, same_att
 from esper.surgery.isolation.draws import own_draws
 from esper.surgery.isolation.global_draws import global_streams_restored
 
+KEPT = (int, float, str, type(None))  # what a sampler counts with
+FILLED = (list, deque, dict, set)
 START = np.random.MT19937(0).state
 SPARE: list[np.random.MT19937] = []
 
@@ -67,7 +71,7 @@ def restored(seed: int | None) -> Iterator[None]:
 
 @contextmanager
 def same_generators(loader: object) -> Iterator[None]:
-    """Put the generators that a DataLoader and its samplers draw from back afterwards.
+    """Put the generators that a DataLoader and its samplers draw from back afterwards, and what these count.
 
     A loader of training batches may share them, and its order would change.
     """
@@ -78,15 +82,52 @@ def same_generators(loader: object) -> Iterator[None]:
     before = [(g, g.get_state()) for g in found.values() if isinstance(g, torch.Generator)]
     numpy = [(g.bit_generator, g.bit_generator.state) for g in found.values() if is_numpy(g)]
     python = [(g, g.getstate()) for g in found.values() if isinstance(g, random.Random)]
+    counted = [(owner, plain_of(owner)) for owner in {id(one): one for one in owners}.values()]
     try:
         yield
     finally:
+        for owner, values in counted:
+            put_back_plain(owner, values)
         for generator, state in before:
             generator.set_state(state)
         for bits, facts in numpy:
             bits.state = facts
         for stream, values in python:
             stream.setstate(values)
+
+
+Plain = dict[str, tuple[Any, Any]]  # a value by attribute, and a copy where it can change in place
+
+
+def plain_of(owner: object) -> Plain:
+    """Return the counters, positions and lists of a loader or sampler of a user's own; torch's keep none."""
+    if owner is None or type(owner).__module__.startswith("torch."):
+        return {}
+    held = getattr(owner, "__dict__", {}).items()
+    return {name: (value, copy.copy(value)) for name, value in held if isinstance(value, (*KEPT, *FILLED))}
+
+
+def put_back_plain(owner: object, values: Plain) -> None:
+    """Give a loader or sampler its values back, the same objects; attributes that are new go."""
+    if owner is None or type(owner).__module__.startswith("torch."):
+        return
+    own = getattr(owner, "__dict__", {})
+    for name, (value, before) in values.items():
+        if isinstance(value, (list, deque)):
+            if [*map(id, value)] != [*map(id, before)]:  # what is in them may not compare
+                value.clear()
+                value.extend(before)
+        elif isinstance(value, dict):
+            if [*map(id, value.values())] != [*map(id, before.values())]:
+                value.clear()
+                value.update(before)
+        elif isinstance(value, set) and value != before:
+            value.clear()
+            value.update(before)
+        if own.get(name) is not value:
+            own[name] = value
+    for name in [n for n, v in own.items() if n not in values and isinstance(v, KEPT)]:
+        del own[name]
 
 
 def held_by(owner: object) -> list[object]:
