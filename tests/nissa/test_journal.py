@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -247,6 +248,30 @@ def test_a_full_disk_is_waited_for_and_told_once_at_the_callers_line(tmp_path: P
     disk.has_room()
     journal.close()  # what waits is written now
     assert [event.data["message"] for event in read_events(tmp_path)] == list("0123456")
+
+
+def test_a_deleted_journal_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    journal = RunJournal(tmp_path / "run")
+    journal(warning("1"))
+    assert caplog.messages == []
+    shutil.rmtree(tmp_path / "run")
+    journal(warning("2"))
+    journal(warning("3"))
+    journal.close()
+    (told,) = caplog.messages
+    assert "was deleted while its run goes on" in told
+
+
+def test_a_journal_that_was_moved_goes_on_where_it_is(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    journal = RunJournal(tmp_path / "run")
+    journal(warning("1"))
+    (tmp_path / "run").rename(tmp_path / "there")
+    journal(warning("2"))
+    journal.close()
+    assert caplog.messages == []
+    assert [event.data["message"] for event in read_events(tmp_path / "there")] == ["1", "2"]
 
 
 def test_more_than_64_mib_that_wait_are_an_error(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import typer
 
 from esper.cli.output import print_json, say
 from esper.errors import RegistryError, nearest
+from esper.log import shown_elsewhere
 
 FOLDER = "benchmarks"
 
@@ -39,7 +40,8 @@ def bench(
         0, str(folder.parent)
     )  # benches share modules, and their worker processes import them too
     module = importlib.import_module(f"{FOLDER}.{wanted[0].replace('-', '_')}")
-    raise typer.Exit(module.main(wanted[1:]))
+    with shown_elsewhere():  # a bench prints what it measures
+        raise typer.Exit(module.main(wanted[1:]))
 
 
 def find_folder() -> Path:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sized
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from types import TracebackType
+from typing import Any, Literal, Self, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from esper.kasmina.sites.sites import Sites
 from esper.nissa.run.journal import RunJournal
 from esper.storage.address import storage_at
 from esper.tolaria.growth import grow
-from esper.tolaria.growth.begin import take_back
+from esper.tolaria.growth.begin import put_down, take_back
 from esper.tolaria.training import KEPT, refuse_keeping, refuse_training
 
 Metric = Callable[[nn.Module, Any], float | Tensor]
@@ -233,6 +234,25 @@ class Trainer:
             self.manager.save_last({name: value for name, value in last.items() if name != "epoch"})
             self.manager.close()
         return self.growth.finish()
+
+    def close(self) -> None:
+        """Let go of the run folder, the checkpoints and what is in the model, wherever training is.
+
+        After :meth:`fit` nothing is left to do. Before its end the model stays as it is by then, and a new
+        Trainer can go on from the last checkpoint with ``resume``.
+        """
+        if self.manager is not None:
+            self.manager.close()
+        if not self.growth.finished:
+            put_down(self.growth)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def _left_early(self) -> nn.Module:
         """End in the middle of a run."""

@@ -45,6 +45,10 @@ from esper.kasmina.widths.pairs import Pair
 from esper.printable import times
 
 FAST = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
+PENALISED = (
+    "the loss takes gradients with respect to the tensors of {name}, and new units would bring some of their "
+    "own: give esper.grow a loss_fn without that term; the loop may train with it as before"
+)
 PRODUCTS = frozenset({"mul", "__mul__", "mul_", "multiply", "__imul__"})
 RECURRENT = frozenset({"lstm", "gru", "rnn_tanh", "rnn_relu"})
 PARTING = frozenset({"glu", "chunk", "split", "tensor_split"})
@@ -190,6 +194,8 @@ class Finder:
         found = [self.recording.calls[c] for c in sorted(calls)]
         other = next((call for call in found if call.name not in OPERATORS), None)
         if other is not None and len(found) > 1:
+            if all(call.name in (*OPERATORS, "grad") for call in found):
+                raise Refused(PENALISED.format(name=name))
             names = ", ".join(sorted({call.spoken for call in found}))
             own = forward_of_its_own(module)
             kind = f"; {name} is a {own} with a forward of its own" if own else ""

@@ -17,6 +17,7 @@ from typing import BinaryIO, TypeAlias
 from esper.contracts import EVENTS_VERSION, Event
 from esper.errors import RunError
 from esper.files import read_regular
+from esper.log import LOGGER
 from esper.nissa.run.damage import MOST_JOURNAL, is_object, left_out, require_types, spoiled
 from esper.nissa.run.facts import DecisionFacts
 from esper.nissa.run.standing import BEGINS, decided_after
@@ -84,7 +85,7 @@ class RunJournal:
             ) from None
         self._begun = self._file.tell()
         self._waiting = bytearray()  # what did not fit on the disk yet
-        self._told = False
+        self._told = self._gone = False
         weakref.finalize(
             self, self._file.close
         )  # a run that is given up without finish() leaves no open file
@@ -114,8 +115,19 @@ class RunJournal:
             self._keep(error)
         else:
             self._told = False
+            self._see_whether_it_is_there()
         if event.kind == "run_finished" and self._lease is not None:
             self._lease.release()  # another run may have the folder, while this one's objects live on
+
+    def _see_whether_it_is_there(self) -> None:
+        """Say so, once, where somebody has deleted the file: what is written to it since is lost."""
+        if not self._gone and os.fstat(self._file.fileno()).st_nlink == 0:
+            self._gone = True
+            LOGGER.warning(
+                "%s was deleted while its run goes on: its events are lost, training is not; to keep the "
+                "grown model call growth.save with another folder",
+                quoted(str(self.path)),
+            )
 
     def _keep(self, error: OSError) -> None:
         """Let training go on where the disk is full: events wait in memory, and one warning says so."""

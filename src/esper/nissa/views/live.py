@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from types import TracebackType
 
 from rich.console import Console, Group, RenderableType
@@ -14,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from esper.contracts import Event
+from esper.log import shown_elsewhere
 from esper.nissa.run.facts import LookFacts, ReopenedFacts, facts_of
 from esper.nissa.run.history import RunHistory, fold
 from esper.nissa.run.records import DecisionHistory, SeedHistory
@@ -60,6 +62,7 @@ class LiveView:
         self._console = console or Console(stderr=True)
         self._plain = not self._console.is_terminal if plain is None else plain
         self._lock = threading.Lock()
+        self._log = ExitStack()
         self._tenths = {"progress": 0, "epoch": 0, "checkpoint": 0}
         self._live = Live(
             get_renderable=self._screen,
@@ -79,6 +82,7 @@ class LiveView:
                 self._console.print(told, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
     def __enter__(self) -> LiveView:
+        self._log.enter_context(shown_elsewhere())
         if not self._plain:
             self._live.start(refresh=True)
         return self
@@ -86,6 +90,7 @@ class LiveView:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._log.close()
         if not self._plain:
             self._live.stop()
 

@@ -15,8 +15,10 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from esper.surgery.isolation.attributes import lent_tables, modules_of, same_attributes
 from esper.surgery.isolation.draws import own_draws
 from esper.surgery.isolation.global_draws import alone, global_streams_restored
+from esper.surgery.isolation.remembered import Memory
 from esper.surgery.isolation.surroundings import same_surroundings
 
+COUNTED = 2  # of a sampler of the user's own: what it holds, and what that holds
 START = np.random.MT19937(0).state
 SPARE: list[np.random.MT19937] = []
 
@@ -61,7 +63,7 @@ def restored(seed: int | None) -> Iterator[None]:
 
 @contextmanager
 def same_generators(loader: object) -> Iterator[None]:
-    """Put the generators that a DataLoader and its samplers draw from back afterwards.
+    """Put the generators that a DataLoader and its samplers draw from back afterwards, and what these count.
 
     A loader of training batches may share them, and its order would change.
     """
@@ -72,9 +74,13 @@ def same_generators(loader: object) -> Iterator[None]:
     before = [(g, g.get_state()) for g in found.values() if isinstance(g, torch.Generator)]
     numpy = [(g.bit_generator, g.bit_generator.state) for g in found.values() if is_numpy(g)]
     python = [(g, g.getstate()) for g in found.values() if isinstance(g, random.Random)]
+    counted = Memory(set())
+    for owner in owners:
+        counted.take(owner, COUNTED)
     try:
         yield
     finally:
+        counted.put_back()
         for generator, state in before:
             generator.set_state(state)
         for bits, facts in numpy:

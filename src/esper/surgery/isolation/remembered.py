@@ -9,12 +9,13 @@ from __future__ import annotations
 import io
 import queue
 import random
+import weakref
 from argparse import Namespace
 from collections import OrderedDict, UserDict, UserList, deque
 from collections.abc import Callable, Mapping, Sequence, Set
 from operator import is_
 from types import ModuleType, SimpleNamespace
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -30,7 +31,9 @@ FEW = 256  # entries of a container that may hold containers
 MOST = 512  # objects that are remembered at a call
 MISSING = object()
 
+Key = TypeVar("Key")
 Undo: TypeAlias = Callable[[], object]
+Way: TypeAlias = "Callable[[Memory, Any, int], None]"  # each of the methods below takes its own kind
 
 
 class Memory:
@@ -49,11 +52,12 @@ class Memory:
         self.lost: list[str] = []
         self.left = MOST
 
-    def take(self, value: Any, depth: int = DEEP) -> None:
+    def take(self, value: object, depth: int = DEEP) -> None:
         """Remember one value, and what it holds."""
-        how = REMEMBER.get(type(value), MISSING)
-        if how is MISSING:
-            how = REMEMBER[type(value)] = way_of(type(value))
+        kind = type(value)
+        if kind not in REMEMBER:
+            REMEMBER[kind] = way_of(kind)
+        how = REMEMBER[kind]
         if how is None or depth == 0 or id(value) in self.seen:
             return
         self.left -= 1
@@ -62,14 +66,19 @@ class Memory:
         self.seen.add(id(value))
         how(self, value, depth - 1)
 
-    def takes(self, values: Sequence[Any], depth: int) -> None:
+    def takes(self, values: Sequence[object], depth: int) -> None:
         """Remember several, where they are not many."""
         if len(values) <= FEW:
             for value in values:
                 if type(value) not in PLAIN:
                     self.take(value, depth)
 
-    def a_list(self, value: list[Any], depth: int) -> None:
+    def put_back(self) -> None:
+        """Undo what has changed, the latest that was remembered first."""
+        for undo in reversed(self.undo):
+            undo()
+
+    def a_list(self, value: list[object], depth: int) -> None:
         """Remember a list."""
         count = len(value)
         if count > MANY:
@@ -79,7 +88,7 @@ class Memory:
         self.undo.append(lambda: alike(value, before) or list.__setitem__(value, slice(None), before))
         self.takes(before, depth)
 
-    def a_dict(self, value: dict[Any, Any], depth: int) -> None:
+    def a_dict(self, value: dict[Key, object], depth: int) -> None:
         """Remember a dict, its order included."""
         count = len(value)
         if count > MANY:
@@ -89,12 +98,12 @@ class Memory:
         self.undo.append(lambda: restored_dict(value, before))
         self.takes([one for _, one in before], depth)
 
-    def a_set(self, value: set[Any], depth: int) -> None:
+    def a_set(self, value: set[object], depth: int) -> None:
         """Remember a set."""
         before = set(value)
         self.undo.append(lambda: restored_set(value, before))
 
-    def a_deque(self, value: deque[Any], depth: int) -> None:
+    def a_deque(self, value: deque[object], depth: int) -> None:
         """Remember a deque."""
         before = list(value)
         self.undo.append(lambda: restored_deque(value, before))
@@ -105,7 +114,7 @@ class Memory:
         before = bytes(value)
         self.undo.append(lambda: value == before or value.__setitem__(slice(None), before))
 
-    def a_tuple(self, value: tuple[Any, ...], depth: int) -> None:
+    def a_tuple(self, value: tuple[object, ...], depth: int) -> None:
         """Remember what a tuple holds."""
         self.takes(value, depth)
 
@@ -168,7 +177,7 @@ class Memory:
             self.undo.append(lambda name=name, before=before: attribute(value, name, before))
             self.take(before, depth)
 
-    def a_queue(self, value: queue.Queue[Any], depth: int) -> None:
+    def a_queue(self, value: queue.Queue[object], depth: int) -> None:
         """Remember a queue, unless other threads may fill it meanwhile."""
         if alone():
             self.a_dict(value.__dict__, depth)
@@ -181,7 +190,7 @@ class Memory:
             self.lost.append(f"a {type(value).__name__}")
 
 
-def way_of(kind: type) -> Callable[[Memory, Any, int], None] | None:
+def way_of(kind: type) -> Way | None:
     """Return how values of a class are remembered; None: they are not."""
     if issubclass(kind, type | ModuleType):
         return None
@@ -196,7 +205,7 @@ def way_of(kind: type) -> Callable[[Memory, Any, int], None] | None:
 
 
 PLAIN = frozenset((int, float, bool, str, bytes, type(None), complex))
-WAYS: tuple[tuple[Any, Callable[[Memory, Any, int], None]], ...] = (
+WAYS: tuple[tuple[type | tuple[type, ...], Way], ...] = (
     (list, Memory.a_list),
     (dict, Memory.a_dict),
     (set, Memory.a_set),
@@ -214,7 +223,7 @@ WAYS: tuple[tuple[Any, Callable[[Memory, Any, int], None]], ...] = (
     ((SimpleNamespace, Namespace, UserDict, UserList), Memory.an_object),
     (io.IOBase, Memory.a_stream),
 )
-REMEMBER: dict[type, Any] = dict.fromkeys(PLAIN)
+REMEMBER: weakref.WeakKeyDictionary[type, Way | None] = weakref.WeakKeyDictionary(dict.fromkeys(PLAIN))
 
 
 def alike(value: Sequence[object], before: Sequence[object]) -> bool:
@@ -222,13 +231,13 @@ def alike(value: Sequence[object], before: Sequence[object]) -> bool:
     return len(value) == len(before) and all(map(is_, value, before))
 
 
-def shortened(value: dict[Any, Any], count: int) -> None:
+def shortened(value: dict[Key, object], count: int) -> None:
     """Take out what was added to a long dict: it stands at its end."""
     for key in list(value)[count:]:
         dict.__delitem__(value, key)
 
 
-def restored_dict(value: dict[Any, Any], before: Sequence[tuple[Any, Any]]) -> None:
+def restored_dict(value: dict[Key, object], before: Sequence[tuple[Key, object]]) -> None:
     """Give a dict its entries back."""
     now = list(dict.items(value))
     if len(now) == len(before) and all(a is c and b is d for (a, b), (c, d) in zip(now, before, strict=True)):
@@ -241,21 +250,21 @@ def restored_dict(value: dict[Any, Any], before: Sequence[tuple[Any, Any]]) -> N
     dict.update(value, before)
 
 
-def restored_set(value: set[Any], before: set[Any]) -> None:
+def restored_set(value: set[object], before: set[object]) -> None:
     """Give a set its members back."""
     if value != before:
         set.clear(value)
         set.update(value, before)
 
 
-def restored_deque(value: deque[Any], before: Sequence[Any]) -> None:
+def restored_deque(value: deque[object], before: Sequence[object]) -> None:
     """Give a deque its entries back."""
     if not alike(value, before):
         value.clear()
         value.extend(before)
 
 
-def restored_names(held: dict[str, Any], before: Mapping[str, Any], leave: Set[str]) -> None:
+def restored_names(held: dict[str, object], before: Mapping[str, object], leave: Set[str]) -> None:
     """Give an object its attributes back, but for some."""
     for name in held.keys() - before.keys() - leave:
         del held[name]
@@ -278,7 +287,7 @@ def written(value: Tensor, before: Tensor) -> None:
         value.copy_(before)
 
 
-def attributes_of(value: object) -> dict[str, Any] | None:
+def attributes_of(value: object) -> dict[str, object] | None:
     """Return an object's table of attributes, whatever its class says of it."""
     try:
         held = object.__getattribute__(value, "__dict__")

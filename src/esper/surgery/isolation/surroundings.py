@@ -96,8 +96,7 @@ class Surroundings:
         try:
             yield
         finally:
-            for undo in reversed(memory.undo):
-                undo()
+            memory.put_back()
             for cell, value in cells:
                 if value is not MISSING and held_in(cell) is not value:
                     cell.cell_contents = value

@@ -37,7 +37,8 @@ from esper.surgery.optimizers.inner import with_wrappers
 from esper.tamiyo.controller import Tamiyo
 from esper.tolaria.growth.evidence.held import refuse_not_finite
 from esper.tolaria.growth.opening.arguments import averages
-from esper.tolaria.growth.opening.entrance import Differentiating, held_out
+from esper.tolaria.growth.opening.entrance import held_out
+from esper.tolaria.growth.opening.inner_gradients import Differentiating
 from esper.tolaria.growth.opening.opening import Opening, opened
 from esper.tolaria.growth.opening.optimizers import by_name, named_optimizers
 from esper.tolaria.growth.opening.request import Request
@@ -210,7 +211,8 @@ def raced_worth(model: MorphableModel, opening: Opening, per_example: PerExample
     """Say what is one value of the evidence that a race needs."""
     if per_example is not None:
         inner = isinstance(opening.loss_fn, Differentiating)
-        return Worth(alone=True, per_example=Differentiating(per_example) if inner else per_example)
+        graphs = opening.loss_fn.graphs if isinstance(opening.loss_fn, Differentiating) else ()
+        return Worth(alone=True, per_example=Differentiating(per_example, graphs) if inner else per_example)
     held = first(opening.held, ASKED)
     with examining(model.host, 0):
         losses = [float(opening.loss_fn(model.host, batch)) for batch in counted(held)]

@@ -20,6 +20,7 @@ from esper.contracts import Event, Observer, ignore
 from esper.distributed.model_wrapper import Wrapping, wrapping_of
 from esper.errors import ConfigError
 from esper.kasmina.sites.sites import Sites
+from esper.log import Logged
 from esper.nissa.run.journal import RunJournal
 from esper.surgery.isolation.contexts import same_randomness, taught
 from esper.surgery.isolation.global_draws import forgetting
@@ -136,7 +137,8 @@ def grow(
         axes=axes,
     )
     journal = journal_of(run_dir, wrapping, settings)
-    observe = Observers([on_event] if journal is None else [journal, on_event])
+    watching: list[Observer] = [on_event] if wrapping.peers.rank else [Logged(), on_event]
+    observe = Observers(watching if journal is None else [journal, *watching])
     try:
         refuse_growing(wrapping.host)
         with taught(), same_randomness():  # a run that grows nothing differs in nothing
@@ -156,12 +158,25 @@ def grow(
 
 def take_back(made: Growth) -> None:
     """Leave nothing of a run that began, and could not go on before its first step."""
+    _let_go(made)
+    if made.journal is not None:
+        made.journal.take_back()
+
+
+def put_down(made: Growth) -> None:
+    """Let go of the model, and of everything a run holds, in the middle of it: another process may go on."""
+    _let_go(made)
+    if made.journal is not None:
+        made.journal.close()
+
+
+def _let_go(made: Growth) -> None:
     made.leave()
+    if made.loop.watch is not None:
+        made.loop.watch.close()
     made.run.parts.forging.close()
     made.run.parts.wrapping.close()
     made.run.finished = True
-    if made.journal is not None:
-        made.journal.take_back()
 
 
 class Observers:

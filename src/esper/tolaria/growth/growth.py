@@ -167,6 +167,7 @@ class Growth(Resumable):
         run.parts.wrapping.close()
         run.batches.clear()
         run.finished = True
+        idle = not run.plans and run.recipe != "off"
         run.tell(
             "run_finished",
             **size_and_cost(run.parts),
@@ -174,6 +175,7 @@ class Growth(Resumable):
             seconds=time.perf_counter() - run.begun,
             growth_seconds=run.cost.seconds,
             grown=[[plan.site, units_of(plan)] for plan in run.plans],
+            **({"advice": list(self.report().advice)} if idle else {}),
         )
         return self.model
 

@@ -22,6 +22,7 @@ UNREAD = (
     "a scheduler moves the learning rate, and esper.grow was not given it: events fall as under a cosine; "
     "pass it as schedulers="
 )
+NEVER = "growth.step was never called: call growth.step(batch, loss) behind optimizer.step(), at every step"
 OUTPUT = "the output layer: its width is the task's"
 
 
@@ -74,6 +75,8 @@ def report(run: RunState, early: Early | None) -> Report:
     events: list[EventRecord] = [] if early is None else early.records
     due = [] if early is None or run.finished else list(early.timetable.due)
     training, complaint = run.cost.training_flops, run.clock.complaint()
+    if run.finished and not run.cost.training_flops:
+        complaint = NEVER
     doubts = [complaint] if complaint else [] if early is None else early.doubts
     lost = replaced(parts.committer.replaced)
     advice = (

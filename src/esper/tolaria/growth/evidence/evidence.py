@@ -35,6 +35,10 @@ UNTOLD = (
     "batches, each one value: whether the loss couples their examples cannot be told, for they are too few "
     "in a batch, or no gradient or no row of it is theirs"
 )
+UNLEARNED = (
+    "in evaluation mode the loss has no gradient, so nothing can pass: the model detaches what it returns "
+    "there, or computes it under no_grad; detach behind the call of the model, where the loop evaluates"
+)
 RECENT = 20  # of the latest losses, by which a saturated host is told
 
 
@@ -100,6 +104,7 @@ class Evidence:
         self.saturation = Saturation(self.host, run.config.early.enough)
         self.independent: bool | None = None
         self.inner = False  # whether the loss takes gradients inside itself
+        self.learns = True  # whether the loss has a gradient in evaluation mode
         self.known = Known()
         self.under_way: Look | None = None  # what an event is measuring
         self.read: list[object] = []  # held-out batches that an event is about to look at
@@ -171,6 +176,9 @@ class Evidence:
         else:
             with evaluating(self.host), torch.enable_grad():
                 self.independent = followed(self.host, self.loss_of, places, few)
+        if self.independent is None:
+            with evaluating(self.host), torch.enable_grad(), untouched(self.host, 0):
+                self.learns = self.loss_of(few).requires_grad
         with evaluating(self.host):
             self.inner = differentiates(self.host, places, lambda: self.loss_of(few))
         self.saturation.learn(lambda: self.parts.loss_of(few))
@@ -305,6 +313,8 @@ class Evidence:
 
     def doubts(self) -> list[str]:
         """Say at the start what would keep anything from passing."""
+        if not self.learns:
+            return [UNLEARNED]
         if self.parts.example is not None or self.found_values >= self.smallest:
             return []
         what = {True: "examples", False: "batches, whose examples the loss couples", None: UNTOLD}

@@ -17,8 +17,14 @@ from esper.batches.heldout import first
 from esper.batches.layout import flatten, unflatten
 from esper.errors import EsperError, LossError, ProbeError, SiteError
 from esper.kasmina.race.gate import check_probe
-from esper.surgery.isolation.contexts import examining
+from esper.surgery.isolation.contexts import examining, same_generators
 from esper.surgery.isolation.surroundings import Surroundings
+from esper.tolaria.growth.opening.inner_gradients import (
+    Differentiating,
+    Graphs,
+    as_in_training,
+    asked_in_training,
+)
 
 COPIED = 8  # calls of a loss: by then it has run in training and in evaluation
 
@@ -45,20 +51,6 @@ def refuse_host(model: nn.Module) -> None:
             )
     if not any(p.requires_grad for p in model.parameters()):
         raise SiteError("the model has no trainable parameter; growth has nothing to learn with")
-
-
-class Differentiating:
-    """A loss that takes gradients inside itself, as physics-informed ones do: it has them everywhere."""
-
-    def __init__(self, loss_fn: LossFunction) -> None:
-        self.loss_fn = loss_fn
-
-    def __call__(self, model: nn.Module, batch: object) -> Tensor:
-        """Return the loss, detached where the caller wants no gradient."""
-        if torch.is_grad_enabled():
-            return self.loss_fn(model, batch)
-        with torch.enable_grad():
-            return self.loss_fn(model, batch).detach()
 
 
 class Handing:
@@ -106,21 +98,31 @@ class Handing:
 
 
 def as_needed(loss_fn: LossFunction, model: nn.Module, probe: Iterable[object]) -> LossFunction:
-    """Return the loss, so that it runs under ``no_grad`` too if it takes gradients inside itself."""
+    """Return the loss, so that it has the gradients it takes inside itself wherever it is called.
+
+    Under ``no_grad`` it would have none, and in evaluation mode a model may keep no graph behind them.
+    """
     check_probe(probe)
-    batch = next(iter(first(probe, 1)), None)
-    with examining(model):
+    fails, seen = False, Graphs()
+    with same_generators(probe), examining(model):
+        batch = next(iter(first(probe, 1)), None)
         try:
-            loss_fn(model, batch)
+            with seen:
+                loss_fn(model, batch)
         except RuntimeError:
-            try:
+            fails = True
+        except Exception:  # it does not run at all, for which there are better words
+            return loss_fn
+        if not fails and not seen.asked:
+            return loss_fn
+        seen = Graphs()
+        try:
+            with seen:
                 Differentiating(loss_fn)(model, batch)
-            except Exception:  # it does not run at all, for which there are better words
-                return loss_fn
-            return Differentiating(loss_fn)
         except Exception:  # likewise
             return loss_fn
-    return loss_fn
+    graphs = as_in_training(seen.asked, asked_in_training(model, loss_fn, batch)) if seen.asked else []
+    return Differentiating(loss_fn, graphs) if fails or graphs != seen.asked else loss_fn
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from esper.tolaria.growth.opening.entrance import (
     refuse_one_batch,
     refuse_uneven,
 )
+from esper.tolaria.growth.opening.inner_gradients import Differentiating
 
 Find = Callable[[LossFunction, object], MorphableModel]  # with a loss, on a batch
 
@@ -107,7 +108,11 @@ def look(
         noted = Noted(loss_fn)
         what = "the model, run in training and evaluation on the first probe batch to find places, raised"
         with failing(what):
-            model = find(noted, batch)
+            try:
+                model = find(noted, batch)
+            except RuntimeError as error:
+                noted, model = found_with_gradients(loss_fn, batch, find, error)
+                loss_fn = noted.loss_fn
             if not noted.asked:  # stacks alone are looked for without gradients
                 with untouched(host, seed=0, gather=True):
                     noted(host, batch)
@@ -129,6 +134,23 @@ def loss_of(host: nn.Module, loss_fn: LossFunction, batch: object) -> float:
     """Return what a batch loses, the same whenever it is asked."""
     with examining(host, 0):
         return float(loss_fn(host, batch))
+
+
+def found_with_gradients(
+    loss_fn: LossFunction, batch: object, find: Find, error: RuntimeError
+) -> tuple[Noted, MorphableModel]:
+    """Look for places with a loss that takes gradients inside itself in training only, as it may have seemed.
+
+    Raises:
+        RuntimeError: It is not that; the one given.
+    """
+    if isinstance(loss_fn, Differentiating):
+        raise error
+    noted = Noted(Differentiating(loss_fn))
+    try:
+        return noted, find(noted, batch)
+    except RuntimeError:
+        raise error from None
 
 
 def reentrant(loss: Tensor) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
@@ -20,9 +19,10 @@ def replaced(names: Sequence[str]) -> str:
     listed = ", ".join(names[:4]) + (" …" if len(names) > 4 else "")
     return (
         f"{listed} grew into new objects, because a graph or a weak reference held the old ones: optimizers "
-        "follow, but lists of parameters made before, to clip gradients say, hold the old ones. Keep losses "
-        "as loss.item(), so that no graph lives on after its step, and make such lists anew from "
-        "model.parameters()"
+        "follow, but lists of parameters made before, to clip gradients say, hold the old ones, and a "
+        "backward() through what was computed before this step fails. Keep losses as loss.item(), so that no "
+        "graph lives on after its step, make such lists anew from model.parameters(), and compute the next "
+        "loss only behind growth.step"
     )
 
 
@@ -76,8 +76,6 @@ class Mishaps:
     def warn_replaced(self) -> None:
         """Warn once where parameters became other objects: what else holds the old ones is wrong by now."""
         if lost := replaced(self.run.parts.committer.replaced):
-            if "replaced" not in self.told:
-                warnings.warn(lost, stacklevel=5)  # the user's line: step, loop.step, act, this
             self.say(lost, "replaced")
 
     def say(self, message: str, topic: str = "") -> None:
