@@ -7,6 +7,7 @@ kept until an event is judged, would nearly double that.
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import shutil
 import sys
@@ -18,7 +19,7 @@ from torch import Tensor
 
 LARGE = 2**26  # bytes from which on copies go to disk
 MUCH = 2**26  # bytes of weights from which on memory that was freed goes back to the system
-PAGE_OUT = 21  # MADV_PAGEOUT of linux/mman.h
+FORGET = 4  # MADV_DONTNEED of linux/mman.h
 SOME = 2**24  # bytes of weights that were replaced, likewise: the optimizer's state goes with them
 SPARE = 2  # times the bytes that the disk must have free
 
@@ -66,16 +67,29 @@ def mapped(tensors: Sequence[Tensor]) -> list[Tensor]:
         os.unlink(path)
 
 
+@functools.cache
+def page_advice() -> Callable[[int, int, int], int]:
+    """Find the system's call; to look it up takes longer than the call."""
+    advise = ctypes.CDLL(None).madvise
+    advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return advise
+
+
 def page_out(tensor: Tensor) -> None:
-    """Let the system take back the pages of a mapped tensor that has been read: they are on the disk."""
+    """Let go of the pages of a mapped tensor that has been read: they are on the disk.
+
+    They stay in the system's cache while it has room: to have them written off there, too, made the next
+    look at them read the disk, four times as long.
+
+    Args:
+        tensor: From ``copies``, mapped; nobody has written to it, for that would be lost.
+    """
     if sys.platform != "linux":
         return
     page = os.sysconf("SC_PAGE_SIZE")
     first = tensor.data_ptr() // page * page
     length = tensor.data_ptr() + tensor.numel() * tensor.element_size() - first
-    advise = ctypes.CDLL(None).madvise
-    advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    advise(first, length, PAGE_OUT)  # a wish: where the system does not know it, nothing happens
+    page_advice()(first, length, FORGET)
 
 
 def give_back() -> None:

@@ -75,7 +75,7 @@ def passing(
     return passing_of(*calls[-1], made[-1], serial)
 
 
-def deviation(branch: Tensor, grown: Tensor, made: Iterable[nn.Module] = ()) -> float:
+def deviation(branch: Tensor, grown: Tensor, made: Iterable[nn.Module] = (), coarse: float = 0.0) -> float:
     """Return the largest difference between the branch as it was judged and what it became.
 
     Args:
@@ -83,12 +83,13 @@ def deviation(branch: Tensor, grown: Tensor, made: Iterable[nn.Module] = ()) -> 
         grown: What is said now.
         made: Modules that both were made with: where one of them computes in coarser numbers than the result
             is written in, those round it.
+        coarse: Step of the numbers of such modules, where it is known.
 
     Raises:
         SurgeryError: It is beyond rounding.
     """
     difference = float((branch - grown).abs().max())
-    step = max(torch.finfo(grown.dtype).eps, coarsest(made))
+    step = max(torch.finfo(grown.dtype).eps, coarse, coarsest(made))
     allowed = ROUNDING * step * float(branch.abs().max())
     if not difference <= max(allowed, torch.finfo(grown.dtype).tiny):
         raise SurgeryError(
