@@ -20,6 +20,7 @@ from esper.contracts import DeepenPlan
 from esper.errors import SurgeryError
 
 ATOMIC = (bool, int, float, complex, str, bytes, type(None), type, FunctionType, ModuleType, torch.dtype)
+PLAIN = (*ATOMIC, Tensor)
 BOOKKEEPING = frozenset(vars(nn.Module()))  # what every module has of its own
 
 
@@ -150,8 +151,9 @@ def _held(model: nn.Module, inside: set[int]) -> Iterator[object]:
             continue
         yield module
         for name, value in vars(module).items():
-            plain = isinstance(value, (*ATOMIC, Tensor)) or (isinstance(value, tuple) and not value)
-            if name not in BOOKKEEPING and not plain and id(value) not in inside:
+            if name in BOOKKEEPING or isinstance(value, PLAIN) or id(value) in inside:
+                continue
+            if value or not isinstance(value, tuple):
                 yield value
 
 

@@ -10,7 +10,6 @@ is always on.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from esper.contracts import WidenEdit, WidenPlan
 from esper.errors import SurgeryError
 from esper.kasmina.proving.beside import Passage, beside
+from esper.kasmina.proving.comparing import Numbers, unlike
 from esper.kasmina.proving.drawing import drawn, stand_out
 from esper.kasmina.proving.embedded import Embedded, Key
 from esper.kasmina.proving.suspects import suspect
@@ -40,9 +40,6 @@ Kernels: TypeAlias = "dict[str, HostKernel[Widenable]]"
 Plans: TypeAlias = "dict[str, WidenPlan]"
 Laid: TypeAlias = "dict[str, dict[str, Tensor]]"  # units in the order of the host's tensors
 
-FLOOR = (
-    0.05  # of all gradients together; what is left of a smaller one may be rounding (a bias before BatchNorm)
-)
 ROUNDING = 2e-3  # relative, in float32; 1e-6 to 1e-4 were seen
 COARSE = 0.15  # in half precision
 FAILURES = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)
@@ -56,15 +53,6 @@ class Mode:
     training: bool
     call: int  # which of the passes
     fallback: int = 0  # the one that is taken where that does not run
-
-
-@dataclass
-class Numbers:
-    """What one form of the host said."""
-
-    results: list[Tensor]
-    gradients: dict[str, Tensor]  # of the host's own parameters
-    slices: dict[Key, Tensor]  # of what units consist of
 
 
 class KeptResult:
@@ -92,6 +80,7 @@ class Proof:
         last = len(calls) - 1
         self.modes = [Mode("training", True, 0), Mode("evaluation", False, last)]
         self.now = self.modes[0]  # the one that is run
+        self.drops = True  # whether dropout may be called in training, as far as is known
 
     def settle(self) -> None:
         """Let evaluation run on inputs of another size, where the host does that at all."""
@@ -149,7 +138,7 @@ class Proof:
                 site = places[passage.missing[0]].site
                 return f"{site.entry} does not lead to {site.exit} at every call"
             try:
-                where = self.widened(places, kernels, laid)
+                where = self.widened(places, kernels, plans, laid)
                 after = [self.grown(mode, where) for mode in self.modes]
             except (*FAILURES, SurgeryError) as error:
                 return f"the model does not run once it is wider ({first_line(error)})"
@@ -163,14 +152,20 @@ class Proof:
                 self.modes.remove(mode)  # two equal passes differ: nothing can be compared
         return "" if self.modes else "two passes over the same batch with the same random numbers differ"
 
-    def widened(self, places: Mapping[str, WidenPlace], kernels: Kernels, laid: Laid) -> Embedded:
+    def widened(
+        self, places: Mapping[str, WidenPlace], kernels: Kernels, plans: Plans, laid: Laid
+    ) -> Embedded:
         """Make the units part of the host's layers, consumers first; returns where they are."""
         where = Embedded({**dict(self.host.named_parameters()), **dict(self.host.named_buffers())})
         holders = Holders(self.host)
         columns: dict[Key, Tensor] = {}
+        grown: set[tuple[str, object]] = set()  # axes and numbers that are others by now
         with torch.no_grad():
             for name in list(places)[::-1]:
-                kernel, plan = kernels[name], places[name].plan(kernels[name].units)
+                kernel, plan = kernels[name], plans[name]
+                if grown & changes(plan):  # another place has widened the same axis
+                    plan = places[name].plan(kernel.units)
+                grown |= changes(plan)
                 behind = {key for key, edit in plan.keyed() if edit.source in kernel.outgoing}
                 columns |= {(name, key): laid[name][key] for key in behind}
                 slices = dict(laid[name])
@@ -224,9 +219,11 @@ class Proof:
             stack.enter_context(torch.set_grad_enabled(learns))
             stack.enter_context(slow_path())
             stack.enter_context(untouched(self.host, seed=0))
-            stack.enter_context(still(self.host, learns))
+            dropping = stack.enter_context(still(self.host, self.drops)) if learns else None
             results = self.said(self.calls[mode.call])
             back = derivatives(results, [*host.values(), *units]) if learns else []
+        if dropping is not None:
+            self.drops = dropping.met  # what it calls beside new units, it calls with them in its layers
         results = [result.detach() for result in results]
         return results, dict(zip(host, back, strict=False)), back[len(host) :]
 
@@ -276,6 +273,12 @@ class Proof:
         return all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
+def changes(plan: WidenPlan) -> set[tuple[str, object]]:
+    """List the axes and the numbers that a plan changes."""
+    changed: set[tuple[str, object]] = {(edit.name, edit.axis) for edit in plan.edits}
+    return changed | {(path, own) for path, own, _ in plan.attributes}
+
+
 def alone(plan: WidenPlan) -> list[tuple[str, WidenEdit]]:
     """List the edits whose tensor goes to one place only: its gradient is the place's."""
     sources = [edit.source for edit in plan.edits]
@@ -301,66 +304,6 @@ def weights(result: Tensor) -> Tensor:
     """Return a weight for each number of a result."""
     numbers = torch.arange(result.numel(), device=result.device, dtype=torch.float32)
     return numbers.cos().reshape(result.shape).to(result.dtype)
-
-
-def unlike(before: Numbers, after: Numbers, within: float) -> str:
-    """Compare two forms; returns what differs, "" if nothing does.
-
-    Args:
-        before: Units beside the host.
-        after: Units in its layers.
-        within: Largest relative difference that rounding may make.
-    """
-    if [r.shape for r in before.results] != [r.shape for r in after.results]:
-        return "the results have another shape"
-    if differ(before.results, after.results, within, 0.0):
-        return "the results differ"
-    names, own = list(before.gradients), list(before.gradients.values())
-    lengths = norms(own)
-    floor = FLOOR * math.hypot(*lengths)
-    if found := differ(own, [after.gradients[name] for name in names], within, floor, lengths):
-        return f"the gradients of {names[found[0]]} differ"
-    keys = [key for key, one in before.slices.items() if same_shape(one, after.slices.get(key))]
-    slices = [before.slices[key] for key in keys], [after.slices[key] for key in keys]
-    if found := differ(*slices, within, floor):
-        return f"the gradients of new units in {keys[found[0]][1]} differ"
-    return ""
-
-
-def same_shape(one: Tensor, other: Tensor | None) -> bool:
-    """Tell gradients that can be compared; a recurrent layer's rows and columns grow together."""
-    return other is not None and one.shape == other.shape
-
-
-def differ(
-    before: Sequence[Tensor],
-    after: Sequence[Tensor],
-    within: float,
-    floor: float,
-    lengths: Sequence[float] | None = None,
-) -> list[int]:
-    """List the tensors that differ by more than rounding; what is not finite at first says nothing.
-
-    Args:
-        before: Tensors as they should be.
-        after: Tensors of the same shapes.
-        within: Relative to the larger of a tensor's length
-        floor: and this.
-        lengths: Norms of the first tensors, where they are known.
-    """
-    apart = norms([one - other for one, other in zip(before, after, strict=True)])
-    sizes = norms(before) if lengths is None else lengths
-    alike = [off <= within * max(own, floor) + 1e-12 for own, off in zip(sizes, apart, strict=True)]
-    return [index for index, own in enumerate(sizes) if math.isfinite(own) and not alike[index]]
-
-
-def norms(all_: Sequence[Tensor]) -> list[float]:
-    """Return the length of each tensor, in as many reads as there are devices."""
-    parts = [torch.view_as_real(one) if one.is_complex() else one for one in all_]
-    lengths = [torch.linalg.vector_norm(one.detach(), dtype=torch.float64) for one in parts if one.numel()]
-    read = torch.stack([one.to(lengths[0].device) for one in lengths]).tolist() if lengths else []
-    rest = iter(read)
-    return [next(rest) if one.numel() else 0.0 for one in all_]
 
 
 def first_line(error: Exception) -> str:

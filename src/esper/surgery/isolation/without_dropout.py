@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from torch import nn
 from torch.overrides import TorchFunctionMode
@@ -26,7 +26,15 @@ ATTENTION = "scaled_dot_product_attention"  # (q, k, v, mask, dropout_p)
 
 
 class Still(TorchFunctionMode):
-    """Lets every dropout call drop nothing."""
+    """Lets every dropout call drop nothing.
+
+    Attributes:
+        met: Whether there was one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.met = False
 
     def __torch_function__(
         self,
@@ -39,8 +47,10 @@ class Still(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if name in SHARES:
+            self.met = True
             args, kwargs = with_zero(args, kwargs, SHARES[name], "p")
         elif name == ATTENTION:
+            self.met = True
             args, kwargs = with_zero(args, kwargs, 4, "dropout_p")
         return func(*args, **kwargs)
 
@@ -55,17 +65,20 @@ def with_zero(
 
 
 @contextmanager
-def still(model: nn.Module, enabled: bool = True) -> Iterator[None]:
-    """Let nothing be dropped, between the layers of recurrent ones either."""
-    if not enabled:
-        yield
-        return
+def still(model: nn.Module, listens: bool = True) -> Iterator[Still]:
+    """Let nothing be dropped, between the layers of recurrent ones either.
+
+    Args:
+        model: Model that is trained.
+        listens: False where its passes are known to call no dropout: to look at every call takes a while.
+    """
     recurrent = [(module, module.dropout) for module in model.modules() if isinstance(module, nn.RNNBase)]
     try:
         for module, _ in recurrent:
             module.dropout = 0.0
-        with Still():
-            yield
+        mode = Still()
+        with mode if listens else nullcontext():
+            yield mode
     finally:
         for module, share in recurrent:
             module.dropout = share

@@ -201,8 +201,9 @@ def _begin(optimizer: Optimizer, index: int, parameter: nn.Parameter) -> None:
             known[parameter] = fresh.state[parameter]
     # Fused SGD raises where some buffers of a group exist and others do not (torch 2.13). From zero the first
     # step is what it would have been, but for dampening.
-    started = any(known[p].get("momentum_buffer") is not None for p in group["params"] if p in known)
-    if group.get("fused") and started and "momentum_buffer" not in known.get(parameter, {}):
+    if not group.get("fused") or "momentum_buffer" in known.get(parameter, {}):
+        return
+    if any(known[p].get("momentum_buffer") is not None for p in group["params"] if p in known):
         known[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 

@@ -63,8 +63,9 @@ class Early(EarlyRun):
     def act(self, loss: float) -> None:
         """Judge what is due, keep batches, and hold an event."""
         run, now = self.run, self.run.steps
+        decided = True
         if self.open is not None and now >= self.open.until and not self.parts.wrapping.deferred:
-            self.judging.judge()
+            decided = self.judging.judge()
             self.timetable.wake = 0
         if run.asked is None and not self.listens(now):
             return
@@ -85,7 +86,7 @@ class Early(EarlyRun):
                 run.tell("warning", message="an event is due and waits until growth.rewrap() is called")
             self.waiting = why
         else:
-            self.event(why)
+            self.event(why, decided)
 
     def rewrap(self) -> None:
         """Do what waited until the layers may change their shapes."""
@@ -131,10 +132,15 @@ class Early(EarlyRun):
 
     # -- an event --------------------------------------------------------------------------------------------
 
-    def event(self, why: str) -> None:
-        """Look at every place, and grow those that pass."""
+    def event(self, why: str, decided: bool = True) -> None:
+        """Look at every place, and grow those that pass.
+
+        Args:
+            why: Reason that it comes now.
+            decided: False where the open event was judged in this step already, and could not be decided.
+        """
         run = self.run
-        if self.open is not None and not self.judging.judge(early=True):
+        if self.open is not None and not (decided and self.judging.judge(early=True)):
             self.timetable.put_off(self.open.until)  # nothing grows on what may be taken back
             return
         if not self.evidence.ready(why):

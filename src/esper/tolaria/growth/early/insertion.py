@@ -14,6 +14,7 @@ from esper.errors import ProcessError, SurgeryError
 from esper.kasmina.depth.stack import DepthKernel, Stack, widens
 from esper.kasmina.evidence.reopen import TEMPER, How, multiply
 from esper.kasmina.widths.fitting import fitted
+from esper.kasmina.widths.layers import coarsest
 from esper.kasmina.widths.places import WidenPlace
 from esper.surgery.isolation.contexts import same_modes, untouched
 from esper.surgery.optimizers.averages import copy_of
@@ -89,6 +90,8 @@ class Insertion:
         if failed := self.deepen_all(kernels, blocks, before):
             return {}, dict.fromkeys(units, next(iter(failed.values())))
         unfit = self.widen_what_can(kernels, widths, before, blocks)
+        self.model.meter(self.committer.run)  # once all is in
+        self.trim()
         return unfit, dict(unfit)
 
     def widen_what_can(
@@ -163,7 +166,7 @@ class Insertion:
         exits = {path: end for p in places for path, end in zip(p.site.exits, p.ends()[1:], strict=True)}
         try:
             said = outputs(self.model, entries | exits, committer.run)
-            least = fineness(said)
+            coarse = max(fineness(said), coarsest(made))
             holders, freed = Holders(self.model.host), 0
             for name in names:
                 place = self.model.places[name]
@@ -183,7 +186,7 @@ class Insertion:
                 for path in exits:
                     for old, new in zip(said[path], now[path], strict=True):  # call by call
                         if old.shape == new.shape:  # an exit that is widened itself has more to say
-                            deviation(old, new, made, least)
+                            deviation(old, new, coarse=coarse)
                 if error := broken(self.model.host, self.trials):  # a head that only some batches use, say
                     raise SurgeryError(f"{TRIAL}: {described(error)}") from error
         except ProcessError:
@@ -197,7 +200,7 @@ class Insertion:
                 failed = self.deepen_all(kernels, blocks, before)
                 return next(iter(failed.values()), "") or self.widen(kernels, units, before, blocks)
             return f"the grown model was put back: {described(error)}"
-        self.refreshed()
+        self.model.refresh(committer.run)
         return ""
 
     def deepen(
@@ -208,26 +211,17 @@ class Insertion:
         Returns:
             "" when it was carried out, otherwise why everything was put back.
         """
-        for count in range(blocks):
-            place = self.model.places[site]
-            assert isinstance(place, Stack) and isinstance(kernel, DepthKernel)
-            block = kernel.block if count == 0 else place.block(seed + count)
-            failed = self.committer.deepen(place, block, before.step, decision)
-            if failed:
-                self.restore(before)
-                return failed
-        self.refreshed()
+        place = self.model.places[site]
+        assert isinstance(place, Stack) and isinstance(kernel, DepthKernel)
+        more = [seed + number for number in range(1, blocks)]
+        if failed := self.committer.deepen(place, kernel.block, before.step, decision, more):
+            self.restore(before)
+            return failed
         return ""
 
     def tell(self, step: int, why: str) -> None:
         """Tell that an insertion went on otherwise than planned."""
         self.committer.observe(Event("fallback", step, {"what": "insertion", "why": why}))
-
-    def refreshed(self) -> None:
-        """Bring sites and costs up to date."""
-        self.model.refresh(self.committer.run)
-        self.model.meter(self.committer.run)
-        self.trim()
 
     def trim(self) -> None:
         """Give back what a look or tensors that have grown left behind, where it is much."""

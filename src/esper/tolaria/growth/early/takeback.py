@@ -113,9 +113,10 @@ class Before:
             held = dict(named(model))
             if missing := next((name for name in tensors if name not in held), ""):
                 return f"{missing} is not in the model any more"
+        names = aliases(host)  # once: to list a state takes as long as a pass where places are many
         try:
             for plan in plans[self.plans :]:
-                resize(expected, plan, aliases(host), grow=True)
+                resize(expected, plan, names, grow=True)
         except SavedModelError as error:
             return str(error)
         for name, parameter in host.named_parameters():

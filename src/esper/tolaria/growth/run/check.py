@@ -80,7 +80,7 @@ def fineness(said: Mapping[str, Sequence[Tensor]]) -> float:
     return max((torch.finfo(one.dtype).eps for each in said.values() for one in each), default=0.0)
 
 
-def deviation(branch: Tensor, grown: Tensor, made: Iterable[nn.Module] = (), least: float = 0.0) -> float:
+def deviation(branch: Tensor, grown: Tensor, made: Iterable[nn.Module] = (), coarse: float = 0.0) -> float:
     """Return the largest difference between the branch as it was judged and what it became.
 
     Args:
@@ -88,13 +88,13 @@ def deviation(branch: Tensor, grown: Tensor, made: Iterable[nn.Module] = (), lea
         grown: What is said now.
         made: Modules that both were made with: where one of them computes in coarser numbers than the result
             is written in, those round it.
-        least: Step of numbers that are known to have been computed with.
+        coarse: Step of the numbers that both are known to have been computed with.
 
     Raises:
         SurgeryError: It is beyond rounding.
     """
     difference = float((branch - grown).abs().max())
-    step = max(torch.finfo(grown.dtype).eps, coarsest(made), least)
+    step = max(torch.finfo(grown.dtype).eps, coarse, coarsest(made))
     allowed = ROUNDING * step * float(branch.abs().max())
     if not difference <= max(allowed, torch.finfo(grown.dtype).tiny):
         raise SurgeryError(

@@ -125,57 +125,91 @@ class Committer:
             self.model.meter(self.run)
         return why
 
-    def deepen(self, place: Stack, block: nn.Module, step: int, decision: int | None = None) -> str:
-        """Insert a block behind the last of its kind, in model, averages and optimizers.
+    def deepen(
+        self,
+        place: Stack,
+        block: nn.Module,
+        step: int,
+        decision: int | None = None,
+        more: Iterable[int] = (),
+    ) -> str:
+        """Insert blocks behind the last of their kind, in model, averages and optimizers; all or nothing.
 
         Args:
             place: The stack, as it is now.
             block: What ``place.block(seed)`` made, or the ``block`` of its kernel, itself: no copy is taken.
             step: Of the run.
             decision: That it follows from.
+            more: Seeds of further blocks, each a copy of the one before.
 
         Returns:
             "" when it was carried out, otherwise why everything was put back.
         """
         begun = time.perf_counter()
-        before = output(self.model, place.donor, self.run)
+        host, donor = self.model.host, place.donor
+        before = output(self.model, donor, self.run)
+        known, count = set(map(id, host.parameters())), self.model.parameter_count()
+        made: list[tuple[DeepenPlan, nn.Module, dict[str, object]]] = []
+        lines: list[str] = []
         try:
-            plan = place.deepening()
-            warmed(block, place.given, before)
-            difference = self.stack(plan, block, before, step)
+            with ExitStack() as back:
+                with self.everywhere():
+                    for seed in (None, *more):
+                        block = block if seed is None else place.block(seed)
+                        plan = place.deepening()
+                        warmed(block, place.given, before)
+                        lines += self.stack(plan, block, back)
+                        count += sum(p.numel() for p in block.parameters() if id(p) not in known)
+                        place = place.refreshed()
+                        made.append((plan, block, {"blocks": place.site.width, "parameters": count}))
+                    differences = self.deviations([block for _, block, _ in made], before)
+                back.pop_all()
         except ProcessError:
             raise
         except FAILURES as error:
             return f"the deeper model was put back: {described(error)}"
-        self.plans.append(plan)
+        self.tell_lost(lines, step)
+        self.plans += [plan for plan, *_ in made]
         self.model.refresh(self.run)
-        facts: dict[str, object] = {"decision": decision, "site": plan.site, "difference": difference}
-        facts |= {"blocks": place.site.width + 1, "parameters": self.model.parameter_count()}
-        facts |= {"index": plan.index, "milliseconds": (time.perf_counter() - begun) * 1e3}
-        self.observe(Event("deepened", step, facts))
-        why = self.model.policy.after_commit((place.donor, block))
-        if why:
-            self.observe(Event("recompiled", step, {"policy": self.model.policy.kind, "why": why}))
+        each = (time.perf_counter() - begun) * 1e3 / len(made)
+        for (plan, block, facts), difference in zip(made, differences, strict=True):
+            told = {"decision": decision, "site": plan.site, "difference": difference, "index": plan.index}
+            self.observe(Event("deepened", step, {**told, **facts, "milliseconds": each}))
+            why = self.model.policy.after_commit((donor, block))
+            if why:
+                self.observe(Event("recompiled", step, {"policy": self.model.policy.kind, "why": why}))
+            donor = block
         return ""
 
-    def stack(self, plan: DeepenPlan, block: nn.Module, before: Tensor | None, step: int) -> float:
-        """Insert a block in host and averages and let the optimizers adopt it; all or nothing."""
-        host, difference = self.model.host, 0.0
+    def deviations(self, blocks: Sequence[nn.Module], before: Tensor) -> list[float]:
+        """Return by how much what each new block says differs from what the one before it says.
+
+        Raises:
+            SurgeryError: By more than rounding.
+        """
+        said = outputs(self.model, {str(index): block for index, block in enumerate(blocks)}, self.run)
+        now = [said[str(index)][-1] for index in range(len(blocks))]
+        pairs = zip([before, *now[:-1]], now, blocks, strict=True)
+        return [deviation(old, new, (block,)) for old, new, block in pairs]
+
+    def stack(self, plan: DeepenPlan, block: nn.Module, back: ExitStack) -> Sequence[str]:
+        """Insert a block and let the optimizers adopt it; returns what these could not keep.
+
+        Args:
+            plan: Plan that says where.
+            block: Block that comes.
+            back: Stack that takes what undoes it.
+        """
+        host = self.model.host
         donor = host.get_submodule(plan.donor)
-        with ExitStack() as back:
-            with self.everywhere():
-                back.callback(insert(host, plan, block).undo)
-                if before is not None:
-                    difference = deviation(before, output(self.model, block, self.run), (block,))
-                for average in self.averages:
-                    twin = copy_of(average, {plan.donor})
-                    back.callback(insert(twin, plan, twin_of(twin, plan, block)).undo)
-                like = dict(donor.named_parameters())
-                prefix = f"{plan.container}.{plan.name}.".lstrip(".")
-                back.callback(adopted := adopt(self.optimizers, (donor,), block, None, prefix, like))
-            back.pop_all()
-        self.tell_lost(adopted.lines, step)
-        return difference
+        back.callback(insert(host, plan, block).undo)
+        for average in self.averages:
+            twin = copy_of(average, {plan.donor})
+            back.callback(insert(twin, plan, twin_of(twin, plan, block)).undo)
+        like = dict(donor.named_parameters())
+        prefix = f"{plan.container}.{plan.name}.".lstrip(".")
+        back.callback(adopted := adopt(self.optimizers, (donor,), block, None, prefix, like))
+        return adopted.lines
 
     @contextmanager
     def everywhere(self) -> Iterator[None]:
@@ -285,7 +319,8 @@ class Committer:
             branch: What the exit said with the kernel beside it; None where there was none.
             step: Of the run.
             beside: That kernel.
-            holders: Of the host, where many places are widened in a row.
+            holders: Of the host, where many places are widened in a row; who has them has asked what the
+                optimizers keep outside.
 
         Returns:
             The largest difference from the branch, 0 where there is none to compare with.
@@ -293,8 +328,8 @@ class Committer:
         difference = 0.0
         with ExitStack() as back:
             with self.everywhere():
-                if outside := kept_outside(self.optimizers):  # containers of their own fill as they step
-                    raise SurgeryError(outside)
+                if holders is None and (outside := kept_outside(self.optimizers)):
+                    raise SurgeryError(outside)  # containers of their own fill as they step
                 widened = widen(self.model.host, plan, slices, holders)
                 back.callback(widened.undo)
                 if branch is not None:
@@ -327,7 +362,11 @@ class Committer:
         if isinstance(plan, WidenPlan):
             self.carry_out(plan, empty_slices(self.model.host, plan), {}, None, 0)
         elif isinstance(plan, DeepenPlan):
-            self.stack(plan, duplicate(self.model.host, plan.donor), None, 0)
+            with ExitStack() as back:
+                with self.everywhere():
+                    lines = self.stack(plan, duplicate(self.model.host, plan.donor), back)
+                back.pop_all()
+            self.tell_lost(lines, 0)
         else:
             like = next(self.model.host.parameters())
             self.attach(plan, GraphKernel(program_of(plan), like), None, None)
