@@ -13,7 +13,7 @@ test: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(ARGS)
 # The rooms that reach into torch, on the oldest torch that pyproject.toml claims. pip pulls in its CUDA libraries.
 oldest: .venv-oldest/.dev
-	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest -n 2 -m "not slow and not exhaustive" tests/tolaria/surgery tests/tolaria/distributed \
+	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest -n 2 -m "not slow and not exhaustive" tests/surgery tests/distributed \
 	  tests/tolaria/test_compiled_growth.py tests/kasmina/test_compiling.py tests/kasmina/test_seam.py tests/kasmina/test_flops.py \
 	  tests/kasmina/test_fused_heads.py tests/test_private_torch.py
 lint: .venv/.dev

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from esper.tolaria.governor import Detectors, Reading, VitalsReader
+from esper.nissa.detectors.robust import Detectors
+from esper.tolaria.governor import Reading, VitalsReader
 
 COST_STEPS, COST_ROUNDS = 12, 5
 

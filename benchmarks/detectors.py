@@ -28,7 +28,8 @@ from benchmarks.detector_runs import (
 )
 from benchmarks.promises import Promise
 from benchmarks.workers import workers
-from esper.tolaria.governor import Detectors, Finding, GovernorHooks, Reading, VitalsReader
+from esper.nissa.detectors.robust import Detectors
+from esper.tolaria.governor import Finding, GovernorHooks, Reading, VitalsReader
 
 NAME = "detectors"
 STEPS, AFTER = 1500, 12  # of a healthy run; of a spoilt one behind its fault
@@ -183,7 +184,7 @@ def grow(
         )
     watch = growth.run.orchestrator.guard = GovernorHooks(growth.run)
     watch.watcher.close()  # the bench reads by itself
-    watch.governor.detectors = detectors
+    watch.governor.detector = detectors
     return growth
 
 

@@ -29,13 +29,13 @@ COUNT = 25  # mutants a file
 QUICK = 2
 KILLED = 0.92  # of those that are not equivalent
 LIMIT = 600.0, 3600.0  # seconds of the unchanged tests, on a CPU and of a clock
-SURGERY, CHECKPOINT, TAMIYO = "tests/tolaria/surgery", "tests/tolaria/checkpoint", "tests/tamiyo"
+SURGERY, CHECKPOINT, TAMIYO = "tests/surgery", "tests/checkpoint", "tests/tamiyo"
 FILES: dict[
     str, tuple[str, ...]
 ] = {  # what guards data and evidence; the tests that hold it, quick ones first
     "src/esper/surgery/widen_layers.py": (
-        "tests/kasmina/test_widened_tensors.py",
-        "tests/kasmina/test_materialise.py",
+        "tests/surgery/test_widened_tensors.py",
+        "tests/surgery/test_materialise.py",
     ),
     "src/esper/batches/examples.py": ("tests/batches/test_examples.py", "tests/kasmina/test_evidence.py"),
     "src/esper/kasmina/evidence/significance.py": ("tests/kasmina/test_significance.py",),
@@ -80,7 +80,7 @@ FILES: dict[
         f"{CHECKPOINT}/test_{name}.py" for name in ("format", "encoding", "checking", "checkpoints")
     ),
     "src/esper/storage/folder.py": (
-        f"{CHECKPOINT}/test_folder.py",
+        "tests/storage/test_folder.py",
         f"{CHECKPOINT}/test_format.py",
     ),
     "src/esper/checkpoint/format/checking.py": (

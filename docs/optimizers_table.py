@@ -1,6 +1,6 @@
 """Write the page on optimizers and schedulers: every class torch has, and its rule, from the code.
 
-docs/generate.py writes it; tests/tolaria/surgery/test_matrix.py is what the tables rest on.
+docs/generate.py writes it; tests/surgery/test_matrix.py is what the tables rest on.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from esper.surgery.optimizers.kinds import KINDS, Kind, everything, matrices
 PAGE = """# Optimizers and schedulers
 
 Growth changes what an optimizer trains while it trains it. These are the rules; every cell of both
-tables, each optimizer with each scheduler, is run by `tests/tolaria/surgery/test_matrix.py`, which asks
+tables, each optimizer with each scheduler, is run by `tests/surgery/test_matrix.py`, which asks
 torch for its classes, so that a new one cannot slip past.
 
 - **What is there stays.** State of old units is the same bits, `step` is kept, parameters keep their

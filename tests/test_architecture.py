@@ -1,6 +1,7 @@
-"""What linters cannot hold: where imports stand, file sizes, names, what is raised, what --help costs."""
+"""What linters cannot hold: where imports and tests stand, sizes, names, errors, what --help costs."""
 
 import ast
+import graphlib
 import os
 import re
 import statistics
@@ -43,12 +44,15 @@ FOREIGN_ERRORS = {
 }
 
 # Rooms in which ``Any`` is counted, and how many a thousand lines may hold; "": the files beside the rooms.
-COUNTED = "batches blueprints cli integrations kasmina nissa saving tamiyo testing tezzeret urza".split()
+COUNTED = (
+    "batches blueprints cli integrations kasmina nissa saving surgery tamiyo testing tezzeret urza".split()
+)
 ANY_LIMITS = dict.fromkeys(("", *COUNTED, "tolaria/growth"), 5.0)
 ANY_APART = {
     "cli/application.py": "overrides typer's own copy of click, whose types are private",
     "integrations/ray/forge.py": "Ray has no types, and what travels are plain values",
     "saving/rebuild_template.py": "reads a save with torch alone: a codec",
+    "surgery/isolation/draws.py": "torch dispatches calls to it, whose arguments have no types",
     "tezzeret/container.py": "reads a manifest: a codec",
     "yaml_text.py": "overrides PyYAML's composer, whose types are wrong: a codec",
 }
@@ -155,6 +159,7 @@ OTHER_SIZES = {
     "tolaria": "the trainer, over growth/ and governor/",
     "tolaria/growth/incubation": "the second recipe; most of what it does is in kasmina/race",
     "urza": "the store of kernels; the repository is to come",
+    "nissa/detectors": "a registry: one file each",
     "urza/blobs": "a registry: one file each",
 }
 
@@ -166,6 +171,37 @@ def test_folders_hold_what_a_reader_can_keep_in_mind() -> None:
         files[folder] = files.get(folder, 0) + (source.path.name != "__init__.py")
     odd = {folder for folder, count in files.items() if not 4 <= count <= 15}
     assert odd == OTHER_SIZES.keys()
+
+
+# Folders of tests that are no room's, and what they hold.
+APART = {
+    "attacks": "what a hostile or careless user does, across the rooms",
+    "benchmarks": "the benches beside the package",
+    "cases": "faults that were found, by their kind, each seen through the public names",
+    "examples": "the programs of examples/",
+    "integration": "whole paths through several rooms",
+}
+
+
+def test_tests_lie_where_what_they_test_lies() -> None:
+    tests = SRC.parent.parent / "tests"
+    folders = {path.parent.relative_to(tests).as_posix() for path in tests.rglob("test_*.py")} - {"."}
+    assert {folder for folder in folders if not (SRC / folder).is_dir()} == APART.keys()
+
+
+def test_no_files_import_each_other_round_a_circle() -> None:
+    """Packages may, as tezzeret and its pipelines; files never do, but for types."""
+
+    def dotted(source: Source) -> str:
+        return source.name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+    known, asked = set(map(dotted, SOURCES)), dict[str, set[str]]()
+    for source in SOURCES:
+        tops = [node for node in ast.parse("\n".join(source.lines)).body if isinstance(node, ast.ImportFrom)]
+        names = [name.removeprefix("esper.") for node in tops for name in imports(node)]
+        asked[dotted(source)] = {n if n in known else n.rpartition(".")[0] for n in names} & known
+    order = list(graphlib.TopologicalSorter(asked).static_order())  # a circle raises, and is named
+    assert len(order) == len(known) > 100
 
 
 def test_no_import_hides_in_a_function() -> None:

@@ -12,20 +12,24 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 import benchmarks
+import esper
 from esper.blueprints import CATALOGUE
 from esper.blueprints.kernel import initial_weights
 from esper.blueprints.representative import representative
 from esper.blueprints.sizes import example_shapes
 from esper.cli.bench import benches
 from esper.config import load_config
+from esper.nissa.detectors import DETECTORS
 from esper.registry import Registry
 from esper.storage.address import storage_at
 from esper.tamiyo.controller import BANDITS, Tamiyo
 from esper.testing.bandits import check_bandit
 from esper.testing.blueprint import check
+from esper.testing.detectors import check_detector
 from esper.testing.storages import check_storage
 from esper.tezzeret.pipelines import PIPELINES
 from esper.tezzeret.verify import example_input, verify
@@ -74,6 +78,7 @@ def test_each_guide_is_one_new_file_of_at_most_forty_lines() -> None:
         "benchmarks",
         "src/esper/blueprints/catalogue",
         "src/esper/chaos/faults",
+        "src/esper/nissa/detectors",
         "src/esper/tamiyo/bandits",
         "src/esper/tezzeret/pipelines",
         "src/esper/urza/blobs",
@@ -103,6 +108,24 @@ def test_a_pipeline(install: Install) -> None:
     x = example_input(program.signature, example_shapes(program.signature)[0][0])
     made = verify(program, initial_weights(program, 0), chosen.compile(program, x), x, trains=chosen.trains)
     assert made.output_error <= made.tolerance
+
+
+def test_a_detector(install: Install) -> None:
+    name = install("src/esper/nissa/detectors", "esper.detectors")
+    chosen = found(DETECTORS, name)
+    assert [told for told in check_detector(chosen) if not told[1]] == []  # type: ignore[arg-type]
+    net = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Linear(6, 2))
+    probe = [(torch.randn(32, 4), torch.randn(32, 2))]
+    growth = esper.grow(
+        net,
+        torch.optim.SGD(net.parameters(), lr=0.1),
+        lambda model, batch: torch.nn.functional.mse_loss(model(batch[0]), batch[1]),
+        probe=probe,
+        steps=100,
+        growth="incubate",
+        config={"governor": {"enabled": True, "detector": name}},
+    )
+    assert growth.run.orchestrator.guard.governor.detector.__class__ is chosen  # type: ignore[attr-defined]
 
 
 def test_a_blob_store(install: Install, tmp_path: Path) -> None:

@@ -280,6 +280,7 @@ class Governor(Section):
     calm: int = Field(64, ge=1, description="steps without an alarm until held growth goes on")
     every: int = Field(100, ge=1, description="steps from one snapshot to the next")
     grace: int = Field(24, ge=1, description="steps an expected discontinuity may show")
+    detector: str = Field("robust", description="what looks at loss, gradient norm, weights and rate")
 
 
 class Distributed(Section):

@@ -12,8 +12,8 @@ from torch import nn
 
 from esper.checkpoint import Batches, CheckpointManager, MemoryStorage, Run
 from esper.errors import EsperError
+from tests.checkpoint.test_checkpoints import Plain
 from tests.cli.test_going_on import CHANGES, kept, started, stopped, write
-from tests.tolaria.checkpoint.test_checkpoints import Plain
 
 __all__ = ["stopped"]  # a fixture
 

@@ -87,13 +87,26 @@ def run(
         on_event=events.append,
         **{"budget": {"growth_factor": 8.0}, "config": {"early": {"false_keep": 0.4}}, **given},
     )
+    train(growth, net, optimizer, made, steps, loss, each)
+    growth.finish()
+    return Ran(growth, events)
+
+
+def train(
+    growth: esper.Growth,
+    net: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    draw: Callable[..., Any],
+    steps: int,
+    loss: Callable[[nn.Module, Any], Tensor] = cross_entropy,
+    each: Callable[[int, esper.Growth], None] = lambda i, growth: None,
+) -> None:
+    """Go on for so many steps, as any loop does."""
     for i in range(steps):
-        batch = made()
+        batch = draw()
         value = loss(net, batch)
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
         growth.step(batch, value)
         each(i, growth)
-    growth.finish()
-    return Ran(growth, events)

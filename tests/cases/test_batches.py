@@ -20,7 +20,7 @@ import esper
 from esper.batches.examples import count_examples, split_batch, take
 from esper.batches.known import rows_of
 from esper.errors import EsperError, ProbeError
-from tests.cases.loops import Task, cross_entropy, narrow, run
+from tests.cases.loops import Task, cross_entropy, narrow, run, train
 
 
 @dataclasses.dataclass
@@ -160,13 +160,7 @@ def test_random_streams_and_shared_generators_stay_where_they_are() -> None:
     ours, cpu, python = shared.get_state(), torch.get_rng_state(), random.getstate()
     numpy = np.random.get_state()[1].tolist()
     growth = esper.grow(net, optimizer, cross_entropy, probe=probe, steps=60)
-    for _ in range(60):
-        batch = draw()
-        loss = cross_entropy(net, batch)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        growth.step(batch, loss)
+    train(growth, net, optimizer, draw, 60)
     growth.finish()
     assert growth.plans
     assert torch.equal(ours, shared.get_state())

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import esper
 from esper.batches.examples import copied
-from tests.cases.loops import Task, cross_entropy, narrow, run
+from tests.cases.loops import Task, cross_entropy, narrow, run, train
 
 
 class Refilled:
@@ -49,13 +49,7 @@ def test_races_see_what_was_trained_on_too() -> None:
     draw, net = Refilled(False), narrow()
     optimizer = torch.optim.Adam(net.parameters(), 0.01)
     growth = esper.grow(net, optimizer, cross_entropy, probe=[draw(256)], steps=60, growth="incubate")
-    for _ in range(5):
-        batch = draw()
-        loss = cross_entropy(net, batch)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        growth.step(batch, loss)
+    train(growth, net, optimizer, draw, 5)
     kept = [batch[0] for batch in growth.run.batches]
     assert len(kept) > 1
     assert not any(torch.equal(one, other) for i, one in enumerate(kept) for other in kept[:i])

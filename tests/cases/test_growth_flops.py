@@ -12,7 +12,7 @@ from torch import nn
 import esper
 from esper.tolaria.growth.evidence.evidence import Evidence
 from esper.tolaria.growth.run.allowance import DEAR
-from tests.cases.loops import Batch, Task, cross_entropy, narrow
+from tests.cases.loops import Batch, Task, cross_entropy, narrow, train
 from tests.cases.test_incubation_contained import Normed
 
 
@@ -30,13 +30,7 @@ def spent(net: nn.Module, most: float | None, steps: int = 80, **given: Any) -> 
         config={"early": {"false_keep": 0.4}},
         **given,
     )
-    for _ in range(steps):
-        batch = draw()
-        loss = cross_entropy(net, batch)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        growth.step(batch, loss)
+    train(growth, net, optimizer, draw, steps)
     growth.finish()
     return growth
 
@@ -103,12 +97,6 @@ def test_a_look_costs_no_more_than_was_said(pictures: bool, monkeypatch: pytest.
     draw = (lambda n=48: images(task(n))) if pictures else task
     optimizer = torch.optim.Adam(net.parameters(), 0.01)
     growth = esper.grow(net, optimizer, cross_entropy, probe=[draw(256)], steps=60)
-    for _ in range(60):
-        batch = draw()
-        loss = cross_entropy(net, batch)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        growth.step(batch, loss)
+    train(growth, net, optimizer, draw, 60)
     assert pairs
     assert all(actual <= price <= 3 * actual for price, actual in pairs)

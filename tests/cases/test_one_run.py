@@ -12,7 +12,7 @@ from torch import nn
 
 import esper
 from esper.errors import SiteError
-from tests.cases.loops import Task, cross_entropy, narrow
+from tests.cases.loops import Task, cross_entropy, narrow, train
 from tests.cases.test_incubation_contained import Normed
 
 
@@ -24,18 +24,6 @@ def begun(net: nn.Module, optimizer: torch.optim.Optimizer, **given: Any) -> esp
 def hooks_of(optimizer: torch.optim.Optimizer) -> int:
     """Count what is hooked to an optimizer's steps."""
     return len(optimizer._optimizer_step_pre_hooks) + len(optimizer._optimizer_step_post_hooks)
-
-
-def trained(net: nn.Module, optimizer: torch.optim.Optimizer, growth: esper.Growth, steps: int) -> None:
-    """Train a while."""
-    draw = Task()
-    for _ in range(steps):
-        batch = draw()
-        loss = cross_entropy(net, batch)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        growth.step(batch, loss)
 
 
 def test_a_second_run_of_a_model_is_refused_until_the_first_is_finished() -> None:
@@ -73,7 +61,7 @@ def test_a_run_that_is_dropped_leaves_nothing_and_blocks_nothing(growth: Any, co
     net = narrow() if growth == "early" else Normed()
     optimizer = torch.optim.Adam(net.parameters(), 0.01)
     run = begun(net, optimizer, growth=growth, config=config)
-    trained(net, optimizer, run, 8)
+    train(run, net, optimizer, Task(), 8)
     if growth == "incubate":
         assert run.run.orchestrator.oldest is not None, "a seed is awake"
     held = weakref.ref(run)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import esper
 from esper.contracts import Event
-from tests.cases.loops import Task, narrow
+from tests.cases.loops import Task, narrow, train
 from tests.cases.test_contained import Failing
 from tests.cases.test_incubation_contained import Normed
 
@@ -138,13 +138,7 @@ def test_a_loss_without_a_batching_rule_is_told_with_its_price() -> None:
     growth = esper.grow(
         net, optimizer, reads, probe=[draw(64)], steps=STEPS, growth="incubate", on_event=events.append
     )
-    for _ in range(STEPS):
-        batch = draw()
-        value = reads(net, batch)
-        optimizer.zero_grad()
-        value.backward()
-        optimizer.step()
-        growth.step(batch, value)
+    train(growth, net, optimizer, draw, STEPS, reads)
     growth.finish()
     told = {str(one.data["what"]): str(one.data["why"]) for one in events if one.kind == "fallback"}
     assert ".item()" in told["race"]

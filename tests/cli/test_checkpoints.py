@@ -17,10 +17,10 @@ from esper.checkpoint.format.manifest import canonical, digest
 from esper.checkpoint.format.reader import read
 from esper.cli import app
 from esper.saving.save import load_into
-from tests.tolaria.checkpoint.killable import host
+from tests.checkpoint.killable import host
 
 ONE, TWO = "step-00000042", "step-00000063"
-GOLDEN = Path(__file__).parents[1] / "tolaria" / "checkpoint" / "golden"
+GOLDEN = Path(__file__).parents[1] / "checkpoint" / "golden"
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ from typer.testing import CliRunner
 from esper.checkpoint import FolderStorage, storage_at
 from esper.cli import app
 from esper.saving.save import load_into
-from tests.tolaria.checkpoint.killable import host
+from tests.checkpoint.killable import host
 from tests.urza.blobs.serving import ACCOUNT, BUCKET, s3_server
 
-GOLDEN = Path(__file__).parents[1] / "tolaria" / "checkpoint" / "golden"
+GOLDEN = Path(__file__).parents[1] / "checkpoint" / "golden"
 
 
 def run(*arguments: object) -> str:

@@ -20,7 +20,6 @@ from esper.checkpoint import CheckpointManager, FolderStorage, Run
 from esper.checkpoint.exporting import export_model
 from esper.checkpoint.format.reader import newest
 from esper.contracts import DeepenPlan, Event
-from esper.errors import SurgeryError
 from esper.kasmina.depth.stack import Stack
 from esper.kasmina.depth.stacks import find_stacks
 from esper.kasmina.morphable import MorphableModel
@@ -370,26 +369,3 @@ def test_a_compiled_host_is_compiled_again(wrapped: bool) -> None:
         loss_fn(model.train(), given).backward()
         optimizer.step()
     assert all(p.grad is not None and p.grad.any() for p in net.get_submodule("blocks.2").parameters())
-
-
-@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
-def test_the_newest_block_can_be_taken_out_again(optimizer: Any) -> None:
-    deep = Deep("encoder", optimizer, averaged=True)
-    committer, names = deep.growth.run.parts.committer, list(deep.plain.state_dict())
-    deep.step()
-    deep.step()
-    block = deep.block
-    plan = committer.withdraw(7)
-    assert plan.name == NEW[deep.kind].rpartition(".")[2]
-    assert committer.plans == []
-    assert list(deep.net.state_dict()) == names
-    assert all(list(average.module.state_dict()) == names for average in deep.ema)
-    owned = {id(p) for group in deep.optimizer.param_groups for p in group["params"]}
-    assert owned == {id(p) for p in deep.net.parameters()}
-    assert not any(p in deep.optimizer.state for p in block.parameters())
-    assert deep.net.get_submodule("encoder").num_layers == 2
-    deep.step()
-    with pytest.raises(SurgeryError, match="grew last"):
-        committer.withdraw(8)
-    again = deep.stack.refreshed()
-    assert committer.deepen(again, again.block(3), 9) == ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import esper
 from esper.errors import FinishedError, LossError, SiteError
+from tests.cases.loops import train
 
 STEPS, CLASSES = 400, 10
 
@@ -156,13 +158,7 @@ def quiet_run(steps: int, **options: Any) -> tuple[Net, list[Any]]:
     growth = esper.grow(
         net, optimizer, loss_fn, probe=[clusters(128)], steps=STEPS, on_event=events.append, **options
     )
-    for _ in range(steps):
-        batch = clusters(32)
-        loss = loss_fn(net, batch)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        growth.step(batch, loss)
+    train(growth, net, optimizer, partial(clusters, 32), steps, loss_fn)
     growth.finish()
     return net, [
         (e.kind, e.step, e.data) for e in events if e.kind not in {"progress", "run_finished", "widened"}
@@ -210,21 +206,15 @@ def test_a_paused_run_decides_nothing_and_an_asked_for_site_is_raced_next() -> N
         on_event=events.append,
     )
 
-    def train(steps: int) -> list[Any]:
-        for _ in range(steps):
-            batch = clusters(32)
-            loss = loss_fn(net, batch)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            growth.step(batch, loss)
+    def decided(steps: int) -> list[Any]:
+        train(growth, net, optimizer, partial(clusters, 32), steps, loss_fn)
         return [e.data for e in events if e.kind == "decision"]
 
     growth.pause()
-    assert train(60) == []
+    assert decided(60) == []
     growth.resume()
     growth.grow_now("fc2>fc3")
-    (decision,) = train(2)
+    (decision,) = decided(2)
     assert (decision["site"], decision["reason"].split(";")[0]) == ("fc2>fc3", "asked for")
     with pytest.raises(SiteError, match="no site 'fc2>fc4'; did you mean 'fc2>fc3'"):
         growth.grow_now("fc2>fc4")

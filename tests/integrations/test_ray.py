@@ -16,18 +16,22 @@ from tests.tezzeret.test_forge import alive, until
 SECONDS = 120
 
 
-def test_without_ray_the_error_is_its_pip_line() -> None:
-    code = """
+@pytest.mark.parametrize(
+    ("module", "said"), [("forge", ""), ("train", "training on a Ray cluster needs ray[train]; ")]
+)
+def test_without_ray_the_error_is_its_pip_line(module: str, said: str) -> None:
+    code = f"""
 import sys
 sys.modules["ray"] = None
 from esper.errors import MissingExtraError
 try:
-    import esper.integrations.ray.forge
+    import esper.integrations.ray.{module}
 except MissingExtraError as error:
     print(error)
 """
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert ran.stdout.strip().endswith("pip install 'esper-morph[ray]'")
+    assert ran.stdout.startswith(said)
+    assert ran.stdout.endswith("install it with: pip install 'esper-morph[ray]'\n")
 
 
 @pytest.mark.slow

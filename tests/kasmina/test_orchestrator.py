@@ -310,6 +310,13 @@ def test_a_run_resumed_in_the_middle_of_any_stage_ends_bit_for_bit_the_same(shad
         assert resumed.stage() == stage
         for mine, theirs in zip(resumed.finish().result(), expected, strict=True):
             assert same(mine, theirs), f"resumed in {stage} at step {step}"
+    if "GRAFTING" in {stage for stage, _ in saved}:  # once states knew α, and not its way
+        kept, _ = next(kept for (stage, _), kept in saved.items() if stage == "GRAFTING")
+        state = torch.load(io.BytesIO(kept), weights_only=True)
+        state["growth"]["layout"]["slope"].zero_()
+        torch.save(state, older := io.BytesIO())
+        for mine, theirs in zip(Run().load(older.getvalue()).finish().result(), expected, strict=True):
+            assert same(mine, theirs), "resumed from a state without slopes"
 
 
 def test_a_state_of_another_model_or_version_is_refused() -> None:

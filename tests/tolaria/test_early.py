@@ -497,16 +497,8 @@ def test_a_run_on_its_stream_goes_on_bit_for_bit_while_evidence_is_gathered() ->
             states[whole_run.now] = state_of(whole_run)
     whole_run.growth.finish()
     assert len(states) > 5
-    for cut, (growth, net, optimizer, scheduler) in list(states.items())[::3]:
-        run = streamed()
-        assert run.scheduler is not None
-        run.growth.load_state_dict(growth)
-        run.net.load_state_dict(net)
-        run.optimizer.load_state_dict(optimizer)
-        run.scheduler.load_state_dict(scheduler)
-        run.now = cut
-        run.to(STEPS)
-        run.growth.finish()
+    for cut, state in list(states.items())[::3]:
+        run = gone_on(streamed(), state, cut)
         for own, other in zip(run.net.parameters(), whole_run.net.parameters(), strict=True):
             assert torch.equal(own, other), cut
 
@@ -518,6 +510,17 @@ def state_of(run: Run) -> list[Any]:
     assert run.scheduler is not None
     parts = run.growth, run.net, run.optimizer, run.scheduler
     return copy.deepcopy([part.state_dict() for part in parts])
+
+
+def gone_on(run: Run, state: list[Any], cut: int) -> Run:
+    """Let a new run take over what another had at a step, and train to the end."""
+    assert run.scheduler is not None
+    for part, own in zip((run.growth, run.net, run.optimizer, run.scheduler), state, strict=True):
+        part.load_state_dict(own)
+    run.now = cut
+    run.to(STEPS)
+    run.growth.finish()
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -540,16 +543,7 @@ def test_a_run_that_was_cut_anywhere_goes_on_bit_for_bit(whole: Any, cut: int, t
     reference, states, opened = whole
     assert opened, "no state was taken while an event was open"
     torch.save(states[cut], tmp_path / "state.pt")
-    growth, net, optimizer, scheduler = torch.load(tmp_path / "state.pt", weights_only=True)
-    run = Run()
-    assert run.scheduler is not None
-    run.growth.load_state_dict(growth)
-    run.net.load_state_dict(net)
-    run.optimizer.load_state_dict(optimizer)
-    run.scheduler.load_state_dict(scheduler)
-    run.now = cut
-    run.to(STEPS)
-    run.growth.finish()
+    run = gone_on(Run(), torch.load(tmp_path / "state.pt", weights_only=True), cut)
     assert reference.keys() == run.net.state_dict().keys()
     for name, tensor in run.net.state_dict().items():
         assert torch.equal(reference[name], tensor), name

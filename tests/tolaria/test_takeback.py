@@ -284,25 +284,18 @@ def test_a_new_loss_can_be_computed_at_once_and_the_old_one_is_a_number() -> Non
     assert all(p.grad is not None and p.grad.shape == p.shape for p in run.net.parameters())
 
 
-def test_an_event_whose_output_layer_was_multiplied_is_taken_back_whole() -> None:
-    run = Run("widths", "Adam", config={"early": {"enough": 0.0, "reopen": "output"}})
+@pytest.mark.parametrize(
+    ("host", "optimizer", "way"),
+    [("widths", "Adam", "output"), ("BatchNorm", "AdamW", "shrink")],
+    ids=["a multiplied output layer", "shrunk weights and cleared moments"],
+)
+def test_what_was_reopened_comes_back_too(host: str, optimizer: str, way: str) -> None:
+    run = Run(host, optimizer, config={"early": {"enough": 0.0, "reopen": way}})
     before = until_grown(run)
     early = run.growth.loop.early
     assert early is not None
     assert early.open is not None
-    assert early.open.record.reopened == "output"
-    early.insertion.restore(early.open.before)
-    after = run.facts()
-    assert [name for name in before if not same(before[name], after[name])] == []
-
-
-def test_shrunk_weights_and_cleared_moments_come_back_too() -> None:
-    run = Run("BatchNorm", "AdamW", config={"early": {"enough": 0.0, "reopen": "shrink"}})
-    before = until_grown(run)
-    early = run.growth.loop.early
-    assert early is not None
-    assert early.open is not None
-    assert early.open.record.reopened == "shrink"
+    assert early.open.record.reopened == way
     early.insertion.restore(early.open.before)
     after = run.facts()
     assert [name for name in before if not same(before[name], after[name])] == []

@@ -237,10 +237,8 @@ def train_fixed(task: Task, widths: Widths, data: Digits, folder: Path, seed: in
                 loss.backward()
                 optimizer.step()
                 losses.append(loss.item())
-                step, spent = (
-                    step + 1,
-                    spent + 3 * flops * len(batch[1]),
-                )  # backward costs twice the forward pass
+                step += 1
+                spent += 3 * flops * len(batch[1])  # backward costs twice the forward pass
                 if step % PROGRESS_EVERY == 0:
                     tell("progress", loss=sum(losses) / len(losses), **progress())
                     losses.clear()

@@ -90,9 +90,8 @@ class Tamiyo:
         self.decisions += 1
         left = max(1, min(room.events, 1 + len(self.trigger.due)))
         asked = [site for site in sites if only in (None, site.name)]
-        spend = room.size * (
-            (1 + max(room.parameters, 0) / room.size) ** (1 / left) - 1
-        )  # the same factor every time
+        factor = (1 + max(room.parameters, 0) / room.size) ** (1 / left)  # the same every time
+        spend = room.size * (factor - 1)
         units = {s.name: (spend - s.base_parameters) / s.unit_parameters for s in asked}
         most = {s.name: self.most(s, room) for s in asked}
         costs = {s.name: s.unit_parameters / max(room.parameters, 1) for s in asked}
@@ -105,12 +104,8 @@ class Tamiyo:
         )
         arms = self.selector.arms(asked, reports, costs, units, most, moment) if room.events > 0 else []
         if not arms:
-            reason = "no site promises an improvement"
-            if room.events <= 0 or (asked and all(v < 1 for v in most.values())):
-                reason = "the budget is spent"
-            elif not asked:
-                reason = "no site is free"
-            return Decision(self.decisions, step, "nothing", None, 0, None, f"{why}; {reason}", 1.0, None)
+            reason = f"{why}; {why_none(room, most)}"
+            return Decision(self.decisions, step, "nothing", None, 0, None, reason, 1.0, None)
         arm, propensity = self.selector.choose(arms, rng)
         self.pending[self.decisions] = arm
         listed = tuple(facts(arm) for arm in arms)
@@ -225,3 +220,15 @@ def facts(arm: Arm) -> ArmFacts:
         prior=arm.prior,
         features=arm.features,
     )
+
+
+def why_none(room: RemainingBudget, most: Mapping[str, int]) -> str:
+    """Say why nothing is chosen.
+
+    Args:
+        room: Rest of the budget.
+        most: Units that it pays for, by site that was asked.
+    """
+    if room.events <= 0 or (most and all(units < 1 for units in most.values())):
+        return "the budget is spent"
+    return "no site promises an improvement" if most else "no site is free"

@@ -65,11 +65,7 @@ def open_session(
     Raises:
         ConfigError: The config, or what it names, is wrong.
     """
-    recipe = read_recipe(config)
-    sections = {name: {**recipe.growth.get(name, {}), **section} for name, section in (growth or {}).items()}
-    recipe = recipe.model_copy(
-        update={"growth": {**recipe.growth, **sections}, "epochs": epochs or recipe.epochs}
-    )
+    recipe = overridden(read_recipe(config), growth or {}, epochs)
     settings = growth_settings(config, recipe)
     resolve.see_folder(config, recipe)
     seed_all(recipe.seed)
@@ -100,6 +96,13 @@ def open_session(
         milestones=every is None,
         settings=asked,
     )
+
+
+def overridden(recipe: Recipe, growth: Mapping[str, Mapping[str, object]], epochs: int | None) -> Recipe:
+    """Return a recipe with sections of settings over its own, and another number of epochs where given."""
+    sections = {name: {**recipe.growth.get(name, {}), **section} for name, section in growth.items()}
+    update = {"growth": {**recipe.growth, **sections}, "epochs": epochs or recipe.epochs}
+    return recipe.model_copy(update=update)
 
 
 def journal_of(run_dir: Path, asked: Mapping[str, object]) -> RunJournal | Path:

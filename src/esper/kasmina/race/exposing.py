@@ -26,6 +26,7 @@ from esper.kasmina.race.trial import (
     Training,
     Trial,
 )
+from esper.kasmina.seeds.state import END
 from esper.kasmina.widths.places import Place
 from esper.kasmina.widths.widen import HostKernel
 from esper.surgery.isolation.contexts import same_randomness
@@ -67,6 +68,7 @@ class Exposing:
         grafting = trial.grafting(optimizer, list(losses))
         grafting = self.life.move(grafting, Stage.GRAFTING, "held-out evidence")
         self.life.set_alpha(grafting, 1 / self.timing.ramp)
+        self.life.ramp(grafting)
 
     def step(self, trial: Exposed, loss: float, examples: int) -> Outcome | None:
         """Do one step's work; returns the outcome once there is one."""
@@ -86,11 +88,16 @@ class Exposing:
         return None
 
     def graft(self, trial: Grafting) -> None:
-        """GRAFTING: α climbs."""
-        alpha = float(self.model.layout.alpha[trial.origin.seed])
-        self.life.set_alpha(trial, min(alpha + 1 / self.timing.ramp, 1.0))
-        if alpha >= 1.0 - 1e-6:
+        """GRAFTING: α climbs, and rests at 1 for a step."""
+        seed, layout = trial.origin.seed, self.model.layout
+        if not layout.ramping(seed):
+            self.life.set_alpha(trial, 1.0)
             self.life.move(trial.stabilising(), Stage.STABILISING, "α is 1")
+            return
+        alpha = float(layout.alpha[seed])
+        self.life.tell_alpha(trial, alpha)
+        if alpha >= 1 - END:
+            layout.ramp(seed, 0)
 
     def evaluate(self, trial: Evaluating, loss: float) -> Outcome | None:
         """EVALUATING: the loss must not be worse than before exposure; then the pair becomes wider."""
@@ -98,7 +105,7 @@ class Exposing:
         if len(trial.after) < self.timing.evaluate:
             return None
         if worse(trial.before, trial.after):
-            self.life.put(trial.decaying("the loss is worse than before exposure"))
+            self.life.turn_back(trial, "the loss is worse than before exposure")
             return None
         if self.services.wrapping.deferred:
             self.life.put(trial.passed())
@@ -109,11 +116,11 @@ class Exposing:
         return self.fossilise(trial)
 
     def decay(self, trial: Decaying) -> Outcome | None:
-        """Ramp α down; the host keeps its progress."""
-        alpha = float(self.model.layout.alpha[trial.origin.seed]) - 1 / self.timing.ramp
-        if alpha <= 1e-6:
+        """α goes down; at 0 the seed is culled."""
+        alpha = float(self.model.layout.alpha[trial.origin.seed])
+        if alpha <= END:
             return self.life.cull(trial, trial.ending)
-        self.life.set_alpha(trial, alpha)
+        self.life.tell_alpha(trial, alpha)
         return None
 
     @undisturbed()
@@ -125,7 +132,7 @@ class Exposing:
             keep = self.services.committer.keep
             why = keep(trial.kernel, trial.optimizer, origin.decision, life.step, origin.slot)
         if why:
-            life.put(trial.decaying(why))
+            life.turn_back(trial, why)
             return None
         life.guard.reshaped()
         life.move(trial, Stage.FOSSILISED, "not worse than before exposure")

@@ -17,8 +17,9 @@ from esper.distributed.collectives import digest
 from esper.kasmina.morphable import MorphableModel
 from esper.kasmina.race.guard import Guard, Unguarded
 from esper.kasmina.race.needs import Services
+from esper.kasmina.race.schedule import Timing
 from esper.kasmina.race.selection import notes
-from esper.kasmina.race.trial import Exposed, Judged, Key, Training, Trial
+from esper.kasmina.race.trial import Decaying, Exposed, Grafting, Judged, Key, Training, Trial
 from esper.surgery.isolation.undisturbed import undisturbed
 
 FAULTS = 3  # after which a seed is culled
@@ -31,7 +32,7 @@ class Lifecycle:
     Args:
         model: Owner of sites, seeds and their state.
         services: What the run lends.
-        embargo: Steps a culled seed's site cools down.
+        timing: Steps per stage; a culled seed's site cools down for those of its embargo.
 
     Attributes:
         trials: Those under way, by site and slot, the oldest first.
@@ -43,8 +44,8 @@ class Lifecycle:
         cool_until: The last step of the latest embargo.
     """
 
-    def __init__(self, model: MorphableModel, services: Services, embargo: int) -> None:
-        self.model, self.services, self.embargo = model, services, embargo
+    def __init__(self, model: MorphableModel, services: Services, timing: Timing) -> None:
+        self.model, self.services, self.timing = model, services, timing
         self.trials: dict[Key, Trial] = {}
         self.guard: Guard = Unguarded()
         self.step = self.lineage = 0
@@ -80,11 +81,24 @@ class Lifecycle:
         return self.model.layout.stage_of(trial.origin.seed)
 
     def set_alpha(self, trial: Trial, alpha: float) -> None:
-        """Write α where the layer reads it."""
-        origin = trial.origin
-        self.model.layout.alpha[origin.seed] = alpha
-        origin.layer.exposed = alpha > 0
-        self.tell("alpha", seed=origin.seed, site=origin.site, alpha=round(alpha, 6))
+        """Write α where the layer reads it, and tell."""
+        self.model.layout.alpha[trial.origin.seed] = alpha
+        trial.origin.layer.exposed = alpha > 0
+        self.tell_alpha(trial, alpha)
+
+    def ramp(self, trial: Exposed) -> None:
+        """Let α go the way of its phase, a step at each tick of the layout."""
+        up, down = isinstance(trial, Grafting), isinstance(trial, Decaying)
+        self.model.layout.ramp(trial.origin.seed, (up - down) * self.timing.ramp)
+
+    def turn_back(self, trial: Exposed, ending: str) -> None:
+        """Let α go down to 0, and cull the seed then; the host keeps its progress.
+
+        Args:
+            trial: Its kernel has been found wanting.
+            ending: Why.
+        """
+        self.ramp(self.put(trial.decaying(ending)))
 
     # -- ends ------------------------------------------------------------------------------------------------
 
@@ -116,7 +130,7 @@ class Lifecycle:
         self.model.layout.clear(origin.seed)
         self.move(trial, target, "")
         if target is Stage.EMBARGOED:
-            self.cool_until = self.step + self.embargo + 1
+            self.cool_until = self.step + self.timing.embargo + 1
         del self.trials[origin.key]
 
     @undisturbed()
@@ -124,7 +138,7 @@ class Lifecycle:
         """EMBARGOED → DORMANT where the cool-down is over."""
         layout = self.model.layout
         for seed in torch.nonzero(layout.stage == int(Stage.EMBARGOED)).flatten().tolist():
-            if step - int(layout.changed[seed]) >= self.embargo:
+            if step - int(layout.changed[seed]) >= self.timing.embargo:
                 layout.move(seed, Stage.EMBARGOED, Stage.DORMANT, step)
                 self.note_move(seed, Stage.DORMANT)
                 site, reason = self.model.site_of(seed), "the cool-down is over"
@@ -222,6 +236,10 @@ class Lifecycle:
         """Tell what of a race that is over went otherwise than planned."""
         for why in notes(trial.race, trial.origin.site) if isinstance(trial, Training) else []:
             self.tell("fallback", what="race", why=why)
+
+    def tell_alpha(self, trial: Trial, alpha: float) -> None:
+        """Tell how strong a kernel is by now."""
+        self.tell("alpha", seed=trial.origin.seed, site=trial.origin.site, alpha=round(alpha, 6))
 
     def tell(self, kind: str, **data: object) -> None:
         """Emit an event."""

@@ -55,8 +55,8 @@ class SeedOrchestrator(Lifecycle):
     """
 
     def __init__(self, model: MorphableModel, config: Config, timing: Timing, services: Services) -> None:
-        super().__init__(model, services, timing.embargo)
-        self.config, self.timing = config, timing
+        super().__init__(model, services, timing)
+        self.config = config
         self.racing, self.exposing = Racing(self, config, timing), Exposing(self, timing)
         self.examples = 0
         self.losses: deque[float] = deque(maxlen=max(TREND, 2 * timing.evaluate))
@@ -109,6 +109,8 @@ class SeedOrchestrator(Lifecycle):
     def begin(self, loss: float, step: int) -> None:
         """Take in a step, before any seed acts on it."""
         self.step = step
+        if self.exposed:
+            self.model.layout.tick()
         doomed = False
         for trial in self.trials.values():
             if not trial.origin.lost(self.model.host):

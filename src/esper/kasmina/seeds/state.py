@@ -38,6 +38,7 @@ AWAKE = frozenset({Stage.GERMINATED, Stage.TRAINING, Stage.GRAFTING, Stage.STABI
 # Rows of ``vitals``: variance of a kernel's output, norm of its gradient, share of dead units, seconds a call
 # takes.
 VITALS = ("variance", "gradient", "dead", "latency")
+END = 1e-6  # an α that near to 0 or 1 is there: steps of a ramp are rounded
 
 
 class KasminaStateLayout(nn.Module):
@@ -54,7 +55,7 @@ class KasminaStateLayout(nn.Module):
 
     stage: Tensor  # (seeds,) uint8
     alpha: Tensor  # (seeds,) float32, on the model's device
-    slope: Tensor  # (seeds,) float32, beside alpha: its change per step
+    slope: Tensor  # (seeds,) float64: alpha's change per tick; 0 where it stays
     vitals: Tensor  # (len(VITALS), seeds) float32, smoothed; NaN is not measured
     gain: Tensor  # (seeds,) float32, smoothed; NaN is not measured
     faults: Tensor  # (seeds,) int32
@@ -69,7 +70,7 @@ class KasminaStateLayout(nn.Module):
         self.smoothing, self.sampling = smoothing, sampling
         self.register_buffer("stage", torch.zeros(seeds, dtype=torch.uint8))
         self.register_buffer("alpha", torch.zeros(seeds))
-        self.register_buffer("slope", torch.zeros(seeds))
+        self.register_buffer("slope", torch.zeros(seeds, dtype=torch.float64))
         self.register_buffer("vitals", torch.full((len(VITALS), seeds), math.nan))
         self.register_buffer("gain", torch.full((seeds,), math.nan))
         self.register_buffer("faults", torch.zeros(seeds, dtype=torch.int32))
@@ -103,12 +104,17 @@ class KasminaStateLayout(nn.Module):
     def ramp(self, seed: int, steps: int) -> None:
         """Let a seed's α go to 1 within ``steps`` ticks, to 0 within ``-steps`` of them; 0 holds it."""
         with self.lock:
-            self.slope[seed] = 1 / steps if steps else 0.0
+            self.slope.numpy()[seed] = 1 / steps if steps else 0.0
 
     def tick(self) -> None:
-        """Move every seed's α one step along its ramp; rounding leaves the end within 1e-6."""
+        """Move every seed's α one step along its ramp; rounding leaves the end within ``END``."""
         with self.lock:
-            self.alpha.add_(self.slope).clamp_(0, 1)
+            near = self.alpha.cpu()  # itself, or one copy from the device for all seeds
+            self.alpha.copy_(near.add_(self.slope).clamp_(0, 1))
+
+    def ramping(self, seed: int) -> bool:
+        """Tell whether a seed's α is on its way."""
+        return bool(self.slope.numpy()[seed])
 
     def due(self, step: int) -> bool:
         """Tell whether vitals are measured on this step."""
@@ -118,12 +124,13 @@ class KasminaStateLayout(nn.Module):
         """Smooth new vitals of all seeds at once; a row's first sample stands as it is.
 
         Args:
-            samples: (len(VITALS), seeds); NaN where nothing was measured, which changes nothing there.
+            samples: (len(VITALS), seeds), float32 or float64; NaN where nothing was measured, which changes
+                nothing there.
         """
         with self.lock:
             old = self.vitals.numpy()  # the same memory; torch's masked operations take twice as long
-            new = samples.detach().to("cpu", torch.float32).numpy()  # one copy from the device for all seeds
-            np.copyto(old, new, where=np.isnan(old))
+            new = samples.detach().cpu().numpy()  # one copy from the device for all seeds
+            np.copyto(old, new, where=np.isnan(old), casting="same_kind")
             with np.errstate(invalid="ignore"):  # infinite less infinite: not measured, until the next sample
                 change = new - old
                 np.copyto(change, 0.0, where=np.isnan(change))
@@ -137,11 +144,9 @@ class KasminaStateLayout(nn.Module):
         """
         if unknown := measured.keys() - set(VITALS):
             raise ConfigError(f"no vital {', '.join(sorted(unknown))}; known: {', '.join(VITALS)}")
-        with self.lock:
-            for row, name in enumerate(VITALS):
-                if name in measured and not math.isnan(measured[name]):
-                    old, new = float(self.vitals[row, seed]), measured[name]
-                    self.vitals[row, seed] = new if math.isnan(old) else old + self.smoothing * (new - old)
+        samples = torch.full(self.vitals.shape, math.nan, dtype=torch.float64)
+        samples[:, seed] = torch.tensor([measured.get(name, math.nan) for name in VITALS])
+        self.observe(samples)
 
     def vitals_of(self, seed: int) -> dict[str, float | None]:
         """Return a seed's smoothed vitals by name; None is not measured."""
@@ -182,15 +187,15 @@ class KasminaStateLayout(nn.Module):
     def clear(self, seed: int) -> None:
         """Forget everything about a seed but its stage."""
         with self.lock:
-            self.alpha[seed] = self.slope[seed] = 0.0
+            self.alpha[seed] = 0.0
+            self.slope.numpy()[seed] = 0.0
             self.vitals.numpy()[:, seed] = math.nan
             self.gain.numpy()[seed] = math.nan
             self.faults.numpy()[seed] = 0
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KasminaStateLayout:
         """Follow the model to another device, but never to another dtype: an α in bf16 has 8 bits."""
-        device = fn(torch.empty(0)).device
-        self.alpha, self.slope = self.alpha.to(device), self.slope.to(device)
+        self.alpha = self.alpha.to(fn(torch.empty(0)).device)
         return self
 
     def __getstate__(self) -> dict[str, object]:

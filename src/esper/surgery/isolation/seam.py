@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any, Protocol, SupportsIndex
+from typing import Protocol, SupportsIndex, cast
 
 from torch import Tensor, nn
 from torch.fx import Proxy
@@ -59,9 +59,9 @@ def seam_class(base: type[nn.Module]) -> type[nn.Module]:
         state = base.__getstate__(self)  # a recurrent layer leaves out its weak references
         return revive, (base,), {**(state if isinstance(state, dict) else {}), SEAM: gateways}
 
-    def set_state(self: nn.Module, state: dict[str, Any]) -> None:
+    def set_state(self: nn.Module, state: dict[str, object]) -> None:
         base.__setstate__(self, state)
-        join(self, base, state[SEAM])
+        join(self, base, cast("tuple[tuple[str, Gateway], ...]", state[SEAM]))
 
     def save(self: nn.Module, destination: dict[str, object], prefix: str, keep_vars: bool) -> None:
         base._save_to_state_dict(self, destination, prefix, keep_vars)

@@ -7,6 +7,7 @@ only becomes larger. ``step`` is kept: a fresh one would undo the old units' bia
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal, SupportsFloat, TypeAlias, cast
 
@@ -63,7 +64,9 @@ def widen_state(
             if kind_of(optimizer).history:
                 anew[name] = optimizer
             else:
-                state = _larger(name, optimizer, group, change, rule, given, reasons)
+                state = _Enlarging(kind_of(optimizer), group, change, rule, given, reasons).state(
+                    name, optimizer
+                )
             larger.append((optimizer, cast("list[nn.Parameter]", group["params"]), change, state))
     for optimizer, members, change, state in larger:
         _commit(optimizer, members, change, state)
@@ -80,77 +83,106 @@ def _group_of(optimizer: Optimizer, parameter: nn.Parameter) -> Mapping[str, obj
     return None
 
 
-def _larger(
-    name: str,
-    optimizer: Optimizer,
-    group: Mapping[str, object],
-    change: Change,
-    rule: Rule,
-    given: Donor | None,
-    reasons: list[str],
-) -> dict[str, object]:
-    """Enlarge what one optimizer knows of one parameter; nothing is changed yet."""
-    state: dict[str, object] = {}
-    known = optimizer.state.get(change.previous, {})
-    where = f"{type(optimizer).__name__} {name!r}: state {{!r}} of {change.edit.name!r}"
-    for key, value in known.items() if isinstance(known, dict) else ():
-        widened = partial(
-            _widened, kind_of(optimizer), group, change, rule, given, reasons, key, where.format(key)
-        )
-        if isinstance(value, Tensor):
-            found = widened(value)
-            state |= {} if found is value else {key: found}
-        elif isinstance(value, NESTS):
-            state[key] = mapped(widened, value)
-    return state
+def same(value: object) -> object:
+    """Leave a leaf as it is."""
+    return value
 
 
-def mapped(change: Callable[[Tensor], Tensor], value: object) -> object:
-    """Return a nest of containers with its tensors changed."""
+def mapped(
+    change: Callable[[Tensor], object], value: object, rest: Callable[[object], object] = same
+) -> object:
+    """Return a nest of containers with its tensors changed.
+
+    Args:
+        change: Makes what takes a tensor's place.
+        value: Tensor, dict, list, tuple, or a leaf.
+        rest: Makes what takes any other leaf's place.
+    """
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, dict):
-        return {key: mapped(change, one) for key, one in value.items()}
+        return {key: mapped(change, one, rest) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
-        made = [mapped(change, one) for one in value]
+        made = [mapped(change, one, rest) for one in value]
         if isinstance(value, list):
             return made
         remake = getattr(value, "_make", tuple)  # of a named tuple, whose names the user reads
         return remake(made)
-    return value
+    return rest(value)
 
 
-def _widened(
-    kind: Kind,
-    group: Mapping[str, object],
-    change: Change,
-    rule: Rule,
-    given: Donor | None,
-    reasons: list[str],
-    key: str,
-    where: str,
-    old: Tensor,
-) -> Tensor:
-    """Return a tensor of the state, larger; itself where it is a counter."""
-    shape = list(change.parameter.shape)
-    for edit in change.edits:
-        shape[edit.axis] = edit.old
-    reduced = kind.reduced[key] % change.parameter.dim() if key in kind.reduced else None
-    if reduced is not None:
-        shape[reduced] = 1
-    if not _is_elementwise(old, shape, where):
+@dataclass(frozen=True)
+class _Enlarging:
+    """What one optimizer knows of one parameter, about to become larger; nothing is changed yet.
+
+    Attributes:
+        kind: What is known of the optimizer's class.
+        group: The parameter's group, with its settings.
+        change: Of the parameter.
+        rule: State of the new units.
+        given: What a seed's own optimizer had learned; None: nothing is taken from one.
+        reasons: Lines on what was filled as at birth; more are added.
+    """
+
+    kind: Kind
+    group: Mapping[str, object]
+    change: Change
+    rule: Rule
+    given: Donor | None
+    reasons: list[str]
+
+    def state(self, name: str, optimizer: Optimizer) -> dict[str, object]:
+        """Return what changes in the parameter's state."""
+        state: dict[str, object] = {}
+        known = optimizer.state.get(self.change.previous, {})
+        where = f"{type(optimizer).__name__} {name!r}: state {{!r}} of {self.change.edit.name!r}"
+        for key, value in known.items() if isinstance(known, dict) else ():
+            larger = partial(self.tensor, key, where.format(key))
+            if isinstance(value, Tensor):
+                found = larger(value)
+                state |= {} if found is value else {key: found}
+            elif isinstance(value, NESTS):
+                state[key] = mapped(larger, value)
+        return state
+
+    def tensor(self, key: str, where: str, old: Tensor) -> Tensor:
+        """Return a tensor of the state, larger; itself where it is a counter."""
+        kind, change = self.kind, self.change
+        shape = list(change.parameter.shape)
+        for edit in change.edits:
+            shape[edit.axis] = edit.old
+        reduced = kind.reduced[key] % change.parameter.dim() if key in kind.reduced else None
+        if reduced is not None:
+            shape[reduced] = 1
+        if not _is_elementwise(old, shape, where):
+            return old
+        weights = _before(change)
+        copied = old.shape == weights.shape and follows_weights(key, old, weights)
+        for number, edit in enumerate(change.edits):
+            if reduced == edit.axis:  # a mean over the grown axis stays
+                continue
+            new = _new_part(change, edit) if copied else self.units(key, old, edit)
+            if self.given is not None:
+                slot = edit.name if number == 0 else f"{edit.name}@{edit.axis}"
+                new = _from_seed(self.given.get(slot, {}).get(key), new, where, self.reasons)
+            old = extend(old, new, edit.axis, edit.chunks)
         return old
-    weights = _before(change)
-    copied = old.shape == weights.shape and follows_weights(key, old, weights)
-    for number, edit in enumerate(change.edits):
-        if reduced == edit.axis:  # a mean over the grown axis stays
-            continue
-        new = _new_part(change, edit) if copied else _new_units(old, change, edit, rule, kind, key, group)
-        if given is not None:
-            slot = edit.name if number == 0 else f"{edit.name}@{edit.axis}"
-            new = _from_seed(given.get(slot, {}).get(key), new, where, reasons)
-        old = extend(old, new, edit.axis, edit.chunks)
-    return old
+
+    def units(self, key: str, old: Tensor, edit: WidenEdit) -> Tensor:
+        """Return the state of an edit's new units."""
+        axis, count = edit.axis, edit.new - edit.old
+        if key == self.kind.average:
+            return _new_part(self.change, edit)
+        if self.rule == "mean" or self.kind.padded:
+            means = [part.mean(axis, keepdim=True) for part in old.chunk(edit.chunks, axis)]
+            each = [-1 if a != axis else count // edit.chunks for a in range(old.dim())]
+            return torch.cat([mean.expand(each) for mean in means], axis)  # (…, count, …)
+        setting = self.kind.born.get(key)
+        born = float(cast("SupportsFloat", self.group[setting])) if setting else 0.0
+        unit = torch.full_like(old.narrow(axis, 0, 1), born)  # (…, 1, …)
+        shape = list(old.shape)
+        shape[axis] = count
+        return unit.expand(shape)  # (…, count, …)
 
 
 def _is_elementwise(old: Tensor, shape: list[int], where: str) -> bool:
@@ -165,30 +197,6 @@ def _is_elementwise(old: Tensor, shape: list[int], where: str) -> bool:
         f"{where} is a {type(old).__name__} of shape {tuple(old.shape)}, the parameter's was {tuple(shape)}; "
         "only state with one number per weight can be widened: use another optimizer for what may grow"
     )
-
-
-def _new_units(
-    old: Tensor,
-    change: Change,
-    edit: WidenEdit,
-    rule: Rule,
-    kind: Kind,
-    key: str,
-    group: Mapping[str, object],
-) -> Tensor:
-    axis, count = edit.axis, edit.new - edit.old
-    if key == kind.average:
-        return _new_part(change, edit)
-    if rule == "mean" or kind.padded:
-        means = [part.mean(axis, keepdim=True) for part in old.chunk(edit.chunks, axis)]
-        each = [-1 if a != axis else count // edit.chunks for a in range(old.dim())]
-        return torch.cat([mean.expand(each) for mean in means], axis)  # (…, count, …)
-    setting = kind.born.get(key)
-    born = float(cast("SupportsFloat", group[setting])) if setting else 0.0
-    unit = torch.full_like(old.narrow(axis, 0, 1), born)  # (…, 1, …)
-    shape = list(old.shape)
-    shape[axis] = count
-    return unit.expand(shape)  # (…, count, …)
 
 
 def _before(change: Change) -> Tensor:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypedDict
 
 from esper.errors import ConfigError
-from esper.tolaria.governor.detectors import Detectors, DetectorsState, Finding
-from esper.tolaria.governor.vitals import Vitals
+from esper.nissa.detectors import DETECTORS, Finding, Vitals
 
 Action = Literal["notify", "hold", "rollback", "stop"]
 ACTIONS: tuple[Action, ...] = ("notify", "hold", "rollback", "stop")  # by severity
@@ -33,6 +32,7 @@ class Settings:
     calm: int = 64  # steps without an alarm until held growth goes on
     every: int = 100  # steps from one snapshot to the next
     grace: int = 24  # steps a discontinuity is expected to show, unless it is told otherwise
+    detector: str = "robust"  # what looks at the vital signs, by name
 
     def __post_init__(self) -> None:
         for kind in ("nonfinite", "spike", "divergence", "rate"):
@@ -60,7 +60,7 @@ class Actions:
 class GovernorState(TypedDict):
     """What later actions depend on."""
 
-    detectors: DetectorsState
+    detectors: Mapping[str, object]
     rungs: dict[str, int]  # kind -> alarms in a row
     latest: dict[str, int]  # kind -> step
     turned: list[int]  # steps of rollbacks
@@ -80,7 +80,7 @@ class Governor:
 
     def __init__(self, settings: Settings, actions: Actions) -> None:
         self.settings, self.actions = settings, actions
-        self.detectors = Detectors()
+        self.detector = DETECTORS.get(settings.detector)()
         self.rungs: dict[str, int] = {}  # kind -> alarms in a row
         self.latest: dict[str, int] = {}  # kind -> step of the latest
         self.turned: list[int] = []  # steps of rollbacks, while they are near each other
@@ -98,7 +98,7 @@ class Governor:
             steps: How long it may show; None: the settings' grace.
             excused: e-folds above anything recent that stay an alarm; values that are not finite always do.
         """
-        self.detectors.expect(step, why, self.settings.grace if steps is None else steps, excused)
+        self.detector.expect(step, why, self.settings.grace if steps is None else steps, excused)
 
     def check(self, vitals: Vitals, step: int, least: Action = "notify") -> Action | None:
         """Look at a step that has been done.
@@ -111,7 +111,7 @@ class Governor:
         Returns:
             What was done about it, None where all is well.
         """
-        finding = self.detectors.look(vitals, step)
+        finding = self.detector.look(vitals, step)
         if finding is None:
             if step - self.alarmed >= self.settings.calm:
                 self.trouble = None
@@ -156,7 +156,7 @@ class Governor:
                 self.lost += steps
                 self.turned.append(finding.step)
                 self.trouble = None
-                self.detectors.forget()
+                self.detector.forget()
         self.actions.notify(finding, action)
         if action == "stop":
             self.actions.stop(finding)
@@ -183,7 +183,7 @@ class Governor:
     def state_dict(self) -> GovernorState:
         """Return everything later actions depend on; snapshots stay in memory."""
         return {
-            "detectors": self.detectors.state_dict(),
+            "detectors": self.detector.state_dict(),
             "rungs": dict(self.rungs),
             "latest": dict(self.latest),
             "turned": list(self.turned),
@@ -194,7 +194,7 @@ class Governor:
 
     def load_state_dict(self, state: GovernorState) -> None:
         """Go on governing."""
-        self.detectors.load_state_dict(state["detectors"])
+        self.detector.load_state_dict(state["detectors"])
         self.rungs, self.latest = dict(state["rungs"]), dict(state["latest"])
         self.turned, self.held = list(state["turned"]), state["held"]
         self.lost, self.alarms = state["counts"]

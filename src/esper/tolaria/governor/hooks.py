@@ -23,12 +23,12 @@ from esper.kasmina.morphable import MorphableModel
 from esper.kasmina.race.orchestrator import SeedOrchestrator
 from esper.kasmina.race.trial import Exposed
 from esper.kasmina.seeds.state import AWAKE
+from esper.nissa.detectors import Finding, Vitals
 from esper.tamiyo.controller import Tamiyo
-from esper.tolaria.governor.detectors import Finding
 from esper.tolaria.governor.governor import Action, Actions, Governor, GovernorState, Settings
 from esper.tolaria.governor.rollback import LAG, Capture, Snapshots, SnapshotState
 from esper.tolaria.governor.seed_check import SILENT, Examiner, ExaminerState
-from esper.tolaria.governor.vitals import ReaderState, Reading, Vitals, VitalsReader, norms, total
+from esper.tolaria.governor.vitals import ReaderState, Reading, VitalsReader, norms, total
 
 EXCUSED = 2.5  # e-folds a graft may lift the loss by; a judged one lowers it
 
@@ -202,7 +202,7 @@ class GovernorHooks:
 
     def keep(self, step: int) -> None:
         """Take a snapshot where one is due and nothing of a seed is in the host's output."""
-        if self.exposed() or self.governor.detectors.evidence > 0 or self.governor.trouble is not None:
+        if self.exposed() or self.governor.detector.doubts() or self.governor.trouble is not None:
             return
         ring = self.snapshots.ring
         if not ring or step - ring[-1].step >= self.settings.every:

@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from esper.checkpoint.contents.run import Stateful
 from esper.errors import StateError
 from esper.surgery.isolation.global_streams import GlobalStreams, NumpyState
+from esper.surgery.optimizers.widening import mapped
 
 Capture = tuple[Callable[[], object], Callable[..., None]]  # what else goes back: how to read and to write it
 KEPT = "a kept tensor"  # marks one in a checkpoint
@@ -270,17 +271,12 @@ def duplicate(value: object, kept: Callable[[Tensor], object] = Kept.of) -> obje
         value: To copy.
         kept: Makes the copy of a tensor.
     """
-    if isinstance(value, Tensor):
-        return kept(value)
-    if isinstance(value, Kept):
-        return value.copy.to(value.device, copy=True)
-    if isinstance(value, dict):
-        return {key: duplicate(item, kept) for key, item in value.items()}
-    if isinstance(value, list):
-        return [duplicate(item, kept) for item in value]
-    if type(value) is tuple:
-        return tuple(duplicate(item, kept) for item in value)
-    return copy.deepcopy(value)
+    return mapped(kept, value, restored)
+
+
+def restored(value: object) -> object:
+    """Undo :class:`Kept`; copy any other leaf."""
+    return value.copy.to(value.device, copy=True) if isinstance(value, Kept) else copy.deepcopy(value)
 
 
 def written(value: object) -> object:

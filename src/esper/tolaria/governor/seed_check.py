@@ -18,8 +18,8 @@ from esper.contracts import Stage
 from esper.kasmina.race.orchestrator import SeedOrchestrator
 from esper.kasmina.race.trial import Decaying, Exposed, Germinated, Training, Trial
 from esper.kasmina.seeds.layer import Branch
+from esper.nissa.detectors import Finding, Kind
 from esper.surgery.isolation.contexts import borrowed_buffers, evaluating, same_randomness
-from esper.tolaria.governor.detectors import Finding, Kind
 from esper.tolaria.governor.side_effects import AllowedEffects, HostFingerprint, find_side_effects, rights
 
 SILENT = 4  # steps without a gradient or an output after which an exposed kernel is dead
@@ -83,7 +83,7 @@ class Examiner:
             return None
         if faults := int(self.orchestrator.model.layout.faults[trial.origin.seed]):
             why = f"it failed {faults} times beside the host, and within it nobody would catch that"
-            self.orchestrator.put(trial.decaying(why))
+            self.orchestrator.turn_back(trial, why)
             return None
         if not self.before:
             return None  # resumed from a checkpoint of an older version

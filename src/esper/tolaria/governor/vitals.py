@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from esper.nissa.detectors import Vitals
 from esper.tolaria.governor.private_api import foreach_norm, require, values_of
 
 DEAR = 50_000  # FLOPs of a step per number read: 0.4 ns a number out of cold memory are 0.05 % of them
@@ -56,16 +57,6 @@ class Reading:
             return cls()  # nobody knows
         share = min(step_flops / DEAR / max(parameters, 1), 1.0)
         return cls(1, share, max(int(step_flops / CALL), 1))
-
-
-@dataclass(frozen=True, slots=True)
-class Vitals:
-    """One step's vital signs; None is not read."""
-
-    loss: float
-    gradient: float | None = None  # norm over everything the optimizers step, scaled up where a part was read
-    weights: bool | None = None  # whether those that were read are finite
-    rate: float | None = None  # the largest learning rate
 
 
 class ReadingState(TypedDict):

@@ -33,6 +33,7 @@ from esper.kasmina.race.trial import (
     carried,
 )
 from esper.kasmina.seeds.layer import KasminaLayer, Tap
+from esper.kasmina.seeds.state import END
 from esper.kasmina.widths.layers import weight_of
 from esper.kasmina.widths.pairs import Pair
 from esper.saving.genome import plan_from
@@ -219,7 +220,9 @@ def restore_trial(run: RunState, state: TrialState) -> None:
     baseline = Baseline(state["spent"], state["size"][0], state["size"][1])
     origin = Origin(decision, site, slot, seed, orchestrator.wake(site, slot), baseline)
     with same_randomness(0):
-        orchestrator.put(phase_of(origin, state, orchestrator))
+        trial = orchestrator.put(phase_of(origin, state, orchestrator))
+    if isinstance(trial, Grafting | Decaying) and float(morphable.layout.alpha[seed]) < 1 - END:
+        orchestrator.ramp(trial)  # states of 2026-11-27 and before know α, and not its way
 
 
 def phase_of(origin: Origin, state: TrialState, orchestrator: SeedOrchestrator) -> Trial:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from esper.tolaria.growth.early.growing import Growing
 from esper.tolaria.growth.early.judging import Judging
 from esper.tolaria.growth.early.reach import WAITS_FOR_BLOCK
-from esper.tolaria.growth.early.state import Asking, EarlyState
+from esper.tolaria.growth.early.state import Asking, EarlyRun
 from esper.tolaria.growth.early.verdicts import looked_at
 from esper.tolaria.growth.evidence.saturation import ENOUGH
 from esper.tolaria.growth.run.account import NO_EVIDENCE, NONE_LEFT, OVER, SPENT, EventRecord, Looked
@@ -21,7 +21,7 @@ from esper.tolaria.growth.run.state import RunState
 PROMISING = 0.3  # p-value below which an event that grew nothing is asked again before the next
 
 
-class Early(EarlyState):
+class Early(EarlyRun):
     """Grows one run early.
 
     Args:

@@ -13,7 +13,7 @@ from esper.kasmina.widths.places import Place
 from esper.surgery.isolation.undisturbed import undisturbed
 from esper.tolaria.growth.early.judged import Judged
 from esper.tolaria.growth.early.seeds import Decision
-from esper.tolaria.growth.early.state import EarlyState
+from esper.tolaria.growth.early.state import EarlyRun
 from esper.tolaria.growth.early.takeback import Before
 from esper.tolaria.growth.evidence.evidence import Found
 from esper.tolaria.growth.run.account import INSERTED, EventRecord, Looked
@@ -30,7 +30,7 @@ class Growing:
         state: Of the early recipe.
     """
 
-    def __init__(self, state: EarlyState) -> None:
+    def __init__(self, state: EarlyRun) -> None:
         self.state = state
 
     def decline(

@@ -157,12 +157,9 @@ class Insertion:
         if outside := kept_outside(committer.optimizers):  # a dict of its own fills as it steps
             return outside
         names = list(units)[::-1]
-        exits: dict[str, nn.Module] = {}
-        made: list[nn.Module] = []
-        for name in names:
-            place = self.model.places[name]
-            made += place.ends()
-            exits |= dict(zip(place.site.exits, place.ends()[1:], strict=True))
+        places = [self.model.places[name] for name in names]
+        made = [end for place in places for end in place.ends()]
+        exits = {path: end for p in places for path, end in zip(p.site.exits, p.ends()[1:], strict=True)}
         try:
             said = outputs(self.model, exits, committer.run)
             holders, freed = Holders(self.model.host), 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from esper.surgery.isolation.undisturbed import undisturbed
 from esper.tolaria.growth.early.judged import WORTH
-from esper.tolaria.growth.early.state import EarlyState
+from esper.tolaria.growth.early.state import EarlyRun
 
 
 class Judging:
@@ -14,7 +14,7 @@ class Judging:
         state: Of the early recipe.
     """
 
-    def __init__(self, state: EarlyState) -> None:
+    def __init__(self, state: EarlyRun) -> None:
         self.state = state
 
     def judge(self, early: bool = False) -> bool:

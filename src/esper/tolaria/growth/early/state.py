@@ -53,7 +53,7 @@ class RecipeState(TypedDict):
     open: JudgedState | None
 
 
-class EarlyState:
+class EarlyRun:
     """The parts and the state of the early recipe.
 
     Args:

@@ -24,7 +24,7 @@ from esper.errors import EsperError, ProcessError, SurgeryError
 from esper.kasmina.branches.blocks import Block
 from esper.kasmina.branches.fold import merged, write
 from esper.kasmina.depth.birth import warmed
-from esper.kasmina.depth.deepen import duplicate, insert, remove, twin_of
+from esper.kasmina.depth.deepen import duplicate, insert, twin_of
 from esper.kasmina.depth.stack import Stack
 from esper.kasmina.morphable import MorphableModel, slug
 from esper.kasmina.widths.places import Place
@@ -33,7 +33,7 @@ from esper.printable import raised
 from esper.saving.genome import GraftPlan, Plan, program_of
 from esper.surgery.adding import Passing
 from esper.surgery.branches import PREFIX, attach, weight_name
-from esper.surgery.optimizers.adoption import adopt, let_go
+from esper.surgery.optimizers.adoption import adopt
 from esper.surgery.optimizers.averages import copy_of, widen_average
 from esper.surgery.optimizers.foreign import kept_outside
 from esper.surgery.optimizers.widening import widen_state
@@ -176,24 +176,6 @@ class Committer:
             back.pop_all()
         self.tell_lost(adopted.lines, step)
         return difference
-
-    def withdraw(self, step: int) -> DeepenPlan:
-        """Take the newest block out of model, averages and optimizers; all else keeps what it has learned.
-
-        Raises:
-            SurgeryError: What grew last is no block; nothing was changed.
-        """
-        plan = self.plans[-1] if self.plans else None
-        if not isinstance(plan, DeepenPlan):
-            raise SurgeryError(f"only a block that grew last can be taken out, not {plan}")
-        twins = [copy_of(average, {plan.donor}) for average in self.averages]
-        block = remove(self.model.host, plan)
-        for twin in twins:
-            remove(twin, plan)
-        self.tell_lost(let_go(self.optimizers, block), step)
-        self.plans.pop()
-        self.model.refresh(self.run)
-        return plan
 
     @contextmanager
     def everywhere(self) -> Iterator[None]:

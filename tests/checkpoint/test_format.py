@@ -38,7 +38,7 @@ from esper.checkpoint.format.reader import newest, read, sound, sound_among
 from esper.errors import CheckpointError, StateError, StoreError
 from esper.storage.folder import FolderStorage
 from esper.storage.protocol import MemoryStorage
-from tests.tolaria.checkpoint.killable import STEPS, Training
+from tests.checkpoint.killable import STEPS, Training
 
 GOLDEN = Path(__file__).with_name("golden")  # format 1, written by esper 0.1.0: write_golden.py
 NAMES = ["step-00000042", "step-00000063"]

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from esper.tolaria.governor.baseline import LEAST, WINDOW, RobustBaseline
-from esper.tolaria.governor.detectors import BLOCK, Detectors, Finding
-from esper.tolaria.governor.vitals import Vitals
+from esper.nissa.baseline import LEAST, WINDOW, RobustBaseline
+from esper.nissa.detectors import DETECTORS, Finding, Vitals
+from esper.nissa.detectors.robust import BLOCK, Detectors
+from esper.testing.detectors import check_detector
 
 
 def healthy(steps: int, seed: int = 0, noise: float = 0.3) -> list[Vitals]:
@@ -142,3 +143,8 @@ def test_the_sorted_window_is_the_window_sorted(values: list[float]) -> None:
         usual.add(value)
     assert usual.ordered == sorted(usual.recent)
     assert len(usual.recent) <= WINDOW
+
+
+@pytest.mark.parametrize("name", DETECTORS.names())
+def test_every_detector_holds_its_suite(name: str) -> None:
+    assert [demand for demand, held in check_detector(DETECTORS.get(name)) if not held] == []

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 import esper
 from esper.distributed.launch import leave
 from esper.distributed.watchdog import Watchdog
-from tests.tolaria.distributed.forks import Ranks, play
+from tests.distributed.forks import Ranks, play
 
 DEADLINE = 3.0
 STEPS = 6

@@ -11,7 +11,7 @@ from esper.checkpoint.format.checking import require_facts, require_genome, requ
 from esper.checkpoint.format.reader import read
 from esper.errors import CheckpointError
 from esper.storage.protocol import MemoryStorage
-from tests.tolaria.checkpoint.test_format import NAMES, golden
+from tests.checkpoint.test_format import NAMES, golden
 
 STEP = 63
 GONE = object()

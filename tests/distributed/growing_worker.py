@@ -21,7 +21,7 @@ from esper.checkpoint.format.reader import newest
 from esper.contracts import Event
 from esper.distributed.group import Group
 from esper.errors import ConfigError, ProcessError, SiteError
-from tests.tolaria.distributed.ranks import take_part
+from tests.distributed.ranks import take_part
 
 STEPS, BATCH = 120, 32
 SHORT: dict[str, Any] = {

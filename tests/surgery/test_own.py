@@ -13,7 +13,7 @@ from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW, Muon, Optimizer
 
 from esper.kasmina.race.own_optimizers import OwnOptimizers, needs_closure
 from esper.surgery.optimizers.closures import before_closures
-from tests.tolaria.surgery.zoo import OPTIMIZERS, SCHEDULERS, VARIANTS
+from tests.surgery.zoo import OPTIMIZERS, SCHEDULERS, VARIANTS
 
 Told = list[tuple[str, str]]
 

@@ -1,6 +1,6 @@
 """Write the golden checkpoints of a release; run it once per format version, never to repair a test.
 
-python -m tests.tolaria.checkpoint.write_golden FOLDER
+python -m tests.checkpoint.write_golden FOLDER
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from esper.checkpoint.format.reader import read
-from tests.tolaria.checkpoint.killable import Training
+from tests.checkpoint.killable import Training
 
 
 def main(folder: str) -> None:

@@ -23,8 +23,8 @@ from esper.distributed.group import Group
 from esper.errors import CheckpointError, StateError
 from esper.storage.folder import FolderStorage
 from esper.surgery.widen_layers import widen
-from tests.tolaria.distributed.ranks import take_part
-from tests.tolaria.distributed.sharding_worker import (
+from tests.distributed.ranks import take_part
+from tests.distributed.sharding_worker import (
     Net,
     batch,
     grow,

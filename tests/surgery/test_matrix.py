@@ -25,7 +25,7 @@ from esper.surgery.optimizers.averages import copy_of, widen_average
 from esper.surgery.optimizers.kinds import KINDS, kind_of
 from esper.surgery.optimizers.widening import widen_state
 from esper.surgery.widen_layers import empty_slices, widen
-from tests.tolaria.surgery.zoo import (
+from tests.surgery.zoo import (
     OPTIMIZERS,
     SCHEDULERS,
     VARIANTS,

@@ -27,7 +27,7 @@ from esper.contracts import Event
 from esper.distributed.launch import leave
 from esper.errors import StateError, StoreError
 from esper.tolaria.trainer import Trainer
-from tests.tolaria.distributed.forks import Ranks, play
+from tests.distributed.forks import Ranks, play
 
 CLASSES, ROWS, BATCH, EPOCHS, EVERY = 8, 96, 16, 8, 5
 STEPS = EPOCHS * ROWS // BATCH

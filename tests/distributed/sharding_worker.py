@@ -26,7 +26,7 @@ from esper.surgery.isolation.contexts import evaluating, untouched
 from esper.surgery.isolation.seam import open_seam
 from esper.surgery.optimizers.widening import widen_state
 from esper.surgery.widen_layers import widen
-from tests.tolaria.distributed.ranks import take_part
+from tests.distributed.ranks import take_part
 
 BATCH, STEPS = 8, 6
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -417,15 +417,13 @@ def grow(net: nn.Module, optimizers: dict[str, Optimizer]) -> None:
 
 
 def widened_as_in_one_process(rank: int, world: int, folder: Path) -> None:
-    def run(spread: bool, sideways: bool) -> tuple[list[Tensor], list[Tensor]]:
+    def place(parameter: nn.Parameter) -> Shard | None:
+        return Shard(1) if parameter.dim() == 2 and parameter.shape[1] % 2 == 0 else None
+
+    def run(spread: bool) -> tuple[list[Tensor], list[Tensor]]:
         net = Net(norm=False).double()
-        if spread and sideways:
-            place = lambda p: Shard(1) if p.dim() == 2 and p.shape[1] % 2 == 0 else None  # noqa: E731
-            for block in net.blocks:
-                fully_shard(block, shard_placement_fn=place)
-            fully_shard(net, shard_placement_fn=place)
-        elif spread:
-            sharded(net)
+        if spread:
+            sharded(net, shard_placement_fn=place)
         optimizers = {"main": adamw(net)}
         gradients: list[Tensor] = []
         for step in range(8):
@@ -448,11 +446,10 @@ def widened_as_in_one_process(rank: int, world: int, folder: Path) -> None:
             optimizers["main"].zero_grad()
         return gradients, everything(net, optimizers["main"])
 
-    for sideways in (False, True):
-        for ours, alone in zip(run(True, sideways), run(False, sideways), strict=True):
-            assert len(ours) == len(alone)
-            for a, b in zip(ours, alone, strict=True):
-                torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
+    for ours, alone in zip(run(True), run(False), strict=True):
+        assert len(ours) == len(alone)
+        for a, b in zip(ours, alone, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-9)
 
 
 def axis_that_no_longer_divides(rank: int, world: int, folder: Path) -> None:
@@ -473,22 +470,6 @@ def axis_that_no_longer_divides(rank: int, world: int, folder: Path) -> None:
     assert optimizers["main"].state[weight]["exp_avg"].placements == weight.placements == (Shard(0),)
     loss_fn(net, batch(rank, 1)).backward()
     optimizers["main"].step()
-
-
-def children_join(rank: int, world: int, folder: Path) -> None:
-    net = sharded(Net())
-    optimizer = adamw(net)
-    loss_fn(net, batch(rank, 0)).backward()
-    optimizer.step()
-    resharding = unshard(net, {"main": optimizer})
-    torch.manual_seed(1)
-    net.blocks[1].add_module("branch", nn.Linear(5, 5))
-    optimizer.add_param_group({"params": list(net.blocks[1].branch.parameters())})
-    resharding.again()
-    group = net.blocks[1]._get_fsdp_state()._fsdp_param_group
-    assert any(entry.sharded_param is net.blocks[1].branch.weight for entry in group.fsdp_params)
-    assert optimizer.param_groups[1]["params"][0] is net.blocks[1].branch.weight
-    assert isinstance(net.blocks[1].branch.weight, DTensor)
 
 
 def seams_stay_open(rank: int, world: int, folder: Path) -> None:
@@ -572,7 +553,6 @@ CHECKS = {
         plain_in_between,
         widened_as_in_one_process,
         axis_that_no_longer_divides,
-        children_join,
         seams_stay_open,
         refused,
     )

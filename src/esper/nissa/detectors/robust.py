@@ -9,13 +9,13 @@ numbers in give the same findings out.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal, TypedDict
+from collections.abc import Mapping
+from typing import TypedDict, cast
 
-from esper.tolaria.governor.baseline import LEAST, BaselineState, RobustBaseline, TailScore, TailState
-from esper.tolaria.governor.vitals import Vitals
+from esper.nissa.baseline import LEAST, BaselineState, RobustBaseline, TailScore, TailState
+from esper.nissa.detectors import Finding, Vitals
 
-Kind = Literal["nonfinite", "spike", "divergence", "rate", "leak", "harm"]
+__all__ = ["Detectors"]
 
 # Tuned on 22 healthy runs of seeds that the bench does not report; in them the largest were 2.1 (loss),
 # 1.3 (gradient) and 7.6 (the sum).
@@ -29,30 +29,6 @@ RISE = 0.5  # e-folds between the medians of the best block and one that diverge
 BLOCKS = 2  # in a row that have to
 REST = 8  # steps from an alarm until the next of its kind
 FROZEN = 32  # steps after a spike in which nothing new becomes usual
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """Something a test found; ``expected`` says why it is no alarm, where it is none."""
-
-    kind: Kind
-    signal: str  # "loss", "gradient", "weights", "rate"
-    step: int
-    value: float | None  # None: not finite
-    usual: float | None
-    size: float | None  # in the test's own unit
-    since: int  # first step with evidence; a way back leads before it
-    expected: str = ""
-    what: str = ""  # of a seed's misconduct, in words
-
-    def __str__(self) -> str:
-        """Say it in a line."""
-        if self.what:
-            return f"{self.kind}: {self.what}, found at step {self.step}"
-        value = "not finite" if self.value is None else f"{self.value:.4g}"
-        usual = "" if self.usual is None else f", usually {self.usual:.4g}"
-        why = f" (expected: {self.expected})" if self.expected else ""
-        return f"{self.kind}: {self.signal} is {value}{usual} at step {self.step}{why}"
 
 
 class DetectorsState(TypedDict):
@@ -182,6 +158,10 @@ class Detectors:
         since = step - BLOCKS * BLOCK + 1
         return Finding("divergence", "loss", step, loss, before, rise, since, self._expected(step))
 
+    def doubts(self) -> bool:
+        """Tell whether evidence has begun to sum up."""
+        return self.evidence > 0
+
     def forget(self) -> None:
         """Start afresh after a way back or a change of topology; what is usual is learned anew."""
         for usual in self.signals.values():
@@ -190,9 +170,9 @@ class Detectors:
         self.evidence, self.frozen, self.best, self.worse = 0.0, -1, None, 0
         self.block.clear()
 
-    def state_dict(self) -> DetectorsState:
+    def state_dict(self) -> Mapping[str, object]:
         """Return everything that a later finding depends on."""
-        return {
+        state: DetectorsState = {
             "signals": {name: usual.state_dict() for name, usual in self.signals.items()},
             "rarity": self.rarity.state_dict(),
             "evidence": [self.evidence, self.since, self.highest, self.seen, self.frozen, self.worse],
@@ -201,9 +181,13 @@ class Detectors:
             "block": list(self.block),
             "best": None if self.best is None else list(self.best),
         }
+        return cast("Mapping[str, object]", state)
 
-    def load_state_dict(self, state: DetectorsState) -> None:
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Go on looking."""
+        self._take(cast("DetectorsState", state))
+
+    def _take(self, state: DetectorsState) -> None:
         for name, usual in self.signals.items():
             usual.load_state_dict(state["signals"][name])
         self.rarity.load_state_dict(state["rarity"])

@@ -15,8 +15,8 @@ from torch.optim import AdamW
 import esper
 from esper.contracts import Event
 from esper.kasmina.depth.stacks import find_stacks
+from tests.distributed.ranks import take_part
 from tests.integration.deep_hosts import mlp
-from tests.tolaria.distributed.ranks import take_part
 
 GENERATOR = torch.Generator().manual_seed(3)
 X = torch.randn(256, 8, generator=GENERATOR)

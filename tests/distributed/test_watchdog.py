@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from esper.distributed.watchdog import EXIT
-from tests.tolaria.distributed.forks import scenarios
-from tests.tolaria.distributed.watchdog_worker import DEADLINE, STEPS, STOPPED
+from tests.distributed.forks import scenarios
+from tests.distributed.watchdog_worker import DEADLINE, STEPS, STOPPED
 
 pytestmark = pytest.mark.slow
 SLACK = 4.0  # seconds: a pulse, and a busy machine
@@ -16,7 +16,7 @@ SLACK = 4.0  # seconds: a pulse, and a busy machine
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return scenarios("tests.tolaria.distributed.watchdog_worker", tmp_path_factory.mktemp("watchdog"))
+    return scenarios("tests.distributed.watchdog_worker", tmp_path_factory.mktemp("watchdog"))
 
 
 def test_a_stopped_process_ends_the_other_out_of_its_backward_pass(found: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 import esper
 from esper.checkpoint import CheckpointManager, Run
 from esper.contracts import Event
-from tests.tolaria.distributed.ranks import take_part
+from tests.distributed.ranks import take_part
 
 STEPS, BATCH, CLASSES, EVERY = 120, 64, 8, 10
 

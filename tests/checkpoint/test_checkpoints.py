@@ -18,7 +18,7 @@ from esper.checkpoint.format.reader import sound
 from esper.contracts import Event
 from esper.errors import ConfigError, FinishedError, StateError, StoreError
 from esper.storage.protocol import Chunks
-from tests.tolaria.checkpoint.killable import STEPS, Training
+from tests.checkpoint.killable import STEPS, Training
 
 
 class Plain:
