@@ -156,7 +156,6 @@ OTHER_SIZES = {
     "kasmina": "MorphableModel and its summary, over nine folders",
     "nissa": "how numbers read, for run/ and views/ alike",
     "surgery": "what changes layers, beside isolation/ and optimizers/",
-    "tamiyo/bandits": "a registry: one file each",
     "tolaria": "the trainer, over growth/ and governor/",
     "tolaria/growth/incubation": "the second recipe; most of what it does is in kasmina/race",
     "urza": "the store of kernels; the repository is to come",

@@ -69,6 +69,11 @@ class Config(BaseSettings):
         "and deepens, and offers the catalogue to a model in which nothing can be widened",
     )
     bandit: str = Field("ucb", description="how arms are chosen: a name in tamiyo/bandits")
+    bandit_settings: dict[str, float] = Field(
+        default_factory=dict,
+        max_length=32,
+        description="arguments of the bandit, by name: what its class takes",
+    )
     new_slot_state: Literal["zeros", "seed", "mean"] = Field(
         "zeros", description="optimizer state of new units; zeros measured best, see docs/decisions.md"
     )

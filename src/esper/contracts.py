@@ -218,6 +218,7 @@ class ArmFacts(TypedDict):
     start: NotRequired[str]
     score: float | None  # first-order improvement per share of the budget
     prior: NotRequired[float]
+    features: NotRequired[tuple[float, ...]]  # what the bandit was told; tamiyo.features.NAMES
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,34 +25,41 @@ class Forgetful(UCB):
 
 
 class Deaf(UCB):
-    def learn(self, arm: Hashable, reward: float) -> None:
+    def learn(self, arm: Hashable, features: np.ndarray, reward: float) -> None:
         pass
 
 
 class Stubborn(UCB):
     def choose(
-        self, arms: Sequence[Hashable], priors: np.ndarray, rng: np.random.Generator
+        self, arms: Sequence[Hashable], features: np.ndarray, rng: np.random.Generator
     ) -> tuple[int, float]:
         return 0, 0.0
 
 
 class Moody(UCB):
     def choose(
-        self, arms: Sequence[Hashable], priors: np.ndarray, rng: np.random.Generator
+        self, arms: Sequence[Hashable], features: np.ndarray, rng: np.random.Generator
     ) -> tuple[int, float]:
         return int(np.random.default_rng().integers(len(arms))), 1.0
+
+
+class OneForAll(UCB):
+    def learn(self, arm: Hashable, features: np.ndarray, reward: float) -> None:
+        super().learn("any", features, reward)
 
 
 @pytest.mark.parametrize(
     ("kind", "missed"),
     [
-        (Forgetful, {"what was learned goes through json"}),
-        (Deaf, {"what pays is chosen more"}),
+        (Forgetful, {"a foreign state is refused", "what was learned goes through json"}),
+        (Deaf, {"experience belongs to one arm", "what pays is chosen more"}),
+        (OneForAll, {"experience belongs to one arm", "what pays is chosen more"}),
         (
             Stubborn,
             {
                 "choices are arms with their probability",
                 "a prior counts without experience",
+                "experience belongs to one arm",
                 "what pays is chosen more",
             },
         ),

@@ -110,7 +110,8 @@ def test_after_refusals_in_a_row_growth_rests_and_one_success_forgives() -> None
 def test_rewards_are_gains_per_parameter_relative_to_the_best_and_failures_are_worth_nothing() -> None:
     who = tamiyo()
     learned: list[float] = []
-    who.selector.bandit.learn = lambda arm, reward: learned.append(reward)  # type: ignore[method-assign]
+    bandit = who.selector.bandit
+    bandit.learn = lambda arm, told, reward: learned.append(reward)  # type: ignore[method-assign]
     for kept, gain in ((True, 0.4), (True, 0.1), (False, 0.9), (True, -0.1), (True, None)):
         made = decide(who)
         who.learn(Outcome(made.id, "a", kept, gain, 100 * kept, 1, 1, ""), 100)

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from esper.contracts import HealthReport, Site
 from esper.tamiyo.bandits.ucb import UCB
+from esper.tamiyo.features import NAMES, Moment
 from esper.tamiyo.selector import OFF_SHARE, STARTS, Arm, SeedSelector, fitted
 
+NOW = Moment(budget_left=1.0, stalled=0.0)
 SHARES = (0.5, 1.0, 2.0)
 
 
@@ -35,7 +37,7 @@ def arms(
         for key, default in (("cost", 0.1), ("units", 8.0), ("room", 100))
     )
     sites = [site(n, given.get("granularity", 1), given.get("kind", "pair")) for n in names]
-    return selector.arms(sites, {n: report(n, v) for n, v in improvements.items()}, costs, units, room)
+    return selector.arms(sites, {n: report(n, v) for n, v in improvements.items()}, costs, units, room, NOW)
 
 
 def test_every_width_and_start_of_every_site_is_an_arm() -> None:
@@ -67,12 +69,44 @@ def test_a_blueprint_s_units_are_drawn_at_random_and_lose_no_worth_by_it() -> No
     assert made == {(8, "random"): 1.0, (4, "random"): OFF_SHARE, (16, "random"): OFF_SHARE}
 
 
+def test_an_arm_tells_the_bandit_what_is_known_of_it_and_of_the_moment() -> None:
+    told = SeedSelector(UCB(), SHARES).arms(
+        [site("a"), site("b", kind="module")],
+        {"a": HealthReport("a", 1.0, 64, dead=0.25, gradient_norm=4.0), "b": HealthReport("b", 0.5, 64)},
+        {"a": 0.1, "b": 0.1},
+        {"a": 8.0, "b": 8.0},
+        {"a": 100, "b": 100},
+        Moment(budget_left=0.5, stalled=1.0),
+    )
+    rows = {(arm.site, arm.width, arm.start): dict(zip(NAMES, arm.features, strict=True)) for arm in told}
+    assert rows["a", 16, "svd"] == {
+        "prior": pytest.approx(STARTS["svd"] * OFF_SHARE),
+        "pair": 1.0,
+        "depth": -1.0,
+        "width": -3 / 5,  # 4 units
+        "cost": 0.0,
+        "gradient": 0.0,  # the only one, so the median's
+        "dead": 0.25,
+        "budget": 0.5,
+        "stalled": 1.0,
+        "share": 1.0,
+        "directed": 1.0,
+    }
+    other = rows["b", 8, "random"]
+    assert (other["pair"], other["depth"], other["gradient"], other["directed"]) == (0.0, 1.0, 0.0, 0.0)
+
+
 def test_improvement_counts_per_share_of_the_budget() -> None:
     selector = SeedSelector(UCB(), SHARES)
     reports = {"cheap": report("cheap", 1.0), "dear": report("dear", 2.0)}
     both = [site("cheap"), site("dear")]
     made = selector.arms(
-        both, reports, {"cheap": 0.1, "dear": 0.4}, dict.fromkeys(reports, 2.0), dict.fromkeys(reports, 9)
+        both,
+        reports,
+        {"cheap": 0.1, "dear": 0.4},
+        dict.fromkeys(reports, 2.0),
+        dict.fromkeys(reports, 9),
+        NOW,
     )
     assert selector.choose(made, np.random.default_rng(0))[0].site == "cheap"
 
@@ -83,7 +117,7 @@ def test_an_unknown_improvement_blocks_the_site_and_no_other(unknown: float | No
     assert arms({"a": unknown}) == []
     costs, units, room = {"b": 0.1}, {"b": 8.0}, {"b": 100}  # and so does no report at all
     made = SeedSelector(UCB(), SHARES).arms(
-        [site("a"), site("b")], {"b": report("b", 1.0)}, costs, units, room
+        [site("a"), site("b")], {"b": report("b", 1.0)}, costs, units, room, NOW
     )
     assert {a.site for a in made} == {"b"}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
@@ -10,12 +11,15 @@ import numpy as np
 
 from esper.config import Config
 from esper.contracts import ArmFacts, Decision, HealthReport, Outcome, Site
+from esper.errors import ConfigError, nearest
+from esper.printable import quoted
 from esper.registry import Registry
 from esper.tamiyo.bandits import Bandit
+from esper.tamiyo.features import Moment
 from esper.tamiyo.selector import Arm, SeedSelector, SelectorState
 from esper.tamiyo.triggers import Trigger, TriggerState
 
-BANDITS: Registry[Callable[[], Bandit]] = Registry("esper.tamiyo.bandits", "esper.bandits")
+BANDITS: Registry[Callable[..., Bandit]] = Registry("esper.tamiyo.bandits", "esper.bandits")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +55,7 @@ class Tamiyo:
     def __init__(self, config: Config, steps: int | None, widenings: int) -> None:
         self.config = config
         self.trigger = Trigger(config.schedule, steps, min(config.budget.raced_events, widenings))
-        self.selector = SeedSelector(BANDITS.get(config.bandit)(), config.widths.shares)
+        self.selector = SeedSelector(made(config), config.widths.shares)
         self.pending: dict[int, Arm] = {}
         self.refused = 0  # gates in a row
         self.decisions = 0
@@ -95,7 +99,10 @@ class Tamiyo:
             costs = {s.name: costs[s.name] + s.unit_flops / max(room.model_flops, 1) for s in asked}
             most = {s.name: min(most[s.name], int(room.model_flops // s.unit_flops)) for s in asked}
         units = {name: max(value, self.config.widths.min_units) for name, value in units.items()}
-        arms = self.selector.arms(asked, reports, costs, units, most) if room.events > 0 else []
+        moment = Moment(
+            room.events / max(room.events + self.decisions - 1, 1), float(self.trigger.standing())
+        )
+        arms = self.selector.arms(asked, reports, costs, units, most, moment) if room.events > 0 else []
         if not arms:
             reason = f"{why}; {why_none(room, most)}"
             return Decision(self.decisions, step, "nothing", None, 0, None, reason, 1.0, None)
@@ -129,9 +136,9 @@ class Tamiyo:
             what = decision.site, decision.width, decision.start
             alike = (a for a in decision.arms if (a["site"], a["width"], a.get("start")) == what)
             arm = next(alike, None) or ArmFacts(site=decision.site, width=decision.width, score=None)
-            share, score, prior = arm.get("share", 1.0), arm["score"] or 0.0, arm.get("prior", 0.0)
+            share, score, features = arm.get("share", 1.0), arm["score"] or 0.0, arm.get("features", (0.0,))
             self.pending[decision.id] = Arm(
-                decision.site, share, decision.width, decision.start, score, prior
+                decision.site, share, decision.width, decision.start, score, tuple(features)
             )
 
     def most(self, site: Site, room: RemainingBudget) -> int:
@@ -159,7 +166,8 @@ class Tamiyo:
     def state_dict(self) -> TamiyoState:
         """Return everything learned and pending, as JSON values."""
         pending = {
-            str(i): [a.site, a.share, a.width, a.start, a.score, a.prior] for i, a in self.pending.items()
+            str(i): [a.site, a.share, a.width, a.start, a.score, list(a.features)]
+            for i, a in self.pending.items()
         }
         return {
             "trigger": self.trigger.state_dict(),
@@ -174,7 +182,10 @@ class Tamiyo:
         """Go on deciding."""
         self.trigger.load_state_dict(state["trigger"])
         self.selector.load_state_dict(state["selector"])
-        self.pending = {int(i): Arm(*fields) for i, fields in state["pending"].items()}
+        self.pending = {
+            int(i): Arm(site, share, width, start, score, tuple(features))
+            for i, (site, share, width, start, score, features) in state["pending"].items()
+        }
         self.refused, self.decisions, self.best_gain = (
             state["refused"],
             state["decisions"],
@@ -182,10 +193,32 @@ class Tamiyo:
         )
 
 
+def made(config: Config) -> Bandit:
+    """Make the bandit that the settings name.
+
+    Raises:
+        RegistryError: There is none of that name.
+        ConfigError: It does not take one of ``bandit_settings``.
+    """
+    kind = BANDITS.get(config.bandit)
+    known = list(inspect.signature(kind).parameters)
+    for name in config.bandit_settings:
+        if name not in known:
+            takes = nearest(name, known) if known else "it takes none"
+            raise ConfigError(f"bandit_settings: {config.bandit} does not take {quoted(name)}; {takes}")
+    return kind(**config.bandit_settings)
+
+
 def facts(arm: Arm) -> ArmFacts:
     """Tell an arm as decisions and events do."""
     return ArmFacts(
-        site=arm.site, share=arm.share, width=arm.width, start=arm.start, score=arm.score, prior=arm.prior
+        site=arm.site,
+        share=arm.share,
+        width=arm.width,
+        start=arm.start,
+        score=arm.score,
+        prior=arm.prior,
+        features=arm.features,
     )
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from esper.contracts import HealthReport, Site
 from esper.tamiyo.bandits import Bandit
+from esper.tamiyo.features import Moment, described, started
 
 STARTS = {
     "mixed": 1.0,
@@ -30,7 +31,12 @@ class Arm:
     width: int  # units
     start: str
     score: float  # first-order improvement per share of the budget
-    prior: float
+    features: tuple[float, ...]  # what is known of it now; its prior first (features.py)
+
+    @property
+    def prior(self) -> float:
+        """The reward that is expected of it before any experience, in [0, 1]."""
+        return self.features[0]
 
     @property
     def name(self) -> tuple[str, float, str]:
@@ -66,6 +72,7 @@ class SeedSelector:
         costs: Mapping[str, float],
         units: Mapping[str, float],
         room: Mapping[str, int],
+        moment: Moment,
     ) -> list[Arm]:
         """List what may be chosen.
 
@@ -75,6 +82,7 @@ class SeedSelector:
             costs: Share of the remaining budget that one unit takes, per site.
             units: Even share per site, in units.
             room: Most units the budget allows, per site.
+            moment: Facts about the run that every arm shares.
         """
         scores = {}
         for site in sites:
@@ -84,6 +92,7 @@ class SeedSelector:
                 scores[site.name] = improvement / costs[site.name] * self.experience(site.name)
         best = max(scores.values(), default=0.0)
         made: dict[tuple[str, int, str], Arm] = {}
+        known = described(sites, reports, moment)
         for site in sites:
             if site.name not in scores or best <= 0:
                 continue
@@ -91,9 +100,10 @@ class SeedSelector:
                 width = fitted(share * units[site.name], site.granularity, room[site.name])
                 for start, worth in (STARTS if site.kind == "pair" else ALIKE).items():
                     prior = scores[site.name] / best * worth * (1.0 if share == 1.0 else OFF_SHARE)
+                    features = (prior, *known[site.name], math.log2(share), *started(start))
                     made.setdefault(
                         (site.name, width, start),
-                        Arm(site.name, share, width, start, scores[site.name], prior),
+                        Arm(site.name, share, width, start, scores[site.name], features),
                     )
         return list(made.values())
 
@@ -105,12 +115,12 @@ class SeedSelector:
         """Take in what an arm brought."""
         self.tried[arm.site] = self.tried.get(arm.site, 0) + 1
         self.kept[arm.site] = self.kept.get(arm.site, 0) + kept
-        self.bandit.learn(arm.name, reward)
+        self.bandit.learn(arm.name, np.array(arm.features), reward)
 
     def choose(self, arms: Sequence[Arm], rng: np.random.Generator) -> tuple[Arm, float]:
         """Return the chosen arm and its propensity."""
         index, propensity = self.bandit.choose(
-            [arm.name for arm in arms], np.array([arm.prior for arm in arms]), rng
+            [arm.name for arm in arms], np.array([arm.features for arm in arms]), rng
         )
         return arms[index], propensity
 

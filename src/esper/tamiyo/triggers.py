@@ -49,13 +49,8 @@ class Trigger:
         if self.due and step >= self.due[0]:
             self.taken()
             return "scheduled"
-        full = len(self.losses) == self.losses.maxlen
-        if (
-            self.settings.plateau
-            and full
-            and step % (self.settings.plateau_window // 2) == 0
-            and self.stalled()
-        ):
+        looked = step % (self.settings.plateau_window // 2) == 0
+        if self.settings.plateau and looked and self.standing():
             if self.scheduled and not self.due:
                 return None
             self.taken()
@@ -79,6 +74,10 @@ class Trigger:
         old, new = np.split(losses, 2)
         error = math.sqrt(float(old.var(ddof=1) + new.var(ddof=1)) / len(new))
         return not float(new.mean()) < float(old.mean()) - error
+
+    def standing(self) -> bool:
+        """Tell whether the loss stands still; while too few losses were seen it does not."""
+        return len(self.losses) == self.losses.maxlen and self.stalled()
 
     def state_dict(self) -> TriggerState:
         """Return what is still due and the losses seen."""

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-from esper.errors import StateError
-from esper.printable import quoted
+from esper.tamiyo.beliefs.means import Means
 
 __all__ = ["UCB"]
 
 
-class UCB:
+class UCB(Means):
     """Optimism under uncertainty.
 
     Args:
@@ -22,43 +21,13 @@ class UCB:
     """
 
     def __init__(self, exploration: float = 0.2) -> None:
+        super().__init__()
         self.exploration = exploration
-        self.pulls: dict[Hashable, int] = {}
-        self.sums: dict[Hashable, float] = {}
 
     def choose(
-        self, arms: Sequence[Hashable], priors: np.ndarray, rng: np.random.Generator
+        self, arms: Sequence[Hashable], features: np.ndarray, rng: np.random.Generator
     ) -> tuple[int, float]:
         """Return the arm with the highest bound; ties go to the first."""
-        pulls = np.array([self.pulls.get(arm, 0) for arm in arms])
-        sums = np.array([self.sums.get(arm, 0.0) for arm in arms])
-        means = (priors + sums) / (1 + pulls)
+        pulls, means = self.of(arms, features[:, 0])
         bounds = means + self.exploration * np.sqrt(math.log(1 + pulls.sum()) / (1 + pulls))
         return int(bounds.argmax()), 1.0
-
-    def learn(self, arm: Hashable, reward: float) -> None:
-        """Add one observation."""
-        self.pulls[arm] = self.pulls.get(arm, 0) + 1
-        self.sums[arm] = self.sums.get(arm, 0.0) + reward
-
-    def state_dict(self) -> Mapping[str, object]:
-        """Return counts and sums."""
-        return {
-            "arms": [
-                [list(arm) if isinstance(arm, tuple) else arm, n, self.sums[arm]]
-                for arm, n in self.pulls.items()
-            ]
-        }
-
-    def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Take counts and sums back.
-
-        Raises:
-            StateError: It is not what ``state_dict`` returned.
-        """
-        told = state["arms"]
-        if not isinstance(told, list):
-            raise StateError(f"the bandit's arms are {quoted(told)}; a list of (arm, pulls, sum) is needed")
-        rows = [(tuple(arm) if isinstance(arm, list) else arm, n, total) for arm, n, total in told]
-        self.pulls = {arm: n for arm, n, _ in rows}
-        self.sums = {arm: total for arm, _, total in rows}

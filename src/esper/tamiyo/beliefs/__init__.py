@@ -1,0 +1,1 @@
+"""What is believed of arms: their own means, or lines over their features."""
