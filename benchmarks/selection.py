@@ -30,7 +30,7 @@ LESS, MORE = -0.30, 0.10  # regret against the best of the four
 
 
 def main(argv: Sequence[str]) -> int:
-    """Play every bandit through the same worlds, then time its choices; each trace has its own best of four."""
+    """Play every bandit through the same worlds, then time its choices; each trace has its best of four."""
     chosen = harness.options(NAME, __doc__, argv, seeds=WORLDS, arms=(*FOUR, *OURS))
     names = chosen.select((*FOUR, *OURS))
     lost = played(names, chosen.seeds, chosen.jobs, DECISIONS // 4 if chosen.quick else DECISIONS)
