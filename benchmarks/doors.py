@@ -30,6 +30,7 @@ from benchmarks.promises import Promise
 from benchmarks.workers import workers
 from esper.errors import EsperError
 from esper.printable import quoted
+from esper.tolaria.growth.run.observers import RAISED
 
 NAME = "doors"
 SEEDS = 10
@@ -150,7 +151,10 @@ def judge(tally: Tally, case: Case) -> None:
         outcome = type(error).__name__
     except Exception as error:  # what this bench counts
         outcome = "raw"
-        tally.raw.setdefault(f"{case.door}: {place_of(error)}", told(case))
+        if any(note.startswith(RAISED) for note in getattr(error, "__notes__", ())):
+            outcome = "their own"  # an on_event that cannot take an event
+        else:
+            tally.raw.setdefault(f"{case.door}: {place_of(error)}", told(case))
     tally.counts[case.door, outcome] += 1
     after = state_of(case)
     names = ["streams"] if case.door in OUTSIDE else []

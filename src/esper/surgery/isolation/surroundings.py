@@ -44,8 +44,12 @@ def postponing() -> Iterator[None]:
         yield
     finally:
         POSTPONED.depth -= 1
-        while POSTPONED.waiting and not POSTPONED.depth:
-            POSTPONED.waiting.pop(0)()
+        if not POSTPONED.depth:
+            waiting = list(POSTPONED.waiting)
+            POSTPONED.waiting.clear()
+            with ExitStack() as stack:  # each of them, though one raises
+                for act in reversed(waiting):
+                    stack.callback(act)
 
 
 KNOWN: weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[Surroundings]]] = weakref.WeakKeyDictionary()

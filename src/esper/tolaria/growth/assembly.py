@@ -44,9 +44,9 @@ from esper.tolaria.growth.opening.optimizers import by_name, named_optimizers
 from esper.tolaria.growth.opening.request import Request
 from esper.tolaria.growth.run.budget import limits, merged_budget
 from esper.tolaria.growth.run.commit import Committer
-from esper.tolaria.growth.run.components import RunComponents
+from esper.tolaria.growth.run.components import Passes, RunComponents
 from esper.tolaria.growth.run.forging import Forging
-from esper.tolaria.growth.run.passes import Passes
+from esper.tolaria.growth.run.observers import Observers
 from esper.tolaria.growth.run.recipe import is_raced, recipe_of
 from esper.tolaria.growth.run.streams import Streams
 
@@ -66,7 +66,7 @@ class Detours:
         self.observe(Event("fallback", step, {"what": what, "why": why}))
 
 
-def assemble(request: Request, wrapping: Wrapping, observe: Observer) -> RunComponents:
+def assemble(request: Request, wrapping: Wrapping, observe: Observers) -> RunComponents:
     """Check what was given and wire a run; nothing of the user's is changed."""
     policy, peers, config = detect(wrapping.host, request.loss_fn), wrapping.peers, request.config
     host = policy.host

@@ -6,7 +6,6 @@ import hashlib
 import json
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +15,7 @@ from torch.optim import Optimizer
 from esper.batches.axes import Axes, BatchAxis
 from esper.batches.examples import LossFunction, PerExample
 from esper.config import Config, ConfigLike, load_config
-from esper.contracts import Event, Observer, ignore
+from esper.contracts import Observer, ignore
 from esper.distributed.model_wrapper import Wrapping, wrapping_of
 from esper.errors import ConfigError
 from esper.kasmina.sites.sites import Sites
@@ -24,7 +23,6 @@ from esper.log import Logged
 from esper.nissa.run.journal import RunJournal
 from esper.surgery.isolation.contexts import same_randomness, taught
 from esper.surgery.isolation.global_draws import forgetting
-from esper.surgery.isolation.surroundings import afterwards
 from esper.tolaria.governor import GovernorHooks, Settings
 from esper.tolaria.growth.assembly import assemble
 from esper.tolaria.growth.growth import Growth
@@ -39,6 +37,7 @@ from esper.tolaria.growth.opening.entrance import Handing, refuse_host
 from esper.tolaria.growth.opening.presence import refuse_growing
 from esper.tolaria.growth.opening.request import Request, Restorable, Scaler, Scheduler
 from esper.tolaria.growth.run.components import RunComponents
+from esper.tolaria.growth.run.observers import Observers
 from esper.tolaria.growth.run.recipe import with_growth
 
 
@@ -98,7 +97,8 @@ def grow(
         config: Settings: a ``Config``, a mapping, or a path to a YAML file.
         run_dir: Folder for ``events.jsonl``, or an open journal; of several processes the first writes it.
         seed: Of growth's own random streams.
-        on_event: Called with every event.
+        on_event: Called with every event. What it raises changes nothing of the run and is raised at the end
+            of this call, of ``step`` or of ``finish``, with a note.
 
     Raises:
         EsperError: Whatever is given does not fit; nothing was changed then.
@@ -137,8 +137,8 @@ def grow(
         axes=axes,
     )
     journal = journal_of(run_dir, wrapping, settings)
-    watching: list[Observer] = [on_event] if wrapping.peers.rank else [Logged(), on_event]
-    observe = Observers(watching if journal is None else [journal, *watching])
+    own: list[Observer] = [] if wrapping.peers.rank else [Logged()]
+    observe = Observers(own if journal is None else [journal, *own], on_event)
     try:
         refuse_growing(wrapping.host)
         with taught(), same_randomness():  # a run that grows nothing differs in nothing
@@ -153,6 +153,11 @@ def grow(
     made.loop.presence.closers.append(forgetting(made.host))
     if settings.governor.enabled:
         govern(made, parts, [*movers, *([scaler] if scaler is not None else [])])
+    try:
+        observe.settle()
+    except Exception:  # the user's own error, of an event at the start
+        take_back(made)
+        raise
     return made
 
 
@@ -177,18 +182,6 @@ def _let_go(made: Growth) -> None:
     made.run.parts.forging.close()
     made.run.parts.wrapping.close()
     made.run.finished = True
-
-
-class Observers:
-    """Tells every event to several, in order."""
-
-    def __init__(self, each: Sequence[Observer]) -> None:
-        self.each = each
-
-    def __call__(self, event: Event) -> None:
-        """Tell one; what an observer writes lasts, though it be told in the midst of a pass."""
-        for observer in self.each:
-            afterwards(partial(observer, event))
 
 
 def journal_of(

@@ -84,6 +84,7 @@ class Growth(Resumable):
         """
         self._refuse_finished("step")
         self.loop.step(batch, loss)
+        self.run.parts.observe.settle()
 
     def epoch(self, metrics: Mapping[str, float] | None = None) -> None:
         """Note the end of an epoch, with metrics for the report.
@@ -177,6 +178,7 @@ class Growth(Resumable):
             grown=[[plan.site, units_of(plan)] for plan in run.plans],
             **({"advice": list(self.report().advice)} if idle else {}),
         )
+        run.parts.observe.settle()
         return self.model
 
     # -- what it came to -------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -12,17 +13,20 @@ from esper.batches.axes import Axes
 from esper.batches.examples import LossFunction, PerExample
 from esper.batches.joins import Joins
 from esper.config import Budget, Config
-from esper.contracts import Observer
 from esper.distributed.model_wrapper import Wrapping
 from esper.kasmina.morphable import MorphableModel
 from esper.kasmina.race.gate import Gate
 from esper.kasmina.race.orchestrator import SeedOrchestrator
 from esper.kasmina.recording.flops import Ledger
+from esper.surgery.isolation.contexts import examining
 from esper.tamiyo.controller import Tamiyo
 from esper.tolaria.growth.run.budget import Limits
 from esper.tolaria.growth.run.commit import Committer
 from esper.tolaria.growth.run.forging import Forging
+from esper.tolaria.growth.run.observers import Observers
 from esper.tolaria.growth.run.streams import Streams
+
+TIMED = 5  # passes of which the median counts
 
 
 @dataclass
@@ -44,7 +48,7 @@ class RunComponents:
     config: Config
     budget: Budget
     limits: Limits
-    observe: Observer
+    observe: Observers
     loss_fn: LossFunction
     probe: Iterable[object]
     averages: Sequence[nn.Module]
@@ -60,3 +64,34 @@ class RunComponents:
     seed: int
     warnings: list[str]
     epochs: int = 0
+
+
+class Passes:
+    """Runs a host.
+
+    Args:
+        host: The model that grows.
+        loss_fn: The user's.
+        batch: The first held-out batch.
+    """
+
+    def __init__(self, host: nn.Module, loss_fn: LossFunction, batch: object) -> None:
+        self.host, self.loss_fn, self.batch = host, loss_fn, batch
+
+    def loss_of(self, batch: object) -> Tensor:
+        """Return the scalar loss of a batch, through the host as it is."""
+        return self.loss_fn(self.host, batch)
+
+    def over_probe(self) -> Tensor:
+        """Return the loss of the first held-out batch."""
+        return self.loss_of(self.batch)
+
+    def latency_ms(self) -> float:
+        """Return the median of five passes over the first held-out batch, in milliseconds."""
+        times = []
+        with examining(self.host):
+            for _ in range(TIMED):
+                begun = time.perf_counter()
+                self.over_probe()
+                times.append((time.perf_counter() - begun) * 1e3)
+        return sorted(times)[TIMED // 2]
