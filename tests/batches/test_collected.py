@@ -210,12 +210,11 @@ class Going:
     """A probe whose file is gone after some readings."""
 
     def __init__(self, left: int) -> None:
-        self.batches, self.left = [Task()(256)], [left]
+        self.batches, self.left = [Task()(256)], iter(range(left))  # a counter in plain sight is put back
 
     def __iter__(self) -> Iterator[Any]:
         """Read it, or fail."""
-        self.left[0] -= 1
-        if self.left[0] < 0:
+        if next(self.left, None) is None:
             raise OSError("gone")
         return iter(self.batches)
 

@@ -18,7 +18,7 @@ from esper.surgery.isolation.global_draws import alone, global_streams_restored
 from esper.surgery.isolation.remembered import Memory
 from esper.surgery.isolation.surroundings import same_surroundings
 
-COUNTED = 2  # of a sampler of the user's own: what it holds, and what that holds
+COUNTED = 1  # of a sampler of the user's own: what it counts with, and lists of that
 START = np.random.MT19937(0).state
 SPARE: list[np.random.MT19937] = []
 
@@ -75,8 +75,8 @@ def same_generators(loader: object) -> Iterator[None]:
     numpy = [(g.bit_generator, g.bit_generator.state) for g in found.values() if is_numpy(g)]
     python = [(g, g.getstate()) for g in found.values() if isinstance(g, random.Random)]
     counted = Memory(set())
-    for owner in owners:
-        counted.take(owner, COUNTED)
+    for owner in {id(one): one for one in owners}.values():
+        counted.attributes(owner, COUNTED)
     try:
         yield
     finally:

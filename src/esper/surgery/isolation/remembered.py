@@ -80,7 +80,7 @@ class Memory:
 
     def a_list(self, value: list[object], depth: int) -> None:
         """Remember a list."""
-        count = len(value)
+        count = list.__len__(value)  # what a subclass says of itself may raise
         if count > MANY:
             self.undo.append(lambda: list.__delitem__(value, slice(count, None)))
             return
@@ -90,7 +90,7 @@ class Memory:
 
     def a_dict(self, value: dict[Key, object], depth: int) -> None:
         """Remember a dict, its order included."""
-        count = len(value)
+        count = dict.__len__(value)
         if count > MANY:
             self.undo.append(lambda: shortened(value, count))
             return
@@ -100,23 +100,23 @@ class Memory:
 
     def a_set(self, value: set[object], depth: int) -> None:
         """Remember a set."""
-        before = set(value)
+        before = set.copy(value)
         self.undo.append(lambda: restored_set(value, before))
 
     def a_deque(self, value: deque[object], depth: int) -> None:
         """Remember a deque."""
-        before = list(value)
+        before = list(deque.__iter__(value))
         self.undo.append(lambda: restored_deque(value, before))
         self.takes(before, depth)
 
     def a_bytearray(self, value: bytearray, depth: int) -> None:
         """Remember bytes."""
-        before = bytes(value)
+        before = bytes(memoryview(value))
         self.undo.append(lambda: value == before or value.__setitem__(slice(None), before))
 
     def a_tuple(self, value: tuple[object, ...], depth: int) -> None:
         """Remember what a tuple holds."""
-        self.takes(value, depth)
+        self.takes(list(tuple.__iter__(value)), depth)
 
     def a_tensor(self, value: Tensor, depth: int) -> None:
         """Remember a small tensor that no gradient is taken for."""
@@ -177,6 +177,13 @@ class Memory:
             self.undo.append(lambda name=name, before=before: attribute(value, name, before))
             self.take(before, depth)
 
+    def attributes(self, value: object, depth: int) -> None:
+        """Remember the attributes of an object of the user's, and nothing where it is torch's or a list."""
+        if is_own(type(value).__module__) and type(value).__module__ != "builtins":
+            held = attributes_of(value)
+            if held is not None:
+                self.a_dict(held, depth)
+
     def a_queue(self, value: queue.Queue[object], depth: int) -> None:
         """Remember a queue, unless other threads may fill it meanwhile."""
         if alone():
@@ -226,14 +233,14 @@ WAYS: tuple[tuple[type | tuple[type, ...], Way], ...] = (
 REMEMBER: weakref.WeakKeyDictionary[type, Way | None] = weakref.WeakKeyDictionary(dict.fromkeys(PLAIN))
 
 
-def alike(value: Sequence[object], before: Sequence[object]) -> bool:
+def alike(value: list[object], before: Sequence[object]) -> bool:
     """Tell whether two lists hold the same objects."""
-    return len(value) == len(before) and all(map(is_, value, before))
+    return list.__len__(value) == len(before) and all(map(is_, list.__iter__(value), before))
 
 
 def shortened(value: dict[Key, object], count: int) -> None:
     """Take out what was added to a long dict: it stands at its end."""
-    for key in list(value)[count:]:
+    for key in list(dict.__iter__(value))[count:]:
         dict.__delitem__(value, key)
 
 
@@ -252,16 +259,16 @@ def restored_dict(value: dict[Key, object], before: Sequence[tuple[Key, object]]
 
 def restored_set(value: set[object], before: set[object]) -> None:
     """Give a set its members back."""
-    if value != before:
+    if set.__ne__(value, before):
         set.clear(value)
         set.update(value, before)
 
 
 def restored_deque(value: deque[object], before: Sequence[object]) -> None:
     """Give a deque its entries back."""
-    if not alike(value, before):
-        value.clear()
-        value.extend(before)
+    if not alike(list(deque.__iter__(value)), before):
+        deque.clear(value)
+        deque.extend(value, before)
 
 
 def restored_names(held: dict[str, object], before: Mapping[str, object], leave: Set[str]) -> None:
