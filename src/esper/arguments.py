@@ -37,6 +37,18 @@ def whole(
         raise error(f"{name}={quoted(value)}; give a whole number from {least:,} to {most:,}{end}")
 
 
+def number(
+    name: str, value: object, *, least: float, most: float, error: type[EsperError] = ConfigError
+) -> None:
+    """Refuse what is no number within bounds; NaN is within none.
+
+    Raises:
+        EsperError: ``error``, with what was given.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+        raise error(f"{name}={quoted(value)}; give a number from {least:g} to {most:g}")
+
+
 def flag(name: str, value: object, *, error: type[EsperError] = ConfigError) -> None:
     """Refuse what is not True or False.
 

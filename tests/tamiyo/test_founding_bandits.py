@@ -17,6 +17,14 @@ from esper.tamiyo.controller import Tamiyo
 TWO = np.array([[0.6], [0.5]])  # priors
 CALLS = 2000
 
+SETTINGS = {
+    "ucb": "exploration",
+    "contextual": "exploration",
+    "thompson": "noise",
+    "performance": "temperature",
+    "epsilon_greedy": "epsilon",
+}
+
 
 def test_thompson_chooses_an_arm_as_often_as_it_is_the_best_of_the_drawn_beliefs() -> None:
     rng, bandit = np.random.default_rng(0), Thompson(noise=0.2)
@@ -51,3 +59,17 @@ def test_settings_reach_the_bandit_and_a_wrong_one_is_named() -> None:
         Tamiyo(load_config({"bandit": "thompson", "bandit_settings": {"nose": 0.5}}), 100, 4)
     with pytest.raises(ConfigError, match="auto does not take 'noise'; it takes none"):
         Tamiyo(load_config({"bandit": "auto", "bandit_settings": {"noise": 0.5}}), 100, 4)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -0.1, 1e308])
+@pytest.mark.parametrize("name", ["ucb", "contextual", "thompson", "performance", "epsilon_greedy"])
+def test_settings_are_finite_and_in_range(name: str, value: float) -> None:
+    setting = SETTINGS[name]
+    with pytest.raises(ConfigError, match=f"bandit_settings of {name}: {setting}=.*; give a number from"):
+        Tamiyo(load_config({"bandit": name, "bandit_settings": {setting: value}}), 100, 4)
+
+
+@pytest.mark.parametrize(("name", "value"), [("performance", 0.0), ("epsilon_greedy", 1.1)])
+def test_settings_at_the_edge(name: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=SETTINGS[name]):
+        Tamiyo(load_config({"bandit": name, "bandit_settings": {SETTINGS[name]: value}}), 100, 4)

@@ -198,7 +198,7 @@ def made(config: Config) -> Bandit:
 
     Raises:
         RegistryError: There is none of that name.
-        ConfigError: It does not take one of ``bandit_settings``.
+        ConfigError: It does not take one of ``bandit_settings``, or not such a value.
     """
     kind = BANDITS.get(config.bandit)
     known = list(inspect.signature(kind).parameters)
@@ -206,7 +206,10 @@ def made(config: Config) -> Bandit:
         if name not in known:
             takes = nearest(name, known) if known else "it takes none"
             raise ConfigError(f"bandit_settings: {config.bandit} does not take {quoted(name)}; {takes}")
-    return kind(**config.bandit_settings)
+    try:
+        return kind(**config.bandit_settings)
+    except (ConfigError, TypeError, ValueError) as error:  # another package's may raise the latter two
+        raise ConfigError(f"bandit_settings of {config.bandit}: {error}") from None
 
 
 def facts(arm: Arm) -> ArmFacts:

@@ -113,6 +113,8 @@ def own_generators(loader: object) -> dict[str, Generator]:
     places["batch_sampler.sampler"] = getattr(places["batch_sampler"], "sampler", None)
     for name, place in places.items():
         generator = getattr(place, "generator", None)
+        if isinstance(generator, random.SystemRandom):  # it has no state
+            continue
         ours = isinstance(generator, torch.Generator | np.random.Generator | random.Random)
         if ours and not any(generator is known for known in found.values()):
             found[name] = generator

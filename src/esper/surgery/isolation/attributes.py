@@ -47,7 +47,7 @@ def same_attributes(model: nn.Module) -> Iterator[None]:
         if type(module).__module__.startswith("torch.nn.modules."):
             continue
         held = module.__dict__
-        plain = {n: v for n, v in held.items() if n not in TORCHS and isinstance(v, STATE)}
+        plain = {n: v for n, v in held.items() if n not in TORCHS and issubclass(type(v), STATE)}
         kept.append((held, plain, set(held)))
         held.update({name: own(value, memo) for name, value in plain.items()})
     try:
@@ -55,7 +55,7 @@ def same_attributes(model: nn.Module) -> Iterator[None]:
     finally:
         for held, plain, names in kept:
             for name in held.keys() - names - TORCHS:
-                if isinstance(held[name], STATE):
+                if issubclass(type(held[name]), STATE):
                     del held[name]
             held.update(plain)
 
@@ -89,8 +89,11 @@ def lent_tables(model: nn.Module) -> Iterator[None]:
 
 
 def own(value: Value, memo: Memo, depth: int = 3) -> Value:
-    """Copy what a pass may change; what is met twice is copied once."""
-    if not isinstance(value, (Tensor, np.ndarray, torch.Generator, *CONTAINERS, *STREAMS)):
+    """Copy what a pass may change; what is met twice is copied once.
+
+    By its type: what an object says of its class is code of the user's, which may raise.
+    """
+    if not issubclass(type(value), (Tensor, np.ndarray, torch.Generator, *CONTAINERS, *STREAMS)):
         return value
     if id(value) not in memo:
         memo[id(value)] = value, made(value, memo, depth)
@@ -104,7 +107,15 @@ def made(value: object, memo: Memo, depth: int) -> object:
     if isinstance(value, torch.Generator):
         return value.clone_state()
     if isinstance(value, STREAMS):
-        return copy.deepcopy(value)
+        return value if isinstance(value, random.SystemRandom) else copy.deepcopy(value)
+    try:
+        return copied_container(value, memo, depth)
+    except Exception:  # a class of the user's may refuse to be read: what loss and model reach is put back
+        return value
+
+
+def copied_container(value: object, memo: Memo, depth: int) -> object:
+    """Copy a container, and what it holds where that is not much."""
     deeper = depth > 0 and isinstance(value, CONTAINERS) and len(value) <= LARGEST
     if isinstance(value, tuple):  # a named one, or one of the user's own, is left alone
         return tuple(own(one, memo, depth - 1) for one in value) if deeper and type(value) is tuple else value

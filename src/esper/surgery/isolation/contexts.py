@@ -73,7 +73,7 @@ def same_generators(loader: object) -> Iterator[None]:
     found = {id(g): g for g in [getattr(owner, "generator", None) for owner in owners] + held}
     before = [(g, g.get_state()) for g in found.values() if isinstance(g, torch.Generator)]
     numpy = [(g.bit_generator, g.bit_generator.state) for g in found.values() if is_numpy(g)]
-    python = [(g, g.getstate()) for g in found.values() if isinstance(g, random.Random)]
+    python = [(g, g.getstate()) for g in found.values() if is_python(g)]
     counted = Memory(set())
     for owner in {id(one): one for one in owners}.values():
         counted.attributes(owner, COUNTED)
@@ -92,6 +92,11 @@ def same_generators(loader: object) -> Iterator[None]:
 def held_by(owner: object) -> list[object]:
     """Return what an object holds in its attributes."""
     return list(getattr(owner, "__dict__", {}).values())
+
+
+def is_python(value: object) -> TypeGuard[random.Random]:
+    """Tell a generator of Python that is somewhere: one that asks the system is nowhere."""
+    return isinstance(value, random.Random) and not isinstance(value, random.SystemRandom)
 
 
 def is_numpy(value: object) -> TypeGuard[np.random.Generator]:

@@ -10,7 +10,7 @@ import dis
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 
 from torch import nn
@@ -41,16 +41,22 @@ class Reach:
     seen: set[int] = field(default_factory=set)
 
     def follow(self, value: object, depth: int = DEEP) -> None:
-        """Take in what a function, a callable object or a method reaches."""
-        if isinstance(value, MethodType):
+        """Take in what a function, a callable object or a method reaches.
+
+        By their types: what an object says of its class is code of the user's, which may raise.
+        """
+        kind = type(value)
+        if type(value) is MethodType:
             self.objects.append(value.__self__)
             self.follow(value.__func__, depth)
             self.follow(value.__self__, depth)
-        elif isinstance(value, partial):
+            self.behind(value.__func__, value.__self__, depth)
+        elif issubclass(kind, partial):
+            assert isinstance(value, partial)
             self.objects += [*value.args, value.keywords]
             for one in (value.func, *value.args, *value.keywords.values()):
                 self.follow(one, depth)
-        elif isinstance(value, FunctionType):
+        elif type(value) is FunctionType:
             if (
                 id(value) not in self.seen
                 and depth >= 0
@@ -59,11 +65,18 @@ class Reach:
             ):
                 self.seen.add(id(value))
                 self.read(value, depth)
-        elif not isinstance(value, type | ModuleType) and is_own(type(value).__module__):
-            if callable(value):
-                self.follow(type(value).__call__, depth)
-            if isinstance(value, nn.Module):
-                self.follow(type(value).forward, depth)
+        elif not issubclass(kind, type | ModuleType) and is_own(kind.__module__):
+            for name in {"__call__", "forward"} & names_of(kind):
+                function = unbound(kind, name)
+                self.follow(function, depth)
+                self.behind(function, value, depth)
+
+    def behind(self, function: object, owner: object, depth: int) -> None:
+        """Take in the class that a method is of, and the other methods of it that the method names."""
+        kind = owner if isinstance(owner, type) else type(owner)
+        if isinstance(function, FunctionType) and is_own(kind.__module__):
+            asked = {name for code in codes_of(function.__code__) for name in code.co_names}
+            self.methods(kind, asked, depth)
 
     def read(self, function: FunctionType, depth: int) -> None:
         """Read a function's code."""
@@ -75,14 +88,17 @@ class Reach:
         names: list[str] = []
         for name in dict.fromkeys(name for code in codes for name in globals_of(code)):
             value = function.__globals__.get(name)
-            if isinstance(value, ModuleType):
+            kind = type(value)
+            if issubclass(kind, ModuleType):
+                assert isinstance(value, ModuleType)
                 self.module(value, asked, depth)
-            elif isinstance(value, type):
+            elif issubclass(kind, type):
+                assert isinstance(value, type)
                 self.class_of(value)
                 self.methods(value, asked, depth)
-            elif isinstance(value, FunctionType) or not callable(value) or is_own(type(value).__module__):
+            elif kind is FunctionType or not callable(value) or is_own(kind.__module__):
                 found.append(value)
-                names += [] if isinstance(value, FunctionType) else [name]
+                names += [] if kind is FunctionType else [name]
         if names:
             self.names.append((function.__globals__, tuple(names)))
         for value in found:
@@ -95,7 +111,9 @@ class Reach:
             return
         held = {name: value for name, value in vars(module).items() if name in asked}
         plain = [
-            name for name, value in held.items() if not isinstance(value, type | ModuleType | FunctionType)
+            name
+            for name, value in held.items()
+            if not issubclass(type(value), type | ModuleType | FunctionType)
         ]
         self.names.append((vars(module), tuple(plain)))
         for value in held.values():
@@ -103,16 +121,22 @@ class Reach:
             self.follow(value, depth - 1)
 
     def methods(self, kind: type, asked: set[str], depth: int) -> None:
-        """Take in the methods of a class of the user's that the code names."""
-        if is_own(kind.__module__):
-            for name in asked & {name for base in kind.__mro__ for name in vars(base)}:
-                method = getattr(kind, name, None)
-                self.follow(method.__func__ if isinstance(method, MethodType) else method, depth - 1)
-            self.class_of(kind)
+        """Take in the methods of a class of the user's that code names, and those that these name."""
+        if depth < 0 or not is_own(kind.__module__):
+            return
+        self.class_of(kind)
+        for name in asked & names_of(kind):
+            method = unbound(kind, name)
+            if id(method) not in self.seen:
+                self.follow(method, depth - 1)
+                self.behind(method, kind, depth - 1)
 
     def class_of(self, kind: object) -> None:
         """Take in a class of the user's that holds data."""
-        if not isinstance(kind, type) or not is_own(kind.__module__) or kind in self.classes:
+        if not issubclass(type(kind), type):
+            return
+        assert isinstance(kind, type)
+        if not is_own(kind.__module__) or any(kind is one for one in self.classes):
             return
         if any(is_data(name, value) for name, value in vars(kind).items()):
             self.classes.append(kind)
@@ -132,10 +156,11 @@ def reach_of(function: Callable[..., object], model: nn.Module) -> Reach:
         plain = [value for name, value in vars(module).items() if not name.startswith("_")]
         if is_own(type(module).__module__):
             found.follow(type(module).forward)
+            found.behind(type(module).forward, module, DEEP)
             found.class_of(type(module))
             found.objects += [one for one in plain if is_own(type(one).__module__) and has_state(one)]
         for one in plain:
-            if isinstance(one, CODE):
+            if issubclass(type(one), CODE):
                 found.follow(one)
         for table in HOOKS:
             for hook in list(getattr(module, table, {}).values()):
@@ -145,17 +170,32 @@ def reach_of(function: Callable[..., object], model: nn.Module) -> Reach:
 
 def has_state(value: object) -> bool:
     """Tell an object that may change, and is no part of a model."""
-    return not isinstance(value, nn.Module | type | ModuleType | FunctionType)
+    return not issubclass(type(value), nn.Module | type | ModuleType | FunctionType)
 
 
-def is_own(module: str | None) -> bool:
-    """Tell a module of the user's, or of a package, from those of Python, torch and Esper."""
-    return module is None or module.partition(".")[0] not in LIBRARIES
+def is_own(module: object) -> bool:
+    """Tell the name of a module of the user's, or of a package, from those of Python, torch and Esper."""
+    return not isinstance(module, str) or module.partition(".")[0] not in LIBRARIES
 
 
 def is_data(name: str, value: object) -> bool:
     """Tell an attribute of a class that is neither code nor Python's own."""
-    return not name.startswith("__") and not callable(value) and not hasattr(value, "__get__")
+    return not name.startswith("__") and not callable(value) and not hasattr(type(value), "__get__")
+
+
+def names_of(kind: type) -> set[str]:
+    """List what a class and those it comes from define."""
+    return {name for base in kind.__mro__ for name in vars(base)}
+
+
+def unbound(kind: type, name: str) -> object:
+    """Return a method as a class has it; nothing of the user's runs, as a property of a class would."""
+    found = next((vars(base)[name] for base in kind.__mro__ if name in vars(base)), None)
+    if type(found) is staticmethod or type(found) is classmethod:
+        return found.__func__
+    if type(found) is property:
+        return found.fget
+    return found.func if type(found) is cached_property else found
 
 
 def contents(cell: CellType) -> Iterator[object]:

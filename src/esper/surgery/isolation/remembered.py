@@ -9,11 +9,13 @@ from __future__ import annotations
 import io
 import queue
 import random
+import threading
 import weakref
 from argparse import Namespace
-from collections import OrderedDict, UserDict, UserList, deque
-from collections.abc import Callable, Mapping, Sequence, Set
-from operator import is_
+from array import array
+from collections import ChainMap, UserDict, UserList, deque
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from types import ModuleType, SimpleNamespace
 from typing import Any, TypeAlias, TypeVar
 
@@ -23,13 +25,32 @@ from torch import Tensor, nn
 
 from esper.surgery.isolation.attributes import TORCHS
 from esper.surgery.isolation.global_draws import alone
-from esper.surgery.isolation.reach import is_data, is_own
+from esper.surgery.isolation.reach import is_own
+from esper.surgery.isolation.restoring import (
+    MISSING,
+    alike,
+    attributes_of,
+    content_of,
+    items_of,
+    laid_alike,
+    restored_deque,
+    restored_dict,
+    restored_names,
+    restored_set,
+    restored_slot,
+    restored_variable,
+    shortened,
+    slots_of,
+    written,
+)
 
 DEEP = 4  # containers and objects within one another
 MANY = 2048  # entries of a container, or numbers of a tensor, that are remembered
 FEW = 256  # entries of a container that may hold containers
 MOST = 512  # objects that are remembered at a call
-MISSING = object()
+LONG = (
+    2**16
+)  # entries of a set or deque, of which additions cannot be told from the rest; and of all together
 
 Key = TypeVar("Key")
 Undo: TypeAlias = Callable[[], object]
@@ -51,37 +72,51 @@ class Memory:
         self.undo: list[Undo] = []
         self.lost: list[str] = []
         self.left = MOST
+        self.entries = 2 * LONG
 
     def take(self, value: object, depth: int = DEEP) -> None:
         """Remember one value, and what it holds."""
-        kind = type(value)
-        if kind not in REMEMBER:
-            REMEMBER[kind] = way_of(kind)
-        how = REMEMBER[kind]
-        if how is None or depth == 0 or id(value) in self.seen:
+        if depth == 0 or id(value) in self.seen:
             return
-        self.left -= 1
-        if self.left < 0:
-            return
-        self.seen.add(id(value))
-        how(self, value, depth - 1)
+        try:
+            kind = type(value)
+            if kind not in REMEMBER:
+                REMEMBER[kind] = way_of(kind)
+            how = REMEMBER[kind]
+            if how is None or self.left <= 0:
+                return
+            self.left -= 1
+            self.seen.add(id(value))
+            how(self, value, depth - 1)
+        except Exception:  # a class of the user's may raise whatever is asked of it
+            self.lost.append(f"a {type(value).__name__}, which cannot be read")
 
     def takes(self, values: Sequence[object], depth: int) -> None:
         """Remember several, where they are not many."""
         if len(values) <= FEW:
             for value in values:
-                if type(value) not in PLAIN:
+                if id(type(value)) not in PLAIN_IDS:
                     self.take(value, depth)
 
     def put_back(self) -> None:
         """Undo what has changed, the latest that was remembered first."""
         for undo in reversed(self.undo):
-            undo()
+            try:
+                undo()
+            except Exception as error:  # a class of the user's may refuse to be written
+                self.lost.append(f"what refuses to be put back ({type(error).__name__}: {error})")
+
+    def fits(self, count: int, most: int = MANY) -> bool:
+        """Tell whether a container's entries are remembered: it is short, and not too many came before it."""
+        if count > min(most, self.entries):
+            return False
+        self.entries -= count
+        return True
 
     def a_list(self, value: list[object], depth: int) -> None:
         """Remember a list."""
-        count = list.__len__(value)  # what a subclass says of itself may raise
-        if count > MANY:
+        count = list.__len__(value)
+        if not self.fits(count):
             self.undo.append(lambda: list.__delitem__(value, slice(count, None)))
             return
         before = list.copy(value)
@@ -91,47 +126,77 @@ class Memory:
     def a_dict(self, value: dict[Key, object], depth: int) -> None:
         """Remember a dict, its order included."""
         count = dict.__len__(value)
-        if count > MANY:
+        if not self.fits(count):
             self.undo.append(lambda: shortened(value, count))
             return
-        before = list(dict.items(value))
+        before = items_of(value)
         self.undo.append(lambda: restored_dict(value, before))
         self.takes([one for _, one in before], depth)
 
     def a_set(self, value: set[object], depth: int) -> None:
         """Remember a set."""
-        before = set.copy(value)
+        count = set.__len__(value)
+        if not self.fits(count, LONG):
+            self.undo.append(lambda: set.__len__(value) == count or self.lose(f"a set of {count}"))
+            return
+        before = set[object]()
+        before.update(value)
         self.undo.append(lambda: restored_set(value, before))
 
     def a_deque(self, value: deque[object], depth: int) -> None:
         """Remember a deque."""
+        count = deque.__len__(value)
+        if not self.fits(count, LONG):
+            ends = deque.__getitem__(value, 0), deque.__getitem__(value, -1)
+            self.undo.append(
+                lambda: (
+                    (
+                        deque.__len__(value) == count
+                        and alike([deque.__getitem__(value, 0), deque.__getitem__(value, -1)], ends)
+                    )
+                    or self.lose(f"a deque of {count}")
+                )
+            )
+            return
         before = list(deque.__iter__(value))
         self.undo.append(lambda: restored_deque(value, before))
         self.takes(before, depth)
 
-    def a_bytearray(self, value: bytearray, depth: int) -> None:
-        """Remember bytes."""
-        before = bytes(memoryview(value))
+    def numbers_in_a_row(self, value: bytearray, depth: int) -> None:
+        """Remember bytes, or an array of Python's, which is read and written in the same way."""
+        if not self.fits(len(value), LONG):
+            count = len(value)
+            self.undo.append(lambda: len(value) == count or self.lose(f"a {type(value).__name__} of {count}"))
+            return
+        before = value[:]
         self.undo.append(lambda: value == before or value.__setitem__(slice(None), before))
 
     def a_tuple(self, value: tuple[object, ...], depth: int) -> None:
         """Remember what a tuple holds."""
-        self.takes(list(tuple.__iter__(value)), depth)
+        self.takes(tuple.__getitem__(value, slice(None)), depth)
 
     def a_tensor(self, value: Tensor, depth: int) -> None:
-        """Remember a small tensor that no gradient is taken for."""
+        """Remember a small tensor that no gradient is taken for; of a large one, whether it is written to."""
         usual = value.layout == torch.strided and not value.is_nested and not value.is_inference()
         if usual and not value.requires_grad and not value.is_meta:
-            version = value._version
-            if value.numel() > MANY:
-                self.undo.append(lambda: value._version == version or self.lose(value))
-                return
-            before = value.detach().clone()
-            self.undo.append(lambda: value._version == version or written(value, before))
+            version, same = value._version, value.detach()
+            before = same.clone() if value.numel() <= MANY else None
+            self.undo.append(lambda: self.restored_tensor(value, same, before, version))
 
-    def lose(self, value: Tensor) -> None:
-        """Note a tensor that was written to, and is too large to be copied at each call."""
-        self.lost.append(f"a tensor of shape {tuple(value.shape)} that it writes to")
+    def restored_tensor(self, value: Tensor, same: Tensor, before: Tensor | None, version: int) -> None:
+        """Give a tensor its numbers back: where they lay, and as they were."""
+        if type(value) is Tensor and not laid_alike(value, same):  # resized, or .data was set
+            value.data = same
+        if value._version == version:
+            return
+        if before is None:
+            self.lose(f"a tensor of shape {tuple(value.shape)} that it writes to")
+        else:
+            written(value, before)
+
+    def lose(self, what: str) -> None:
+        """Note what is changed, and too large to be copied at each call."""
+        self.lost.append(what)
 
     def an_array(self, value: np.ndarray, depth: int) -> None:
         """Remember a small array."""
@@ -172,9 +237,9 @@ class Memory:
         held = attributes_of(value)
         if held is not None:
             self.a_dict(held, depth)
-        for name in slots_of(type(value)):
-            before = getattr(value, name, MISSING)
-            self.undo.append(lambda name=name, before=before: attribute(value, name, before))
+        for slot in slots_of(type(value)):
+            before = content_of(slot, value)
+            self.undo.append(lambda slot=slot, before=before: restored_slot(slot, value, before))
             self.take(before, depth)
 
     def attributes(self, value: object, depth: int) -> None:
@@ -183,6 +248,16 @@ class Memory:
             held = attributes_of(value)
             if held is not None:
                 self.a_dict(held, depth)
+
+    def of_a_thread(self, value: threading.local, depth: int) -> None:
+        """Remember what this thread has of its own."""
+        self.a_dict(value.__dict__, depth)
+
+    def a_context(self, value: ContextVar[object], depth: int) -> None:
+        """Remember a variable of a context."""
+        before = value.get(MISSING)
+        self.undo.append(lambda: restored_variable(value, before) or self.lose(f"{value.name}, a ContextVar"))
+        self.take(before, depth)
 
     def a_queue(self, value: queue.Queue[object], depth: int) -> None:
         """Remember a queue, unless other threads may fill it meanwhile."""
@@ -211,13 +286,12 @@ def way_of(kind: type) -> Way | None:
     return Memory.an_object if is_own(kind.__module__) and kind.__module__ != "builtins" else None
 
 
-PLAIN = frozenset((int, float, bool, str, bytes, type(None), complex))
 WAYS: tuple[tuple[type | tuple[type, ...], Way], ...] = (
     (list, Memory.a_list),
     (dict, Memory.a_dict),
     (set, Memory.a_set),
     (deque, Memory.a_deque),
-    (bytearray, Memory.a_bytearray),
+    ((bytearray, array), Memory.numbers_in_a_row),
     (tuple, Memory.a_tuple),
     (nn.Parameter, lambda memory, value, depth: None),
     (Tensor, Memory.a_tensor),
@@ -225,98 +299,16 @@ WAYS: tuple[tuple[type | tuple[type, ...], Way], ...] = (
     (torch.Generator, Memory.a_generator),
     (np.random.Generator, Memory.numbers),
     (np.random.RandomState, Memory.old_numbers),
+    (random.SystemRandom, lambda memory, value, depth: None),  # what it draws comes from nowhere
     (random.Random, Memory.python_numbers),
     (queue.Queue, Memory.a_queue),
-    ((SimpleNamespace, Namespace, UserDict, UserList), Memory.an_object),
-    (io.IOBase, Memory.a_stream),
+    ((SimpleNamespace, Namespace, UserDict, UserList, ChainMap), Memory.an_object),
+    ((io.IOBase, queue.SimpleQueue), Memory.a_stream),
+    (threading.local, Memory.of_a_thread),
+    (ContextVar, Memory.a_context),
+    (weakref.ref, lambda memory, value, depth: memory.take(value(), depth)),
+    (weakref.ProxyTypes, lambda memory, value, depth: None),
 )
+PLAIN = (int, float, bool, str, bytes, type(None), complex)
+PLAIN_IDS = frozenset(map(id, PLAIN))  # a class of the user's may have no hash
 REMEMBER: weakref.WeakKeyDictionary[type, Way | None] = weakref.WeakKeyDictionary(dict.fromkeys(PLAIN))
-
-
-def alike(value: list[object], before: Sequence[object]) -> bool:
-    """Tell whether two lists hold the same objects."""
-    return list.__len__(value) == len(before) and all(map(is_, list.__iter__(value), before))
-
-
-def shortened(value: dict[Key, object], count: int) -> None:
-    """Take out what was added to a long dict: it stands at its end."""
-    for key in list(dict.__iter__(value))[count:]:
-        dict.__delitem__(value, key)
-
-
-def restored_dict(value: dict[Key, object], before: Sequence[tuple[Key, object]]) -> None:
-    """Give a dict its entries back."""
-    now = list(dict.items(value))
-    if len(now) == len(before) and all(a is c and b is d for (a, b), (c, d) in zip(now, before, strict=True)):
-        return
-    if isinstance(value, OrderedDict):  # it keeps an order of its own
-        OrderedDict.clear(value)
-        OrderedDict.update(value, before)
-        return
-    dict.clear(value)  # not what a subclass makes of it
-    dict.update(value, before)
-
-
-def restored_set(value: set[object], before: set[object]) -> None:
-    """Give a set its members back."""
-    if set.__ne__(value, before):
-        set.clear(value)
-        set.update(value, before)
-
-
-def restored_deque(value: deque[object], before: Sequence[object]) -> None:
-    """Give a deque its entries back."""
-    if not alike(list(deque.__iter__(value)), before):
-        deque.clear(value)
-        deque.extend(value, before)
-
-
-def restored_names(held: dict[str, object], before: Mapping[str, object], leave: Set[str]) -> None:
-    """Give an object its attributes back, but for some."""
-    for name in held.keys() - before.keys() - leave:
-        del held[name]
-    held.update(before)
-
-
-def restored_class(kind: type, before: Mapping[str, object]) -> None:
-    """Give a class its data back."""
-    now = {name: value for name, value in vars(kind).items() if is_data(name, value)}
-    for name in now.keys() - before.keys():
-        delattr(kind, name)
-    for name, value in before.items():
-        if now.get(name, MISSING) is not value:
-            setattr(kind, name, value)
-
-
-def written(value: Tensor, before: Tensor) -> None:
-    """Write a tensor's values back."""
-    with torch.no_grad():
-        value.copy_(before)
-
-
-def attributes_of(value: object) -> dict[str, object] | None:
-    """Return an object's table of attributes, whatever its class says of it."""
-    try:
-        held = object.__getattribute__(value, "__dict__")
-    except Exception:  # none, or a property of the user's own
-        return None
-    return held if isinstance(held, dict) else None
-
-
-def slots_of(kind: type) -> list[str]:
-    """List the slots that a class has in place of a table."""
-    found: list[str] = []
-    for base in kind.__mro__:
-        slots = vars(base).get("__slots__", ())
-        found += [slots] if isinstance(slots, str) else slots
-    return [name for name in found if name not in ("__dict__", "__weakref__")]
-
-
-def attribute(value: object, name: str, before: object) -> None:
-    """Give an object one attribute back."""
-    if getattr(value, name, MISSING) is before:
-        return
-    if before is MISSING:
-        object.__delattr__(value, name)
-    else:
-        object.__setattr__(value, name, before)

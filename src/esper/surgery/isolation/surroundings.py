@@ -9,12 +9,14 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from types import CellType
 
 from torch import nn
 
 from esper.surgery.isolation.reach import is_data, reach_of
-from esper.surgery.isolation.remembered import DEEP, MISSING, Memory, restored_class
+from esper.surgery.isolation.remembered import DEEP, Memory
+from esper.surgery.isolation.restoring import MISSING, restored_class
 
 
 class Postponed(threading.local):
@@ -95,7 +97,8 @@ class Surroundings:
         memory.takes([value for _, value in cells], DEEP)
         memory.takes([value for *_, value in names], DEEP)
         memory.takes(reach.objects, DEEP)
-        for _, held in data:
+        for kind, held in data:
+            memory.undo.append(partial(restored_class, kind, held))
             memory.takes(list(held.values()), DEEP - 1)
         try:
             yield
@@ -110,8 +113,6 @@ class Surroundings:
                         del table[name]
                     else:
                         table[name] = value
-            for kind, held in data:
-                restored_class(kind, held)
             self.lost |= dict.fromkeys(memory.lost)
 
 

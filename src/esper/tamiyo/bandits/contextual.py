@@ -6,6 +6,7 @@ from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 
+from esper.arguments import number
 from esper.tamiyo.beliefs.draws import by_draws
 from esper.tamiyo.beliefs.lines import Lines
 
@@ -18,9 +19,13 @@ class Contextual:
     Args:
         exploration: Share of a belief's deviation that is drawn. Features differ from choice to choice, which
             explores by itself (Bastani et al. 2021): 1 had up to twice the regret of 0.4.
+
+    Raises:
+        ConfigError: It is no number from 0 to 1,000.
     """
 
     def __init__(self, exploration: float = 0.4) -> None:
+        number("exploration", exploration, least=0, most=1e3)
         self.exploration = exploration
         self.lines = Lines(columns=None, own=True)
 

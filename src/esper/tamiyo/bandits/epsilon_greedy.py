@@ -6,6 +6,7 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
+from esper.arguments import number
 from esper.tamiyo.beliefs.means import Means
 
 __all__ = ["EpsilonGreedy"]
@@ -16,10 +17,14 @@ class EpsilonGreedy(Means):
 
     Args:
         epsilon: Share of the choices that are drawn evenly.
+
+    Raises:
+        ConfigError: It is no number from 0 to 1.
     """
 
     def __init__(self, epsilon: float = 0.1) -> None:
         super().__init__()
+        number("epsilon", epsilon, least=0, most=1)
         self.epsilon = epsilon
 
     def choose(

@@ -6,6 +6,7 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
+from esper.arguments import number
 from esper.tamiyo.beliefs.means import Means
 
 __all__ = ["Performance"]
@@ -16,10 +17,14 @@ class Performance(Means):
 
     Args:
         temperature: Difference of mean rewards at which the better arm is chosen e times as often.
+
+    Raises:
+        ConfigError: It is no number from 1e-6 to 1,000.
     """
 
     def __init__(self, temperature: float = 0.05) -> None:
         super().__init__()
+        number("temperature", temperature, least=1e-6, most=1e3)
         self.temperature = temperature
 
     def choose(

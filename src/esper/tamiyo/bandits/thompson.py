@@ -6,6 +6,7 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
+from esper.arguments import number
 from esper.tamiyo.beliefs.draws import by_draws
 from esper.tamiyo.beliefs.means import Means
 
@@ -17,10 +18,14 @@ class Thompson(Means):
 
     Args:
         noise: Standard deviation of a reward about its arm's mean.
+
+    Raises:
+        ConfigError: It is no number from 0 to 1,000.
     """
 
     def __init__(self, noise: float = 0.2) -> None:
         super().__init__()
+        number("noise", noise, least=0, most=1e3)
         self.noise = noise
 
     def choose(

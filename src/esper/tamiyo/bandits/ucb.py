@@ -7,6 +7,7 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
+from esper.arguments import number
 from esper.tamiyo.beliefs.means import Means
 
 __all__ = ["UCB"]
@@ -18,10 +19,14 @@ class UCB(Means):
     Args:
         exploration: Width of the bound. Runs make about ten decisions, so UCB1's √2 would never exploit; 0.2
             tries a neighbouring width once its prior is within a fifth of the best.
+
+    Raises:
+        ConfigError: It is no number from 0 to 1,000.
     """
 
     def __init__(self, exploration: float = 0.2) -> None:
         super().__init__()
+        number("exploration", exploration, least=0, most=1e3)
         self.exploration = exploration
 
     def choose(
