@@ -92,6 +92,21 @@ def function(name: str, value: object, takes: str, *, error: type[EsperError] = 
         raise error(f"{name}={quoted(value)} cannot be called; give a function {takes}")
 
 
+def items(name: str, value: Iterable[object], *, error: type[EsperError] = ConfigError) -> list[object]:
+    """Return what a collection holds; one of the user's own may break when it is read.
+
+    Raises:
+        EsperError: ``error``, with what it raised.
+    """
+    try:
+        return list(value)
+    except Exception as broken:  # it is the user's code that runs here: it raises what it likes
+        said = f"{type(broken).__name__}: {broken}"
+        raise error(
+            f"{name}= cannot be read: a {type(value).__name__} raised {said}; give a list"
+        ) from broken
+
+
 def texts(name: str, value: object, needed: str, *, error: type[EsperError] = ConfigError) -> None:
     """Refuse what is not a list of texts; a text alone is none, though it can be iterated.
 
@@ -105,7 +120,8 @@ def texts(name: str, value: object, needed: str, *, error: type[EsperError] = Co
         EsperError: ``error``, with what was given.
     """
     fits = isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray)
-    if not fits or not value or not all(isinstance(one, str) for one in value):
+    held = items(name, value, error=error) if fits else []
+    if not held or not all(isinstance(one, str) for one in held):
         raise error(f"{name}={quoted(value)}; give a list of {needed}")
 
 

@@ -20,7 +20,17 @@ from esper.errors import EsperError
 
 X = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
 BATCH = (X, X[:, :3].abs().argmax(1))
+
+
+class Unreadable(list[object]):
+    """A collection that breaks when it is read."""
+
+    def __iter__(self) -> Any:
+        raise RuntimeError("of the user's own")
+
+
 ODD: list[Any] = [
+    Unreadable([1]),
     True,
     -1,
     2.5,

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from esper.arguments import whole
+from esper.arguments import items, whole
 from esper.batches.heldout import Turned, first
 from esper.batches.layout import Batch, Layout, Leaf, facts_of, flatten, is_record, rows, unflatten
 from esper.errors import ConfigError, ProbeError
@@ -140,7 +140,7 @@ def refuse_axis(declared: object, depth: int = MOST_AXES) -> None:
         for part in declared.values():
             refuse_axis(part, depth - 1)
     elif isinstance(declared, (tuple, list)) and declared and depth:
-        for part in declared:
+        for part in items("batch_axis", declared):
             refuse_axis(part, depth - 1)
     else:
         whole("batch_axis", declared, least=0, most=MOST_AXES)

@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 from torch import nn
 
+from esper.arguments import items
 from esper.errors import SiteError, nearest
 from esper.printable import quoted
 
@@ -45,7 +46,7 @@ def selects(one: object) -> bool:
 
 def _refuse(wanted: object, where: str, *, empty: bool) -> None:
     several = isinstance(wanted, Sequence) and not isinstance(wanted, str | bytes | bytearray)
-    for one in wanted if several else [wanted]:
+    for one in items(where, wanted, error=SiteError) if several else [wanted]:
         if not selects(one):
             raise SiteError(
                 f"{where}={quoted(wanted)}: {quoted(one)} selects no layer; give 'auto', a glob, a compiled "

@@ -8,6 +8,7 @@ from typing import cast
 
 from torch import nn
 
+from esper.arguments import items
 from esper.errors import ConfigError, LossError, SurgeryError
 from esper.nissa.run.journal import RunJournal
 from esper.printable import quoted
@@ -25,7 +26,7 @@ def listed(schedulers: object) -> list[Scheduler]:
     """
     if schedulers is None:  # as a loop says it that has none
         return []
-    given = list(schedulers) if isinstance(schedulers, Sequence) else [schedulers]
+    given = items("schedulers", schedulers) if isinstance(schedulers, Sequence) else [schedulers]
     for one in given:
         if not callable(getattr(one, "step", None)):
             raise ConfigError(
@@ -101,7 +102,7 @@ def averages(ema: object, model: nn.Module) -> list[nn.Module]:
         return []
     several = isinstance(ema, Iterable) and not isinstance(ema, (nn.Module, str))
     given: list[nn.Module] = []
-    for one in list(ema) if several else [ema]:
+    for one in items("ema", ema) if several else [ema]:
         if not isinstance(one, nn.Module):
             raise ConfigError(
                 f"ema={quoted(ema)}: a {type(one).__name__} is no module; give averaged copies "
