@@ -67,8 +67,8 @@ class Trainer:
         checkpoints: A folder or another storage of checkpoints; None keeps none.
         every: Optimizer steps, or a ``timedelta``, between checkpoints; None: from their measured cost.
         keep: Number of the newest checkpoints that stay.
-        best: ``("train_loss", "min")``: the best checkpoint stays besides. With ``val`` also the loss there or a
-            metric, ``("loss", "min")``: a checkpoint is then taken after each epoch that is the best so far.
+        best: ``("train_loss", "min")``: the best checkpoint stays besides. With ``val`` also the loss there
+            or a metric, ``("loss", "min")``: one is then taken after each epoch that is the best so far.
         milestones: Whether checkpoints also come soon after the beginning and whenever the model has grown;
             None: only where ``every`` is None. One at the end always does.
         settings: Values that describe the run, any plain values; kept in checkpoints and compared on resume.

@@ -58,6 +58,10 @@ def refuse_keeping(
     """Refuse checkpoints that cannot be kept as asked, and words about them where there are none.
 
     Args:
+        checkpoints: As for ``Trainer``, like the three that follow.
+        every: Steps or time between them.
+        keep: Number of the newest.
+        best: Metric and direction.
         measured: Names of what is measured on ``val`` after each epoch; None where there is no ``val``.
 
     Raises:
