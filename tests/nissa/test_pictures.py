@@ -87,6 +87,36 @@ def test_the_map_names_layers_widths_seeds_and_refusals(history: RunHistory) -> 
     assert sorted(marks) == ["#009E73", "#009E73", "none"]
 
 
+LONG = "encoder.layers.0.linear1>encoder.layers.0.linear2"
+
+
+@pytest.mark.parametrize(
+    ("sites", "said"),
+    [
+        ([LONG], "+8 …coder.layers.0.linear2"),
+        ([LONG, "a>b"], "+16 at 2 places"),
+        (["a>b", "b>c"], "+8 a>b, +8 b>c"),
+    ],
+)
+def test_long_names_leave_the_picture_its_room(sites: list[str], said: str) -> None:
+    chosen = {"action": "widen", "width": 8, "start": None, "reason": "", "arms": [], "propensity": 1.0}
+    facts = {"difference": 0.0, "parameters": 70, "milliseconds": 2.0, "units": 8, "edits": []}
+    events = []
+    for number, site in enumerate(sites, start=1):
+        of = {"decision": number, "site": site}
+        events += [
+            Event("decision", 8, {**of, **chosen, "predicted": None}),
+            Event("widened", 8, {**of, **facts}),
+        ]
+    assert [text for text in texts(charts.learning(fold(events))) if text.startswith("+")] == [said]
+    assert len(said) <= charts.UPRIGHT
+
+
+def test_the_model_itself_has_a_name_where_it_cannot_grow(events: list[Event]) -> None:
+    started = Event("run_started", 0, {**events[0].data, "refused": [["", "it has pos"]]})
+    assert "the model: nothing grows here" in texts(model_map(fold([started])))
+
+
 def test_without_matplotlib_the_error_is_its_pip_line() -> None:
     code = (
         "import sys; sys.modules['matplotlib'] = None\n"

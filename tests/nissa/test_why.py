@@ -1,7 +1,8 @@
 import pytest
 
+from esper.contracts import Event
 from esper.errors import RunError
-from esper.nissa.run.history import RunHistory
+from esper.nissa.run.history import RunHistory, fold
 from esper.nissa.views.why import as_text, why
 
 
@@ -51,3 +52,18 @@ def test_an_unknown_decision_lists_those_there_are(history: RunHistory) -> None:
         why(history, 9)
     with pytest.raises(RunError, match="its decisions: none"):
         why(RunHistory(), 1)
+
+
+def test_blocks_are_said_to_have_come_and_not_units() -> None:
+    chosen = {"action": "widen", "site": "layers+block", "width": 2, "start": None, "reason": "", "arms": []}
+    grown = {"decision": 1, "site": "layers+block", "difference": 0.0, "parameters": 70, "milliseconds": 2.0}
+    history = fold(
+        [
+            Event("decision", 8, {"decision": 1, **chosen, "propensity": 1.0, "predicted": None}),
+            Event("deepened", 8, {**grown, "index": 2, "blocks": 3}),
+            Event("deepened", 8, {**grown, "index": 3, "blocks": 4}),
+        ]
+    )
+    lines = as_text(history, 1).splitlines()
+    assert lines[0].startswith("Decision 1 at step 8: deepen layers by 2 blocks — ")
+    assert "  deepened +2 blocks at step 8, 4 in all" in lines

@@ -23,6 +23,7 @@ from esper.contracts import Event
 from esper.errors import ConfigError
 from esper.tolaria.growth.early.judged import Judged
 from esper.tolaria.growth.run.account import EventRecord, Looked, Report, advise
+from esper.tolaria.growth.run.telling import seen_at_event
 
 STEPS, CLASSES = 200, 8
 Batch = tuple[Tensor, Tensor]
@@ -695,3 +696,9 @@ def test_a_race_is_not_said_to_have_had_no_event_due() -> None:
     assert "raced" in advice
     assert "no event was due" not in advice
     assert Run(growth="off").to(20).growth.report().advice == ["growth is off"]
+
+
+def test_a_place_that_waits_has_no_price_in_what_was_seen() -> None:
+    waiting, asked = Looked("a>b", 32, reason="it waits"), Looked("b>c", 8, units=4, flops=48)
+    record = EventRecord(5, "scheduled", 1.0, 1.0, 64, [waiting, asked])
+    assert [one["unit_flops"] for one in seen_at_event(record, {})] == [None, 12]

@@ -13,8 +13,12 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR, ReduceLROnPlateau, StepLR
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from typer.testing import CliRunner
 
 import esper
+from esper.checkpoint import storage_at
+from esper.checkpoint.format.reader import read
+from esper.cli.application import app
 from esper.contracts import Event
 from esper.errors import ConfigError, FinishedError, StateError
 from esper.tolaria.trainer import Trainer
@@ -259,6 +263,63 @@ def test_a_stopped_training_resumes_bit_for_bit(stop: int, tmp_path: Path) -> No
         torch.equal(a, b)
         for a, b in zip(again.model.state_dict().values(), whole.model.state_dict().values(), strict=True)
     )
+
+
+@pytest.mark.parametrize("every", [1, None])
+def test_the_best_epoch_on_val_can_be_had_again(every: int | None, tmp_path: Path) -> None:
+    seen: list[dict[str, Tensor]] = []
+
+    def remembered(model: nn.Module, batch: Any) -> float:
+        seen.append({name: value.clone() for name, value in model.state_dict().items()})
+        return 0.0
+
+    data, model = Data(), make_model()
+    given = {"train": data.train, "val": [next(iter(data.val))], "probe": data.probe, "epochs": 12}
+    keeping = {"checkpoints": tmp_path / "run", "every": every, "keep": 1, "best": ("loss", "min")}
+    metrics = {"remembered": remembered}
+    optimizer = Adam(model.parameters(), lr=0.5)  # it overshoots: the last epoch is not the best
+    trainer = Trainer(model, optimizer, loss_fn, metrics=metrics, **given, **keeping)
+    trainer.fit()
+    losses = [row["loss"] for row in trainer.history]
+    best = losses.index(min(losses))
+    assert best < len(losses) - 1
+    export = ["checkpoints", "export", str(tmp_path / "run"), str(tmp_path / "best"), "--best", "loss:min"]
+    assert CliRunner().invoke(app, export).exit_code == 0
+    restored = esper.load_into(make_model(), tmp_path / "best").state_dict()
+    assert restored.keys() == seen[best].keys()
+    assert all(torch.equal(restored[name], value) for name, value in seen[best].items())
+
+
+def test_going_on_from_the_best_epoch_gives_the_same_bits(tmp_path: Path) -> None:
+    def begun(folder: Path) -> Trainer:
+        data, model = Data(), make_model()
+        given = {"train": data.train, "val": data.val, "probe": data.probe, "epochs": 6}
+        keeping = {"checkpoints": folder, "every": 10**6, "milestones": False, "keep": None}
+        torch.manual_seed(4)
+        optimizer = Adam(model.parameters(), lr=0.02)
+        return Trainer(model, optimizer, loss_fn, **given, **keeping, best=("loss", "min"))
+
+    whole = begun(tmp_path)
+    whole.fit()
+    storage = storage_at(tmp_path)
+    early = [name for name in storage.names() if name != "step-00000060"]
+    assert early
+    again = begun(tmp_path)
+    assert again.manager is not None
+    again.manager.restore(read(storage, early[0]))
+    again.fit()
+    assert again.history == whole.history
+    assert all(map(torch.equal, again.model.state_dict().values(), whole.model.state_dict().values()))
+
+
+def test_the_best_of_what_is_not_measured_is_refused(tmp_path: Path) -> None:
+    model, data = make_model(), Data()
+    given = {"train": data.train, "probe": data.probe, "epochs": 1, "checkpoints": tmp_path}
+    optimizer = Adam(model.parameters())
+    with pytest.raises(ConfigError, match="measured on val=, and there is none"):
+        Trainer(model, optimizer, loss_fn, **given, best=("loss", "min"))
+    with pytest.raises(ConfigError, match="known: loss, train_loss"):
+        Trainer(model, optimizer, loss_fn, **given, val=data.val, best=("accuracy", "max"))
 
 
 def test_resuming_without_checkpoints_says_what_to_give() -> None:

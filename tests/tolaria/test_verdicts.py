@@ -140,6 +140,17 @@ def test_a_gain_that_is_nothing_beside_the_best_is_not_worth_a_unit() -> None:
     assert told[A].reason == ""
 
 
+@pytest.mark.parametrize("values", [some(-0.01), some(-3.0)])
+def test_a_gain_below_nothing_is_not_compared_with_itself(values: np.ndarray) -> None:
+    """The only place is the best one as well: nothing lies beside it."""
+    told = look(found({A: values}), 0.9)[A]
+    assert told.gain is not None
+    assert told.gain < 0
+    assert told.reason == "held-out examples speak against it"
+    beside = look(found({A: some(1.0), B: values}), 0.9)
+    assert (beside[A].reason, beside[B].reason) == ("", "held-out examples speak against it")
+
+
 def test_a_direction_without_a_length_has_no_gain_and_is_judged_all_the_same() -> None:
     told = look(found({A: some(1.0)}, moves=False), 0.05)[A]
     assert (told.gain, told.reason) == (None, "")

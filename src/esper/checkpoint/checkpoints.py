@@ -173,10 +173,23 @@ class CheckpointManager:
             with suppress(CheckpointError):  # save() asks again, and is told
                 self._require_own()
         self.offered = self.steps
-        if not self._due():
-            return False
+        return self._due() and self.save_or_tell(metrics)
+
+    def save_or_tell(self, metrics: Mapping[str, object] | None = None, *, wait: bool = False) -> bool:
+        """Save as ``step`` does where a checkpoint is due: what goes wrong is told, and training goes on.
+
+        Args:
+            metrics: As for ``save``.
+            wait: As for ``save``; without it a newer snapshot may take the place of this one.
+
+        Returns:
+            Whether a snapshot was taken.
+
+        Raises:
+            ConfigError: As ``step``.
+        """
         try:
-            self.save(metrics)
+            self.save(metrics, wait=wait)
         except ConfigError:
             raise
         except Exception as error:  # a state_dict() of the user's may raise anything

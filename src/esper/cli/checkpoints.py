@@ -134,14 +134,21 @@ def export(
     name: Annotated[
         str | None, typer.Option(help="A checkpoint by name or step; the newest sound one by default.")
     ] = None,
+    best: Annotated[
+        str | None, typer.Option(help="The best sound one, by a metric: loss:min, accuracy:max.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Write a checkpoint's model as a saved model: for esper.load_into, or for torch alone."""
     from esper.checkpoint.exporting import export_model
     from esper.checkpoint.format.reader import newest, read
 
+    if name is not None and best is not None:
+        raise typer.BadParameter("--name and --best both choose a checkpoint; give one of them")
     storage, names = opened(place)
     told: list[str] = []
+    if best is not None:
+        name = best_among(storage, names, best)
     found = newest(storage, told.append) if name is None else read(storage, find(names, name))
     if found is None:
         raise StateError(f"{storage} holds no sound checkpoint: {'; '.join(told) or 'it is empty'}")
@@ -182,6 +189,25 @@ def find(known: list[str], asked: str) -> str:
     if name not in known:
         raise StateError(f"no checkpoint {quoted(asked)}; {nearest(name, known)}")
     return name
+
+
+def best_among(storage: Storage, names: list[str], asked: str) -> str:
+    """Return the best sound checkpoint by a metric.
+
+    Raises:
+        StateError: No sound one knows it.
+    """
+    from esper.checkpoint.format.reader import sound_among
+    from esper.checkpoint.retention import Retention
+
+    sound = sound_among(storage, names)
+    found = Retention(None, metric_of(asked)).best_of(sound)
+    if found is None:
+        known = sorted({metric for manifest in sound.values() for metric in manifest.metrics})
+        raise StateError(
+            f"no sound checkpoint in {storage} knows {quoted(asked)}; known: {', '.join(known) or 'none'}"
+        )
+    return found
 
 
 def verdicts(found: dict[str, dict[str, str]]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sized
 from pathlib import Path
 from types import TracebackType
@@ -29,7 +30,7 @@ from esper.nissa.run.journal import RunJournal
 from esper.storage.address import storage_at
 from esper.tolaria.growth import grow
 from esper.tolaria.growth.begin import put_down, take_back
-from esper.tolaria.training import KEPT, refuse_keeping, refuse_training
+from esper.tolaria.training import KEPT, SAVED, refuse_keeping, refuse_training
 
 Metric = Callable[[nn.Module, Any], float | Tensor]
 
@@ -66,7 +67,8 @@ class Trainer:
         checkpoints: A folder or another storage of checkpoints; None keeps none.
         every: Optimizer steps, or a ``timedelta``, between checkpoints; None: from their measured cost.
         keep: Number of the newest checkpoints that stay.
-        best: ``("train_loss", "min")``: the best checkpoint stays besides.
+        best: ``("train_loss", "min")``: the best checkpoint stays besides. With ``val`` also the loss there
+            or a metric, ``("loss", "min")``: one is then taken after each epoch that is the best so far.
         milestones: Whether checkpoints also come soon after the beginning and whenever the model has grown;
             None: only where ``every`` is None. One at the end always does.
         settings: Values that describe the run, any plain values; kept in checkpoints and compared on resume.
@@ -115,12 +117,18 @@ class Trainer:
             scheduler_interval=scheduler_interval,
             metrics=metrics,
         )
-        refuse_keeping(checkpoints=checkpoints, every=every, keep=keep, best=best)
+        self.metrics: dict[str, Metric] = {"loss": loss_fn, **(metrics or {})}
+        refuse_keeping(
+            checkpoints=checkpoints,
+            every=every,
+            keep=keep,
+            best=best,
+            measured=None if val is None else self.metrics,
+        )
         storage = None if checkpoints is None else storage_at(checkpoints)
         self.batches: Batches[object] | None = None if storage is None else Batches(train)
         self.model, self.loss_fn, self.train, self.val, self.epochs = model, loss_fn, train, val, epochs
-        self.scheduler, self.scheduler_interval = scheduler, scheduler_interval
-        self.metrics: dict[str, Metric] = {"loss": loss_fn, **(metrics or {})}
+        self.scheduler, self.scheduler_interval, self.best = scheduler, scheduler_interval, best
         self.history: list[dict[str, float]] = []
         self.optimizers = list(optimizer.values()) if isinstance(optimizer, Mapping) else [optimizer]
         try:
@@ -229,11 +237,23 @@ class Trainer:
             self.history.append(row)
             self.growth.rewrap()
             self.growth.epoch({name: value for name, value in row.items() if name != "epoch"})
+            self._keep_best(row)
         if self.manager is not None:
             last = self.history[-1] if self.history else {}
             self.manager.save_last({name: value for name, value in last.items() if name != "epoch"})
             self.manager.close()
         return self.growth.finish()
+
+    def _keep_best(self, row: Mapping[str, float]) -> None:
+        """Take a checkpoint after the epoch that measured best so far; the first process's numbers tell."""
+        if self.manager is None or self.best is None or self.best[0] not in row or self.best[0] in SAVED:
+            return
+        name, sense = self.best
+        known = [past[name] for past in self.history if math.isfinite(past.get(name, math.nan))]
+        is_best = row[name] in known and row[name] == (min if sense == "min" else max)(known)
+        if self.growth.peers.broadcast_floats([is_best])[0]:
+            numbers = {key: value for key, value in row.items() if key != "epoch"}
+            self.manager.save_or_tell(numbers, wait=True)  # a newer snapshot would take the best one's place
 
     def close(self) -> None:
         """Let go of the run folder, the checkpoints and what is in the model, wherever training is.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -52,8 +52,17 @@ def refuse_training(
         function(f"metrics[{quoted(name)}]", metric, "of model and batch")
 
 
-def refuse_keeping(*, checkpoints: object, every: object, keep: object, best: object) -> None:
+def refuse_keeping(
+    *, checkpoints: object, every: object, keep: object, best: object, measured: Iterable[str] | None
+) -> None:
     """Refuse checkpoints that cannot be kept as asked, and words about them where there are none.
+
+    Args:
+        checkpoints: As for ``Trainer``, like the three that follow.
+        every: Steps or time between them.
+        keep: Number of the newest.
+        best: Metric and direction.
+        measured: Names of what is measured on ``val`` after each epoch; None where there is no ``val``.
 
     Raises:
         ConfigError: With what was given.
@@ -79,11 +88,15 @@ def refuse_keeping(*, checkpoints: object, every: object, keep: object, best: ob
         whole("every", every, least=1, most=MOST_STEPS, none=True)
     whole("keep", keep, least=1, most=MOST_KEPT, none=True)
     if best is not None:
-        _refuse_best(best)
+        _refuse_best(best, measured)
 
 
-def _refuse_best(best: object) -> None:
+def _refuse_best(best: object, measured: Iterable[str] | None) -> None:
     several = isinstance(best, Sequence) and not isinstance(best, str | bytes) and len(best) == 2
     if not several or not isinstance(best[0], str) or best[1] not in ("min", "max"):
         raise ConfigError(f"best={quoted(best)}; give a metric and 'min' or 'max', as in {SAVED[0], 'min'}")
-    word("best[0]", best[0], SAVED)
+    if measured is None and best[0] not in SAVED:
+        raise ConfigError(
+            f"best[0]={quoted(best[0])} is measured on val=, and there is none; known without it: {SAVED[0]}"
+        )
+    word("best[0]", best[0], (*SAVED, *(measured or ())))

@@ -115,7 +115,7 @@ class RunHistory:
     @property
     def refused(self) -> list[Refusal]:
         """Places where nothing can grow, and why."""
-        return [Refusal(place, reason) for place, reason in self.started.get("refused", ())]
+        return [Refusal(place or "the model", reason) for place, reason in self.started.get("refused", ())]
 
     @property
     def widths(self) -> dict[str, tuple[int, int]]:

@@ -49,6 +49,7 @@ BEFELL = {
 }  # above a picture
 ENDINGS = {"FOSSILISED": "D", "CULLED": "X"}  # how a life ends, as marks; every other stage is a band
 NAMED = 2  # places that grow at one step and have room in a picture
+UPRIGHT = 26  # characters of what grew that have room along a picture's height
 BANDS = {stage: colour for stage, colour in STAGE_COLOURS.items() if stage not in ENDINGS}
 STYLE: dict[str, str | float | bool] = {
     "svg.fonttype": "none",
@@ -105,6 +106,7 @@ def learning(history: RunHistory, others: Mapping[str, RunHistory] | None = None
         if len(runs) > 1:
             axes[-1].legend(loc="best")
         if keys := _mark_survival(axes[0], history):
+            axes[0].set_title(axes[0].get_title(loc="left"), pad=16)  # above the marks
             figure.legend(handles=keys, loc="outside upper right", ncols=len(keys), fontsize=9)
         return _svg(figure, "Training loss and held-out metric over steps, with growth events")
 
@@ -207,10 +209,14 @@ def _mark_growth(axis: Axes, history: RunHistory, *, label: bool) -> None:
 
 
 def _grown(decisions: list[DecisionHistory]) -> str:
-    """Say what grew at one step; where many places did, how much in all."""
-    if len(decisions) > NAMED:
+    """Say what grew at one step; where many places did, or their names are too long, how much in all."""
+    named = ", ".join(f"+{decision.units} {decision.site}" for decision in decisions)
+    if len(decisions) > 1 and (len(decisions) > NAMED or len(named) > UPRIGHT):
         return f"+{sum(decision.units for decision in decisions):,} at {len(decisions)} places"
-    return ", ".join(f"+{decision.units} {decision.site}" for decision in decisions)
+    if len(named) > UPRIGHT:
+        units, _, site = named.partition(" ")
+        return f"{units} …{site[len(units) + 2 - UPRIGHT :]}"
+    return named
 
 
 def _mark_rollbacks(axis: Axes, history: RunHistory) -> None:

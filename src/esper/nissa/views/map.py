@@ -53,7 +53,10 @@ def model_map(history: RunHistory) -> str:
                 y += GAP
     if offers := sum("+" in site["name"] for site in sites):
         places = len({site["name"].partition("+")[0] for site in sites if "+" in site["name"]})
-        text = f"{offers} offers of blueprints at {places} places; those that were tried are drawn"
+        text = (
+            f"{offers} {'offer' if offers == 1 else 'offers'} of branches and blocks at {places} "
+            f"{'place' if places == 1 else 'places'}; those that were tried are drawn"
+        )
         parts.append(_text(LEFT, y + 24, text, faint=True))
         y += 26
     y += 22

@@ -11,7 +11,7 @@ from esper.nissa.run.history import RunHistory
 from esper.nissa.run.records import DecisionHistory
 from esper.nissa.run.survival import notes, reopened
 from esper.nissa.wording import UNKNOWN, short
-from esper.printable import printable
+from esper.printable import BLOCK, counted, printable
 
 _JOIN = ("decision", "site")  # said once per decision already
 
@@ -110,7 +110,10 @@ def realised(decision: DecisionHistory) -> float | None:
 def headline(decision: DecisionHistory) -> str:
     """Say what was decided in half a line."""
     if decision.action == "widen":
-        return f"widen {decision.site} by {decision.chosen['width']}"
+        site, width = decision.chosen["site"], decision.chosen["width"]
+        if site is not None and site.endswith(BLOCK):
+            return f"deepen {site.removesuffix(BLOCK)} by {counted(site, int(width))}"
+        return f"widen {site} by {width}"
     if decision.action == "graft":
         return f"grow {decision.site} of hidden width {decision.chosen['width']}"
     return "do nothing" if decision.action else "surveyed, not decided"
@@ -169,7 +172,7 @@ def _lines(decision: DecisionHistory, story: Story) -> Iterator[str]:
             f"{'passed' if look['passed'] else 'refused'}, {look['reason']}",
         )
     if decision.widened is not None:
-        yield _grown_line(decision.widened, decision.widened_at)
+        yield _grown_line(decision.widened, decision)
     if decision.reopened is not None:
         yield _row("reopened", reopened(decision.reopened))
     if (outcome := decision.outcome) is not None:
@@ -182,12 +185,14 @@ def _lines(decision: DecisionHistory, story: Story) -> Iterator[str]:
         )
 
 
-def _grown_line(grown: GrownFacts, step: int | None) -> str:
+def _grown_line(grown: GrownFacts, decision: DecisionHistory) -> str:
+    step = decision.widened_at
     if "how" in grown:
         how = "folded into the layer" if grown["how"] == "merged" else "a branch that stays"
         return _row("grafted", f"{how}, at step {step}")
     if "blocks" in grown:
-        return _row("deepened", f"{grown['blocks']} blocks, at step {step}")
+        came = counted(grown["site"], decision.units)
+        return _row("deepened", f"+{came} at step {step}, {grown['blocks']} in all")
     edits = "; ".join(
         f"{edit['tensor']} axis {edit['axis']}: {edit['old']}→{edit['new']}" for edit in _edits(grown)
     )

@@ -54,12 +54,14 @@ def looked_at(
             one.reason = "not passed by these examples" if failed is None else f"units do not run: {failed}"
             continue
         one.p_value, one.gain = found.p_value(scored.values), scored.gain
-        if scored.gain is not None and scored.gain < NOTHING * best:
+        if scored.gain is not None and 0.0 <= scored.gain < NOTHING * best:
             one.reason = f"its gain is nothing beside {best:.3g}, the best place's"
         elif one.p_value is None:
             one.reason = (
                 f"{len(scored.values)} held-out values cannot be judged: too few, all alike or not finite"
             )
+        elif scored.gain is not None and scored.gain < 0.0:
+            one.reason = "held-out examples speak against it"
         elif one.p_value > (max(alone, WITH_OTHERS) if carried else alone):
             one.reason = "the held-out gain may be chance"
         elif one.p_value > alone:

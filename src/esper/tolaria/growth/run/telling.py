@@ -78,7 +78,7 @@ def seen_at_event(record: EventRecord, reports: Mapping[str, HealthReport]) -> l
         {
             "site": one.site,
             "improvement": one.gain,
-            "unit_flops": one.flops // max(one.units, 1),
+            "unit_flops": one.flops // one.units if one.units else None,  # one that waits was not priced
             "width": one.width,
             "dead": reports[one.site].dead if one.site in reports else None,
             "gradient_norm": reports[one.site].gradient_norm if one.site in reports else None,
