@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import esper
 from esper.surgery.isolation.surroundings import Surroundings
 from tests.cases.loops import cross_entropy, narrow, run
 
@@ -142,7 +143,7 @@ def test_a_run_grows_whatever_its_loss_reaches(
         net.__dict__["held"] = held
     loss = {"cell": of_a_cell, "global": of_a_global}.get(where, of_a_holder)
     ran = run(net, loss, steps=STEPS)
-    assert ran.outcomes
+    assert ran.outcomes()
     assert holder.calls == (STEPS if where in ("holder", "model") else 0)
 
 
@@ -271,3 +272,38 @@ def test_long_sets_are_told_not_copied() -> None:
     with known.same():
         loss()
     assert set(known.lost) == {"a deque of 100000", "a set of 100000"}
+
+
+def test_no_entry_is_missing_while_a_dict_is_put_back() -> None:
+    """Another thread may read an object at any moment."""
+    held = SimpleNamespace(calls=0, lock="lock")
+    read: list[object] = []
+
+    class Watching:
+        """Reads when it is let go of."""
+
+        def __del__(self) -> None:
+            read.append(held.__dict__.get("lock"))
+
+    def loss() -> None:
+        held.calls += 1
+        held.new = Watching()
+
+    with around(loss).same():
+        loss()
+    assert read == ["lock"]
+    assert vars(held) == {"calls": 0, "lock": "lock"}
+
+
+@pytest.mark.parametrize("mode", ["early", "incubate"])
+def test_a_pass_in_inference_mode_is_no_error_of_ours(mode: str) -> None:
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        with torch.inference_mode():
+            model(batch[0])
+        return cross_entropy(model, batch)
+
+    if mode == "early":
+        assert run(narrow(), loss, steps=STEPS, growth=mode).outcomes()
+    else:
+        with pytest.raises(esper.SiteError, match="is called 2 times in a pass"):
+            run(narrow(), loss, steps=STEPS, growth=mode)

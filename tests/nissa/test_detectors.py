@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from esper.errors import RegistryError
 from esper.nissa.baseline import LEAST, WINDOW, RobustBaseline
-from esper.nissa.detectors import DETECTORS, Finding, Vitals
+from esper.nissa.detectors import DETECTORS, Finding, Vitals, begun, looked
 from esper.nissa.detectors.robust import BLOCK, Detectors
 from esper.testing.detectors import check_detector
 
@@ -148,3 +150,42 @@ def test_the_sorted_window_is_the_window_sorted(values: list[float]) -> None:
 @pytest.mark.parametrize("name", DETECTORS.names())
 def test_every_detector_holds_its_suite(name: str) -> None:
     assert [demand for demand, held in check_detector(DETECTORS.get(name)) if not held] == []
+
+
+OTHERS = """
+class Cannot:
+    def __init__(self): raise KeyError("no")
+class Lacks:
+    def look(self, vitals, step): return None
+class Fails(Lacks):
+    def look(self, vitals, step): raise RuntimeError("look")
+    def expect(self, *given): pass
+    def doubts(self): return False
+    def forget(self): pass
+    def state_dict(self): return {}
+    def load_state_dict(self, state): pass
+class Says(Fails):
+    def look(self, vitals, step): return "yes"
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("Cannot", "cannot be made: KeyError"),
+        ("Lacks", "has no expect, doubts"),
+        ("Fails", "failed at step 3: RuntimeError: look"),
+        ("Says", "found a str"),
+    ],
+)
+def test_a_detector_of_another_package_that_is_none_is_named(
+    name: str, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = tmp_path / "neighbour_detectors-1.0.dist-info"
+    info.mkdir()
+    (tmp_path / "neighbour_detectors.py").write_text(OTHERS)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: neighbour-detectors\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[esper.detectors]\nneighbour = neighbour_detectors:{name}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(RegistryError, match=f"the detector neighbour {what}"):
+        looked(begun("neighbour"), "neighbour", Vitals(1.0), 3)

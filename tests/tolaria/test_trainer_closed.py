@@ -62,3 +62,13 @@ def test_closing_twice_and_after_the_end_is_nothing(tmp_path: Path) -> None:
     with trainer(tmp_path, narrow(), [draw() for _ in range(4)]) as made:
         made.fit()
         made.close()
+
+
+def test_a_closed_trainer_takes_no_step(tmp_path: Path) -> None:
+    draw, net = Task(), narrow()
+    before = [one.clone() for one in net.parameters()]
+    made = trainer(tmp_path, net, [draw() for _ in range(4)])
+    made.close()
+    with pytest.raises(esper.FinishedError, match="was closed"):
+        made.fit()
+    assert all(map(torch.equal, before, net.parameters()))

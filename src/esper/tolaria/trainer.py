@@ -216,11 +216,13 @@ class Trainer:
         """Train for all epochs and return the model: the same object, wider.
 
         Raises:
-            FinishedError: This trainer has run already.
+            FinishedError: This trainer has run already, or was closed.
             ConfigError: ``train`` gave no batch.
         """
         if self._done:
-            raise FinishedError("this Trainer has run; make a new one to train the model further")
+            raise FinishedError(
+                "this Trainer has run, or was closed; make a new one to train the model further"
+            )
         self._done = True
         done = 0 if self.batches is None else self.batches.epoch
         for epoch in range(done + 1, self.epochs + 1):
@@ -261,6 +263,7 @@ class Trainer:
         After :meth:`fit` nothing is left to do. Before its end the model stays as it is by then, and a new
         Trainer can go on from the last checkpoint with ``resume``.
         """
+        self._done = True  # fit would take a step of the optimizer before it found out
         if self.manager is not None:
             self.manager.close()
         if not self.growth.finished:

@@ -66,15 +66,20 @@ class Passage:
     def enter(self, x: Tensor | None) -> None:
         """Note the input."""
         self.order += "<"
-        self.x, self.version = x, 0 if x is None else x._version
+        self.x, self.version = x, version_of(x)
 
     def leave(self, y: Tensor) -> Tensor:
         """Note the output."""
         self.order += ">"
         self.y = y
-        if self.x is not None and self.x._version != self.version:
+        if version_of(self.x) != self.version:
             self.unread = "its input is overwritten in place"
         return y
+
+
+def version_of(x: Tensor | None) -> int:
+    """Count how often a tensor was written to; 0 of one made in inference mode, which does not count."""
+    return 0 if x is None or x.is_inference() else x._version
 
 
 class Given:

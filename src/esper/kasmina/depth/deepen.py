@@ -80,11 +80,14 @@ def insert(model: nn.Module, plan: DeepenPlan, block: nn.Module) -> Inserted:
             before = getattr(owner, attribute)
             setattr(owner, attribute, list(value) if isinstance(value, tuple) else value)
             kept.append((owner, attribute, before))
-    except (AttributeError, TypeError, ValueError) as error:
+    except Exception as error:  # what sets them is the user's code: it raises what it likes
         undo()
         raise SurgeryError(
             f"what counts the blocks of {plan.site!r} is not there, or cannot be set: {error}"
-        ) from None
+        ) from error
+    except BaseException:  # Ctrl-C must leave no half of a block
+        undo()
+        raise
     return Inserted(block, undo)
 
 
@@ -137,8 +140,8 @@ def duplicate(model: nn.Module, donor: str) -> nn.Module:
     memo = {id(thing): thing for thing in _held(model, inside)}
     try:
         twin: nn.Module = copy.deepcopy(block, memo)
-    except (RuntimeError, TypeError, NotImplementedError) as error:
-        raise SurgeryError(f"{donor} cannot be copied: {error}") from None
+    except Exception as error:  # a block may say itself how it is copied
+        raise SurgeryError(f"{donor} cannot be copied: {error}") from error
     for parameter in twin.parameters():
         parameter.grad = None
     return twin

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from esper.errors import EsperError, RegistryError
+from esper.printable import raised
 from esper.registry import Registry
 
 Kind = Literal["nonfinite", "spike", "divergence", "rate", "leak", "harm"]
@@ -83,3 +85,39 @@ class Detector(Protocol):
 
 
 DETECTORS: Registry[Callable[[], Detector]] = Registry("esper.nissa.detectors", "esper.detectors")
+ASKED = ("look", "expect", "doubts", "forget", "state_dict", "load_state_dict")
+
+
+def begun(name: str) -> Detector:
+    """Make the detector of a name.
+
+    Raises:
+        RegistryError: There is none, or another package's cannot be made, or lacks a method.
+    """
+    made_by = DETECTORS.get(name)
+    try:
+        made = made_by()
+    except Exception as error:  # another package's code raises what it likes
+        raise RegistryError(f"the detector {name} cannot be made: {raised(error)}") from error
+    if lacking := [method for method in ASKED if not callable(getattr(made, method, None))]:
+        raise RegistryError(f"the detector {name} has no {', '.join(lacking)}; see esper.testing.detectors")
+    return made
+
+
+def looked(detector: Detector, name: str, vitals: Vitals, step: int) -> Finding | None:
+    """Let a detector look at a step.
+
+    Raises:
+        RegistryError: It failed; a run that is to be watched does not go on unwatched.
+    """
+    try:
+        finding = detector.look(vitals, step)
+    except EsperError:
+        raise
+    except Exception as error:  # another package's code raises what it likes
+        raise RegistryError(f"the detector {name} failed at step {step}: {raised(error)}") from error
+    if finding is not None and not isinstance(finding, Finding):
+        raise RegistryError(
+            f"the detector {name} found a {type(finding).__name__}; a Finding or None is needed"
+        )
+    return finding

@@ -35,17 +35,26 @@ def items_of(value: dict[Key, object]) -> list[tuple[Key, object]]:
 def shortened(value: dict[Key, object], count: int) -> None:
     """Take out what was added to a long dict: it stands at its end."""
     if dict.__len__(value) > count:
-        for key, _ in items_of(value)[count:]:
-            if isinstance(value, OrderedDict):
-                OrderedDict.__delitem__(value, key)
-            else:
-                dict.__delitem__(value, key)
+        without(value, items_of(value)[count:])
+
+
+def without(value: dict[Key, object], entries: Sequence[tuple[Key, object]]) -> None:
+    """Take entries out of a dict."""
+    for key, _ in entries:
+        if isinstance(value, OrderedDict):
+            OrderedDict.__delitem__(value, key)
+        else:
+            dict.__delitem__(value, key)
 
 
 def restored_dict(value: dict[Key, object], before: Sequence[tuple[Key, object]]) -> None:
-    """Give a dict its entries back."""
+    """Give a dict its entries back, one by one where their order is the same: other threads may read it."""
     now = items_of(value)
-    if len(now) == len(before) and all(a is c and b is d for (a, b), (c, d) in zip(now, before, strict=True)):
+    if len(now) >= len(before) and all(a is c for (a, _), (c, _) in zip(now, before, strict=False)):
+        without(value, now[len(before) :])
+        for (key, one), (_, held) in zip(before, now, strict=False):
+            if one is not held:
+                dict.__setitem__(value, key, one)  # of one that is there: its place stays
         return
     if isinstance(value, OrderedDict):  # it keeps an order of its own
         OrderedDict.clear(value)

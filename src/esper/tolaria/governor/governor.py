@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, TypedDict
 
 from esper.errors import ConfigError
-from esper.nissa.detectors import DETECTORS, Finding, Vitals
+from esper.nissa.detectors import Finding, Vitals, begun, looked
 
 Action = Literal["notify", "hold", "rollback", "stop"]
 ACTIONS: tuple[Action, ...] = ("notify", "hold", "rollback", "stop")  # by severity
@@ -80,7 +80,7 @@ class Governor:
 
     def __init__(self, settings: Settings, actions: Actions) -> None:
         self.settings, self.actions = settings, actions
-        self.detector = DETECTORS.get(settings.detector)()
+        self.detector = begun(settings.detector)
         self.rungs: dict[str, int] = {}  # kind -> alarms in a row
         self.latest: dict[str, int] = {}  # kind -> step of the latest
         self.turned: list[int] = []  # steps of rollbacks, while they are near each other
@@ -110,8 +110,11 @@ class Governor:
 
         Returns:
             What was done about it, None where all is well.
+
+        Raises:
+            RegistryError: A detector of another package failed.
         """
-        finding = self.detector.look(vitals, step)
+        finding = looked(self.detector, self.settings.detector, vitals, step)
         if finding is None:
             if step - self.alarmed >= self.settings.calm:
                 self.trouble = None

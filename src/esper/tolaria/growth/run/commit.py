@@ -27,6 +27,7 @@ from esper.kasmina.depth.birth import warmed
 from esper.kasmina.depth.deepen import duplicate, insert, twin_of
 from esper.kasmina.depth.stack import Stack
 from esper.kasmina.morphable import MorphableModel, slug
+from esper.kasmina.proving.proving import FAILURES as RAISED
 from esper.kasmina.widths.places import Place
 from esper.kasmina.widths.widen import HostKernel, Widenable
 from esper.printable import raised
@@ -41,7 +42,7 @@ from esper.surgery.widen_layers import Holders, empty_slices, widen
 from esper.tolaria.growth.run.check import deviation, fineness, output, outputs, passing
 
 # What surgery may run into; everything is put back then.
-FAILURES = (SurgeryError, RuntimeError, ValueError, TypeError, IndexError)
+FAILURES = (SurgeryError, *RAISED)
 
 
 def described(error: Exception) -> str:
