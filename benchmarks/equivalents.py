@@ -175,11 +175,6 @@ EQUIVALENT: dict[str, dict[Key, str]] = {
         ("alike", "return False", "False → None"): "asked only whether it is true",
         (
             "count_examples",
-            "first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch",
-            "isinstance(batch, (tuple, list)) and batch → False",
-        ): _SLOWER,
-        (
-            "count_examples",
             "if isinstance(batch, MutableMapping):",
             "isinstance(batch, MutableMapping) → False",
         ): _SLOWER,

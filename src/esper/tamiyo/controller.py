@@ -183,8 +183,10 @@ class Tamiyo:
         self.trigger.load_state_dict(state["trigger"])
         self.selector.load_state_dict(state["selector"])
         self.pending = {
-            int(i): Arm(site, share, width, start, score, tuple(features))
-            for i, (site, share, width, start, score, features) in state["pending"].items()
+            int(i): Arm(site, share, width, start, score, tuple(told if isinstance(told, list) else [told]))
+            for i, (site, share, width, start, score, told) in state[
+                "pending"
+            ].items()  # once the prior alone
         }
         self.refused, self.decisions, self.best_gain = (
             state["refused"],

@@ -25,7 +25,6 @@ from esper.tolaria.growth.evidence.held import thinned
 if TYPE_CHECKING:
     from esper.tolaria.growth.evidence.evidence import Evidence
 
-PICK = 2**22  # FLOPs in whose time one unit is picked out of a small pool: a dozen calls, .1 ms
 DEAR = 2**33  # FLOPs of a training step from which on a look is spread over steps: .1 to .4 s of one core
 
 
@@ -95,7 +94,6 @@ class Look:
         for name, place in score.places.items():
             own, pool = place.site.width + 1, pools[name]
             price = own**2 * (own + 4 * pool) + pool**2 * (own + 16 * score.units[name])
-            price += PICK * score.units[name]
             if shares[-1] and cost + price > most:
                 shares, cost = [*shares, list[str]()], 0.0
             shares[-1].append(name)
