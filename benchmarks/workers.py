@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.progress import track
 
 from benchmarks.machine import THREADS_PER_WORKER
+from esper.log import LOGGER
 
 Job = TypeVar("Job")
 Answer = TypeVar("Answer")
@@ -52,8 +54,14 @@ def workers(processes: int) -> Iterator[Workers]:
         single_thread()
         yield Workers(None)
         return
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=single_thread) as pool:
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=begin) as pool:
         yield Workers(pool)
+
+
+def begin() -> None:
+    """Prepare a worker: one thread, and no line of a run's logger between the tables of the bench."""
+    single_thread()
+    LOGGER.addHandler(logging.NullHandler())
 
 
 def single_thread() -> None:
