@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TypeGuard
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from esper.surgery.isolation.global_draws import alone, global_streams_restored
 from esper.surgery.isolation.remembered import Memory
 from esper.surgery.isolation.surroundings import same_surroundings
 
+GENERATORS = (torch.Generator, np.random.Generator, random.Random)
 COUNTED = 1  # of a sampler of the user's own: what it counts with, and lists of that
 START = np.random.MT19937(0).state
 SPARE: list[np.random.MT19937] = []
@@ -71,37 +71,21 @@ def same_generators(loader: object) -> Iterator[None]:
     owners = loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)
     held = [one for owner in (*owners, getattr(loader, "dataset", None)) for one in held_by(owner)]
     found = {id(g): g for g in [getattr(owner, "generator", None) for owner in owners] + held}
-    before = [(g, g.get_state()) for g in found.values() if isinstance(g, torch.Generator)]
-    numpy = [(g.bit_generator, g.bit_generator.state) for g in found.values() if is_numpy(g)]
-    python = [(g, g.getstate()) for g in found.values() if is_python(g)]
     counted = Memory(set())
+    for one in found.values():
+        if isinstance(one, GENERATORS):
+            counted.take(one)
     for owner in {id(one): one for one in owners}.values():
         counted.attributes(owner, COUNTED)
     try:
         yield
     finally:
         counted.put_back()
-        for generator, state in before:
-            generator.set_state(state)
-        for bits, facts in numpy:
-            bits.state = facts
-        for stream, values in python:
-            stream.setstate(values)
 
 
 def held_by(owner: object) -> list[object]:
     """Return what an object holds in its attributes."""
     return list(getattr(owner, "__dict__", {}).values())
-
-
-def is_python(value: object) -> TypeGuard[random.Random]:
-    """Tell a generator of Python that is somewhere: one that asks the system is nowhere."""
-    return isinstance(value, random.Random) and not isinstance(value, random.SystemRandom)
-
-
-def is_numpy(value: object) -> TypeGuard[np.random.Generator]:
-    """Tell a generator of numpy."""
-    return isinstance(value, np.random.Generator)
 
 
 @contextmanager

@@ -48,9 +48,8 @@ DEEP = 4  # containers and objects within one another
 MANY = 2048  # entries of a container, or numbers of a tensor, that are remembered
 FEW = 256  # entries of a container that may hold containers
 MOST = 512  # objects that are remembered at a call
-LONG = (
-    2**16
-)  # entries of a set or deque, of which additions cannot be told from the rest; and of all together
+# Entries of a set or deque, of which additions cannot be told from the rest; of all together twice as many.
+LONG = 2**16
 
 Key = TypeVar("Key")
 Undo: TypeAlias = Callable[[], object]
@@ -245,9 +244,7 @@ class Memory:
     def attributes(self, value: object, depth: int) -> None:
         """Remember the attributes of an object of the user's, and nothing where it is torch's or a list."""
         if is_own(type(value).__module__) and type(value).__module__ != "builtins":
-            held = attributes_of(value)
-            if held is not None:
-                self.a_dict(held, depth)
+            self.an_object(value, depth)
 
     def of_a_thread(self, value: threading.local, depth: int) -> None:
         """Remember what this thread has of its own."""
